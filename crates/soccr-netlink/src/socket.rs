@@ -1,0 +1,165 @@
+//! The socket that carries a batch to the kernel and its answers back.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::{
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with,
+    sockopt,
+};
+
+use crate::message::{Batch, messages};
+
+/// The netlink families that soccr speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// Links, addresses and routes: `rtnetlink(7)`.
+    Route,
+    /// Packet filters, and packets that a filter copies to user space.
+    Netfilter,
+    /// The sockets of a network namespace: `sock_diag(7)`.
+    SockDiag,
+}
+
+impl Family {
+    fn protocol(self) -> Option<Protocol> {
+        match self {
+            Self::Route => None,
+            Self::Netfilter => Some(netlink::NETFILTER),
+            Self::SockDiag => Some(netlink::SOCK_DIAG),
+        }
+    }
+}
+
+const ERROR: u16 = 2;
+const DONE: u16 = 3;
+
+/// One netlink socket, in the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Socket {
+    /// Opens a socket of a netlink family.
+    ///
+    /// # Errors
+    /// `EPROTONOSUPPORT` where the kernel has no such family; `EMFILE`.
+    pub fn open(family: Family) -> io::Result<Self> {
+        let fd =
+            socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
+        bind(&fd, &SocketAddrNetlink::new(0, 0))?;
+        Ok(Self { fd, buffer: vec![0; 256 << 10] })
+    }
+
+    /// Sends the batch and waits until the kernel has acknowledged every message that asked for it.
+    ///
+    /// # Errors
+    /// The first error that the kernel reports. All answers to the batch are read even then, so the
+    /// socket stays usable.
+    pub fn transact(&mut self, batch: &Batch) -> io::Result<()> {
+        self.send(batch)?;
+        let mut outcome = Ok(());
+        let mut missing = batch.acknowledged();
+        while missing > 0 {
+            let length = self.receive(RecvFlags::empty())?;
+            for (kind, _, payload) in messages(&self.buffer[..length]) {
+                if kind == ERROR {
+                    // A failed batch answers once for the failing message and may stay silent for the rest.
+                    let answer = error_of(payload);
+                    missing = if answer.is_err() { 0 } else { missing.saturating_sub(1) };
+                    outcome = outcome.and(answer);
+                }
+            }
+        }
+        if outcome.is_err() {
+            while self.receive(RecvFlags::DONTWAIT).is_ok() {}
+        }
+        outcome
+    }
+
+    /// Sends the batch, which must hold one dump request, and gives every answer's type and payload to `each`.
+    ///
+    /// # Errors
+    /// The error that the kernel reports.
+    pub fn dump(&mut self, batch: &Batch, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        self.send(batch)?;
+        loop {
+            let length = self.receive(RecvFlags::empty())?;
+            for (kind, _, payload) in messages(&self.buffer[..length]) {
+                match kind {
+                    ERROR => return error_of(payload),
+                    DONE => return Ok(()),
+                    _ => each(kind, payload),
+                }
+            }
+        }
+    }
+
+    /// Reads what the kernel has sent unasked, without waiting, and gives every message's type and payload to `each`.
+    /// Returns whether there was anything.
+    ///
+    /// # Errors
+    /// `ENOBUFS` where the kernel had to throw messages away since the last call.
+    pub fn poll(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+        match self.receive(RecvFlags::DONTWAIT) {
+            Ok(length) => {
+                messages(&self.buffer[..length]).for_each(|(kind, _, payload)| each(kind, payload));
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Lets the kernel queue up to `bytes` of messages for us (`SO_RCVBUFFORCE`, else `SO_RCVBUF`).
+    ///
+    /// # Errors
+    /// Those of `setsockopt(2)`.
+    pub fn set_receive_buffer(&self, bytes: usize) -> io::Result<()> {
+        sockopt::set_socket_recv_buffer_size_force(&self.fd, bytes)
+            .or_else(|_| sockopt::set_socket_recv_buffer_size(&self.fd, bytes))
+            .map_err(Into::into)
+    }
+
+    /// Lets us send batches of up to `bytes` (`SO_SNDBUFFORCE`, else `SO_SNDBUF`).
+    ///
+    /// # Errors
+    /// Those of `setsockopt(2)`.
+    pub fn set_send_buffer(&self, bytes: usize) -> io::Result<()> {
+        sockopt::set_socket_send_buffer_size_force(&self.fd, bytes)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(&self.fd, bytes))
+            .map_err(Into::into)
+    }
+
+    fn send(&self, batch: &Batch) -> io::Result<()> {
+        sendto(&self.fd, batch.as_bytes(), SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        Ok(())
+    }
+
+    fn receive(&mut self, flags: RecvFlags) -> io::Result<usize> {
+        loop {
+            match recv(&self.fd, &mut self.buffer[..], flags) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?.0),
+            }
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// An `NLMSG_ERROR` carries the negated errno, or zero for an acknowledgement.
+fn error_of(payload: &[u8]) -> io::Result<()> {
+    match payload.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes)) {
+        Some(0) => Ok(()),
+        Some(code) => Err(io::Error::from_raw_os_error(-code)),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
