@@ -1,0 +1,326 @@
+//! A connection as a value: plain data, no I/O.
+//!
+//! Sequence space of the two directions, as the fields of [`ControlBlock`] divide it:
+//!
+//! ```text
+//!  receive   copied_seq ──── inq_len ──── rcv_nxt          (a received FIN counts one, below rcv_nxt)
+//!  send      snd_una ── sent ── snd_nxt ── unsq_len ── write_seq   (our own FIN counts one, below write_seq)
+//!            └──────────── outq_len ────────────┘
+//! ```
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::settings::Settings;
+
+/// The longest queue that is carried: 64 MiB.
+pub const QUEUE_LIMIT: u32 = 64 << 20;
+
+/// A live TCP connection as a value: everything that one end of it knows.
+///
+/// It comes from [`Paused::save`](crate::Paused::save), can be cloned, compared, sent anywhere, and becomes a socket
+/// again by [`restore`](Connection::restore), as often as wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// The address of our end.
+    pub local: SocketAddr,
+    /// The address of the peer.
+    pub remote: SocketAddr,
+    /// State, sequence numbers, options and window.
+    pub control: ControlBlock,
+    /// Received, acknowledged and not yet read by the application: `control.inq_len` bytes.
+    pub receive_queue: Vec<u8>,
+    /// Written by the application and not yet acknowledged by the peer: `control.outq_len` bytes.
+    pub send_queue: Vec<u8>,
+    /// The urgent mark, where one lies in the receive queue.
+    pub urgent: Option<Urgent>,
+    /// The sizes of the socket buffers.
+    pub buffers: Option<Buffers>,
+    /// What the connection had learned about its path.
+    pub path: Option<Path>,
+    /// The socket options that the application had set.
+    pub settings: Settings,
+}
+
+/// The transmission control block (RFC 9293 §3.3.1), as far as the kernel gives it away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlBlock {
+    /// The state of the connection.
+    pub state: State,
+    /// The next sequence number expected from the peer, its FIN counted where it has been received.
+    pub rcv_nxt: u32,
+    /// Bytes in the receive queue.
+    pub inq_len: u32,
+    /// The sequence number behind the last byte written, our FIN counted where it has been queued.
+    pub write_seq: u32,
+    /// Bytes in the send queue, sent or not; our FIN not counted.
+    pub outq_len: u32,
+    /// Bytes at the end of the send queue that have never been sent; our FIN not counted.
+    pub unsq_len: u32,
+    /// Our FIN is queued and has never been sent.
+    pub fin_unsent: bool,
+    /// What the two ends agreed upon when they connected.
+    pub options: Options,
+    /// The windows; `None` where the kernel is older than `TCP_REPAIR_WINDOW` (Linux 4.8).
+    pub window: Option<Window>,
+}
+
+/// The states of a connection that a socket can be in (RFC 9293 §3.3.2), numbered as the kernel does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names are those of the RFC")]
+pub enum State {
+    Established = 1,
+    SynSent = 2,
+    SynReceived = 3,
+    FinWait1 = 4,
+    FinWait2 = 5,
+    TimeWait = 6,
+    Close = 7,
+    CloseWait = 8,
+    LastAck = 9,
+    Listen = 10,
+    Closing = 11,
+}
+
+/// Options negotiated by the handshake.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The largest segment the peer accepts, in bytes (`TCP_MAXSEG` in repair mode).
+    pub mss_clamp: u16,
+    /// Shift counts of the two window fields (RFC 7323).
+    pub window_scale: Option<WindowScale>,
+    /// Selective acknowledgements (RFC 2018).
+    pub sack: bool,
+    /// The timestamp clock (RFC 7323): the value of `TCP_TIMESTAMP`, opaque, carried unchanged.
+    pub timestamps: Option<u32>,
+    /// The clock of [`timestamps`](Self::timestamps) counts microseconds, not milliseconds.
+    pub microseconds: bool,
+    /// Explicit congestion notification (RFC 3168).
+    pub ecn: bool,
+    /// A packet with an ECN codepoint has been received.
+    pub ecn_seen: bool,
+    /// Data travelled in the SYN (RFC 7413).
+    pub syn_data: bool,
+}
+
+/// Window scale of the two directions: shift counts up to 14.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowScale {
+    /// For windows that the peer announces.
+    pub snd: u8,
+    /// For windows that we announce.
+    pub rcv: u8,
+}
+
+/// The windows, as `TCP_REPAIR_WINDOW` reads and writes them (`struct tcp_repair_window`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Window {
+    /// The segment that last updated the send window.
+    pub snd_wl1: u32,
+    /// Bytes the peer allows beyond `snd_una`.
+    pub snd_wnd: u32,
+    /// The largest window the peer has ever announced.
+    pub max_window: u32,
+    /// Bytes we allowed beyond `rcv_wup`.
+    pub rcv_wnd: u32,
+    /// `rcv_nxt` at the last window announced.
+    pub rcv_wup: u32,
+}
+
+/// The urgent mark in the receive queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Urgent {
+    /// Where the urgent byte lies in the receive queue.
+    pub offset: u32,
+    /// The application has read the byte already, out of band.
+    pub consumed: bool,
+}
+
+/// The sizes of the socket buffers, as `getsockopt` reports them: twice what an application asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffers {
+    /// `SO_SNDBUF` in bytes.
+    pub send: u32,
+    /// `SO_RCVBUF` in bytes.
+    pub receive: u32,
+    /// `SO_BUF_LOCK`: which of the two the application has fixed, so that the kernel does not tune them.
+    pub lock: u32,
+}
+
+/// What a connection has learned about its path, from `TCP_INFO`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Path {
+    /// Smoothed round-trip time; zero where none has been measured.
+    pub rtt: Duration,
+    /// Its mean deviation.
+    pub rttvar: Duration,
+    /// The retransmission timeout.
+    pub rto: Duration,
+    /// Bytes per segment we send.
+    pub snd_mss: u32,
+    /// The congestion window, in segments.
+    pub snd_cwnd: u32,
+    /// The slow start threshold, in segments.
+    pub snd_ssthresh: u32,
+    /// The receive window that the kernel is willing to grow to for now, in bytes.
+    pub rcv_ssthresh: u32,
+}
+
+impl State {
+    /// The state of a kernel number (`tcpi_state`, `TCP_ESTABLISHED` … `TCP_CLOSING`).
+    pub fn from_kernel(number: u8) -> Option<Self> {
+        use State::*;
+        let all = [
+            Established,
+            SynSent,
+            SynReceived,
+            FinWait1,
+            FinWait2,
+            TimeWait,
+            Close,
+            CloseWait,
+            LastAck,
+            Listen,
+            Closing,
+        ];
+        all.into_iter().find(|state| *state as u8 == number)
+    }
+
+    /// The name that RFC 9293 and `ss(8)` users know.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Established => "ESTABLISHED",
+            Self::SynSent => "SYN_SENT",
+            Self::SynReceived => "SYN_RECV",
+            Self::FinWait1 => "FIN_WAIT1",
+            Self::FinWait2 => "FIN_WAIT2",
+            Self::TimeWait => "TIME_WAIT",
+            Self::Close => "CLOSE",
+            Self::CloseWait => "CLOSE_WAIT",
+            Self::LastAck => "LAST_ACK",
+            Self::Listen => "LISTEN",
+            Self::Closing => "CLOSING",
+        }
+    }
+
+    /// We have queued a FIN: nothing more can be written.
+    pub fn fin_queued(self) -> bool {
+        matches!(self, Self::FinWait1 | Self::FinWait2 | Self::Closing | Self::LastAck | Self::Close)
+    }
+
+    /// The peer has acknowledged our FIN.
+    pub fn fin_acknowledged(self) -> bool {
+        matches!(self, Self::FinWait2 | Self::Close)
+    }
+
+    /// We have received the peer's FIN: nothing more will arrive.
+    pub fn fin_received(self) -> bool {
+        matches!(self, Self::CloseWait | Self::LastAck | Self::Closing | Self::Close)
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl ControlBlock {
+    /// The oldest sequence number that the peer has not acknowledged.
+    pub fn snd_una(&self) -> u32 {
+        let unacknowledged_fin = self.state.fin_queued() && !self.state.fin_acknowledged();
+        self.write_seq.wrapping_sub(self.outq_len).wrapping_sub(unacknowledged_fin.into())
+    }
+
+    /// The next sequence number to be sent.
+    pub fn snd_nxt(&self) -> u32 {
+        self.write_seq.wrapping_sub(self.unsq_len).wrapping_sub(self.fin_unsent.into())
+    }
+
+    /// The sequence number of the next byte that the application will read.
+    pub fn copied_seq(&self) -> u32 {
+        self.rcv_nxt.wrapping_sub(self.inq_len).wrapping_sub(self.state.fin_received().into())
+    }
+
+    /// Checks every value against the others.
+    pub(crate) fn validate(&self) -> Result<()> {
+        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
+        let refuse = |remedy| Err(Error::refused(format!("a connection in {}", self.state), remedy));
+        match self.state {
+            State::Listen => return refuse("a listener is no connection: bind and listen anew"),
+            State::SynReceived | State::TimeWait => {
+                return refuse("no socket of a process is ever in that state");
+            }
+            _ => {}
+        }
+        check(self.inq_len <= QUEUE_LIMIT, "inq_len is over 64 MiB")?;
+        check(self.outq_len <= QUEUE_LIMIT, "outq_len is over 64 MiB")?;
+        check(self.unsq_len <= self.outq_len, "unsq_len is larger than outq_len")?;
+        check(!self.fin_unsent || self.state.fin_queued(), "fin_unsent without a FIN")?;
+        check(
+            !self.state.fin_acknowledged() || (self.outq_len == 0 && !self.fin_unsent),
+            "the peer has acknowledged our FIN, but not the bytes before it",
+        )?;
+        if self.state.fin_queued() && self.unsq_len > 0 {
+            check(self.fin_unsent, "bytes before our FIN are unsent, but the FIN is not")?;
+        }
+        if self.state == State::SynSent {
+            return check(self.inq_len == 0 && self.outq_len == 0, "queues before the handshake");
+        }
+        check(self.options.mss_clamp > 0, "mss_clamp is zero")?;
+        if let Some(scale) = self.options.window_scale {
+            check(scale.snd <= 14 && scale.rcv <= 14, "a window scale is over 14")?;
+        }
+        if let Some(window) = self.window {
+            check(window.snd_wnd <= window.max_window, "snd_wnd is larger than max_window")?;
+            check(!after(window.rcv_wup, self.rcv_nxt), "rcv_wup is after rcv_nxt")?;
+            check(
+                !after(window.snd_wl1, self.rcv_nxt.wrapping_add(window.rcv_wnd)),
+                "snd_wl1 is beyond the receive window",
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Checks every address, length and sequence number against the others: what
+    /// [`restore`](Self::restore) does before its first system call.
+    ///
+    /// # Errors
+    /// Names the first value that contradicts another one.
+    pub fn validate(&self) -> Result<()> {
+        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
+        check(self.local.is_ipv4() == self.remote.is_ipv4(), "the addresses are of two families")?;
+        if let (IpAddr::V6(local), IpAddr::V6(remote)) = (self.local.ip(), self.remote.ip()) {
+            check(
+                local.to_ipv4_mapped().is_some() == remote.to_ipv4_mapped().is_some(),
+                "one address is IPv4-mapped, the other is not",
+            )?;
+        }
+        check(self.local.port() != 0, "the local port is zero")?;
+        check(self.remote.port() != 0, "the remote port is zero")?;
+        check(!self.local.ip().is_unspecified(), "the local address is unspecified")?;
+        check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")?;
+        self.control.validate()?;
+        check(
+            self.receive_queue.len() == self.control.inq_len as usize,
+            "inq_len is not the length of the receive queue",
+        )?;
+        check(
+            self.send_queue.len() == self.control.outq_len as usize,
+            "outq_len is not the length of the send queue",
+        )?;
+        if let Some(urgent) = self.urgent {
+            check(urgent.offset < self.control.inq_len, "the urgent mark lies outside the receive queue")?;
+        }
+        Ok(())
+    }
+}
+
+/// `a` lies after `b` in sequence space.
+pub(crate) fn after(a: u32, b: u32) -> bool {
+    (b.wrapping_sub(a) as i32) < 0
+}
