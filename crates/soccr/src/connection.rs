@@ -41,6 +41,17 @@ pub struct Connection {
     pub path: Option<Path>,
     /// The socket options that the application had set.
     pub settings: Settings,
+    /// The descriptor does not wait (`O_NONBLOCK`).
+    pub nonblocking: bool,
+}
+
+/// The two ends of a connection, as one of them sees it: what names it on the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Flow {
+    /// Our end.
+    pub local: SocketAddr,
+    /// The peer's end.
+    pub remote: SocketAddr,
 }
 
 /// The transmission control block (RFC 9293 §3.3.1), as far as the kernel gives it away.
@@ -168,6 +179,13 @@ pub struct Path {
     pub rcv_ssthresh: u32,
 }
 
+impl Flow {
+    /// The packets are IPv4: of an IPv4 socket, or of an IPv6 socket with IPv4-mapped addresses.
+    pub fn is_ipv4(&self) -> bool {
+        self.remote.ip().to_canonical().is_ipv4()
+    }
+}
+
 impl State {
     /// The state of a kernel number (`tcpi_state`, `TCP_ESTABLISHED` … `TCP_CLOSING`).
     pub fn from_kernel(number: u8) -> Option<Self> {
@@ -234,6 +252,11 @@ impl ControlBlock {
         self.write_seq.wrapping_sub(self.outq_len).wrapping_sub(unacknowledged_fin.into())
     }
 
+    /// The first sequence number of the send queue, before the peer has acknowledged our FIN.
+    pub(crate) fn first_unacknowledged(&self) -> u32 {
+        self.write_seq.wrapping_sub(self.outq_len).wrapping_sub(self.state.fin_queued().into())
+    }
+
     /// The next sequence number to be sent.
     pub fn snd_nxt(&self) -> u32 {
         self.write_seq.wrapping_sub(self.unsq_len).wrapping_sub(self.fin_unsent.into())
@@ -286,6 +309,39 @@ impl ControlBlock {
 }
 
 impl Connection {
+    /// A value without a connection, for [`save_into`](crate::Paused::save_into) to fill and fill again:
+    /// the memory of its queues is reused. It does not [`validate`](Self::validate).
+    pub fn empty() -> Self {
+        let unspecified = SocketAddr::from(([0; 4], 0));
+        Self {
+            local: unspecified,
+            remote: unspecified,
+            control: ControlBlock {
+                state: State::Close,
+                rcv_nxt: 0,
+                inq_len: 0,
+                write_seq: 0,
+                outq_len: 0,
+                unsq_len: 0,
+                fin_unsent: false,
+                options: Options::default(),
+                window: None,
+            },
+            receive_queue: Vec::new(),
+            send_queue: Vec::new(),
+            urgent: None,
+            buffers: None,
+            path: None,
+            settings: Settings::default(),
+            nonblocking: false,
+        }
+    }
+
+    /// The addresses of the connection.
+    pub fn flow(&self) -> Flow {
+        Flow { local: self.local, remote: self.remote }
+    }
+
     /// Checks every address, length and sequence number against the others: what
     /// [`restore`](Self::restore) does before its first system call.
     ///
@@ -304,6 +360,12 @@ impl Connection {
         check(self.remote.port() != 0, "the remote port is zero")?;
         check(!self.local.ip().is_unspecified(), "the local address is unspecified")?;
         check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")?;
+        for address in [self.local, self.remote] {
+            if let SocketAddr::V6(address) = address {
+                let scoped = !address.ip().is_unicast_link_local() || address.scope_id() != 0;
+                check(scoped, "a link-local address has no scope id")?;
+            }
+        }
         self.control.validate()?;
         check(
             self.receive_queue.len() == self.control.inq_len as usize,

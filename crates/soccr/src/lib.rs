@@ -1,8 +1,18 @@
 //! soccr: a live TCP connection is a value.
 
+mod buffers;
 pub mod connection;
 mod error;
+mod fin;
+mod pause;
+mod queue;
+mod restore;
+mod save;
+mod segment;
 pub mod settings;
+mod sys;
 
 pub use connection::Connection;
 pub use error::{Error, ErrorKind, Result};
+pub use pause::{Paused, pause};
+pub use restore::{Restore, Restored};

@@ -19,6 +19,11 @@ impl Settings {
         self.0.iter().map(|(name, value)| (name.as_ref(), value))
     }
 
+    /// The value of an option.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.iter().find(|(known, _)| *known == name).map(|(_, value)| value)
+    }
+
     /// Adds an option by its kernel name, such as `TCP_NODELAY`.
     pub fn push(&mut self, name: impl Into<std::borrow::Cow<'static, str>>, value: Value) {
         self.0.push((name.into(), value));

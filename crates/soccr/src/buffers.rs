@@ -1,0 +1,89 @@
+//! The sizes of the two socket buffers, and who may tune them.
+
+use std::os::fd::BorrowedFd;
+
+use crate::connection::Buffers;
+use crate::error::{Error, Result};
+use crate::sys::tcp;
+
+/// One of the two buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Buffer {
+    Send,
+    Receive,
+}
+
+impl Buffer {
+    fn option(self) -> (i32, &'static str) {
+        match self {
+            Self::Send => (libc::SO_SNDBUF, "SO_SNDBUF"),
+            Self::Receive => (libc::SO_RCVBUF, "SO_RCVBUF"),
+        }
+    }
+
+    fn force_option(self) -> (i32, &'static str) {
+        match self {
+            Self::Send => (libc::SO_SNDBUFFORCE, "SO_SNDBUFFORCE"),
+            Self::Receive => (libc::SO_RCVBUFFORCE, "SO_RCVBUFFORCE"),
+        }
+    }
+
+    fn size(self, fd: BorrowedFd<'_>) -> Result<u32> {
+        let (name, text) = self.option();
+        tcp::get_int(fd, libc::SOL_SOCKET, name, text).map(|value| value as u32)
+    }
+
+    /// Sets the size, as `getsockopt` reports it. Without privilege in the initial user namespace the limit is
+    /// `net.core.wmem_max` or `rmem_max`. Locks the buffer against tuning.
+    fn set_size(self, fd: BorrowedFd<'_>, bytes: u32) -> Result<()> {
+        // The kernel doubles what it is given.
+        let set = |(name, text)| tcp::set_int(fd, libc::SOL_SOCKET, name, text, (bytes / 2) as i32);
+        match set(self.force_option()) {
+            Err(error) if error.errno() == Some(libc::EPERM) => set(self.option()),
+            other => other,
+        }
+    }
+}
+
+pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Buffers> {
+    Ok(Buffers {
+        send: Buffer::Send.size(fd)?,
+        receive: Buffer::Receive.size(fd)?,
+        // Linux 5.14; older kernels do not tell, and then tuning stays on.
+        lock: tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK").unwrap_or(0) as u32,
+    })
+}
+
+/// Sizes, then the locks: setting a size locks it.
+pub(crate) fn write(fd: BorrowedFd<'_>, current: Buffers, wanted: Buffers) -> Result<()> {
+    if wanted.send != current.send {
+        Buffer::Send.set_size(fd, wanted.send)?;
+    }
+    if wanted.receive != current.receive {
+        Buffer::Receive.set_size(fd, wanted.receive)?;
+    }
+    if wanted == current { Ok(()) } else { lock(fd, wanted.lock) }
+}
+
+/// Doubles a buffer that is too small for the queue it once held: packed otherwise, the bytes take more memory.
+/// Leaves it open to tuning.
+pub(crate) fn grow(fd: BorrowedFd<'_>, buffer: Buffer) -> Result<()> {
+    let before = buffer.size(fd)?;
+    buffer.set_size(fd, before.saturating_mul(2).min(i32::MAX as u32))?;
+    lock(fd, 0)?;
+    if buffer.size(fd)? > before {
+        return Ok(());
+    }
+    let (limit, text) = match buffer {
+        Buffer::Send => ("net.core.wmem_max", "SO_SNDBUF"),
+        Buffer::Receive => ("net.core.rmem_max", "SO_RCVBUF"),
+    };
+    Err(Error::system(text, rustix::io::Errno::NOBUFS).advise(format!(
+        "the queue does not fit into {before} bytes of buffer: raise {limit}, \
+         or run with CAP_NET_ADMIN in the initial user namespace"
+    )))
+}
+
+fn lock(fd: BorrowedFd<'_>, bits: u32) -> Result<()> {
+    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK", bits as i32)
+}

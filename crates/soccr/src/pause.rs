@@ -1,0 +1,169 @@
+//! [`pause`] a socket: repair mode on, behind a guard that turns it off again.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use crate::connection::Connection;
+use crate::error::{Error, Result};
+use crate::save;
+use crate::sys::tcp::{self, Repair};
+
+/// Turns the repair mode of a TCP socket on (`TCP_REPAIR`), so that its connection can be saved.
+///
+/// The socket itself does not stop: segments that arrive are still taken in and acknowledged. Keep the traffic away
+/// with a [`Lock`](crate::Lock) *before* this call, or make sure that nobody sends. Nor may the application use the
+/// socket meanwhile: what it writes in repair mode does not reach the peer.
+///
+/// # Errors
+/// - Refused: a listener, an MPTCP socket, or a socket that is paused already (by another guard or process; see
+///   [`Paused::take_over`]).
+/// - `EPERM` without `CAP_NET_ADMIN` in the user namespace that owns the socket's network namespace.
+///
+/// # Examples
+/// ```no_run
+/// # fn main() -> soccr::Result<()> {
+/// # let stream = std::net::TcpStream::connect("192.0.2.1:80").unwrap();
+/// let paused = soccr::pause(&stream)?;
+/// let connection = paused.save()?;
+/// paused.resume()?; // the connection goes on as if nothing had happened
+/// println!("{} has {} unread bytes", connection.remote, connection.receive_queue.len());
+/// # Ok(())
+/// # }
+/// ```
+pub fn pause<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Paused<'_>> {
+    pause_fd(socket.as_fd()).map_err(|error| error.at("pause"))
+}
+
+fn pause_fd(fd: BorrowedFd<'_>) -> Result<Paused<'_>> {
+    let refuse = |what, remedy| Err(Error::refused(what, remedy));
+    match tcp::in_repair(fd) {
+        Ok(true) => {
+            return refuse(
+                "a socket that is in repair mode already",
+                "another guard or process has paused it: resume that one first, or take the socket over",
+            );
+        }
+        Ok(false) => {}
+        Err(_) if save::is_mptcp(fd) => {
+            return refuse(
+                "an MPTCP socket",
+                "the kernel cannot repair it: open it with IPPROTO_TCP (Go: GODEBUG=multipathtcp=0)",
+            );
+        }
+        Err(error) => return Err(error),
+    }
+    // Repair mode overwrites it, so it is read before and written back after.
+    let reuse_address = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR")?;
+    if let Err(error) = tcp::set_repair(fd, Repair::On) {
+        if error.errno() == Some(libc::EPERM) && save::is_listener(fd) {
+            return refuse(
+                "a listening socket",
+                "it holds no connection: accept() its queue and save each, then listen anew",
+            );
+        }
+        return Err(error);
+    }
+    Ok(Paused { fd, reuse_address: reuse_address != 0, peer: None })
+}
+
+/// A socket in repair mode. Dropping it resumes the connection.
+#[derive(Debug)]
+#[must_use = "dropping it resumes the connection at once"]
+pub struct Paused<'fd> {
+    fd: BorrowedFd<'fd>,
+    reuse_address: bool,
+    peer: Option<SocketAddr>,
+}
+
+impl<'fd> Paused<'fd> {
+    /// Takes charge of a socket that somebody else has paused and left, such as a process that has died.
+    ///
+    /// # Errors
+    /// Refused where the socket is not in repair mode.
+    pub fn take_over<Fd: AsFd + ?Sized>(socket: &'fd Fd) -> Result<Self> {
+        let fd = socket.as_fd();
+        match tcp::in_repair(fd) {
+            Ok(true) => Ok(Self { fd, reuse_address: false, peer: None }),
+            Ok(false) => {
+                Err(Error::refused("a socket that is not in repair mode", "pause it instead").at("pause"))
+            }
+            Err(error) => Err(error.at("pause")),
+        }
+    }
+
+    /// Tells the address of the peer, for a connection in CLOSE: the kernel has forgotten it.
+    pub fn with_peer(mut self, peer: SocketAddr) -> Self {
+        self.peer = Some(peer);
+        self
+    }
+
+    /// Reads the whole connection. Nothing is consumed: [`resume`](Self::resume) goes on with the same connection.
+    ///
+    /// # Errors
+    /// - Refused: a socket that was never connected; one with a pending error or reset (`SO_ERROR`); one with a kTLS
+    ///   layer; a connection in CLOSE without [`with_peer`](Self::with_peer).
+    /// - The queues kept changing while they were read: the traffic was not locked.
+    /// - System: the option that failed.
+    pub fn save(&self) -> Result<Connection> {
+        let mut connection = Connection::empty();
+        self.save_into(&mut connection)?;
+        Ok(connection)
+    }
+
+    /// Like [`save`](Self::save), into the memory of a connection saved before.
+    ///
+    /// # Errors
+    /// Those of [`save`](Self::save); the contents of `connection` are unspecified then.
+    pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
+        save::save(self.fd, self.peer, connection).map_err(|error| error.at("save"))?;
+        save::reuse_address(connection, self.reuse_address);
+        Ok(())
+    }
+
+    /// Ends repair mode: the connection goes on here. An ESTABLISHED one sends a window probe, which tells it what it
+    /// may have missed.
+    ///
+    /// # Errors
+    /// The option that failed; the guard is gone nevertheless.
+    pub fn resume(self) -> Result<()> {
+        std::mem::ManuallyDrop::new(self).turn_off().map_err(|error| error.at("resume"))
+    }
+
+    /// Leaves the socket in repair mode, and gives up the guard. Closing the socket is silent then.
+    pub fn release(self) {
+        std::mem::forget(self);
+    }
+
+    /// Makes the socket forget its connection without a packet: neither FIN nor RST. The connection lives on in what
+    /// was saved; its addresses are free for a [`restore`](Connection::restore) at once, in this process or another.
+    ///
+    /// Whoever still uses the socket sees an ordinary error (`ECONNABORTED`, then `ENOTCONN`).
+    ///
+    /// # Errors
+    /// `connect` to `AF_UNSPEC` failed; the connection is resumed.
+    pub fn detach(self) -> Result<()> {
+        let detached =
+            rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error));
+        detached.map_err(|error| error.at("detach"))?;
+        // Repair mode would turn the owner's later calls into EPERM, which says nothing.
+        let off = tcp::set_repair(self.fd, Repair::OffNoProbe);
+        self.release();
+        off.map_err(|error| error.at("detach"))
+    }
+
+    fn turn_off(&self) -> Result<()> {
+        tcp::set_repair(self.fd, Repair::Off)?;
+        set_reuse_address(self.fd, self.reuse_address)
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        // There is nobody left to tell.
+        let _ = self.turn_off();
+    }
+}
+
+pub(crate) fn set_reuse_address(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
+    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR", on.into())
+}

@@ -1,0 +1,171 @@
+//! The bytes in the two queues: read without consuming them, written without sending them.
+
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use crate::buffers::{self, Buffer};
+use crate::connection::Urgent;
+use crate::error::{Error, Result};
+use crate::sys::tcp::{self, Queue};
+
+/// The kernel keeps each write to the receive queue in one linear buffer; much larger ones can fail to allocate.
+const RECEIVE_CHUNK: usize = 68 << 10;
+
+/// Offset to which `SO_PEEK_OFF` is set where the application does not use it.
+const NO_PEEK_OFFSET: i32 = -1;
+
+/// The length of the receive queue and the urgent mark in it.
+///
+/// `SIOCINQ` stops at an urgent mark, unless urgent data is read in line: so it is asked both ways.
+pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Urgent>)> {
+    let inline = get_inline(fd)?;
+    let lengths = both_lengths(fd, inline);
+    set_inline(fd, inline)?;
+    let (to_mark, whole, unread_mark) = lengths?;
+    let urgent = (to_mark < whole).then_some(Urgent { offset: to_mark, consumed: !unread_mark });
+    Ok((whole, urgent))
+}
+
+/// `SIOCINQ` up to the mark and altogether, and whether the urgent byte can still be read out of band.
+fn both_lengths(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, u32, bool)> {
+    let first = tcp::unread(fd)?;
+    set_inline(fd, !inline)?;
+    let second = tcp::unread(fd)?;
+    let (to_mark, whole) = if inline { (second, first) } else { (first, second) };
+    if to_mark >= whole {
+        return Ok((whole, whole, false));
+    }
+    set_inline(fd, false)?;
+    tcp::select_queue(fd, Queue::Receive)?;
+    let mut byte = [0];
+    let unread_mark = recv(fd, &mut byte, RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok();
+    Ok((to_mark, whole, unread_mark))
+}
+
+/// Copies the receive queue, or the send queue, into `bytes`, which must have its length.
+///
+/// # Errors
+/// [`changed`] where the queue has another length by now.
+pub(crate) fn peek(
+    fd: BorrowedFd<'_>,
+    queue: Queue,
+    bytes: &mut Vec<u8>,
+    length: u32,
+    marked: bool,
+) -> Result<()> {
+    bytes.clear();
+    if length == 0 {
+        return Ok(());
+    }
+    // One byte more than expected, so that a queue that has grown is noticed.
+    bytes
+        .try_reserve_exact(length as usize + 1)
+        .map_err(|_| Error::system("memory for a queue", Errno::NOMEM))?;
+    tcp::select_queue(fd, queue)?;
+    match queue {
+        Queue::Receive if marked => peek_across_mark(fd, bytes, length)?,
+        Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, bytes))?,
+        Queue::Send | Queue::None => peek_once(fd, bytes)?,
+    }
+    if bytes.len() == length as usize { Ok(()) } else { Err(changed()) }
+}
+
+const CHANGED: &str = "a connection that changes while it is read";
+
+/// The queues were not the same before and after they were read.
+pub(crate) fn changed() -> Error {
+    Error::refused(CHANGED, "lock its traffic first, and let no process use the socket")
+}
+
+/// Reading once more may help.
+pub(crate) fn is_change(error: &Error) -> bool {
+    error.what() == CHANGED
+}
+
+fn peek_once(fd: BorrowedFd<'_>, bytes: &mut Vec<u8>) -> Result<()> {
+    loop {
+        match recv(fd, rustix::buffer::spare_capacity(bytes), RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) | Ok(_) => return Ok(()),
+            Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
+        }
+    }
+}
+
+/// A peek ends at the urgent mark, whatever is asked; `SO_PEEK_OFF` goes on behind it, if urgent data is in line.
+fn peek_across_mark(fd: BorrowedFd<'_>, bytes: &mut Vec<u8>, length: u32) -> Result<()> {
+    let inline = get_inline(fd)?;
+    set_inline(fd, true)?;
+    let read = with_peek_offset(fd, 0, || {
+        let mut before = usize::MAX;
+        while bytes.len() != before && bytes.len() < length as usize {
+            before = bytes.len();
+            peek_once(fd, bytes)?;
+        }
+        Ok(())
+    });
+    set_inline(fd, inline)?;
+    read
+}
+
+/// Runs `body` with another `SO_PEEK_OFF` than the application's, which is put back.
+fn with_peek_offset(fd: BorrowedFd<'_>, offset: i32, body: impl FnOnce() -> Result<()>) -> Result<()> {
+    let option = |value| tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF", value);
+    let before = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF")?;
+    if before == offset {
+        return body();
+    }
+    option(offset)?;
+    let result = body();
+    option(before)?;
+    result
+}
+
+fn get_inline(fd: BorrowedFd<'_>) -> Result<bool> {
+    Ok(tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, "SO_OOBINLINE")? != 0)
+}
+
+pub(crate) fn set_inline(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
+    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, "SO_OOBINLINE", on.into())
+}
+
+/// Puts bytes into the receive queue of a socket in repair mode.
+pub(crate) fn fill_receive(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
+    tcp::select_queue(fd, Queue::Receive)?;
+    fill(fd, bytes, RECEIVE_CHUNK, Buffer::Receive, "the receive queue")
+}
+
+/// Puts bytes into the send queue, as sent in repair mode and as unsent else.
+pub(crate) fn fill_send(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
+    fill(fd, bytes, usize::MAX, Buffer::Send, "the send queue")
+}
+
+/// Reads the urgent byte out of band, as the application had done.
+pub(crate) fn consume_urgent(fd: BorrowedFd<'_>) -> Result<()> {
+    match recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::DONTWAIT) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Error::system("recv(MSG_OOB)", error)),
+    }
+}
+
+fn fill(
+    fd: BorrowedFd<'_>,
+    mut bytes: &[u8],
+    mut chunk: usize,
+    buffer: Buffer,
+    text: &'static str,
+) -> Result<()> {
+    while !bytes.is_empty() {
+        let piece = &bytes[..bytes.len().min(chunk)];
+        match send(fd, piece, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN | Errno::NOBUFS) => buffers::grow(fd, buffer)?,
+            Err(Errno::NOMEM) if piece.len() > 4096 => chunk = piece.len() / 2,
+            Err(error) => return Err(Error::system(text, error)),
+        }
+    }
+    Ok(())
+}

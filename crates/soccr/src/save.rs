@@ -1,0 +1,194 @@
+//! Kernel → [`Connection`], in the order the kernel demands.
+
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{getpeername, getsockname};
+
+use crate::buffers;
+use crate::connection::{Connection, ControlBlock, Options, Path, State, Urgent, WindowScale};
+use crate::error::{Error, Result};
+use crate::queue::{self, changed, is_change};
+use crate::settings::Value;
+use crate::sys::sockopt;
+use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
+
+/// How often a connection that changes while it is read is read anew.
+const ATTEMPTS: usize = 3;
+
+pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mut Connection) -> Result<()> {
+    let mut attempts = 1;
+    while let Err(error) = save_queues(fd, connection) {
+        if attempts == ATTEMPTS || !is_change(&error) {
+            return Err(error);
+        }
+        attempts += 1;
+    }
+    connection.local = local_address(fd)?;
+    connection.remote = remote_address(fd, connection.control.state, peer)?;
+    connection.buffers = Some(buffers::read(fd)?);
+    connection.nonblocking = rustix::fs::fcntl_getfl(fd)
+        .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
+        .contains(rustix::fs::OFlags::NONBLOCK);
+    connection.validate()
+}
+
+/// Everything that moves with the traffic, verified to have stood still meanwhile.
+fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
+    let (control, urgent, path) = control_block(fd)?;
+    queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
+    queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
+    if !is_unchanged(fd, &control)? {
+        return Err(changed());
+    }
+    connection.urgent = urgent;
+    connection.path = Some(path);
+    connection.control = control;
+    Ok(())
+}
+
+/// Reads everything but the queues' bytes and the addresses.
+pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Path)> {
+    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
+    let info = tcp::info(fd)?;
+    let state = kernel_state(&info)?;
+    check_savable(fd, state)?;
+    let (inq_len, urgent) = queue::receive_queue_extent(fd)?;
+    let unacknowledged = tcp::unacknowledged(fd)?;
+    let unsent = tcp::unsent(fd)?;
+    // A FIN that is queued counts one in the lengths that the kernel reports.
+    let fin = u32::from(state.fin_queued() && unacknowledged > 0);
+    let fin_unsent = fin.min(unsent);
+    let options = options(fd, &info)?;
+    let window = tcp::window(fd)?;
+    let write_seq = tcp::queue_seq(fd, Queue::Send)?;
+    tcp::select_queue(fd, Queue::None)?;
+    let control = ControlBlock {
+        state,
+        rcv_nxt,
+        inq_len,
+        write_seq,
+        outq_len: unacknowledged - fin,
+        unsq_len: unsent - fin_unsent,
+        fin_unsent: fin_unsent != 0,
+        options,
+        window,
+    };
+    Ok((control, urgent, path(&info)))
+}
+
+/// Compares the sequence numbers of the socket with those of a control block.
+pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, control: &ControlBlock) -> Result<bool> {
+    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
+    let unacknowledged = tcp::unacknowledged(fd)?;
+    tcp::select_queue(fd, Queue::None)?;
+    let handshake = control.state == State::SynSent;
+    Ok(rcv_nxt == control.rcv_nxt
+        && (handshake || unacknowledged == control.write_seq.wrapping_sub(control.snd_una())))
+}
+
+fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
+    let has = |bit| info.options & bit != 0;
+    let (snd, rcv) = (info.window_scales & 15, info.window_scales >> 4);
+    Ok(Options {
+        mss_clamp: tcp::max_segment(fd)?.min(u16::MAX.into()) as u16,
+        window_scale: has(info_option::WINDOW_SCALE).then_some(WindowScale { snd, rcv }),
+        sack: has(info_option::SACK),
+        timestamps: if has(info_option::TIMESTAMPS) { Some(tcp::timestamp(fd)?) } else { None },
+        microseconds: has(info_option::MICROSECOND_TIMESTAMPS),
+        ecn: has(info_option::ECN),
+        ecn_seen: has(info_option::ECN_SEEN),
+        syn_data: has(info_option::SYN_DATA),
+    })
+}
+
+fn path(info: &TcpInfo) -> Path {
+    let microseconds = |value: u32| Duration::from_micros(value.into());
+    Path {
+        rtt: microseconds(info.rtt),
+        rttvar: microseconds(info.rttvar),
+        rto: microseconds(info.rto),
+        snd_mss: info.snd_mss,
+        snd_cwnd: info.snd_cwnd,
+        snd_ssthresh: info.snd_ssthresh,
+        rcv_ssthresh: info.rcv_ssthresh,
+    }
+}
+
+/// Refuses what cannot be carried without loss, whatever a dump would return.
+fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<()> {
+    let refuse = |what, remedy| Err(Error::refused(what, remedy));
+    let events = pending(fd)?;
+    if events.contains(PollFlags::ERR) {
+        return refuse(
+            "a socket with a pending error or an unread error queue",
+            "read SO_ERROR or MSG_ERRQUEUE first; a connection that the peer has reset is gone",
+        );
+    }
+    if state == State::Close && !events.contains(PollFlags::RDHUP) {
+        return refuse("a socket that is not connected", "there is no connection to save");
+    }
+    // TLS in the kernel: its keys cannot be read, and the queues hold what they encrypt.
+    let mut upper_layer = [0; 16];
+    if sockopt::get_bytes(fd, tcp::SOL_TCP, libc::TCP_ULP, &mut upper_layer).is_ok_and(|length| length > 0) {
+        return refuse(
+            "a socket with an upper layer protocol (kTLS)",
+            "the kernel does not give its keys away",
+        );
+    }
+    Ok(())
+}
+
+/// Errors and hang-ups that wait for the application; nothing is consumed, unlike with `SO_ERROR`.
+fn pending(fd: BorrowedFd<'_>) -> Result<PollFlags> {
+    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut polled, Some(&now)).map_err(|error| Error::system("poll", error))?;
+    Ok(polled[0].revents())
+}
+
+pub(crate) fn state(fd: BorrowedFd<'_>) -> Result<State> {
+    kernel_state(&tcp::info(fd)?)
+}
+
+fn kernel_state(info: &TcpInfo) -> Result<State> {
+    State::from_kernel(info.state).ok_or_else(|| Error::invalid("tcpi_state is unknown"))
+}
+
+pub(crate) fn is_listener(fd: BorrowedFd<'_>) -> bool {
+    state(fd).is_ok_and(|state| state == State::Listen)
+}
+
+pub(crate) fn is_mptcp(fd: BorrowedFd<'_>) -> bool {
+    tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL, "SO_PROTOCOL")
+        .is_ok_and(|protocol| protocol == libc::IPPROTO_MPTCP)
+}
+
+fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
+    let address = getsockname(fd).map_err(|error| Error::system("getsockname", error))?;
+    SocketAddr::try_from(address)
+        .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried"))
+}
+
+fn remote_address(fd: BorrowedFd<'_>, state: State, peer: Option<SocketAddr>) -> Result<SocketAddr> {
+    let address = getpeername(fd);
+    match address {
+        Ok(Some(address)) => SocketAddr::try_from(address)
+            .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried")),
+        Err(rustix::io::Errno::NOTCONN) | Ok(None) => match peer {
+            Some(peer) => Ok(peer),
+            None => Err(Error::refused(
+                format!("a connection in {state} without its peer's address"),
+                "the kernel has forgotten it: tell it by Paused::with_peer",
+            )),
+        },
+        Err(error) => Err(Error::system("getpeername", error)),
+    }
+}
+
+/// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.
+pub(crate) fn reuse_address(connection: &mut Connection, on: bool) {
+    connection.settings.push("SO_REUSEADDR", Value::Number(on.into()));
+}

@@ -1,0 +1,71 @@
+//! `getsockopt(2)`, `setsockopt(2)` and integer ioctls, for types whose every bit pattern is a value.
+
+use std::io;
+use std::mem::{MaybeUninit, size_of, size_of_val};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::ioctl::{Getter, Opcode, ioctl};
+
+/// A type without padding and without invalid bit patterns, as socket options are.
+///
+/// # Safety
+/// Every sequence of `size_of::<Self>()` bytes must be a value of it, and it must have no padding.
+pub(crate) unsafe trait Plain: Copy {}
+
+// SAFETY: integers, and arrays of them, have neither padding nor invalid values.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Plain for [u32; N] {}
+
+/// Reads an option whose length is known.
+pub(crate) fn get<T: Plain>(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<T> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes into `value`, which has that size.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &mut length) };
+    check(result)?;
+    // SAFETY: all bytes are initialised, by the kernel or as zero, and `T` is plain.
+    Ok(unsafe { value.assume_init() })
+}
+
+/// Reads an option of any length; returns how many bytes the kernel filled in.
+pub(crate) fn get_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> io::Result<usize> {
+    let mut length = value.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes into `value`, which has that size.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &mut length) };
+    check(result)?;
+    Ok((length as usize).min(value.len()))
+}
+
+/// Writes an option.
+pub(crate) fn set<T: Plain>(fd: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
+    let length = size_of_val(value) as libc::socklen_t;
+    // SAFETY: `value` is readable for `length` bytes.
+    check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const *value).cast(), length) })
+}
+
+/// Writes an option of any length.
+pub(crate) fn set_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let length = value.len() as libc::socklen_t;
+    // SAFETY: `value` is readable for `length` bytes.
+    check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) })
+}
+
+/// Asks an ioctl that answers with one `int`.
+pub(crate) fn ioctl_int<const OPCODE: Opcode>(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: this module's callers name only ioctls that write one `int`.
+    let getter = unsafe { Getter::<OPCODE, i32>::new() };
+    // SAFETY: as above.
+    Ok(unsafe { ioctl(fd, getter) }?)
+}
+
+/// The one funnel from −1 to errno.
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,212 @@
+//! The TCP options of `TCP_REPAIR` and what a dump reads, typed; every error names its option.
+//!
+//! # References
+//! `linux/tcp.h`; `tcp(7)`; kernel commits ee9952831cfd (TCP_REPAIR), b1ed4c4fa9a5 (TCP_REPAIR_WINDOW).
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use super::sockopt::{self, Plain};
+use crate::connection::Window;
+use crate::error::{Error, Result};
+
+/// Level of the TCP options.
+pub(crate) const SOL_TCP: i32 = libc::IPPROTO_TCP;
+
+const TCP_REPAIR: i32 = 19;
+const TCP_REPAIR_QUEUE: i32 = 20;
+const TCP_QUEUE_SEQ: i32 = 21;
+const TCP_REPAIR_OPTIONS: i32 = 22;
+const TCP_REPAIR_WINDOW: i32 = 29;
+
+/// Values of `TCP_REPAIR`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Repair {
+    /// Back to normal, and an ESTABLISHED connection sends a window probe.
+    Off = 0,
+    /// The socket's queues, sequence numbers and options can be read and written; closing it is silent.
+    On = 1,
+    /// Back to normal without a probe.
+    OffNoProbe = -1,
+}
+
+/// Values of `TCP_REPAIR_QUEUE`: what sequence numbers, `send` and `recv` are about in repair mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Queue {
+    None = 0,
+    Receive = 1,
+    Send = 2,
+}
+
+/// One negotiated option (`struct tcp_repair_opt`).
+pub(crate) type RepairOption = [u32; 2];
+
+/// Codes of a [`RepairOption`]: the option kinds of the TCP header.
+pub(crate) mod option_kind {
+    pub(crate) const MSS: u32 = 2;
+    pub(crate) const WINDOW_SCALE: u32 = 3;
+    pub(crate) const SACK_PERMITTED: u32 = 4;
+    pub(crate) const TIMESTAMPS: u32 = 8;
+}
+
+/// The beginning of `struct tcp_info`: what every kernel with TCP_REPAIR has.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct TcpInfo {
+    pub(crate) state: u8,
+    ca_state: u8,
+    retransmits: u8,
+    probes: u8,
+    backoff: u8,
+    /// `TCPI_OPT_*`.
+    pub(crate) options: u8,
+    /// `snd_wscale` in the low four bits, `rcv_wscale` in the high ones.
+    pub(crate) window_scales: u8,
+    flags: u8,
+    /// Microseconds, as all times here.
+    pub(crate) rto: u32,
+    ato: u32,
+    pub(crate) snd_mss: u32,
+    rcv_mss: u32,
+    unacked: u32,
+    sacked: u32,
+    lost: u32,
+    retrans: u32,
+    fackets: u32,
+    last_data_sent: u32,
+    last_ack_sent: u32,
+    last_data_recv: u32,
+    last_ack_recv: u32,
+    pmtu: u32,
+    pub(crate) rcv_ssthresh: u32,
+    pub(crate) rtt: u32,
+    pub(crate) rttvar: u32,
+    pub(crate) snd_ssthresh: u32,
+    pub(crate) snd_cwnd: u32,
+}
+
+// SAFETY: eight bytes, then 32-bit integers: no padding, no invalid values.
+unsafe impl Plain for TcpInfo {}
+
+/// Bits of [`TcpInfo::options`].
+pub(crate) mod info_option {
+    pub(crate) const TIMESTAMPS: u8 = 1;
+    pub(crate) const SACK: u8 = 2;
+    pub(crate) const WINDOW_SCALE: u8 = 4;
+    pub(crate) const ECN: u8 = 8;
+    pub(crate) const ECN_SEEN: u8 = 16;
+    pub(crate) const SYN_DATA: u8 = 32;
+    pub(crate) const MICROSECOND_TIMESTAMPS: u8 = 64;
+}
+
+fn named<T>(option: &'static str, result: io::Result<T>) -> Result<T> {
+    result.map_err(|error| Error::system(option, error))
+}
+
+pub(crate) fn set_repair(fd: BorrowedFd<'_>, mode: Repair) -> Result<()> {
+    named("TCP_REPAIR", sockopt::set(fd, SOL_TCP, TCP_REPAIR, &(mode as i32)))
+}
+
+pub(crate) fn in_repair(fd: BorrowedFd<'_>) -> Result<bool> {
+    named("TCP_REPAIR", sockopt::get::<i32>(fd, SOL_TCP, TCP_REPAIR)).map(|mode| mode == Repair::On as i32)
+}
+
+pub(crate) fn select_queue(fd: BorrowedFd<'_>, queue: Queue) -> Result<()> {
+    named("TCP_REPAIR_QUEUE", sockopt::set(fd, SOL_TCP, TCP_REPAIR_QUEUE, &(queue as i32)))
+}
+
+/// `rcv_nxt` or `write_seq`; leaves the queue selected.
+pub(crate) fn queue_seq(fd: BorrowedFd<'_>, queue: Queue) -> Result<u32> {
+    select_queue(fd, queue)?;
+    named("TCP_QUEUE_SEQ", sockopt::get(fd, SOL_TCP, TCP_QUEUE_SEQ))
+}
+
+/// Sets `rcv_nxt` or `write_seq` of a socket that is not yet connected; leaves the queue selected.
+pub(crate) fn set_queue_seq(fd: BorrowedFd<'_>, queue: Queue, seq: u32) -> Result<()> {
+    select_queue(fd, queue)?;
+    named("TCP_QUEUE_SEQ", sockopt::set(fd, SOL_TCP, TCP_QUEUE_SEQ, &seq))
+}
+
+pub(crate) fn set_repair_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -> Result<()> {
+    // The kernel reads an array of pairs; so many are ever needed.
+    let mut pairs = [[0; 2]; 4];
+    let pairs = &mut pairs[..options.len()];
+    pairs.copy_from_slice(options);
+    named("TCP_REPAIR_OPTIONS", sockopt::set_bytes(fd, SOL_TCP, TCP_REPAIR_OPTIONS, bytes_of(pairs)))
+}
+
+fn bytes_of(pairs: &[RepairOption]) -> &[u8] {
+    // SAFETY: pairs of integers have no padding; the slice covers exactly their memory, for their lifetime.
+    unsafe { std::slice::from_raw_parts(pairs.as_ptr().cast(), size_of_val(pairs)) }
+}
+
+pub(crate) fn timestamp(fd: BorrowedFd<'_>) -> Result<u32> {
+    named("TCP_TIMESTAMP", sockopt::get(fd, SOL_TCP, libc::TCP_TIMESTAMP))
+}
+
+pub(crate) fn set_timestamp(fd: BorrowedFd<'_>, value: u32) -> Result<()> {
+    named("TCP_TIMESTAMP", sockopt::set(fd, SOL_TCP, libc::TCP_TIMESTAMP, &value))
+}
+
+/// The MSS that the peer announced, in repair mode.
+pub(crate) fn max_segment(fd: BorrowedFd<'_>) -> Result<u32> {
+    named("TCP_MAXSEG", sockopt::get(fd, SOL_TCP, libc::TCP_MAXSEG))
+}
+
+pub(crate) fn set_max_segment(fd: BorrowedFd<'_>, bytes: u32) -> Result<()> {
+    named("TCP_MAXSEG", sockopt::set(fd, SOL_TCP, libc::TCP_MAXSEG, &bytes))
+}
+
+/// Sets an integer option that has no more than a value.
+pub(crate) fn set_int(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    text: &'static str,
+    value: i32,
+) -> Result<()> {
+    named(text, sockopt::set(fd, level, name, &value))
+}
+
+/// Reads an integer option.
+pub(crate) fn get_int(fd: BorrowedFd<'_>, level: i32, name: i32, text: &'static str) -> Result<i32> {
+    named(text, sockopt::get(fd, level, name))
+}
+
+/// The windows; `None` where the kernel does not know them.
+pub(crate) fn window(fd: BorrowedFd<'_>) -> Result<Option<Window>> {
+    match sockopt::get::<[u32; 5]>(fd, SOL_TCP, TCP_REPAIR_WINDOW) {
+        Ok([snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup]) => {
+            Ok(Some(Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup }))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+        Err(error) => named("TCP_REPAIR_WINDOW", Err(error)),
+    }
+}
+
+pub(crate) fn set_window(fd: BorrowedFd<'_>, window: &Window) -> Result<()> {
+    let Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup } = *window;
+    let values = [snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup];
+    named("TCP_REPAIR_WINDOW", sockopt::set(fd, SOL_TCP, TCP_REPAIR_WINDOW, &values))
+}
+
+pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
+    named("TCP_INFO", sockopt::get(fd, SOL_TCP, libc::TCP_INFO))
+}
+
+/// Bytes that the application can read, up to an urgent mark.
+pub(crate) fn unread(fd: BorrowedFd<'_>) -> Result<u32> {
+    named("SIOCINQ", sockopt::ioctl_int::<0x541B>(fd)).map(|bytes| bytes as u32)
+}
+
+/// `write_seq − snd_una`: a FIN counts.
+pub(crate) fn unacknowledged(fd: BorrowedFd<'_>) -> Result<u32> {
+    named("SIOCOUTQ", sockopt::ioctl_int::<0x5411>(fd)).map(|bytes| bytes as u32)
+}
+
+/// `write_seq − snd_nxt`: a FIN counts.
+pub(crate) fn unsent(fd: BorrowedFd<'_>) -> Result<u32> {
+    named("SIOCOUTQNSD", sockopt::ioctl_int::<0x894B>(fd)).map(|bytes| bytes as u32)
+}
