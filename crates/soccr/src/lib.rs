@@ -2,7 +2,9 @@
 
 pub mod connection;
 mod error;
+mod segment;
 pub mod settings;
+mod sys;
 
 pub use connection::Connection;
 pub use error::{Error, ErrorKind, Result};
