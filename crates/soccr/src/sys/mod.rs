@@ -1,0 +1,5 @@
+//! The system calls that no library wraps safely: the only place for `unsafe` in this crate.
+#![allow(unsafe_code)]
+
+pub(crate) mod namespace;
+pub(crate) mod raw;

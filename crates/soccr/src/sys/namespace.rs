@@ -1,0 +1,63 @@
+//! The network namespace of a socket, and work done inside it.
+
+use std::io;
+use std::mem::size_of_val;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// A number that no two network namespaces share while the machine runs (`SO_NETNS_COOKIE`, Linux 5.14).
+///
+/// Zero on older kernels, where all sockets are taken to live in the caller's namespace.
+pub(crate) fn cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut value = 0u64;
+    let mut length = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `value`; every bit pattern is a u64.
+    let result = unsafe {
+        let value = (&raw mut value).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, value, &mut length)
+    };
+    match io::Error::last_os_error() {
+        _ if result == 0 => Ok(value),
+        error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(0),
+        error => Err(error),
+    }
+}
+
+/// The namespace of a socket, whichever namespace the caller is in (`SIOCGSKNS`).
+pub(crate) fn of_socket(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: this ioctl takes no argument.
+    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Runs `work` in another network namespace, on a thread that lives as long as the work.
+pub(crate) fn run_in<T: Send>(
+    namespace: BorrowedFd<'_>,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("soccr-netns".into()).spawn_scoped(scope, || {
+            move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
+            work()
+        })?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Opens something in the namespace of `socket`: on this thread, where it is in that namespace.
+pub(crate) fn open_beside<T: AsFd + Send>(
+    socket: BorrowedFd<'_>,
+    open: impl Fn() -> io::Result<T> + Send + Sync,
+) -> io::Result<T> {
+    let here = open()?;
+    if cookie(here.as_fd())? == cookie(socket)? {
+        return Ok(here);
+    }
+    run_in(of_socket(socket)?.as_fd(), open)
+}
