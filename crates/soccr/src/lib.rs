@@ -16,3 +16,4 @@ pub use connection::Connection;
 pub use error::{Error, ErrorKind, Result};
 pub use pause::{Paused, pause};
 pub use restore::{Restore, Restored};
+pub use sys::tcp::Queue;

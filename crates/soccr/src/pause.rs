@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::connection::Connection;
+use crate::connection::{Connection, ControlBlock};
 use crate::error::{Error, Result};
+use crate::queue;
 use crate::save;
-use crate::sys::tcp::{self, Repair};
+use crate::sys::tcp::{self, Queue, Repair};
 
 /// Turns the repair mode of a TCP socket on (`TCP_REPAIR`), so that its connection can be saved.
 ///
@@ -118,6 +119,31 @@ impl<'fd> Paused<'fd> {
         save::save(self.fd, self.peer, connection).map_err(|error| error.at("save"))?;
         save::reuse_address(connection, self.reuse_address);
         Ok(())
+    }
+
+    /// Reads everything but the bytes in the queues: the first part of [`save`](Self::save), for callers who keep those
+    /// in memory of their own.
+    ///
+    /// # Errors
+    /// Those of [`save`](Self::save), and refused where an urgent mark lies in the receive queue: only a
+    /// [`Connection`] carries it.
+    pub fn control_block(&self) -> Result<ControlBlock> {
+        let refused =
+            || Error::refused("urgent data in the receive queue", "let the application read it first");
+        match save::control_block(self.fd) {
+            Ok((_, Some(_), _)) => Err(refused().at("save")),
+            Ok((control, None, _)) => Ok(control),
+            Err(error) => Err(error.at("save")),
+        }
+    }
+
+    /// Copies a queue into `bytes`, which has its length of the [control block](Self::control_block). Nothing is
+    /// consumed.
+    ///
+    /// # Errors
+    /// Refused where the queue has another length by now: its traffic was not locked.
+    pub fn copy_queue(&self, queue: Queue, bytes: &mut [u8]) -> Result<()> {
+        queue::copy(self.fd, queue, bytes).map_err(|error| error.at("save"))
     }
 
     /// Ends repair mode: the connection goes on here. An ESTABLISHED one sends a window probe, which tells it what it

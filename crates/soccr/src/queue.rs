@@ -44,7 +44,7 @@ fn both_lengths(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, u32, bool)> {
     Ok((to_mark, whole, unread_mark))
 }
 
-/// Copies the receive queue, or the send queue, into `bytes`, which must have its length.
+/// Copies the receive queue, or the send queue, to where `bytes` begins.
 ///
 /// # Errors
 /// [`changed`] where the queue has another length by now.
@@ -73,6 +73,29 @@ pub(crate) fn peek(
 }
 
 const CHANGED: &str = "a connection that changes while it is read";
+
+/// Copies a queue without an urgent mark into a buffer of exactly its length.
+pub(crate) fn copy(fd: BorrowedFd<'_>, queue: Queue, bytes: &mut [u8]) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let read = || loop {
+        match recv(fd, &mut *bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Err(changed()),
+            Ok((_, length)) if length == bytes.len() => return Ok(()),
+            Ok(_) => return Err(changed()),
+            Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
+        }
+    };
+    tcp::select_queue(fd, queue)?;
+    if queue == Queue::Receive {
+        with_peek_offset(fd, NO_PEEK_OFFSET, read)?
+    } else {
+        read()?
+    }
+    tcp::select_queue(fd, Queue::None)
+}
 
 /// The queues were not the same before and after they were read.
 pub(crate) fn changed() -> Error {

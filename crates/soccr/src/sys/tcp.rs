@@ -31,12 +31,15 @@ pub(crate) enum Repair {
     OffNoProbe = -1,
 }
 
-/// Values of `TCP_REPAIR_QUEUE`: what sequence numbers, `send` and `recv` are about in repair mode.
+/// The queues of a socket, numbered as `TCP_REPAIR_QUEUE` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
-pub(crate) enum Queue {
+pub enum Queue {
+    /// Neither.
     None = 0,
+    /// What has arrived and has not been read.
     Receive = 1,
+    /// What has been written and has not been acknowledged.
     Send = 2,
 }
 
