@@ -47,14 +47,14 @@ pub(crate) fn inject_ack(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock)
 /// An urgent byte of the peer arrives, at the end of what has been received.
 pub(crate) fn inject_urgent(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock, byte: u8) -> Result<()> {
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
-    tcp::select_queue(fd, Queue::None)?;
+    tcp::select_queue(fd, None)?;
     let payload = [byte];
     let flags = flags::URG | flags::PSH | flags::ACK;
     let ack = control.first_unacknowledged();
     let segment = Segment { urgent: 1, ..from_peer(flow, control, rcv_nxt, ack, flags, &payload) };
     let arrived = || {
         let arrived = tcp::queue_seq(fd, Queue::Receive)? != rcv_nxt;
-        tcp::select_queue(fd, Queue::None)?;
+        tcp::select_queue(fd, None)?;
         Ok(arrived)
     };
     inject(fd, &segment, arrived)

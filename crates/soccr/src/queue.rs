@@ -67,7 +67,7 @@ pub(crate) fn peek(
     match queue {
         Queue::Receive if marked => peek_across_mark(fd, bytes, length)?,
         Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, bytes))?,
-        Queue::Send | Queue::None => peek_once(fd, bytes)?,
+        Queue::Send => peek_once(fd, bytes)?,
     }
     if bytes.len() == length as usize { Ok(()) } else { Err(changed()) }
 }
@@ -79,7 +79,7 @@ pub(crate) fn copy(fd: BorrowedFd<'_>, queue: Queue, bytes: &mut [u8]) -> Result
     if bytes.is_empty() {
         return Ok(());
     }
-    let read = || loop {
+    let mut read = || loop {
         match recv(fd, &mut *bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Err(changed()),
@@ -94,7 +94,7 @@ pub(crate) fn copy(fd: BorrowedFd<'_>, queue: Queue, bytes: &mut [u8]) -> Result
     } else {
         read()?
     }
-    tcp::select_queue(fd, Queue::None)
+    tcp::select_queue(fd, None)
 }
 
 /// The queues were not the same before and after they were read.

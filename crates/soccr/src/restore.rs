@@ -120,7 +120,7 @@ impl<'fd> Restore<'fd> {
         tcp::set_max_segment(fd, u32::from(control.options.mss_clamp).min(MAX_SEGMENT_LIMIT))?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged())?;
-        tcp::select_queue(fd, Queue::None)?;
+        tcp::select_queue(fd, None)?;
         Ok(Self { fd, control, buffers, flow: None })
     }
 
@@ -210,7 +210,7 @@ impl<'fd> Restore<'fd> {
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
         tcp::select_queue(self.fd, Queue::Send)?;
         queue::fill_send(self.fd, sent)?;
-        tcp::select_queue(self.fd, Queue::None)?;
+        tcp::select_queue(self.fd, None)?;
         if unsent.is_empty() {
             return Ok(());
         }
@@ -226,7 +226,7 @@ impl<'fd> Restore<'fd> {
             let window = if self.window_is_closed() { opened(window, self.control.rcv_nxt) } else { window };
             tcp::set_window(self.fd, &window)?;
         }
-        tcp::select_queue(self.fd, Queue::None)?;
+        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
         self.verify()
     }
@@ -264,7 +264,7 @@ impl<'fd> Restore<'fd> {
         }
         tcp::select_queue(self.fd, Queue::Send)?;
         shutdown(self.fd)?;
-        tcp::select_queue(self.fd, Queue::None)
+        tcp::select_queue(self.fd, None)
     }
 
     /// Runs `write` out of repair mode, while the peer's window seems closed: what it writes is queued, not sent.
@@ -289,7 +289,7 @@ impl<'fd> Restore<'fd> {
     /// Makes room for the segments that are injected, whatever window was saved.
     fn open_window(&self) -> Result<()> {
         let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
-        tcp::select_queue(self.fd, Queue::None)?;
+        tcp::select_queue(self.fd, None)?;
         let Some(saved) =
             self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?
         else {

@@ -64,7 +64,7 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
     let options = options(fd, &info)?;
     let window = tcp::window(fd)?;
     let write_seq = tcp::queue_seq(fd, Queue::Send)?;
-    tcp::select_queue(fd, Queue::None)?;
+    tcp::select_queue(fd, None)?;
     let control = ControlBlock {
         state,
         rcv_nxt,
@@ -83,7 +83,7 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
 pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, control: &ControlBlock) -> Result<bool> {
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let unacknowledged = tcp::unacknowledged(fd)?;
-    tcp::select_queue(fd, Queue::None)?;
+    tcp::select_queue(fd, None)?;
     let handshake = control.state == State::SynSent;
     Ok(rcv_nxt == control.rcv_nxt
         && (handshake || unacknowledged == control.write_seq.wrapping_sub(control.snd_una())))

@@ -35,8 +35,6 @@ pub(crate) enum Repair {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Queue {
-    /// Neither.
-    None = 0,
     /// What has arrived and has not been read.
     Receive = 1,
     /// What has been written and has not been acknowledged.
@@ -116,8 +114,10 @@ pub(crate) fn in_repair(fd: BorrowedFd<'_>) -> Result<bool> {
     named("TCP_REPAIR", sockopt::get::<i32>(fd, SOL_TCP, TCP_REPAIR)).map(|mode| mode == Repair::On as i32)
 }
 
-pub(crate) fn select_queue(fd: BorrowedFd<'_>, queue: Queue) -> Result<()> {
-    named("TCP_REPAIR_QUEUE", sockopt::set(fd, SOL_TCP, TCP_REPAIR_QUEUE, &(queue as i32)))
+/// Selects what sequence numbers, `send` and `recv` are about in repair mode.
+pub(crate) fn select_queue(fd: BorrowedFd<'_>, queue: impl Into<Option<Queue>>) -> Result<()> {
+    let number = queue.into().map_or(0, |queue| queue as i32);
+    named("TCP_REPAIR_QUEUE", sockopt::set(fd, SOL_TCP, TCP_REPAIR_QUEUE, &number))
 }
 
 /// `rcv_nxt` or `write_seq`; leaves the queue selected.
