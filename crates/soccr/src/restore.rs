@@ -269,7 +269,7 @@ impl<'fd> Restore<'fd> {
 
     /// Runs `write` out of repair mode, while the peer's window seems closed: what it writes is queued, not sent.
     fn with_closed_window(&mut self, write: impl FnOnce(BorrowedFd<'fd>) -> Result<()>) -> Result<()> {
-        let Some(window) = tcp::window(self.fd)? else {
+        let Some(window) = self.open_window()? else {
             return Err(Error::refused("unsent bytes", "the kernel lacks TCP_REPAIR_WINDOW (Linux 4.8)"));
         };
         tcp::set_window(self.fd, &Window { snd_wnd: 0, ..window })?;
@@ -286,16 +286,15 @@ impl<'fd> Restore<'fd> {
         written
     }
 
-    /// Makes room for the segments that are injected, whatever window was saved.
-    fn open_window(&self) -> Result<()> {
+    /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being.
+    fn open_window(&self) -> Result<Option<Window>> {
         let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
         tcp::select_queue(self.fd, None)?;
-        let Some(saved) =
-            self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?
-        else {
-            return Ok(());
-        };
-        tcp::set_window(self.fd, &Window { snd_wl1: rcv_nxt, ..opened(saved, rcv_nxt) })
+        let saved = self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?;
+        let Some(saved) = saved else { return Ok(None) };
+        let window = Window { snd_wl1: rcv_nxt, ..opened(saved, rcv_nxt) };
+        tcp::set_window(self.fd, &window)?;
+        Ok(Some(window))
     }
 
     /// Our window has closed, or was taken back: the kernel (≥ 6.17) drops what lies beyond it, its ACK too.
