@@ -1,1 +1,42 @@
-//! Private networks.
+//! Private networks for tests, demonstrations and benchmarks of TCP on the real kernel.
+//!
+//! Everything happens in network namespaces of this process, made by system calls alone: no root, no `ip`, no `nft`,
+//! nothing left behind. An ordinary user gets a user namespace around them, see [`enter`].
+//!
+//! ```
+//! use std::io::{Read, Write};
+//! use std::net::{TcpListener, TcpStream};
+//!
+//! if let Err(unavailable) = soccr_lab::enter() {
+//!     eprintln!("skipped: {unavailable}");
+//!     return Ok(());
+//! }
+//! let pair = soccr_lab::Pair::new()?;
+//! let listener = pair.b.run(|| TcpListener::bind((pair.b.v4, 80)))?;
+//! let mut a = pair.a.run(|| TcpStream::connect((pair.b.v4, 80)))?;
+//! let (mut b, _) = listener.accept()?;
+//! a.write_all(b"hello")?;
+//! let mut read = [0; 5];
+//! b.read_exact(&mut read)?;
+//! assert_eq!(&read, b"hello");
+//! # Ok::<(), std::io::Error>(())
+//! ```
+
+mod enter;
+#[cfg(feature = "harness")]
+mod harness;
+mod host;
+mod namespace;
+mod rtnetlink;
+mod sys;
+mod topology;
+mod wait;
+
+pub use enter::{Unavailable, enter};
+#[cfg(feature = "harness")]
+pub use harness::{Test, harness};
+pub use host::{Family, Host};
+pub use namespace::{Namespace, sysctl};
+pub use rtnetlink::Rtnetlink;
+pub use topology::{Lab, Pair, Side};
+pub use wait::wait_until;

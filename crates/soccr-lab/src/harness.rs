@@ -1,0 +1,75 @@
+//! A test harness that enters a private network before any thread starts.
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Completion, Trial};
+
+use crate::{Namespace, enter};
+
+/// A named test for [`harness`].
+pub struct Test {
+    name: String,
+    run: Box<dyn FnOnce() + Send>,
+}
+
+impl Test {
+    /// The test `name`, which fails by panicking.
+    pub fn new(name: impl Into<String>, run: impl FnOnce() + Send + 'static) -> Self {
+        Self { name: name.into(), run: Box::new(run) }
+    }
+}
+
+impl std::fmt::Debug for Test {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Test").field(&self.name).finish()
+    }
+}
+
+/// Runs tests in parallel, each in a fresh network namespace, so that all of them can use the same ports. To be called
+/// from the `main` of a test with `harness = false`; takes the arguments that `cargo test` passes on.
+///
+/// Where private networks are [unavailable](crate::Unavailable), every test is reported as ignored and the reason is
+/// printed on standard error. `--include-ignored` makes that a failure.
+pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
+    // The main thread is still the only one here.
+    let unavailable = enter().err().map(|reason| reason.to_string());
+    let arguments = Arguments::from_args();
+    if let Some(reason) = &unavailable {
+        eprintln!("\nEVERY TEST IS SKIPPED: {reason}\n");
+    }
+    let trial = |test: Test| {
+        let (unavailable, must_run) = (unavailable.clone(), arguments.include_ignored);
+        Trial::ignorable_test(test.name, move || match unavailable {
+            Some(reason) if must_run => Err(reason.into()),
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => {
+                Namespace::new()?.run(test.run);
+                Ok(Completion::Completed)
+            }
+        })
+    };
+    let trials = tests.into_iter().map(trial).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Defines the `main` of a test with `harness = false` that runs the named functions by [`harness`].
+///
+/// ```
+/// # // The harness would read the arguments of the documentation test.
+/// fn a_port_is_free() {
+///     std::net::TcpListener::bind("127.0.0.1:80").unwrap();
+/// }
+///
+/// # mod inner { use super::a_port_is_free;
+/// soccr_lab::tests![a_port_is_free];
+/// # }
+/// # fn main() {}
+/// ```
+#[macro_export]
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        fn main() -> std::process::ExitCode {
+            $crate::harness([$($crate::Test::new(stringify!($name), $name)),*])
+        }
+    };
+}

@@ -1,0 +1,20 @@
+//! Waiting for conditions instead of sleeping.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const NAP: Duration = Duration::from_micros(200);
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// Naming `what`, if that takes more than 20 seconds.
+#[track_caller]
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < LIMIT, "after {LIMIT:?} still not true: {what}");
+        thread::sleep(NAP);
+    }
+}
