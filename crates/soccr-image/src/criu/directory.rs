@@ -1,0 +1,112 @@
+//! A directory of images.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use soccr::Connection;
+use soccr::connection::QUEUE_LIMIT;
+
+use super::{Socket, Stream, container, rewrite, sockets};
+use crate::error::{Error, Result};
+use crate::{AddressMap, AtomicFile};
+
+/// The largest `files.img` that is read: some millions of files.
+const FILES_LIMIT: u64 = 1 << 30;
+
+/// The largest `tcp-stream` image: two full queues, and what is before them.
+const STREAM_LIMIT: u64 = 2 * QUEUE_LIMIT as u64 + (64 << 10);
+
+/// A directory of CRIU images.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    files: Vec<u8>,
+    sockets: Vec<Socket>,
+}
+
+impl Directory {
+    /// Opens a directory and reads its sockets.
+    ///
+    /// # Errors
+    /// [`Foreign`](crate::ErrorKind::Foreign) where it is no directory of CRIU images; those of its files.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let inventory = path.join("inventory.img");
+        let bytes = read(&inventory, STREAM_LIMIT)?;
+        container::open(&bytes, &[container::INVENTORY], "inventory.img")
+            .and_then(|mut rest| container::entry(&mut rest))
+            .map_err(|error| error.at(inventory.display()))?;
+        let name = path.join("files.img");
+        let files = read(&name, FILES_LIMIT)?;
+        let sockets = sockets(&files).map_err(|error| error.at(name.display()))?;
+        Ok(Self { path, files, sockets })
+    }
+
+    /// The Internet sockets, in the order of `files.img`.
+    pub fn sockets(&self) -> &[Socket] {
+        &self.sockets
+    }
+
+    /// Reads the stream of a socket; `None` where it has none, as listeners.
+    ///
+    /// # Errors
+    /// Those of [`Stream::parse`] and of the file.
+    pub fn stream(&self, socket: &Socket) -> Result<Option<Stream>> {
+        let path = self.path.join(format!("tcp-stream-{:x}.img", socket.inode));
+        if !path.try_exists().map_err(|error| Error::io(path.display().to_string(), error))? {
+            return Ok(None);
+        }
+        let bytes = read(&path, STREAM_LIMIT)?;
+        Stream::parse(&bytes).map(Some).map_err(|error| error.at(path.display()))
+    }
+
+    /// Extracts the connection of the socket with number `id`: see [`Socket::connection`].
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) where there is no such connection.
+    pub fn extract(&self, id: u32) -> Result<Connection> {
+        let none = |what: &str| Error::invalid(format!("{what} {id}")).at(self.path.display());
+        let socket = self.sockets.iter().find(|socket| socket.id == id);
+        let socket = socket.ok_or_else(|| none("no Internet socket has the number"))?;
+        let stream = self.stream(socket)?.ok_or_else(|| none("no tcp-stream image belongs to socket"))?;
+        socket.connection(stream)
+    }
+
+    /// Gives every address that one of `maps` concerns its new value, in the files: how many sockets changed.
+    ///
+    /// `files.img` is replaced atomically, where anything changed, and keeps its mode.
+    ///
+    /// # Errors
+    /// Those of the file, which then is as it was.
+    pub fn rewrite(&mut self, maps: &[AddressMap]) -> Result<usize> {
+        let path = self.path.join("files.img");
+        let (files, changed) = rewrite(&self.files, maps)?;
+        if changed > 0 {
+            replace(&path, &files).map_err(|error| Error::io(path.display().to_string(), error))?;
+            self.sockets = sockets(&files)?;
+            self.files = files;
+        }
+        Ok(changed)
+    }
+}
+
+/// Reads a file of at most `limit` bytes.
+fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
+        .map_err(|error| Error::io(path.display().to_string(), error))?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::damaged("is larger than any image of its kind").at(path.display()));
+    }
+    Ok(bytes)
+}
+
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes)?;
+    file.set_mode(std::fs::metadata(path)?.permissions().mode() & 0o7777)?;
+    file.commit()
+}

@@ -1,0 +1,287 @@
+//! The Internet sockets of `files.img`.
+
+use std::net::{IpAddr, SocketAddr};
+
+use soccr::Connection;
+use soccr::connection::{Buffers, ControlBlock, State};
+use soccr::settings::{Settings, Value};
+
+use super::protobuf::{Field, fields};
+use super::{Stream, container};
+use crate::error::{Error, Result};
+
+/// Numbers of `file_entry`.
+pub(super) const FILE_INETSK: u32 = 4;
+/// Numbers of `inet_sk_entry`.
+pub(super) mod number {
+    pub(in super::super) const STATE: u32 = 6;
+    pub(in super::super) const LOCAL_PORT: u32 = 7;
+    pub(in super::super) const REMOTE_PORT: u32 = 8;
+    pub(in super::super) const LOCAL: u32 = 11;
+    pub(in super::super) const REMOTE: u32 = 12;
+}
+
+/// What an Internet socket speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// Another one, by its number (`IPPROTO_…`).
+    Other(u32),
+}
+
+/// An Internet socket, as `files.img` describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// The number by which the descriptors of the dumped processes refer to it.
+    pub id: u32,
+    /// The socket's inode: names its `tcp-stream` image.
+    pub inode: u32,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// Its state; [`State::Listen`] for a listener.
+    pub state: State,
+    /// The address of our end.
+    pub local: SocketAddr,
+    /// The address of the peer; unspecified for a listener.
+    pub remote: SocketAddr,
+    /// Open flags (`O_NONBLOCK` …), as fcntl(2) numbers them.
+    pub flags: u32,
+    /// Length of the accept queue of a listener.
+    pub backlog: u32,
+    /// The interface that a link-local IPv6 address belongs to: its index is the scope of the address.
+    pub interface: Option<String>,
+    /// The network namespace, as CRIU numbers them.
+    pub namespace: Option<u32>,
+    /// The sizes of the socket buffers.
+    pub buffers: Buffers,
+    /// The socket options, by their kernel names.
+    pub settings: Settings,
+}
+
+/// Reads the Internet sockets of a `files.img`.
+///
+/// # Errors
+/// [`Foreign`](crate::ErrorKind::Foreign) where it is another file; a message that is malformed, or lacks what CRIU always
+/// writes.
+pub fn sockets(files: &[u8]) -> Result<Vec<Socket>> {
+    let mut rest = container::open(files, &[container::COMMON, container::FILES], "files.img")?;
+    let mut sockets = Vec::new();
+    while !rest.is_empty() {
+        for field in fields(container::entry(&mut rest)?) {
+            let field = field?;
+            if field.number == FILE_INETSK {
+                sockets.push(socket(field.bytes()?)?);
+            }
+        }
+    }
+    Ok(sockets)
+}
+
+fn socket(message: &[u8]) -> Result<Socket> {
+    let mut numbers = [None; 11];
+    let (mut local, mut remote) = (Vec::new(), Vec::new());
+    let (mut interface, mut namespace) = (None, None);
+    let (mut opts, mut ip_opts, mut tcp_opts, mut v6only) = (&[][..], &[][..], &[][..], None);
+    for field in fields(message) {
+        let field = field?;
+        match field.number {
+            at @ 1..=10 => numbers[at as usize] = Some(field.u32()?),
+            number::LOCAL => field.u32s(&mut local)?,
+            number::REMOTE => field.u32s(&mut remote)?,
+            14 => opts = field.bytes()?,
+            15 => v6only = Some(field.flag()?),
+            16 => ip_opts = field.bytes()?,
+            17 => interface = Some(text(&field)?),
+            18 => namespace = Some(field.u32()?),
+            20 => tcp_opts = field.bytes()?,
+            _ => {}
+        }
+    }
+    let number =
+        |at: u32| numbers[at as usize].ok_or_else(|| Error::damaged(format!("a socket without field {at}")));
+    let (state, id) = (number(number::STATE)?, number(1)?);
+    let unknown = || Error::damaged(format!("socket {id}: state {state}"));
+    let local = address(&local, number(number::LOCAL_PORT)?)?;
+    let (buffers, settings) = options(local.is_ipv4(), opts, ip_opts, tcp_opts, v6only)?;
+    Ok(Socket {
+        id,
+        inode: number(2)?,
+        protocol: match number(5)? {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            other => Protocol::Other(other),
+        },
+        state: u8::try_from(state).ok().and_then(State::from_kernel).ok_or_else(unknown)?,
+        local,
+        remote: address(&remote, number(number::REMOTE_PORT)?)?,
+        flags: number(9)?,
+        backlog: number(10)?,
+        interface,
+        namespace,
+        buffers,
+        settings,
+    })
+}
+
+/// An address from the words that it lies in memory as.
+pub(super) fn address(words: &[u32], port: u32) -> Result<SocketAddr> {
+    let port = u16::try_from(port).map_err(|_| Error::damaged(format!("port {port}")))?;
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let ip = match (<[u8; 4]>::try_from(&bytes[..]), <[u8; 16]>::try_from(&bytes[..])) {
+        (Ok(v4), _) => IpAddr::from(v4),
+        (_, Ok(v6)) => IpAddr::from(v6),
+        _ => return Err(Error::damaged(format!("an address of {} bytes", bytes.len()))),
+    };
+    Ok((ip, port).into())
+}
+
+fn text(field: &Field<'_>) -> Result<String> {
+    let text = std::str::from_utf8(field.bytes()?).ok();
+    // The name of an interface, IFNAMSIZ: shown on terminals.
+    let text = text.filter(|text| text.len() < 16 && !text.chars().any(char::is_control));
+    text.map(str::to_owned).ok_or_else(|| Error::damaged(format!("field {} is no name", field.number)))
+}
+
+/// Socket options under their kernel names.
+///
+/// CRIU writes what it has read, defaults included; so does this.
+fn options(
+    v4: bool,
+    opts: &[u8],
+    ip_opts: &[u8],
+    tcp_opts: &[u8],
+    v6only: Option<bool>,
+) -> Result<(Buffers, Settings)> {
+    let mut buffers = Buffers { send: 0, receive: 0, lock: 0 };
+    let mut settings = Settings::default();
+    let mut timeouts = [0u64; 4];
+    for field in fields(opts) {
+        let field = field?;
+        let name = match field.number {
+            1 => {
+                buffers.send = field.u32()?;
+                continue;
+            }
+            2 => {
+                buffers.receive = field.u32()?;
+                continue;
+            }
+            25 => {
+                buffers.lock = field.u32()?;
+                continue;
+            }
+            at @ 3..=6 => {
+                timeouts[at as usize - 3] = field.u64()?;
+                continue;
+            }
+            15 => {
+                settings.push("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()));
+                continue;
+            }
+            24 => {
+                // struct linger: CRIU writes the seconds, and only where it is on.
+                let bytes = [1u32.to_ne_bytes(), field.u32()?.to_ne_bytes()].concat();
+                settings.push("SO_LINGER", Value::Bytes(bytes));
+                continue;
+            }
+            7 => "SO_REUSEADDR",
+            8 => "SO_PRIORITY",
+            9 => "SO_RCVLOWAT",
+            10 => "SO_MARK",
+            13 => "SO_DONTROUTE",
+            17 => "SO_REUSEPORT",
+            18 => "SO_BROADCAST",
+            19 => "SO_KEEPALIVE",
+            20 => "TCP_KEEPCNT",
+            21 => "TCP_KEEPIDLE",
+            22 => "TCP_KEEPINTVL",
+            23 => "SO_OOBINLINE",
+            _ => continue,
+        };
+        settings.push(name, Value::Number(field.u32()? as i32));
+    }
+    for (name, time) in [("SO_SNDTIMEO", &timeouts[..2]), ("SO_RCVTIMEO", &timeouts[2..])] {
+        if time != [0, 0] {
+            // struct timeval.
+            settings.push(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()));
+        }
+    }
+    if let Some(v6only) = v6only {
+        settings.push("IPV6_V6ONLY", Value::Number(v6only.into()));
+    }
+    for field in fields(ip_opts) {
+        let field = field?;
+        let name = match field.number {
+            1 => "IP_FREEBIND",
+            6 if v4 => "IP_TOS",
+            7 if v4 => "IP_TTL",
+            6 => "IPV6_TCLASS",
+            7 => "IPV6_UNICAST_HOPS",
+            _ => continue,
+        };
+        settings.push(name, Value::Number(field.u32()? as i32));
+    }
+    for field in fields(tcp_opts) {
+        let field = field?;
+        let name = match field.number {
+            1 => "TCP_CORK",
+            2 => "TCP_NODELAY",
+            3 => "TCP_KEEPCNT",
+            4 => "TCP_KEEPIDLE",
+            5 => "TCP_KEEPINTVL",
+            _ => continue,
+        };
+        settings.push(name, Value::Number(field.u32()? as i32));
+    }
+    Ok((buffers, settings))
+}
+
+impl Socket {
+    /// Joins the socket and its stream to a connection.
+    ///
+    /// The scope of a link-local address is left 0: the index of [`interface`](Self::interface) is another one on every
+    /// machine.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) where that is none, or contradicts itself.
+    pub fn connection(&self, stream: Stream) -> Result<Connection> {
+        let place = format_args!("socket {}", self.id).to_string();
+        if self.protocol != Protocol::Tcp {
+            return Err(Error::invalid("is no TCP socket").at(place));
+        }
+        let mut settings = self.settings.clone();
+        for (name, value) in [("TCP_CORK", stream.cork), ("TCP_NODELAY", stream.nodelay)] {
+            if let Some(value) = value {
+                settings.push(name, Value::Number(value.into()));
+            }
+        }
+        let connection = Connection {
+            local: self.local,
+            remote: self.remote,
+            control: ControlBlock {
+                state: self.state,
+                rcv_nxt: stream.inq_seq,
+                inq_len: stream.receive_queue.len() as u32,
+                write_seq: stream.outq_seq,
+                outq_len: stream.send_queue.len() as u32,
+                unsq_len: stream.unsq_len,
+                // CRIU doesn't say; but behind unsent bytes it can't have been sent.
+                fin_unsent: self.state.fin_queued() && stream.unsq_len > 0,
+                options: stream.options,
+                window: stream.window,
+            },
+            receive_queue: stream.receive_queue,
+            send_queue: stream.send_queue,
+            urgent: None,
+            buffers: Some(self.buffers),
+            path: None,
+            settings,
+        };
+        connection.validate().map_err(|error| Error::invalid(error.to_string()).at(place))?;
+        Ok(connection)
+    }
+}

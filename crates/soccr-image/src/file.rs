@@ -1,0 +1,165 @@
+//! Image files: readable by their owner only, and never half written.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use soccr::Connection;
+
+use crate::error::{Error, Result};
+
+/// A file that appears under its name only when it is complete: until then it has another name beside it, and is
+/// removed when dropped.
+///
+/// It is readable by its owner only (mode 0600): an image holds what two programs say to each other.
+///
+/// ```
+/// use std::io::Write;
+/// # let directory = tempfile::tempdir()?;
+/// # let path = directory.path().join("connections");
+/// let mut file = soccr_image::AtomicFile::create(&path)?;
+/// file.write_all(b"all of it")?;
+/// assert!(!path.exists());
+/// file.commit()?;
+/// assert_eq!(std::fs::read(&path)?, b"all of it");
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl AtomicFile {
+    /// Creates the file beside `path`. What is at `path` stays there until [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
+        let path = path.as_ref().to_owned();
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut number = std::process::id();
+        loop {
+            let mut temporary = std::ffi::OsString::from(".");
+            temporary.push(name);
+            temporary.push(format!(".{number}.tmp"));
+            let temporary = path.with_file_name(temporary);
+            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary) {
+                Ok(file) => return Ok(Self { file, temporary, path }),
+                // Another thread's, or left behind by a process that was killed.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    number = number.wrapping_add(1);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Gives the file the mode of the one that it replaces.
+    pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
+        self.file.set_permissions(Permissions::from_mode(mode))
+    }
+
+    /// Makes the file durable (fsync) and puts it in its place (rename), where it replaces what is there.
+    ///
+    /// # Errors
+    /// Those of fsync(2) and rename(2); then nothing has changed at the path.
+    pub fn commit(self) -> io::Result<()> {
+        self.file.sync_all()?;
+        std::fs::rename(&self.temporary, &self.path)?;
+        // The name is durable when its directory is; not every filesystem can say so.
+        let directory = self.path.parent().filter(|path| !path.as_os_str().is_empty());
+        File::open(directory.unwrap_or(Path::new("."))).and_then(|file| file.sync_all()).or_else(|error| {
+            match error.kind() {
+                io::ErrorKind::InvalidInput | io::ErrorKind::PermissionDenied => Ok(()),
+                _ => Err(error),
+            }
+        })
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.file.write_vectored(parts)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        // Gone already after a commit.
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
+/// Saves a connection in a file, mode 0600, atomically: the file is there whole or not at all.
+///
+/// ```
+/// # fn example(connection: soccr::Connection) -> soccr_image::Result<()> {
+/// soccr_image::save_file("connection.soccr", &connection)?;
+/// assert_eq!(soccr_image::load_file("connection.soccr")?, connection);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of [`write`](crate::write()) and of the file.
+pub fn save_file(path: impl AsRef<Path>, connection: &Connection) -> Result<()> {
+    let path = path.as_ref();
+    let at = |error: io::Error| Error::io(path.display().to_string(), error);
+    let mut file = AtomicFile::create(path).map_err(at)?;
+    crate::write(&mut file, connection).map_err(|error| error.at(path.display()))?;
+    file.commit().map_err(at)
+}
+
+/// Loads a connection that [`save_file`] has saved.
+///
+/// # Errors
+/// Those of [`read`](crate::read()) and of the file.
+pub fn load_file(path: impl AsRef<Path>) -> Result<Connection> {
+    let path = path.as_ref();
+    let file = File::open(path).map_err(|error| Error::io(path.display().to_string(), error))?;
+    let mut reader = BufReader::new(file);
+    let connection = crate::read(&mut reader).map_err(|error| error.at(path.display()))?;
+    match reader.read(&mut [0]).map_err(Error::reading)? {
+        0 => Ok(connection),
+        _ => Err(Error::damaged("bytes follow the end of the image").at(path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_given_up_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        std::fs::write(&path, b"old").unwrap();
+        let mut first = AtomicFile::create(&path).unwrap();
+        let second = AtomicFile::create(&path).unwrap();
+        first.write_all(b"new").unwrap();
+        drop(second);
+        drop(first);
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn only_the_owner_reads_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        AtomicFile::create(&path).unwrap().commit().unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+}

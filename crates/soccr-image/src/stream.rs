@@ -1,0 +1,160 @@
+//! The stream: connections one behind the other, in a file or through a pipe, and the words of a hand-over.
+//!
+//! # Format
+//!
+//! All numbers are little-endian. A stream is a preamble, records, and an end record:
+//!
+//! ```text
+//!  0        8       10      12          16
+//!  ├────────┼───────┼───────┼───────────┤
+//!  │ magic  │ major │ minor │ CRC-32    │   "\x89SOCCR\r\n", 1, 0, CRC-32 of the 12 bytes before it
+//!  ├────────┴───────┴───────┴───────────┤
+//!  │ record                             │
+//!  │ …                                  │
+//!  │ END record                         │   without it, the stream was cut off
+//!  └────────────────────────────────────┘
+//!
+//!  a record
+//!  0      2       4            8        12       16                 16 + length
+//!  ├──────┼───────┼────────────┼────────┼────────┼──────────────────┼────────┤
+//!  │ type │ flags │ connection │ length │ CRC-32 │ payload: fields  │ CRC-32 │
+//!  └──────┴───────┴────────────┴────────┴────────┴──────────────────┴────────┘
+//!           │       │                     │                           └ of header and payload
+//!           │       │                     └ of the 12 bytes before it: a length is checked before it is believed
+//!           │       └ which connection of the stream; 0: the stream as a whole
+//!           └ bit 0: critical, must not be skipped where the type is unknown
+//!
+//!  a field
+//!  0     2        6         6 + length
+//!  ├─────┼────────┼─────────┤
+//!  │ tag │ length │ value   │   tag, bit 15: critical, must not be skipped where the tag is unknown
+//!  └─────┴────────┴─────────┘
+//! ```
+//!
+//! | Record | | Fields |
+//! |---|---|---|
+//! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue |
+//! | 2 | HELD | 5 packet, each |
+//! | 3 | BEGIN | 3 count of connections · 4 answers are expected |
+//! | 4, 6, 8 | COMMIT, READY, TAKEN | |
+//! | 5, 7 | ABORT, REFUSED | 2 reason |
+//! | 9 | END | 3 count of records before it |
+//!
+//! An address is `family` (u8: 4 or 6), `port` (u16), 4 or 16 bytes; IPv6 appends flow information and scope (u32 each). A
+//! control block is `state` (u8, the kernel's number), `fin_unsent` (u8), then `rcv_nxt`, `inq_len`, `write_seq`,
+//! `outq_len`, `unsq_len` (u32 each). Options are `mss_clamp` (u16) and bits (u16): 1 SACK, 2 ECN, 4 ECN seen, 8 data in the SYN,
+//! 16 microsecond clock. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
+//! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
+//! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes),
+//! length of the name (u8), name, value.
+//!
+//! **Growing.** Nothing that is there changes its meaning. A minor version adds records and fields: what can be ignored comes without
+//! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
+//! major version is refused as a whole.
+//!
+//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, a text 255 bytes. A reader takes memory
+//! as bytes arrive, never as a length promises.
+//!
+//! # Hand-over
+//!
+//! ```text
+//!   source                                              target
+//!     │ lock, pause, save                                 │
+//!     │─── BEGIN (answers expected) ─────────────────────▶│
+//!     │─── CONNECTION 1 ─────────────────────────────────▶│ restore, in repair and locked: silent
+//!     │◀───────────────────────────────────── READY 1 ────│
+//!     │─── CONNECTION 2 ─────────────────────────────────▶│ cannot
+//!     │◀────────────────────────── REFUSED 2 (reason) ────│
+//!     │ resume 2: it stays here                           │
+//!     │─── HELD 1 (packets that the lock held) ──────────▶│ kept
+//!     │ detach 1: only its value is left here             │
+//!     │─── COMMIT 1 ─────────────────────────────────────▶│
+//!     │◀───────────────────────────────────── TAKEN 1 ────│ then resume, let the held packets in
+//!     │ unlock 1                                          │
+//!     │─── END ──────────────────────────────────────────▶│
+//!     │◀───────────────────────────────────────── END ────│
+//! ```
+//!
+//! Both directions are streams of their own, each with preamble and END. Any number of connections is under way at once; each goes
+//! its own way, by number. The source says ABORT instead of COMMIT to keep a connection that the target has ready.
+//! Who sends must read the answers meanwhile: both pipes full at once would wait for each other for ever.
+//!
+//! Who has the connection when an end is gone, which the other sees as the end of the stream before END:
+//!
+//! | The last word that passed | source gone | target gone |
+//! |---|---|---|
+//! | nothing, CONNECTION | target closes it, silently | source resumes it |
+//! | READY | target closes it, silently | source resumes it |
+//! | COMMIT | target says TAKEN, which nobody hears, and has it | source restores it from its value: nothing was resumed there |
+//! | TAKEN | target has it | it had it |
+//!
+//! So the target resumes only what it has said TAKEN for, and the source never lets both go and stay: once it has said
+//! COMMIT, it takes a connection back only from a target that is *gone*, not from a slow one. A relay between the two that
+//! breaks while both ends live on, between COMMIT and TAKEN, leaves no certainty to anybody; a source that knows of such a relay
+//! reports the connection lost rather than risk two.
+//!
+//! Without a way back (BEGIN without answers) the source detaches and commits unasked; it cannot know what became of it.
+//!
+//! ```
+//! use soccr_image::stream::{Message, Reader, Writer};
+//!
+//! let mut answers = Writer::new(Vec::new())?;
+//! answers.send(&Message::Ready { connection: 1 })?;
+//! answers.send(&Message::Refused { connection: 2, reason: "the port is taken here".into() })?;
+//! let bytes = answers.finish()?;
+//!
+//! let mut reader = Reader::new(&bytes[..])?;
+//! assert_eq!(reader.receive()?, Some(Message::Ready { connection: 1 }));
+//! assert!(matches!(reader.receive()?, Some(Message::Refused { connection: 2, .. })));
+//! assert_eq!(reader.receive()?, None);
+//! # Ok::<(), soccr_image::Error>(())
+//! ```
+
+mod connection;
+mod field;
+mod message;
+mod reader;
+mod record;
+mod writer;
+
+use std::io::{Read, Write};
+
+use soccr::Connection;
+
+pub use message::Message;
+pub use reader::Reader;
+pub use writer::Writer;
+
+use crate::error::{Error, Result};
+
+/// The longest name or reason, in bytes.
+pub const TEXT_LIMIT: usize = 255;
+
+/// Writes one connection, as a stream of one.
+///
+/// Everything but the queues goes out in few small writes: a file or a pipe needs no buffer around it.
+///
+/// # Errors
+/// [`Invalid`](crate::ErrorKind::Invalid) and nothing written where the connection contradicts itself; else what `writer` says.
+pub fn write(writer: impl Write, connection: &Connection) -> Result<()> {
+    let mut writer = Writer::new(writer)?;
+    writer.connection(1, "", connection)?;
+    writer.finish().map(drop)
+}
+
+/// Reads a stream of exactly one connection, as [`write()`] makes it, and nothing beyond its end.
+///
+/// # Errors
+/// Bytes of another format, damaged, cut off, or of a connection that contradicts itself: see [`ErrorKind`](crate::ErrorKind).
+pub fn read(reader: impl Read) -> Result<Connection> {
+    let mut reader = Reader::new(reader)?;
+    let mut found = None;
+    while let Some(message) = reader.receive()? {
+        match message {
+            Message::Connection { connection, .. } if found.is_none() => found = Some(connection),
+            Message::Connection { .. } => return Err(Error::invalid("holds more than one connection")),
+            _ => return Err(Error::invalid("is a hand-over in progress, no image of one connection")),
+        }
+    }
+    found.ok_or_else(|| Error::invalid("holds no connection"))
+}

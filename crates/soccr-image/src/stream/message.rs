@@ -1,0 +1,62 @@
+//! What the two ends of a stream say to each other.
+
+use soccr::Connection;
+
+/// A record of a stream, taken apart. `connection` is its number in the stream; 0 is the stream as a whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[allow(clippy::large_enum_variant, reason = "most are connections: a box would cost more than it saves")]
+pub enum Message {
+    /// A hand-over begins.
+    Begin {
+        /// How many connections will come, as far as the source knows.
+        connections: u32,
+        /// There is a way back, and the source waits for what comes on it.
+        answers: bool,
+    },
+    /// A connection.
+    Connection {
+        /// Its number in this stream, not 0.
+        id: u32,
+        /// What people call it, such as `pid 4711 fd 5`; may be empty.
+        name: String,
+        /// The connection itself.
+        connection: Connection,
+    },
+    /// Raw IP packets of the connection that the lock has held back, in their order. There may be several of these.
+    Held {
+        /// Whose packets.
+        connection: u32,
+        /// From the first byte of the IP header on.
+        packets: Vec<Vec<u8>>,
+    },
+    /// The source has let the connection go: it is the target's.
+    Commit {
+        /// Which one.
+        connection: u32,
+    },
+    /// The source keeps the connection: the target forgets it.
+    Abort {
+        /// Which one.
+        connection: u32,
+        /// Why, for people.
+        reason: String,
+    },
+    /// The target has the connection restored and silent: the source may let it go.
+    Ready {
+        /// Which one.
+        connection: u32,
+    },
+    /// The target cannot take the connection: it stays with the source.
+    Refused {
+        /// Which one.
+        connection: u32,
+        /// Why, for people.
+        reason: String,
+    },
+    /// The target resumes the connection now: the source forgets it.
+    Taken {
+        /// Which one.
+        connection: u32,
+    },
+}

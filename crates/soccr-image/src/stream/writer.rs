@@ -1,0 +1,141 @@
+//! Writing a stream.
+
+use std::io::Write;
+
+use soccr::Connection;
+
+use super::field::{self, tag};
+use super::record::{self, kind};
+use super::{Message, TEXT_LIMIT, connection};
+use crate::error::{Error, Result};
+
+/// Writes a stream, one record after the other.
+///
+/// Queues are written from where they lie; the memory for everything else is kept from one record to the next. Small
+/// records are one write each: for many of them put a [`BufWriter`](std::io::BufWriter) around the file, and
+/// [`flush`](Self::flush) before waiting for an answer.
+///
+/// Dropped without [`finish`](Self::finish), it leaves a stream that its readers see as cut off. After an
+/// [`Io`](crate::ErrorKind::Io) error nothing more can be written; every other error concerns what was to be written only.
+#[derive(Debug)]
+pub struct Writer<W> {
+    writer: W,
+    small: Vec<u8>,
+    records: u32,
+}
+
+impl<W: Write> Writer<W> {
+    /// Begins a stream.
+    ///
+    /// # Errors
+    /// Those of `writer`.
+    pub fn new(mut writer: W) -> Result<Self> {
+        writer.write_all(&record::preamble()).map_err(|error| Error::io("write", error))?;
+        Ok(Self { writer, small: Vec::new(), records: 0 })
+    }
+
+    /// Writes a connection under a number, not 0, and a name for people, which may be empty.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) and nothing written where the connection contradicts itself.
+    pub fn connection(&mut self, id: u32, name: &str, connection: &Connection) -> Result<()> {
+        if id == 0 {
+            return Err(Error::invalid("0 is no number of a connection"));
+        }
+        connection::write(&mut self.writer, &mut self.small, id, &clean(name), connection)?;
+        self.records += 1;
+        Ok(())
+    }
+
+    /// Writes held packets of a connection.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) for a packet that is empty or over 1 MiB.
+    pub fn held<P: AsRef<[u8]>>(
+        &mut self,
+        connection: u32,
+        packets: impl IntoIterator<Item = P>,
+    ) -> Result<()> {
+        record::open(&mut self.small, kind::HELD, connection);
+        for packet in packets {
+            let packet = packet.as_ref();
+            if packet.is_empty() || packet.len() > field::LIMIT as usize {
+                return Err(Error::invalid("a packet is empty or over 1 MiB").of(connection, ""));
+            }
+            field::put(&mut self.small, tag::PACKET, |out| out.extend_from_slice(packet));
+            if self.small.len() > record::HELD_SIZE as usize {
+                self.seal()?;
+                record::open(&mut self.small, kind::HELD, connection);
+            }
+        }
+        if self.small.len() > record::HEADER { self.seal() } else { Ok(()) }
+    }
+
+    /// Writes any message.
+    ///
+    /// # Errors
+    /// Those of [`connection`](Self::connection), [`held`](Self::held) and of the writer.
+    pub fn send(&mut self, message: &Message) -> Result<()> {
+        let (kind, id, reason) = match message {
+            Message::Connection { id, name, connection } => return self.connection(*id, name, connection),
+            Message::Held { connection, packets } => return self.held(*connection, packets),
+            Message::Begin { connections, answers } => {
+                record::open(&mut self.small, kind::BEGIN, 0);
+                field::put(&mut self.small, tag::COUNT, |out| {
+                    out.extend_from_slice(&connections.to_le_bytes());
+                });
+                field::put(&mut self.small, tag::ANSWERS, |out| out.push((*answers).into()));
+                return self.seal();
+            }
+            Message::Commit { connection } => (kind::COMMIT, connection, None),
+            Message::Abort { connection, reason } => (kind::ABORT, connection, Some(reason)),
+            Message::Ready { connection } => (kind::READY, connection, None),
+            Message::Refused { connection, reason } => (kind::REFUSED, connection, Some(reason)),
+            Message::Taken { connection } => (kind::TAKEN, connection, None),
+        };
+        record::open(&mut self.small, kind, *id);
+        if let Some(reason) = reason {
+            field::put(&mut self.small, tag::REASON, |out| out.extend_from_slice(clean(reason).as_bytes()));
+        }
+        self.seal()
+    }
+
+    /// Passes on what a buffer around the file still holds.
+    ///
+    /// # Errors
+    /// Those of the writer.
+    pub fn flush(&mut self) -> Result<()> {
+        self.writer.flush().map_err(|error| Error::io("write", error))
+    }
+
+    /// Writes the end of the stream, flushes, and gives the writer back.
+    ///
+    /// # Errors
+    /// Those of the writer.
+    pub fn finish(mut self) -> Result<W> {
+        record::open(&mut self.small, kind::END, 0);
+        let records = self.records;
+        field::put(&mut self.small, tag::COUNT, |out| out.extend_from_slice(&records.to_le_bytes()));
+        self.seal()?;
+        self.flush()?;
+        Ok(self.writer)
+    }
+
+    fn seal(&mut self) -> Result<()> {
+        record::seal_small(&mut self.writer, &mut self.small)?;
+        self.records = self.records.wrapping_add(1);
+        Ok(())
+    }
+}
+
+/// Cut to the limit and without control characters: error messages may hold anything.
+fn clean(text: &str) -> String {
+    let mut length = 0;
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take_while(|c| {
+            length += c.len_utf8();
+            length <= TEXT_LIMIT
+        })
+        .collect()
+}
