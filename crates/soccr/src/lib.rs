@@ -1,4 +1,5 @@
 //! soccr: a live TCP connection is a value.
+#![allow(dead_code)]
 
 mod buffers;
 pub mod connection;

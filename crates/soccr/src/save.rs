@@ -190,5 +190,5 @@ fn remote_address(fd: BorrowedFd<'_>, state: State, peer: Option<SocketAddr>) ->
 
 /// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.
 pub(crate) fn reuse_address(connection: &mut Connection, on: bool) {
-    connection.settings.push("SO_REUSEADDR", Value::Number(on.into()));
+    connection.settings.set("SO_REUSEADDR", Value::Number(on.into()));
 }

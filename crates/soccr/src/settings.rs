@@ -1,31 +1,218 @@
-//! The socket options that travel with a connection.
+//! The socket options that travel with a connection: `TCP_*`, `SO_*`, `IP_*`, `IPV6_*`, by their kernel names.
+//!
+//! Only what differs from a new socket is carried: an option missing here has the value every new socket has.
+//!
+//! ```
+//! use soccr::settings::{Settings, Value};
+//!
+//! let mut settings = Settings::default();
+//! settings.set("TCP_NODELAY", Value::Number(1));
+//! settings.set("TCP_KEEPIDLE", Value::Number(600)); // seconds
+//! assert_eq!(settings.get("TCP_NODELAY"), Some(&Value::Number(1)));
+//! ```
+//!
+//! # References
+//! `socket(7)`, `tcp(7)`, `ip(7)`, `ipv6(7)`.
+
+mod md5;
+mod table;
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+
+use crate::sys::{filter, sockopt};
+use table::{Carrier, Kind, Row, TABLE};
+
+pub(crate) use table::{REUSEADDR, Stage};
 
 /// The value of a socket option.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Value {
     /// An `int`.
     Number(i32),
-    /// Anything else, as `getsockopt` gave it.
+    /// Anything else, as `getsockopt` gave it, in the byte order of the machine.
     Bytes(Vec<u8>),
+    /// Bytes that are never printed.
+    Secret(Vec<u8>),
 }
 
-/// The socket options of a connection, by name, in the order in which they were read.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings(Vec<(std::borrow::Cow<'static, str>, Value)>);
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Bytes(bytes) => bytes.fmt(f),
+            Self::Secret(_) => f.write_str("<secret>"),
+        }
+    }
+}
+
+/// The socket options of a connection, in the order in which they were read.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Settings(Vec<(Name, Value)>);
+
+/// Names of the table are carried as their place in it: 10,000 connections have half a million of them.
+#[derive(Clone, PartialEq, Eq)]
+enum Name {
+    Known(u8),
+    Unknown(Box<str>),
+}
+
+impl Name {
+    fn new(name: &str) -> Self {
+        match table::position(name) {
+            Some(place) => Self::Known(place as u8),
+            None => Self::Unknown(name.into()),
+        }
+    }
+
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Known(place) => TABLE[usize::from(*place)].name,
+            Self::Unknown(name) => name,
+        }
+    }
+}
 
 impl Settings {
     /// The options and their values.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.0.iter().map(|(name, value)| (name.as_ref(), value))
+        self.0.iter().map(|(name, value)| (name.as_str(), value))
     }
 
-    /// The value of an option.
+    /// The value of an option, by its kernel name.
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.iter().find(|(known, _)| *known == name).map(|(_, value)| value)
     }
 
-    /// Adds an option by its kernel name, such as `TCP_NODELAY`.
-    pub fn push(&mut self, name: impl Into<std::borrow::Cow<'static, str>>, value: Value) {
-        self.0.push((name.into(), value));
+    /// Sets an option by its kernel name, such as `TCP_NODELAY`.
+    ///
+    /// A name that this version does not know is kept, and reported when the connection is restored.
+    pub fn set(&mut self, name: &str, value: Value) {
+        match self.0.iter_mut().find(|(known, _)| known.as_str() == name) {
+            Some((_, old)) => *old = value,
+            None => self.0.push((Name::new(name), value)),
+        }
+    }
+
+    /// Reads everything that the table lists and the kernel has, except what only `sock_diag` tells and what
+    /// repair mode has destroyed.
+    pub(crate) fn read(fd: BorrowedFd<'_>, local: SocketAddr) -> Self {
+        let mut buffer = [0; table::LONGEST];
+        let mut settings = Vec::with_capacity(24);
+        for (place, row) in TABLE.iter().enumerate().filter(|(_, row)| row.applies(local)) {
+            // What cannot be read does not exist in this kernel, or is not set.
+            if let Ok(Some(value)) = row.read(fd, &mut buffer) {
+                settings.push((Name::Known(place as u8), value));
+            }
+        }
+        Self(settings)
+    }
+
+    /// Sets the options of one stage, and adds those that could not be set to `skipped`.
+    pub(crate) fn apply(
+        &self,
+        fd: BorrowedFd<'_>,
+        stage: Stage,
+        local: SocketAddr,
+        skipped: &mut Vec<Skipped>,
+    ) {
+        for (name, value) in &self.0 {
+            let outcome = match name {
+                Name::Known(place) => {
+                    let row = &TABLE[usize::from(*place)];
+                    if row.stage != stage || !row.applies(local) {
+                        continue;
+                    }
+                    row.write(fd, value)
+                }
+                Name::Unknown(_) if stage != Stage::Last => continue,
+                Name::Unknown(_) => Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT)),
+            };
+            if let Err(error) = outcome {
+                skipped.push(Skipped { name: name.as_str().into(), error });
+            }
+        }
     }
 }
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
+    }
+}
+
+/// A socket option that could not be brought back.
+#[derive(Debug)]
+pub struct Skipped {
+    name: Box<str>,
+    error: io::Error,
+}
+
+impl Skipped {
+    /// The kernel name of the option.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Why: `ENOPROTOOPT` where this kernel or this version does not know the option.
+    pub fn error(&self) -> &io::Error {
+        &self.error
+    }
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.error)
+    }
+}
+
+impl Row {
+    fn applies(&self, local: SocketAddr) -> bool {
+        match self.carrier {
+            Carrier::Any => true,
+            Carrier::Ipv4 => match local.ip() {
+                IpAddr::V4(_) => true,
+                IpAddr::V6(address) => address.to_ipv4_mapped().is_some(),
+            },
+            Carrier::Ipv6 => local.is_ipv6(),
+        }
+    }
+
+    /// The value, where it differs from that of a new socket.
+    fn read(&self, fd: BorrowedFd<'_>, buffer: &mut [u8; table::LONGEST]) -> io::Result<Option<Value>> {
+        match self.kind {
+            Kind::Number { .. } if self.name == REUSEADDR => Ok(None),
+            Kind::Number { fresh } => {
+                let number = sockopt::get(fd, self.level, self.number)?;
+                Ok((Some(number) != fresh).then_some(Value::Number(number)))
+            }
+            Kind::Bytes { max, fresh } => {
+                let length = sockopt::get_bytes(fd, self.level, self.number, &mut buffer[..max])?;
+                let bytes = &buffer[..length];
+                Ok(bytes.iter().any(|byte| *byte != fresh).then(|| Value::Bytes(bytes.to_vec())))
+            }
+            Kind::Filter => {
+                let filter = filter::get(fd)?;
+                Ok((!filter.is_empty()).then_some(Value::Bytes(filter)))
+            }
+            Kind::Md5Keys => Ok(None),
+        }
+    }
+
+    fn write(&self, fd: BorrowedFd<'_>, value: &Value) -> io::Result<()> {
+        match (self.kind, value) {
+            (Kind::Number { .. }, Value::Number(number)) => sockopt::set(fd, self.level, self.number, number),
+            (Kind::Bytes { .. }, Value::Bytes(bytes)) => {
+                sockopt::set_bytes(fd, self.level, self.number, bytes)
+            }
+            (Kind::Filter, Value::Bytes(bytes)) => filter::attach(fd, bytes),
+            (Kind::Md5Keys, Value::Secret(keys)) => md5::set(fd, keys),
+            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

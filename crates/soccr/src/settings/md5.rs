@@ -1,0 +1,55 @@
+//! TCP MD5 keys (RFC 2385): `sock_diag` reports them in one form, `setsockopt` takes them in another.
+//!
+//! ```text
+//!  tcp_diag_md5sig   family u8 · prefix u8 · key length u16 · address 16 bytes · key 80 bytes
+//!  tcp_md5sig        sockaddr_storage 128 bytes · flags u8 · prefix u8 · key length u16 · ifindex u32 · key 80 bytes
+//! ```
+//!
+//! # References
+//! `linux/tcp.h`: `TCP_MD5SIG_EXT` (Linux 4.14).
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::sys::sockopt;
+
+const TCP_MD5SIG_EXT: i32 = 32;
+const TCP_MD5SIG_FLAG_PREFIX: u8 = 1;
+
+const REPORTED: usize = 100;
+const WANTED: usize = 216;
+const STORAGE: usize = 128;
+
+/// Sets every key of `keys`, one `struct tcp_diag_md5sig` behind another.
+pub(super) fn set(fd: BorrowedFd<'_>, keys: &[u8]) -> io::Result<()> {
+    let (keys, rest) = keys.as_chunks::<REPORTED>();
+    if !rest.is_empty() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let domain: i32 = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
+    for key in keys {
+        sockopt::set_bytes(fd, libc::IPPROTO_TCP, TCP_MD5SIG_EXT, &wanted(key, domain))?;
+    }
+    Ok(())
+}
+
+/// The key as `TCP_MD5SIG_EXT` takes it on a socket of `domain`.
+fn wanted(reported: &[u8; REPORTED], domain: i32) -> [u8; WANTED] {
+    let address = &reported[4..20];
+    let mut wanted = [0; WANTED];
+    wanted[..2].copy_from_slice(&(domain as u16).to_ne_bytes());
+    match (domain, i32::from(reported[0])) {
+        (libc::AF_INET, _) => wanted[4..8].copy_from_slice(&address[..4]),
+        // An IPv6 socket names an IPv4 peer by its mapped address, and counts the prefix in IPv4 bits.
+        (_, libc::AF_INET) => {
+            wanted[18..20].fill(0xff);
+            wanted[20..24].copy_from_slice(&address[..4]);
+        }
+        _ => wanted[8..24].copy_from_slice(address),
+    }
+    wanted[STORAGE] = TCP_MD5SIG_FLAG_PREFIX;
+    wanted[STORAGE + 1] = reported[1];
+    wanted[STORAGE + 2..STORAGE + 4].copy_from_slice(&reported[2..4]);
+    wanted[STORAGE + 8..].copy_from_slice(&reported[20..]);
+    wanted
+}

@@ -1,0 +1,134 @@
+//! Every row of the table, against the kernel.
+
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketType, socket};
+
+use super::*;
+
+const STAGES: [Stage; 5] =
+    [Stage::BeforeBind, Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last];
+const LOCAL: [&str; 3] = ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.1]:1"];
+
+/// A value that no new socket has.
+fn sample(row: &Row) -> Value {
+    let number = |number: i32| Value::Number(number);
+    match row.name {
+        "IP_TOS" | "IPV6_TCLASS" => number(0x48),
+        "IP_TTL" | "IPV6_UNICAST_HOPS" => number(77),
+        "IP_MTU_DISCOVER" | "IPV6_MTU_DISCOVER" => number(2),
+        "IP_LOCAL_PORT_RANGE" => number(50_000 << 16 | 40_000),
+        "IP_UNICAST_IF" | "IPV6_UNICAST_IF" => number(1_i32.to_be()),
+        "IP_OPTIONS" => Value::Bytes(vec![1, 1, 1, 0]),
+        "IPV6_HOPOPTS" | "IPV6_DSTOPTS" => Value::Bytes(vec![0, 0, 1, 4, 0, 0, 0, 0]),
+        "IPV6_AUTOFLOWLABEL" | "SO_TXREHASH" | "SO_PEEK_OFF" => number(0),
+        "TCP_CONGESTION" => Value::Bytes(b"reno".to_vec()),
+        "TCP_KEEPIDLE" | "TCP_KEEPINTVL" | "TCP_LINGER2" => number(33),
+        "TCP_WINDOW_CLAMP" | "TCP_USER_TIMEOUT" | "TCP_NOTSENT_LOWAT" => number(55_000),
+        "TCP_RTO_MAX_MS" => number(60_000),
+        "TCP_RTO_MIN_US" | "TCP_DELACK_MAX_US" => number(100_000),
+        "TCP_SYNCNT" | "TCP_KEEPCNT" | "SO_PRIORITY" | "SO_RCVLOWAT" => number(3),
+        "SO_BINDTODEVICE" => Value::Bytes(b"lo\0".to_vec()),
+        "SO_BUSY_POLL" => number(50),
+        "SO_LINGER" => Value::Bytes([1_i32.to_ne_bytes(), 5_i32.to_ne_bytes()].concat()),
+        "SO_RCVTIMEO" | "SO_SNDTIMEO" => Value::Bytes([3_i64.to_ne_bytes(), 0_i64.to_ne_bytes()].concat()),
+        "SO_MAX_PACING_RATE" => Value::Bytes(5_000_000_u64.to_ne_bytes().to_vec()),
+        "SO_TIMESTAMPING" | "SO_TIMESTAMPING_NEW" => Value::Bytes(vec![1 << 4, 0, 0, 0, 0, 0, 0, 0]),
+        "SO_TXTIME" => Value::Bytes([1_i32.to_ne_bytes(), 1_i32.to_ne_bytes()].concat()),
+        "SO_ATTACH_FILTER" => Value::Bytes([[6, 0, 0, 0, 0xff, 0xff, 0, 0]; 2].concat()),
+        _ => number(1),
+    }
+}
+
+fn new_socket(local: SocketAddr) -> OwnedFd {
+    let family = if local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    socket(family, SocketType::STREAM, None).unwrap()
+}
+
+/// Whether this user may set options that need `CAP_NET_ADMIN`.
+fn privileged() -> bool {
+    let socket = new_socket("127.0.0.1:1".parse().unwrap());
+    sockopt::set(socket.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &1).is_ok()
+}
+
+fn connection(local: SocketAddr) -> (OwnedFd, TcpStream) {
+    let ip = if local.is_ipv4() || local.ip().to_canonical().is_ipv6() {
+        local.ip()
+    } else {
+        "::".parse().unwrap()
+    };
+    let listener = TcpListener::bind((ip, 0)).unwrap();
+    let peer = TcpStream::connect((local.ip(), listener.local_addr().unwrap().port())).unwrap();
+    let accepted = listener.accept().unwrap().0;
+    // Inherited from the listener, where the standard library had set it.
+    sockopt::set(accepted.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &0).unwrap();
+    (accepted.into(), peer)
+}
+
+fn apply_all(settings: &Settings, fd: &OwnedFd, local: SocketAddr) -> Vec<Skipped> {
+    let mut skipped = Vec::new();
+    STAGES.into_iter().for_each(|stage| settings.apply(fd.as_fd(), stage, local, &mut skipped));
+    skipped
+}
+
+/// The rows that apply to `local`, can be written here, and are not filled in by other means.
+fn rows(local: SocketAddr) -> impl Iterator<Item = &'static Row> {
+    TABLE.iter().filter(move |row| row.applies(local) && row.kind != Kind::Md5Keys)
+}
+
+fn value_of(row: &Row, fd: &OwnedFd) -> Option<Value> {
+    if row.name == REUSEADDR {
+        return Some(Value::Number(sockopt::get(fd.as_fd(), row.level, row.number).unwrap()));
+    }
+    row.read(fd.as_fd(), &mut [0; table::LONGEST]).unwrap()
+}
+
+/// Carries each option alone from a socket to another one.
+fn carries_each(make: impl Fn(SocketAddr) -> (OwnedFd, Option<TcpStream>), first_stages: &[Stage]) {
+    for local in LOCAL.map(|text| text.parse().unwrap()) {
+        for row in rows(local).filter(|row| !first_stages.contains(&row.stage)) {
+            let ((from, _peer), (to, _other)) = (make(local), make(local));
+            let before = value_of(row, &to);
+            match row.write(from.as_fd(), &sample(row)) {
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) && !privileged() => {
+                    eprintln!("SKIPPED: {} needs more rights than this user has", row.name);
+                    continue;
+                }
+                outcome => outcome.unwrap_or_else(|error| panic!("{local} {}: {error}", row.name)),
+            }
+            let value = value_of(row, &from);
+            assert_ne!(value, before, "{local} {}", row.name);
+
+            let mut settings = Settings::read(from.as_fd(), local);
+            if row.name == REUSEADDR {
+                settings.set(row.name, value.clone().unwrap());
+            }
+            let skipped = apply_all(&settings, &to, local);
+            let of_this_stage =
+                skipped.iter().filter(|s| !first_stages.iter().any(|stage| stage_of(s) == *stage));
+            assert_eq!(of_this_stage.count(), 0, "{local} {}: {skipped:?}", row.name);
+            assert_eq!(value_of(row, &to), value, "{local} {}", row.name);
+        }
+    }
+}
+
+fn stage_of(skipped: &Skipped) -> Stage {
+    TABLE[table::position(skipped.name()).unwrap()].stage
+}
+
+#[test]
+fn every_option_of_a_new_socket_is_carried() {
+    carries_each(|local| (new_socket(local), None), &[]);
+}
+
+#[test]
+fn every_later_option_of_a_connection_is_carried() {
+    carries_each(
+        |local| {
+            let (socket, peer) = connection(local);
+            (socket, Some(peer))
+        },
+        &[Stage::BeforeBind],
+    );
+}
