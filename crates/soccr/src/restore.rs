@@ -22,7 +22,7 @@ use crate::fin;
 use crate::pause::set_reuse_address;
 use crate::queue;
 use crate::save;
-use crate::settings::{Settings, Value};
+use crate::settings::{self, Skipped, Stage, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
 
@@ -54,22 +54,31 @@ impl Connection {
         let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(|error| Error::system("socket", error))?;
         let fd = socket.as_fd();
-        let flow = self.flow();
+        let mut skipped = Vec::new();
+        let mut apply = |stage| self.settings.apply(fd, stage, self.local, &mut skipped);
         if self.control.state == State::SynSent {
+            apply(Stage::BeforeBind);
             bind(fd, self.local)?;
+            [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last].into_iter().for_each(apply);
         } else {
             let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
+            apply(Stage::BeforeBind);
             bind(fd, self.local)?;
+            apply(Stage::BeforeConnect);
             connect(fd, self.remote)?;
-            steps.set_options(flow)?;
+            steps.set_options(self.flow())?;
+            apply(Stage::InRepair);
             steps.fill_receive_queue(&self.receive_queue, self.urgent)?;
             steps.fill_send_queue(&self.send_queue)?;
             steps.complete()?;
+            apply(Stage::Injected);
+            apply(Stage::Last);
         }
         if self.nonblocking {
             set_nonblocking(fd, true)?;
         }
-        Ok(Restored { control: self.control.clone(), flow, settings: self.settings.clone(), socket })
+        let reuse_address = self.settings.get(settings::REUSEADDR) == Some(&Value::Number(1));
+        Ok(Restored { control: self.control.clone(), flow: self.flow(), reuse_address, skipped, socket })
     }
 }
 
@@ -348,7 +357,8 @@ impl<'fd> Restore<'fd> {
 pub struct Restored {
     control: ControlBlock,
     flow: Flow,
-    settings: Settings,
+    reuse_address: bool,
+    skipped: Vec<Skipped>,
     socket: OwnedFd,
 }
 
@@ -366,6 +376,11 @@ impl Restored {
         Ok(TcpStream::from(self.socket))
     }
 
+    /// The socket options that could not be brought back, and why.
+    pub fn skipped(&self) -> &[Skipped] {
+        &self.skipped
+    }
+
     /// Gives the socket away in repair mode: silent when closed, and its new owner turns the mode off.
     pub fn release(self) -> OwnedFd {
         self.socket
@@ -377,7 +392,7 @@ impl Restored {
             return self.start_handshake();
         }
         tcp::set_repair(fd, Repair::Off)?;
-        if self.settings.get("SO_REUSEADDR") == Some(&Value::Number(1)) {
+        if self.reuse_address {
             set_reuse_address(fd, true)?;
         }
         if self.control.unsq_len > 0 || self.control.fin_unsent {

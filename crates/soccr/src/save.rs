@@ -11,7 +11,7 @@ use crate::buffers;
 use crate::connection::{Connection, ControlBlock, Options, Path, State, Urgent, WindowScale};
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
-use crate::settings::Value;
+use crate::settings::{self, Settings, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 
@@ -28,6 +28,7 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     }
     connection.local = local_address(fd)?;
     connection.remote = remote_address(fd, connection.control.state, peer)?;
+    connection.settings = Settings::read(fd, connection.local);
     connection.buffers = Some(buffers::read(fd)?);
     connection.nonblocking = rustix::fs::fcntl_getfl(fd)
         .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
@@ -190,5 +191,5 @@ fn remote_address(fd: BorrowedFd<'_>, state: State, peer: Option<SocketAddr>) ->
 
 /// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.
 pub(crate) fn reuse_address(connection: &mut Connection, on: bool) {
-    connection.settings.set("SO_REUSEADDR", Value::Number(on.into()));
+    connection.settings.set(settings::REUSEADDR, Value::Number(on.into()));
 }

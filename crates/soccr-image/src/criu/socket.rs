@@ -10,6 +10,9 @@ use super::protobuf::{Field, fields};
 use super::{Stream, container};
 use crate::error::{Error, Result};
 
+/// The open flag of a descriptor that does not wait, as fcntl(2) numbers it.
+const O_NONBLOCK: u32 = 0o4000;
+
 /// Numbers of `file_entry`.
 pub(super) const FILE_INETSK: u32 = 4;
 /// Numbers of `inet_sk_entry`.
@@ -179,13 +182,13 @@ fn options(
                 continue;
             }
             15 => {
-                settings.push("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()));
+                settings.set("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()));
                 continue;
             }
             24 => {
                 // struct linger: CRIU writes the seconds, and only where it is on.
                 let bytes = [1u32.to_ne_bytes(), field.u32()?.to_ne_bytes()].concat();
-                settings.push("SO_LINGER", Value::Bytes(bytes));
+                settings.set("SO_LINGER", Value::Bytes(bytes));
                 continue;
             }
             7 => "SO_REUSEADDR",
@@ -202,16 +205,16 @@ fn options(
             23 => "SO_OOBINLINE",
             _ => continue,
         };
-        settings.push(name, Value::Number(field.u32()? as i32));
+        settings.set(name, Value::Number(field.u32()? as i32));
     }
     for (name, time) in [("SO_SNDTIMEO", &timeouts[..2]), ("SO_RCVTIMEO", &timeouts[2..])] {
         if time != [0, 0] {
             // struct timeval.
-            settings.push(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()));
+            settings.set(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()));
         }
     }
     if let Some(v6only) = v6only {
-        settings.push("IPV6_V6ONLY", Value::Number(v6only.into()));
+        settings.set("IPV6_V6ONLY", Value::Number(v6only.into()));
     }
     for field in fields(ip_opts) {
         let field = field?;
@@ -223,7 +226,7 @@ fn options(
             7 => "IPV6_UNICAST_HOPS",
             _ => continue,
         };
-        settings.push(name, Value::Number(field.u32()? as i32));
+        settings.set(name, Value::Number(field.u32()? as i32));
     }
     for field in fields(tcp_opts) {
         let field = field?;
@@ -235,7 +238,7 @@ fn options(
             5 => "TCP_KEEPINTVL",
             _ => continue,
         };
-        settings.push(name, Value::Number(field.u32()? as i32));
+        settings.set(name, Value::Number(field.u32()? as i32));
     }
     Ok((buffers, settings))
 }
@@ -256,7 +259,7 @@ impl Socket {
         let mut settings = self.settings.clone();
         for (name, value) in [("TCP_CORK", stream.cork), ("TCP_NODELAY", stream.nodelay)] {
             if let Some(value) = value {
-                settings.push(name, Value::Number(value.into()));
+                settings.set(name, Value::Number(value.into()));
             }
         }
         let connection = Connection {
@@ -280,6 +283,7 @@ impl Socket {
             buffers: Some(self.buffers),
             path: None,
             settings,
+            nonblocking: self.flags & O_NONBLOCK != 0,
         };
         connection.validate().map_err(|error| Error::invalid(error.to_string()).at(place))?;
         Ok(connection)

@@ -19,11 +19,13 @@ mod bit {
     pub(super) const ECN_SEEN: u16 = 4;
     pub(super) const SYN_DATA: u16 = 8;
     pub(super) const MICROSECONDS: u16 = 16;
-    pub(super) const ALL: u16 = 31;
+    pub(super) const NONBLOCKING: u16 = 32;
+    pub(super) const ALL: u16 = 63;
 }
 
 const NUMBER: u8 = 0;
 const BYTES: u8 = 1;
+const SECRET: u8 = 2;
 
 /// Writes `connection` as one record. Nothing is written where it is refused.
 pub(super) fn write(
@@ -54,7 +56,7 @@ pub(super) fn write(
 }
 
 fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
-    let Connection { local, remote, control, urgent, buffers, path, settings, .. } = connection;
+    let Connection { local, remote, control, urgent, buffers, path, settings, nonblocking, .. } = connection;
     let u32s = |tag: u16, out: &mut Vec<u8>, values: &[u32]| {
         field::put(out, tag, |out| values.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes())));
     };
@@ -75,6 +77,7 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
         (ecn_seen, bit::ECN_SEEN),
         (syn_data, bit::SYN_DATA),
         (microseconds, bit::MICROSECONDS),
+        (nonblocking, bit::NONBLOCKING),
     ];
     let bits = bits.into_iter().map(|(set, bit)| u16::from(*set) * bit).sum::<u16>();
     field::put(out, tag::OPTIONS, |out| {
@@ -140,6 +143,7 @@ fn put_setting(out: &mut Vec<u8>, name: &str, value: &Setting) -> Result<()> {
     let (kind, length) = match value {
         Setting::Number(_) => (NUMBER, 4),
         Setting::Bytes(bytes) => (BYTES, bytes.len()),
+        Setting::Secret(bytes) => (SECRET, bytes.len()),
     };
     if !option_name(name) || length > field::LIMIT as usize {
         return Err(Error::invalid("a setting has no kernel name, or is over 1 MiB"));
@@ -149,7 +153,7 @@ fn put_setting(out: &mut Vec<u8>, name: &str, value: &Setting) -> Result<()> {
         out.extend_from_slice(name.as_bytes());
         match value {
             Setting::Number(number) => out.extend_from_slice(&number.to_le_bytes()),
-            Setting::Bytes(bytes) => out.extend_from_slice(bytes),
+            Setting::Bytes(bytes) | Setting::Secret(bytes) => out.extend_from_slice(bytes),
         }
     });
     Ok(())
@@ -178,6 +182,7 @@ pub(super) struct Fields {
     buffers: Option<Buffers>,
     path: Option<Path>,
     settings: soccr::settings::Settings,
+    nonblocking: bool,
 }
 
 impl Fields {
@@ -221,7 +226,10 @@ impl Fields {
             tag::LOCAL => self.local = Some(address(v)?),
             tag::REMOTE => self.remote = Some(address(v)?),
             tag::CONTROL => self.control = Some(control(v)?),
-            tag::OPTIONS => self.options = Some(options(v)?),
+            tag::OPTIONS => {
+                let (options, nonblocking) = options(v)?;
+                (self.options, self.nonblocking) = (Some(options), nonblocking);
+            }
             tag::WINDOW_SCALE => self.window_scale = Some(WindowScale { snd: v.u8()?, rcv: v.u8()? }),
             tag::TIMESTAMPS => self.timestamps = Some(v.u32()?),
             tag::WINDOW => {
@@ -263,9 +271,10 @@ impl Fields {
         let value = match kind {
             NUMBER => Setting::Number(i32::from_le_bytes(value.array()?)),
             BYTES => Setting::Bytes(value.rest().to_vec()),
+            SECRET => Setting::Secret(value.rest().to_vec()),
             _ => return Err(Error::newer(format_args!("a setting of kind {kind}"))),
         };
-        self.settings.push(name, value);
+        self.settings.set(&name, value);
         Ok(())
     }
 
@@ -291,6 +300,7 @@ impl Fields {
             buffers: self.buffers,
             path: self.path,
             settings: self.settings,
+            nonblocking: self.nonblocking,
         })
     }
 }
@@ -348,12 +358,13 @@ fn control(value: &mut Value<'_>) -> Result<ControlBlock> {
     })
 }
 
-fn options(value: &mut Value<'_>) -> Result<Options> {
+/// The options, and `O_NONBLOCK`.
+fn options(value: &mut Value<'_>) -> Result<(Options, bool)> {
     let (mss_clamp, bits) = (value.u16()?, value.u16()?);
     if bits & !bit::ALL != 0 {
         return Err(Error::newer(format_args!("option bits {bits:#x}")));
     }
-    Ok(Options {
+    let options = Options {
         mss_clamp,
         sack: bits & bit::SACK != 0,
         ecn: bits & bit::ECN != 0,
@@ -361,5 +372,6 @@ fn options(value: &mut Value<'_>) -> Result<Options> {
         syn_data: bits & bit::SYN_DATA != 0,
         microseconds: bits & bit::MICROSECONDS != 0,
         ..Options::default()
-    })
+    };
+    Ok((options, bits & bit::NONBLOCKING != 0))
 }
