@@ -29,11 +29,7 @@
 //!         window: None,
 //!     },
 //!     receive_queue: b"hello".to_vec(),
-//!     send_queue: Vec::new(),
-//!     urgent: None,
-//!     buffers: None,
-//!     path: None,
-//!     settings: Default::default(),
+//!     ..Connection::empty()
 //! };
 //! let mut bytes = Vec::new();
 //! soccr_image::write(&mut bytes, &connection)?;
