@@ -1,0 +1,62 @@
+//! `soccr demo`: a connection that moves between two hosts while data flows both ways.
+//!
+//! ```text
+//!   peer                    host A        host B            one address, many programs
+//!    │  bytes both ways       │             │
+//!    │◄──────────────────────►│ program 1   │
+//!    │                        │ lock, save  │ program 2 starts, locks
+//!    │                        │──── image ─►│ restore
+//!    │  (router: A → B)       │─ held pkts ►│ replay, unlock
+//!    │◄────────────────────────────────────►│
+//! ```
+//!
+//! The hosts are network namespaces of this process; every program is a process of its own.
+
+mod mover;
+mod pattern;
+mod peer;
+mod report;
+mod wire;
+pub mod worker;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use soccr_lab::Lab;
+
+use mover::Mover;
+use peer::Peer;
+use report::{Report, Summary};
+
+/// What a move is asked for.
+#[derive(clap::Args, Debug)]
+pub struct Demo {
+    /// How often the connection moves to the other host
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    moves: u32,
+    /// Print one JSON object instead of the account
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the demonstration. Fails where a byte was lost or a reset was seen.
+pub fn run(demo: &Demo) -> Result<ExitCode> {
+    // Before any thread starts, and before the report looks at the terminal.
+    soccr_lab::enter()?;
+    let lab = Lab::new().context("the private network")?;
+    let mut report = Report::new(demo.json);
+    report.network(&lab);
+    let mut mover = Mover::start(&lab)?;
+    let peer = Peer::connect(&lab.peer, mover.address())?;
+    mover.accept()?;
+    for number in 1..=demo.moves {
+        peer.wait_for_traffic()?;
+        let moved = mover.move_once(&peer)?;
+        report.moved(number, &moved);
+    }
+    peer.wait_for_traffic()?;
+    let ends = mover.finish(&peer)?;
+    let summary = Summary::new(&lab, report.moves(), &ends);
+    report.summary(&summary);
+    Ok(if summary.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,152 @@
+//! Moves the connection from program to program: the conductor of the demonstration.
+
+use std::io::BufReader;
+use std::net::SocketAddr;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use soccr_lab::{Host, Lab, Side};
+
+use super::peer::{Counts, Peer};
+use super::wire::{Answer, Order, Progress, now, receive, send};
+
+const PORT: u16 = 8080;
+
+/// Has the program that owns the connection, and the lab in which it moves.
+#[derive(Debug)]
+pub struct Mover<'lab> {
+    lab: &'lab Lab,
+    side: Side,
+    owner: Program,
+    mss_before: u32,
+    mss_after: u32,
+}
+
+/// One move, as it went.
+#[derive(Clone, Copy, Debug)]
+pub struct Move {
+    /// Where it went.
+    pub to: Side,
+    /// From the first lock to the last unlock.
+    pub lock: Duration,
+    /// The longest time without a byte, of both directions.
+    pub silence: Duration,
+    /// Bytes in the receive queue that moved.
+    pub unread: u32,
+    /// Bytes in the send queue that moved.
+    pub unacknowledged: u32,
+}
+
+/// What both ends have counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    pub peer: Counts,
+    pub program: Progress,
+    pub mss_before: u32,
+    pub mss_after: u32,
+}
+
+impl<'lab> Mover<'lab> {
+    /// Starts the first program, which listens on host A.
+    pub fn start(lab: &'lab Lab) -> Result<Self> {
+        let mut owner = Program::start(lab.host(Side::A))?;
+        owner.order(&Order::Listen { port: PORT }, &[])?;
+        Ok(Self { lab, side: Side::A, owner, mss_before: 0, mss_after: 0 })
+    }
+
+    /// The address that the hosts share.
+    pub fn address(&self) -> SocketAddr {
+        (self.lab.a.v4, PORT).into()
+    }
+
+    /// Lets the first program accept the connection.
+    pub fn accept(&mut self) -> Result<()> {
+        match self.owner.order(&Order::Accept, &[])?.0 {
+            Answer::Connected { mss } => (self.mss_before, self.mss_after) = (mss, mss),
+            other => bail!("unexpected answer {other:?}"),
+        }
+        Ok(())
+    }
+
+    /// Moves the connection to a new program on the other host.
+    pub fn move_once(&mut self, peer: &Peer) -> Result<Move> {
+        let to = self.side.other();
+        let mut next = Program::start(self.lab.host(to))?;
+        next.order(&Order::Expect { local: self.address(), remote: peer.address()? }, &[])?;
+
+        peer.watch();
+        let (released, image) = self.owner.order(&Order::Release, &[])?;
+        let Answer::Released { locked_at, last_read_at, progress, unread, unacknowledged } = released else {
+            bail!("unexpected answer {released:?}");
+        };
+        // From here on the next program holds what the peer sends; before, the last one did.
+        self.lab.steer(to)?;
+        next.send(&Order::Restore(progress), &image)?;
+        let (_, held) = self.owner.order(&Order::GiveHeld, &[])?;
+        next.answer()?;
+        let (going, _) = next.order(&Order::Go, &held)?;
+        let Answer::Going { unlocked_at, mss } = going else { bail!("unexpected answer {going:?}") };
+        let (heard, _) = next.answer()?;
+        let Answer::Heard { first_read_at } = heard else { bail!("unexpected answer {heard:?}") };
+        peer.wait_for_byte(unlocked_at)?;
+
+        self.mss_after = mss;
+        self.side = to;
+        std::mem::replace(&mut self.owner, next).wait()?;
+        Ok(Move {
+            to,
+            lock: Duration::from_nanos(unlocked_at - locked_at),
+            silence: Duration::from_nanos(first_read_at - last_read_at).max(peer.longest_silence()),
+            unread,
+            unacknowledged,
+        })
+    }
+
+    /// Ends both streams and counts.
+    pub fn finish(mut self, peer: Peer) -> Result<Ends> {
+        peer.stop_writing();
+        let (finished, _) = self.owner.order(&Order::Finish, &[])?;
+        let Answer::Finished { progress } = finished else { bail!("unexpected answer {finished:?}") };
+        self.owner.wait()?;
+        Ok(Ends { peer: peer.finish()?, program: progress, mss_before: self.mss_before, mss_after: self.mss_after })
+    }
+}
+
+/// A program of the demonstration, in a process of its own.
+#[derive(Debug)]
+struct Program {
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Program {
+    fn start(host: &Host) -> Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("demo-program").stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = host.run(|| command.spawn()).context("a program of the demonstration")?;
+        let orders = child.stdin.take().context("its standard input")?;
+        let answers = BufReader::new(child.stdout.take().context("its standard output")?);
+        Ok(Self { child, orders, answers })
+    }
+
+    fn order(&mut self, order: &Order, bytes: &[u8]) -> Result<(Answer, Vec<u8>)> {
+        self.send(order, bytes)?;
+        self.answer()
+    }
+
+    fn send(&mut self, order: &Order, bytes: &[u8]) -> Result<()> {
+        send(&mut self.orders, order, bytes)
+    }
+
+    fn answer(&mut self) -> Result<(Answer, Vec<u8>)> {
+        receive(&mut self.answers)
+    }
+
+    fn wait(mut self) -> Result<()> {
+        drop(self.orders);
+        let status = self.child.wait()?;
+        if status.success() { Ok(()) } else { bail!("a program of the demonstration has failed: {status}") }
+    }
+}

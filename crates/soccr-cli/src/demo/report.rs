@@ -1,0 +1,166 @@
+//! The account of the demonstration: for people as it happens, for machines at the end.
+
+use std::io::Write;
+use std::time::Duration;
+
+use anstyle::{AnsiColor, Style};
+use serde::Serialize;
+use soccr_lab::{Host, Lab, Side};
+
+use super::mover::{Ends, Move};
+
+const DIM: Style = Style::new().dimmed();
+const BOLD: Style = Style::new().bold();
+const GOOD: Style = AnsiColor::Green.on_default().bold();
+const BAD: Style = AnsiColor::Red.on_default().bold();
+
+/// Rows for people: with many moves not every one is worth a line.
+const ROWS: u32 = 40;
+
+/// Collects the moves, and prints them unless the account is for a machine.
+#[derive(Debug)]
+pub struct Report {
+    json: bool,
+    moves: Vec<Move>,
+}
+
+impl Report {
+    pub fn new(json: bool) -> Self {
+        Self { json, moves: Vec::new() }
+    }
+
+    pub fn moves(&self) -> &[Move] {
+        &self.moves
+    }
+
+    /// Draws the network.
+    pub fn network(&self, lab: &Lab) {
+        if self.json {
+            return;
+        }
+        let (peer, shared) = (lab.peer.v4, lab.a.v4);
+        say(format_args!("One TCP connection, two hosts with one address, a new process for every move."));
+        say(format_args!("{DIM}                                   ┌── {shared}  host A{DIM:#}"));
+        say(format_args!("{DIM}  peer  {peer} ─── router ──┤{DIM:#}"));
+        say(format_args!("{DIM}                                   └── {shared}  host B{DIM:#}"));
+        say(format_args!(""));
+        say(format_args!(
+            "{BOLD}{:>5}  {:<5}  {:>10}  {:>12}  {:>12}  {:>14}{BOLD:#}",
+            "move", "host", "locked", "unread", "unacked", "peer's silence"
+        ));
+    }
+
+    /// One move more.
+    pub fn moved(&mut self, number: u32, moved: &Move) {
+        self.moves.push(*moved);
+        if self.json || (number > ROWS && number % 50 != 0) {
+            return;
+        }
+        let arrow = if moved.to == Side::B { "A → B" } else { "B → A" };
+        say(format_args!(
+            "{number:>5}  {arrow:<5}  {:>7.2} ms  {:>12}  {:>12}  {:>11.2} ms",
+            milliseconds(moved.lock),
+            bytes(moved.unread.into()),
+            bytes(moved.unacknowledged.into()),
+            milliseconds(moved.silence),
+        ));
+    }
+
+    /// What it came to.
+    pub fn summary(&self, summary: &Summary) {
+        if self.json {
+            // A struct of numbers cannot fail to become JSON.
+            say(format_args!("{}", serde_json::to_string(summary).unwrap_or_default()));
+            return;
+        }
+        let Summary { moves, bytes_lost, resets, mss_before, mss_after, .. } = summary;
+        let style = if summary.is_clean() { GOOD } else { BAD };
+        say(format_args!(""));
+        say(format_args!(
+            "{style}{moves} moves, {} carried and compared, {bytes_lost} bytes lost, {resets} resets{style:#}",
+            bytes(summary.bytes)
+        ));
+        say(format_args!(
+            "locked for {:.2} ms (median), the peer's longest silence {:.2} ms (median), {:.2} ms (maximum); \
+             MSS {mss_before} before, {mss_after} after",
+            summary.lock_ms_median, summary.stall_ms_median, summary.stall_ms_max,
+        ));
+    }
+}
+
+/// The result.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    moves: usize,
+    bytes: u64,
+    bytes_lost: u64,
+    resets: u64,
+    stall_ms_median: f64,
+    stall_ms_max: f64,
+    lock_ms_median: f64,
+    lock_ms_max: f64,
+    mss_before: u32,
+    mss_after: u32,
+}
+
+impl Summary {
+    pub fn new(lab: &Lab, moves: &[Move], ends: &Ends) -> Self {
+        let Ends { peer, program, mss_before, mss_after } = *ends;
+        let lost = [peer.written.abs_diff(program.read), program.written.abs_diff(peer.read)];
+        let (locks, stalls) = (sorted(moves, |moved| moved.lock), sorted(moves, |moved| moved.silence));
+        Self {
+            moves: moves.len(),
+            bytes: peer.read + program.read,
+            bytes_lost: lost.iter().sum::<u64>() + peer.differences + program.differences,
+            resets: [&lab.peer, &lab.a, &lab.b].into_iter().map(resets_sent).sum(),
+            stall_ms_median: median(&stalls),
+            stall_ms_max: stalls.last().copied().unwrap_or_default(),
+            lock_ms_median: median(&locks),
+            lock_ms_max: locks.last().copied().unwrap_or_default(),
+            mss_before,
+            mss_after,
+        }
+    }
+
+    /// Nothing was lost and nobody was reset.
+    pub fn is_clean(&self) -> bool {
+        self.bytes_lost == 0 && self.resets == 0
+    }
+}
+
+/// Resets that a host has sent, by the kernel's own count (`OutRsts` in snmp(5)); counted as one where it cannot be read.
+fn resets_sent(host: &Host) -> u64 {
+    let table = host.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap_or_default();
+    let mut rows = table.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split_whitespace());
+    let (Some(names), Some(mut values)) = (rows.next(), rows.next()) else { return 1 };
+    let column = names.into_iter().position(|name| name == "OutRsts");
+    column.and_then(|column| values.nth(column)?.parse().ok()).unwrap_or(1)
+}
+
+fn sorted(moves: &[Move], time: impl Fn(&Move) -> Duration) -> Vec<f64> {
+    let mut times: Vec<f64> = moves.iter().map(|moved| milliseconds(time(moved))).collect();
+    times.sort_by(f64::total_cmp);
+    times
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+fn bytes(count: u64) -> String {
+    match count {
+        0..10_000 => format!("{count} B"),
+        10_000..10_000_000 => format!("{} kB", count / 1000),
+        _ => format!("{} MB", count / 1_000_000),
+    }
+}
+
+/// Prints a line; colours on a terminal alone. Nobody may be listening any more.
+fn say(line: std::fmt::Arguments<'_>) {
+    let mut out = anstream::AutoStream::auto(std::io::stdout());
+    let _ = writeln!(out, "{line}");
+}
