@@ -5,6 +5,7 @@ mod buffers;
 pub mod connection;
 mod error;
 mod fin;
+pub mod lock;
 mod pause;
 mod queue;
 mod restore;
@@ -14,6 +15,7 @@ pub mod settings;
 mod sys;
 
 pub use connection::Connection;
+pub use lock::Lock;
 pub use error::{Error, ErrorKind, Result};
 pub use pause::{Paused, pause};
 pub use restore::{Restore, Restored};

@@ -97,12 +97,26 @@ fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
         mss_clamp: tcp::max_segment(fd)?.min(u16::MAX.into()) as u16,
         window_scale: has(info_option::WINDOW_SCALE).then_some(WindowScale { snd, rcv }),
         sack: has(info_option::SACK),
-        timestamps: if has(info_option::TIMESTAMPS) { Some(tcp::timestamp(fd)?) } else { None },
+        timestamps: if has(info_option::TIMESTAMPS) { Some(next_timestamp(fd, info)?) } else { None },
         microseconds: has(info_option::MICROSECOND_TIMESTAMPS),
         ecn: has(info_option::ECN),
         ecn_seen: has(info_option::ECN_SEEN),
         syn_data: has(info_option::SYN_DATA),
     })
+}
+
+/// The timestamp clock, as far ahead as the kernel may have stamped a segment already: with pacing it stamps them with
+/// the time of their departure, and the ACKs in between as well. A restored clock behind that would make the peer drop
+/// everything until it has caught up (PAWS, RFC 7323 §5).
+fn next_timestamp(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<u32> {
+    /// Two bursts of the largest size may wait for their departure.
+    const BURSTS: u64 = 2 * 65536;
+    const LONGEST: u64 = 1_000_000;
+    let ahead = (BURSTS * 1_000_000).checked_div(info.pacing_rate).unwrap_or(0).min(LONGEST);
+    let microseconds = info.options & info_option::MICROSECOND_TIMESTAMPS != 0;
+    let ticks = if microseconds { ahead } else { ahead.div_ceil(1000) };
+    // The lowest bit is no time: it tells the unit of the clock.
+    Ok(tcp::timestamp(fd)?.wrapping_add(ticks.next_multiple_of(2) as u32))
 }
 
 fn path(info: &TcpInfo) -> Path {
