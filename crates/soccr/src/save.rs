@@ -105,16 +105,18 @@ fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
     })
 }
 
-/// The timestamp clock, as far ahead as the kernel may have stamped a segment already: with pacing it stamps them with
-/// the time of their departure, and the ACKs in between as well. A restored clock behind that would make the peer drop
-/// everything until it has caught up (PAWS, RFC 7323 §5).
+/// The timestamp clock, ahead of every stamp that a segment may carry already: with pacing the kernel stamps them with
+/// the time of their departure, and the ACKs in between as well, tens of milliseconds ahead where a burst has just met
+/// a low rate. A restored clock behind that would make the peer drop everything until it has caught up (PAWS, RFC 7323
+/// §5); one ahead costs a single round-trip time that is measured too long.
 fn next_timestamp(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<u32> {
+    const LEAST: u64 = 100_000;
+    const MOST: u64 = 1_000_000;
     /// Two bursts of the largest size may wait for their departure.
     const BURSTS: u64 = 2 * 65536;
-    const LONGEST: u64 = 1_000_000;
-    let ahead = (BURSTS * 1_000_000).checked_div(info.pacing_rate).unwrap_or(0).min(LONGEST);
+    let ahead = LEAST + (BURSTS * 1_000_000).checked_div(info.pacing_rate).unwrap_or(0).min(MOST);
     let microseconds = info.options & info_option::MICROSECOND_TIMESTAMPS != 0;
-    let ticks = if microseconds { ahead } else { ahead.div_ceil(1000) };
+    let ticks = if microseconds { ahead } else { ahead / 1000 };
     // The lowest bit is no time: it tells the unit of the clock.
     Ok(tcp::timestamp(fd)?.wrapping_add(ticks.next_multiple_of(2) as u32))
 }
