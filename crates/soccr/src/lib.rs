@@ -5,6 +5,7 @@ mod buffers;
 pub mod connection;
 mod error;
 mod fin;
+pub mod lock;
 mod pause;
 mod queue;
 mod restore;
@@ -15,6 +16,7 @@ mod sys;
 
 pub use connection::Connection;
 pub use error::{Error, ErrorKind, Result};
+pub use lock::Lock;
 pub use pause::{Paused, pause};
 pub use restore::{Restore, Restored};
 pub use sys::tcp::Queue;
