@@ -109,7 +109,12 @@ impl<'lab> Mover<'lab> {
         let (finished, _) = self.owner.order(&Order::Finish, &[])?;
         let Answer::Finished { progress } = finished else { bail!("unexpected answer {finished:?}") };
         self.owner.wait()?;
-        Ok(Ends { peer: peer.finish()?, program: progress, mss_before: self.mss_before, mss_after: self.mss_after })
+        Ok(Ends {
+            peer: peer.finish()?,
+            program: progress,
+            mss_before: self.mss_before,
+            mss_after: self.mss_after,
+        })
     }
 }
 

@@ -70,7 +70,8 @@ impl Peer {
 
     /// Waits until enough bytes have flowed both ways since the call.
     pub fn wait_for_traffic(&self) -> Result<()> {
-        let goals = [&self.shared.read, &self.shared.written].map(|count| (count, count.load(Relaxed) + BETWEEN_MOVES));
+        let goals = [&self.shared.read, &self.shared.written]
+            .map(|count| (count, count.load(Relaxed) + BETWEEN_MOVES));
         let deadline = Instant::now() + PATIENCE;
         while goals.iter().any(|(count, goal)| count.load(Relaxed) < *goal) {
             if self.reader.is_finished() || self.writer.is_finished() {

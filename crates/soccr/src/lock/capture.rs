@@ -107,6 +107,15 @@ impl Capture {
         }
     }
 
+    /// How many packets of these connections have been read.
+    pub(super) fn held(&self, flows: &[Flow]) -> usize {
+        let count = |flow| match self.packets.flows.get(&canonical(flow)) {
+            Some(Fate::Held { queue, .. }) => queue.len(),
+            _ => 0,
+        };
+        flows.iter().map(count).sum()
+    }
+
     /// The packets of these connections, in order; further ones are kept.
     pub(super) fn take(&mut self, flows: &[Flow]) -> io::Result<Vec<Held>> {
         self.read()?;
