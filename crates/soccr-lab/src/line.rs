@@ -15,7 +15,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendFlags, send, sockopt::socket_error};
@@ -67,6 +67,8 @@ pub struct Line {
 const RING: usize = 16 << 20;
 /// What a slot has beside the packet.
 const SLOT_OVERHEAD: usize = 128;
+/// How long arrivals may stay in the ring, so that it does not overflow.
+const LONGEST_SLEEP: Duration = Duration::from_millis(1);
 /// How many packets are taken from the ring before those that are due are sent.
 const BATCH: usize = 32;
 
@@ -196,9 +198,15 @@ impl Carrier {
 
     /// Moves arrived frames into the queue; returns whether there may be more.
     fn take_in(&mut self) -> bool {
-        let now = Instant::now();
+        let (time_of_day, now) = (SystemTime::now(), Instant::now());
         for _ in 0..BATCH {
-            let Some(frame) = self.ring.next(<[u8]>::to_vec) else { return false };
+            let Some((frame, arrival)) = self.ring.next(|frame, arrival| (frame.to_vec(), arrival)) else {
+                return false;
+            };
+            let arrival = match time_of_day.duration_since(arrival) {
+                Ok(age) => now.checked_sub(age).unwrap_or(now),
+                Err(later) => now + later.duration(),
+            };
             let full = self.queued + frame.len() > self.shape.queue;
             if full || self.random.next() < self.shape.loss || self.is_victim(&frame) {
                 self.lose(1);
@@ -207,7 +215,7 @@ impl Carrier {
             let on_the_wire = self.shape.rate.map_or(Duration::ZERO, |rate| {
                 Duration::from_secs_f64(Ring::ethernet(&frame).len() as f64 * 8.0 / rate as f64)
             });
-            self.free = self.free.max(now) + on_the_wire;
+            self.free = self.free.max(arrival) + on_the_wire;
             self.queued += frame.len();
             self.queue.push_back((self.free + self.shape.delay, frame));
         }
@@ -230,18 +238,24 @@ impl Carrier {
         if let Ok(overflow @ 1..) = self.ring.overflow() {
             self.lose(overflow.into());
         }
-        let timeout = self.queue.front().map(|(due, _)| {
-            let left = due.saturating_duration_since(Instant::now());
-            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
-        });
-        let mut fds = [PollFd::new(&self.ring, PollFlags::IN), PollFd::new(&*self.stop, PollFlags::IN)];
+        let stop = PollFd::new(&*self.stop, PollFlags::IN);
+        let mut fds = [stop, PollFd::new(&self.ring, PollFlags::IN)];
+        let (watched, timeout) = match self.queue.front() {
+            None => (&mut fds[..], None),
+            // Frames that arrive meanwhile are due later, and bring along the time of their arrival: no need to wake.
+            Some((due, _)) => {
+                let left = due.saturating_duration_since(Instant::now()).min(LONGEST_SLEEP);
+                let timeout = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
+                (&mut fds[..1], Some(timeout))
+            }
+        };
         // EINTR: the next round finds out what there is to do.
-        let _ = poll(&mut fds, timeout.as_ref());
-        if fds[0].revents().contains(PollFlags::ERR) {
+        let _ = poll(watched, timeout.as_ref());
+        if fds[1].revents().contains(PollFlags::ERR) {
             // The link went down. Reading the error clears it; it may come up again.
             let _ = socket_error(&self.ring);
         }
-        !fds[1].revents().is_empty()
+        !fds[0].revents().is_empty()
     }
 
     fn lose(&self, packets: u64) {

@@ -48,7 +48,7 @@ impl Sniffer {
     /// Where more passed than there was room for: then nobody can say what was not there.
     pub fn segments(&mut self) -> io::Result<Vec<Segment>> {
         let mut segments = Vec::new();
-        while let Some(segment) = self.ring.next(Segment::of_frame) {
+        while let Some(segment) = self.ring.next(|frame, _| Segment::of_frame(frame)) {
             segments.extend(segment);
         }
         match self.ring.overflow()? {

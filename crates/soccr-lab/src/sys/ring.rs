@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
@@ -16,6 +17,8 @@ use super::{attach_filter, check, option, set_option};
 /// Where `struct tpacket2_hdr` has what we read, behind its status word.
 const SNAPLEN: usize = 4;
 const MAC: usize = 8;
+const SECONDS: usize = 12;
+const NANOSECONDS: usize = 16;
 const STATUS: usize = 4;
 /// `struct virtio_net_hdr`, which precedes each frame where the ring was opened for whole frames.
 const VNET_HEADER: usize = 10;
@@ -99,10 +102,11 @@ impl Ring {
         Ok(socket)
     }
 
-    /// Gives the next frame to `look` and its slot back to the kernel. `None` where no frame is waiting.
+    /// Gives the next frame to `look`, with the time of day when it arrived, and its slot back to the kernel. `None`
+    /// where no frame is waiting.
     ///
     /// The frame begins with the Ethernet header; where the ring is for whole frames, with the header before that.
-    pub(crate) fn next<T>(&mut self, look: impl FnOnce(&[u8]) -> T) -> Option<T> {
+    pub(crate) fn next<T>(&mut self, look: impl FnOnce(&[u8], SystemTime) -> T) -> Option<T> {
         // SAFETY: next is smaller than slots, so the slot lies in the mapping.
         let slot = unsafe { self.memory.add(self.next * self.slot) };
         // SAFETY: a slot begins with its status word, aligned as slots are, which both sides change atomically.
@@ -112,9 +116,11 @@ impl Ring {
         }
         // SAFETY: the slot is ours until the status word says otherwise; the kernel does not write to it meanwhile.
         let bytes = unsafe { slice::from_raw_parts(slot.as_ptr().add(STATUS), self.slot - STATUS) };
+        let number = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let start = usize::from(u16::from_ne_bytes([bytes[MAC], bytes[MAC + 1]])) - STATUS;
-        let length = bytes[SNAPLEN..].first_chunk().map_or(0, |length| u32::from_ne_bytes(*length) as usize);
-        let result = look(&bytes[start - self.before..start + length]);
+        let end = start + number(SNAPLEN) as usize;
+        let arrival = UNIX_EPOCH + Duration::new(number(SECONDS).into(), number(NANOSECONDS));
+        let result = look(&bytes[start - self.before..end], arrival);
         status.store(SLOT_OF_THE_KERNEL, Ordering::Release);
         self.next = (self.next + 1) % self.slots;
         Some(result)
