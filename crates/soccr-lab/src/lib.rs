@@ -26,8 +26,11 @@ mod enter;
 #[cfg(feature = "harness")]
 mod harness;
 mod host;
+mod line;
 mod namespace;
 mod rtnetlink;
+mod segment;
+mod sniffer;
 mod sys;
 mod topology;
 mod wait;
@@ -36,7 +39,10 @@ pub use enter::{Unavailable, enter};
 #[cfg(feature = "harness")]
 pub use harness::{Test, harness};
 pub use host::{Family, Host};
+pub use line::{Line, Shape};
 pub use namespace::{Namespace, sysctl};
-pub use rtnetlink::Rtnetlink;
+pub use rtnetlink::{Rtnetlink, VethEnd};
+pub use segment::{Flags, Segment};
+pub use sniffer::Sniffer;
 pub use topology::{Lab, Pair, Side};
 pub use wait::wait_until;
