@@ -138,7 +138,7 @@ pub const TEXT_LIMIT: usize = 255;
 /// [`Invalid`](crate::ErrorKind::Invalid) and nothing written where the connection contradicts itself; else what `writer` says.
 pub fn write(writer: impl Write, connection: &Connection) -> Result<()> {
     let mut writer = Writer::new(writer)?;
-    writer.connection(1, "", connection)?;
+    writer.connection(1, "", connection).map_err(Error::of_all)?;
     writer.finish().map(drop)
 }
 
@@ -149,7 +149,7 @@ pub fn write(writer: impl Write, connection: &Connection) -> Result<()> {
 pub fn read(reader: impl Read) -> Result<Connection> {
     let mut reader = Reader::new(reader)?;
     let mut found = None;
-    while let Some(message) = reader.receive()? {
+    while let Some(message) = reader.receive().map_err(Error::of_all)? {
         match message {
             Message::Connection { connection, .. } if found.is_none() => found = Some(connection),
             Message::Connection { .. } => return Err(Error::invalid("holds more than one connection")),

@@ -416,3 +416,10 @@ fn files_hold_one_connection_and_nothing_else() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     assert_eq!(kind(soccr_image::load_file(directory.path().join("none"))), ErrorKind::Io);
 }
+
+#[test]
+fn images_of_version_1_stay_readable() {
+    let golden = include_bytes!("v1.soccr");
+    assert_eq!(read(&golden[..]).unwrap(), sample());
+    assert_eq!(bytes_of(&sample()), golden);
+}

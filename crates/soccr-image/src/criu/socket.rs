@@ -10,8 +10,12 @@ use super::protobuf::{Field, fields};
 use super::{Stream, container};
 use crate::error::{Error, Result};
 
+/// More settings than a socket can have: two bytes of an image would take fifty of memory.
+const SETTINGS_LIMIT: usize = 64;
+
 /// Numbers of `file_entry`.
 pub(super) const FILE_INETSK: u32 = 4;
+
 /// Numbers of `inet_sk_entry`.
 pub(super) mod number {
     pub(in super::super) const STATE: u32 = 6;
@@ -157,7 +161,15 @@ fn options(
     v6only: Option<bool>,
 ) -> Result<(Buffers, Settings)> {
     let mut buffers = Buffers { send: 0, receive: 0, lock: 0 };
-    let mut settings = Settings::default();
+    let (mut settings, mut count) = (Settings::default(), 0);
+    let mut push = |name: &'static str, value: Value| {
+        count += 1;
+        if count > SETTINGS_LIMIT {
+            return Err(Error::damaged("a socket with too many options"));
+        }
+        settings.push(name, value);
+        Ok(())
+    };
     let mut timeouts = [0u64; 4];
     for field in fields(opts) {
         let field = field?;
@@ -179,13 +191,13 @@ fn options(
                 continue;
             }
             15 => {
-                settings.push("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()));
+                push("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()))?;
                 continue;
             }
             24 => {
                 // struct linger: CRIU writes the seconds, and only where it is on.
                 let bytes = [1u32.to_ne_bytes(), field.u32()?.to_ne_bytes()].concat();
-                settings.push("SO_LINGER", Value::Bytes(bytes));
+                push("SO_LINGER", Value::Bytes(bytes))?;
                 continue;
             }
             7 => "SO_REUSEADDR",
@@ -202,16 +214,16 @@ fn options(
             23 => "SO_OOBINLINE",
             _ => continue,
         };
-        settings.push(name, Value::Number(field.u32()? as i32));
+        push(name, Value::Number(field.u32()? as i32))?;
     }
     for (name, time) in [("SO_SNDTIMEO", &timeouts[..2]), ("SO_RCVTIMEO", &timeouts[2..])] {
         if time != [0, 0] {
             // struct timeval.
-            settings.push(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()));
+            push(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()))?;
         }
     }
     if let Some(v6only) = v6only {
-        settings.push("IPV6_V6ONLY", Value::Number(v6only.into()));
+        push("IPV6_V6ONLY", Value::Number(v6only.into()))?;
     }
     for field in fields(ip_opts) {
         let field = field?;
@@ -223,7 +235,7 @@ fn options(
             7 => "IPV6_UNICAST_HOPS",
             _ => continue,
         };
-        settings.push(name, Value::Number(field.u32()? as i32));
+        push(name, Value::Number(field.u32()? as i32))?;
     }
     for field in fields(tcp_opts) {
         let field = field?;
@@ -235,7 +247,7 @@ fn options(
             5 => "TCP_KEEPINTVL",
             _ => continue,
         };
-        settings.push(name, Value::Number(field.u32()? as i32));
+        push(name, Value::Number(field.u32()? as i32))?;
     }
     Ok((buffers, settings))
 }
