@@ -12,8 +12,8 @@ use super::{Socket, Stream, container, rewrite, sockets};
 use crate::error::{Error, Result};
 use crate::{AddressMap, AtomicFile};
 
-/// The largest `files.img` that is read: some millions of files.
-const FILES_LIMIT: u64 = 1 << 30;
+/// The largest `files.img` that is read: half a million files.
+const FILES_LIMIT: u64 = 64 << 20;
 
 /// The largest `tcp-stream` image: two full queues, and what is before them.
 const STREAM_LIMIT: u64 = 2 * QUEUE_LIMIT as u64 + (64 << 10);
