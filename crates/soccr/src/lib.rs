@@ -1,7 +1,9 @@
 //! soccr: a live TCP connection is a value.
 #![allow(dead_code)]
 
+mod bpf;
 mod buffers;
+mod congestion;
 pub mod connection;
 mod error;
 mod fin;
