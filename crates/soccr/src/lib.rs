@@ -5,6 +5,7 @@ mod bpf;
 mod buffers;
 mod congestion;
 pub mod connection;
+pub mod diag;
 mod error;
 mod fin;
 mod pause;
