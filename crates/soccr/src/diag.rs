@@ -13,12 +13,15 @@
 //! # References
 //! `linux/inet_diag.h`, `linux/sock_diag.h`.
 
+use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::BorrowedFd;
 
 use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 
 use crate::connection::State;
 use crate::error::{Error, Result};
+use crate::sys::namespace;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// `struct inet_diag_msg`: what every answer begins with, before its attributes.
@@ -89,6 +92,24 @@ impl Socket<'_> {
     fn attribute(&self, wanted: u16) -> Option<&[u8]> {
         attributes(self.attributes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
     }
+}
+
+thread_local! {
+    /// The last one used: opening costs more than asking. It pins at most one namespace per thread.
+    static LAST: RefCell<Option<(u64, Diag)>> = const { RefCell::new(None) };
+}
+
+/// Asks in the network namespace of `socket`.
+pub(crate) fn beside<T>(socket: BorrowedFd<'_>, ask: impl FnOnce(&mut Diag) -> Result<T>) -> Result<T> {
+    let cookie = namespace::cookie(socket).map_err(failed)?;
+    LAST.with_borrow_mut(|last| match last {
+        Some((opened, diag)) if *opened == cookie => ask(diag),
+        _ => {
+            let netlink = || soccr_netlink::Socket::open(Family::SockDiag);
+            let netlink = namespace::open_beside(socket, netlink).map_err(failed)?;
+            ask(&mut last.insert((cookie, Diag { netlink, batch: Batch::new() })).1)
+        }
+    })
 }
 
 impl Diag {
