@@ -183,13 +183,17 @@ pub(crate) fn is_mptcp(fd: BorrowedFd<'_>) -> bool {
         .is_ok_and(|protocol| protocol == libc::IPPROTO_MPTCP)
 }
 
-fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
+pub(crate) fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
     let address = getsockname(fd).map_err(|error| Error::system("getsockname", error))?;
     SocketAddr::try_from(address)
         .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried"))
 }
 
-fn remote_address(fd: BorrowedFd<'_>, state: State, peer: Option<SocketAddr>) -> Result<SocketAddr> {
+pub(crate) fn remote_address(
+    fd: BorrowedFd<'_>,
+    state: State,
+    peer: Option<SocketAddr>,
+) -> Result<SocketAddr> {
     let address = getpeername(fd);
     match address {
         Ok(Some(address)) => SocketAddr::try_from(address)
