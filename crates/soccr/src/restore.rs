@@ -484,10 +484,7 @@ fn connect(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
 
 /// Begins to connect without waiting for it, whatever the descriptor does otherwise.
 fn start_handshake(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
-    let blocking = !rustix::fs::fcntl_getfl(fd)
-        .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
-        .contains(rustix::fs::OFlags::NONBLOCK);
-    set_nonblocking(fd, true)?;
+    let blocking = set_nonblocking(fd, true)?;
     let started = match rustix::net::connect(fd, &remote) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
         Err(error) => Err(Error::system("connect", error)),
@@ -498,7 +495,13 @@ fn start_handshake(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
     started
 }
 
-fn set_nonblocking(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
-    let flags = if on { rustix::fs::OFlags::NONBLOCK } else { rustix::fs::OFlags::empty() };
-    rustix::fs::fcntl_setfl(fd, flags).map_err(|error| Error::system("fcntl(F_SETFL)", error))
+/// Sets or clears `O_NONBLOCK` alone; true where that changed it.
+fn set_nonblocking(fd: BorrowedFd<'_>, on: bool) -> Result<bool> {
+    let before = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
+    let mut flags = before;
+    flags.set(rustix::fs::OFlags::NONBLOCK, on);
+    if flags != before {
+        rustix::fs::fcntl_setfl(fd, flags).map_err(|error| Error::system("fcntl(F_SETFL)", error))?;
+    }
+    Ok(flags != before)
 }
