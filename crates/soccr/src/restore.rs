@@ -149,7 +149,7 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// System: the option, or `ENOTCONN` where the socket is not connected.
     pub fn connected(&mut self) -> Result<()> {
-        Flow::of(self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
+        Flow::of(&self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
     }
 
     /// Steps 2 and 3: binds and connects the socket, and tells it what the two ends had negotiated.
