@@ -170,10 +170,7 @@ mod tests {
             },
             receive_queue: vec![0; inq_len as usize],
             send_queue: vec![0; outq_len as usize],
-            urgent: None,
-            buffers: None,
-            path: None,
-            settings: Default::default(),
+            ..Connection::empty()
         }
     }
 

