@@ -100,7 +100,6 @@ fn assert_settings(socket: &Socket, truth: &Json) {
         ("opts", "so_rcvlowat", "SO_RCVLOWAT"),
         ("opts", "so_dontroute", "SO_DONTROUTE"),
         ("opts", "so_reuseport", "SO_REUSEPORT"),
-        ("opts", "so_broadcast", "SO_BROADCAST"),
         ("opts", "so_keepalive", "SO_KEEPALIVE"),
         ("opts", "so_oobinline", "SO_OOBINLINE"),
         ("ip_opts", "ttl", "IP_TTL"),

@@ -197,7 +197,6 @@ fn options(
             10 => "SO_MARK",
             13 => "SO_DONTROUTE",
             17 => "SO_REUSEPORT",
-            18 => "SO_BROADCAST",
             19 => "SO_KEEPALIVE",
             20 => "TCP_KEEPCNT",
             21 => "TCP_KEEPIDLE",
