@@ -315,7 +315,8 @@ impl<'fd> Restore<'fd> {
         limit(i32::MAX)?;
         tcp::set_repair(self.fd, Repair::OffNoProbe)?;
         let written = write(self.fd);
-        tcp::set_repair(self.fd, Repair::On)?;
+        // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
+        tcp::set_repair(self.fd, Repair::On).or_else(|_| tcp::set_repair(self.fd, Repair::On))?;
         limit(0)?;
         tcp::set_window(self.fd, &window)?;
         written
