@@ -9,7 +9,7 @@ mod common;
 use common::{Library, build_library, compile, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 1] = ["connections"];
+const PROGRAMS: [&str; 3] = ["connections", "staged", "border"];
 
 fn main() -> ExitCode {
     let libraries = build_library();

@@ -4,57 +4,6 @@
 #include <errno.h>
 #include <fcntl.h>
 
-struct saved {
-	struct libsoccr_sk_data data;
-	char *receive_queue;
-	char *send_queue;
-};
-
-static struct saved save(int fd)
-{
-	struct libsoccr_sk *sk = libsoccr_pause(fd);
-	struct saved saved;
-
-	CHECK(sk);
-	SAME(libsoccr_save(sk, &saved.data, sizeof(saved.data)), 68);
-	saved.receive_queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
-	saved.send_queue = libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, SOCCR_MEM_EXCL);
-	CHECK(saved.receive_queue && saved.send_queue);
-	libsoccr_release(sk);
-	return saved;
-}
-
-/* Restores a connection onto pair->here; the queues are given away. */
-static struct libsoccr_sk *restore(struct pair *pair, struct saved *saved)
-{
-	struct libsoccr_sk *sk;
-
-	pair->here = kit_socket(&pair->self);
-	sk = libsoccr_pause(pair->here);
-	CHECK(sk);
-	SAME(libsoccr_set_addr(sk, 1, &pair->self, 0), 0);
-	SAME(libsoccr_set_addr(sk, 0, &pair->peer, 0), 0);
-	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved->receive_queue, SOCCR_MEM_EXCL), 0);
-	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved->send_queue, SOCCR_MEM_EXCL), 0);
-	SAME(libsoccr_restore(sk, &saved->data, sizeof(saved->data)), 0);
-	return sk;
-}
-
-/* Moves the connection to another socket; the peer hears nothing before it is resumed. */
-static struct saved move(struct pair *pair)
-{
-	struct saved saved = save(pair->here);
-	struct libsoccr_sk *sk;
-
-	close(pair->here);
-	sk = restore(pair, &saved);
-	if (saved.data.state != TCP_SYN_SENT)
-		SAME(kit_option(pair->here, IPPROTO_TCP, TCP_REPAIR), 1);
-	libsoccr_resume(sk);
-	SAME(kit_option(pair->here, IPPROTO_TCP, TCP_REPAIR), 0);
-	return saved;
-}
-
 static void established(enum family family)
 {
 	struct pair pair = kit_pair(family, TCP_ESTABLISHED);
@@ -64,7 +13,7 @@ static void established(enum family family)
 	kit_wait_unread(pair.here, 6);
 	kit_deafen(pair.there);
 	kit_send(pair.here, "unacknowledged", 14);
-	saved = move(&pair);
+	saved = kit_move(&pair);
 	SAME(saved.data.state, TCP_ESTABLISHED);
 	SAME(saved.data.inq_len, 6);
 	SAME(saved.data.outq_len, 14);
@@ -99,7 +48,7 @@ static void close_wait(enum family family)
 	kit_send(pair.there, "unread", 6);
 	shutdown(pair.there, SHUT_WR);
 	kit_wait_state(pair.here, TCP_CLOSE_WAIT);
-	SAME(move(&pair).data.inq_len, 6);
+	SAME(kit_move(&pair).data.inq_len, 6);
 	SAME(kit_state(pair.here), TCP_CLOSE_WAIT);
 	kit_expect(pair.here, "unread", 6);
 	kit_expect_end(pair.here);
@@ -133,7 +82,7 @@ static void fin_wait1_moves(void)
 	kit_send(pair.here, "last", 4);
 	shutdown(pair.here, SHUT_WR);
 	kit_wait_state(pair.here, TCP_FIN_WAIT1);
-	saved = move(&pair);
+	saved = kit_move(&pair);
 	SAME(saved.data.outq_len, 4);
 	SAME(kit_state(pair.here), TCP_FIN_WAIT1);
 	kit_hear(pair.there);
@@ -149,7 +98,7 @@ static void fin_wait2_moves(void)
 {
 	struct pair pair = kit_pair(IPV6, TCP_FIN_WAIT2);
 
-	move(&pair);
+	kit_move(&pair);
 	SAME(kit_state(pair.here), TCP_FIN_WAIT2);
 	kit_send(pair.there, "answer", 6);
 	kit_expect(pair.here, "answer", 6);
@@ -161,7 +110,7 @@ static void closing_moves(void)
 {
 	struct pair pair = kit_pair(IPV4, TCP_CLOSING);
 
-	move(&pair);
+	kit_move(&pair);
 	SAME(kit_state(pair.here), TCP_CLOSING);
 	kit_hear(pair.there);
 	kit_expect_end(pair.there);
@@ -173,7 +122,7 @@ static void last_ack_moves(void)
 {
 	struct pair pair = kit_pair(IPV6, TCP_LAST_ACK);
 
-	move(&pair);
+	kit_move(&pair);
 	SAME(kit_state(pair.here), TCP_LAST_ACK);
 	kit_hear(pair.there);
 	kit_expect_end(pair.there);
@@ -190,7 +139,7 @@ static void a_closed_connection_moves_with_what_is_unread(void)
 	kit_wait_state(pair.here, TCP_CLOSE_WAIT);
 	shutdown(pair.here, SHUT_WR);
 	kit_wait_state(pair.here, TCP_CLOSE);
-	saved = move(&pair);
+	saved = kit_move(&pair);
 	SAME(saved.data.state, TCP_CLOSE);
 	SAME(kit_state(pair.here), TCP_CLOSE);
 	kit_expect(pair.here, "unread", 6);
@@ -201,12 +150,12 @@ static void a_closed_connection_moves_with_what_is_unread(void)
 static void syn_sent_connects_anew(void)
 {
 	struct pair pair = kit_pair(IPV4, TCP_SYN_SENT);
-	struct saved saved = save(pair.here);
+	struct saved saved = kit_save(pair.here);
 	int listener = pair.there;
 
 	SAME(saved.data.state, TCP_SYN_SENT);
 	close(pair.here);
-	restore(&pair, &saved);
+	kit_restore(&pair, &saved);
 	SAME(kit_state(pair.here), TCP_SYN_SENT);
 	SAME(fcntl(pair.here, F_GETFL) & O_NONBLOCK, 0);
 	kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
@@ -248,10 +197,10 @@ static void a_connection_is_complete_without_resume(void)
 	kit_send(pair.there, "unread", 6);
 	filled = kit_fill(pair.here);
 	kit_wait_unread(pair.here, 6);
-	saved = save(pair.here);
+	saved = kit_save(pair.here);
 	CHECK(saved.data.unsq_len > 0);
 	close(pair.here);
-	restore(&pair, &saved);
+	kit_restore(&pair, &saved);
 	kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
 	kit_expect(pair.here, "unread", 6);
 	kit_expect_filling(pair.there, filled);
@@ -302,12 +251,12 @@ static void a_forgotten_peer_is_asked_for(void)
 static void a_released_socket_is_silent_and_free_at_once(void)
 {
 	struct pair pair = kit_connect(IPV4);
-	struct saved saved = save(pair.here);
+	struct saved saved = kit_save(pair.here);
 
 	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
 	close(pair.here);
 	SAME(kit_state(pair.there), TCP_ESTABLISHED);
-	libsoccr_resume(restore(&pair, &saved));
+	libsoccr_resume(kit_restore(&pair, &saved));
 	kit_talk(&pair);
 }
 

@@ -297,6 +297,55 @@ void kit_expect_filling(int fd, size_t length)
 	}
 }
 
+struct saved kit_save(int fd)
+{
+	struct libsoccr_sk *sk = libsoccr_pause(fd);
+	struct saved saved;
+
+	CHECK(sk);
+	SAME(libsoccr_save(sk, &saved.data, sizeof(saved.data)), 68);
+	saved.receive_queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
+	saved.send_queue = libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, SOCCR_MEM_EXCL);
+	CHECK(saved.receive_queue && saved.send_queue);
+	libsoccr_release(sk);
+	return saved;
+}
+
+struct libsoccr_sk *kit_fresh(struct pair *pair)
+{
+	struct libsoccr_sk *sk;
+
+	pair->here = kit_socket(&pair->self);
+	sk = libsoccr_pause(pair->here);
+	CHECK(sk);
+	SAME(libsoccr_set_addr(sk, 1, &pair->self, 0), 0);
+	SAME(libsoccr_set_addr(sk, 0, &pair->peer, 0), 0);
+	return sk;
+}
+
+struct libsoccr_sk *kit_restore(struct pair *pair, struct saved *saved)
+{
+	struct libsoccr_sk *sk = kit_fresh(pair);
+
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved->receive_queue, SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved->send_queue, SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_restore(sk, &saved->data, sizeof(saved->data)), 0);
+	return sk;
+}
+
+struct saved kit_move(struct pair *pair)
+{
+	struct saved saved = kit_save(pair->here);
+	struct libsoccr_sk *sk;
+
+	close(pair->here);
+	sk = kit_restore(pair, &saved);
+	SAME(kit_option(pair->here, IPPROTO_TCP, TCP_REPAIR), saved.data.state != TCP_SYN_SENT);
+	libsoccr_resume(sk);
+	SAME(kit_option(pair->here, IPPROTO_TCP, TCP_REPAIR), 0);
+	return saved;
+}
+
 void kit_talk(struct pair *pair)
 {
 	kit_send(pair->there, "ping", 4);

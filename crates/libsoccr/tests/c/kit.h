@@ -86,6 +86,22 @@ void kit_expect_end(int fd);
 size_t kit_fill(int fd);
 /* Reads `length` bytes of what kit_fill has written. */
 void kit_expect_filling(int fd, size_t length);
+/* A connection without its addresses. */
+struct saved {
+	struct libsoccr_sk_data data;
+	char *receive_queue;
+	char *send_queue;
+};
+
+/* Saves a connection, and leaves its socket in repair mode. */
+struct saved kit_save(int fd);
+/* Pauses pair->here, a fresh socket from now on, and sets its addresses. */
+struct libsoccr_sk *kit_fresh(struct pair *pair);
+/* Restores a connection onto pair->here; the queues are given away. */
+struct libsoccr_sk *kit_restore(struct pair *pair, struct saved *saved);
+/* Moves the connection to another socket, and resumes it there. */
+struct saved kit_move(struct pair *pair);
+
 /* A message each way. */
 void kit_talk(struct pair *pair);
 
