@@ -9,7 +9,7 @@ mod common;
 use common::{Library, build_library, compile, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 3] = ["connections", "staged", "border"];
+const PROGRAMS: [&str; 4] = ["connections", "staged", "border", "lessons"];
 
 fn main() -> ExitCode {
     let libraries = build_library();
@@ -17,6 +17,9 @@ fn main() -> ExitCode {
     for name in PROGRAMS {
         let program = compile(name, &[name, "kit"], &[], &Library::Static(&libraries));
         for function in functions(&program) {
+            if function.starts_with("memory_") {
+                tests.extend(memory_test(&program, name, &function));
+            }
             let program = program.clone();
             tests.push(Test::new(format!("{name}::{function}"), move || {
                 run(Command::new(&program).arg(&function));
@@ -29,4 +32,15 @@ fn main() -> ExitCode {
 /// The names that a program tells.
 fn functions(program: &Path) -> Vec<String> {
     run(&mut Command::new(program)).lines().map(str::to_owned).collect()
+}
+
+/// The test once more under valgrind, where it is installed: no byte lost, none freed twice.
+fn memory_test(program: &Path, name: &str, function: &str) -> Option<Test> {
+    Command::new("valgrind").arg("--version").output().ok()?;
+    let mut valgrind = Command::new("valgrind");
+    valgrind.args(["--quiet", "--leak-check=full", "--errors-for-leak-kinds=definite", "--error-exitcode=9"]);
+    valgrind.arg(program).arg(function);
+    Some(Test::new(format!("{name}::{function}_under_valgrind"), move || {
+        run(&mut valgrind);
+    }))
 }

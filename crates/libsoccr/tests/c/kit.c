@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <linux/filter.h>
 #include <linux/sockios.h>
+#include <net/if.h>
 #include <sys/ioctl.h>
 #include <time.h>
 
@@ -142,6 +143,7 @@ struct pair kit_pair(enum family family, int state)
 	case TCP_CLOSE:
 		shutdown(pair.there, SHUT_WR);
 		kit_wait_state(pair.here, TCP_CLOSE_WAIT);
+		kit_wait_state(pair.there, TCP_FIN_WAIT2);
 		break;
 	}
 	switch (state) {
@@ -220,6 +222,27 @@ void kit_wait_unread(int fd, int expected)
 		SAME(ioctl(fd, SIOCINQ, &bytes), 0);
 	} while (bytes != expected && later());
 	SAME(bytes, expected);
+}
+
+void kit_add_ipv6_address(const char *text)
+{
+	struct {
+		struct in6_addr address;
+		unsigned int prefix;
+		int interface;
+	} request = { .prefix = 128, .interface = if_nametoindex("lo") };
+	union libsoccr_addr address = kit_address(text, 0);
+	int fd = socket(AF_INET6, SOCK_DGRAM, 0);
+	int error;
+
+	request.address = address.v6.sin6_addr;
+	SAME(ioctl(fd, SIOCSIFADDR, &request), 0);
+	/* It can be used a moment later. */
+	do {
+		error = bind(fd, &address.sa, sizeof(address.v6));
+	} while (error && later());
+	SAME(error, 0);
+	close(fd);
 }
 
 int kit_option(int fd, int level, int name)

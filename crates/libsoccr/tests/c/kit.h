@@ -77,6 +77,8 @@ void kit_set_option(int fd, int level, int name, int value);
 /* Everything acknowledged. */
 void kit_wait_acknowledged(int fd);
 void kit_wait_unread(int fd, int bytes);
+/* Gives lo one address more. */
+void kit_add_ipv6_address(const char *text);
 
 void kit_send(int fd, const void *bytes, size_t length);
 /* Reads exactly these bytes. */

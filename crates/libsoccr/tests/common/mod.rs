@@ -25,7 +25,8 @@ pub fn compile(name: &str, files: &[&str], flags: &[&str], library: &Library<'_>
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c");
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let mut cc = Command::new("cc");
-    cc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]).args(flags);
+    cc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-D_GNU_SOURCE"])
+        .args(flags);
     cc.arg("-I").arg(include()).arg("-o").arg(&program);
     cc.args(files.iter().map(|file| sources.join(file).with_extension("c")));
     match library {
