@@ -1,8 +1,11 @@
 //! soccr: a live TCP connection is a value.
 #![allow(dead_code)]
 
+mod bpf;
 mod buffers;
+mod congestion;
 pub mod connection;
+pub mod diag;
 mod error;
 mod fin;
 pub mod lock;
