@@ -1,0 +1,53 @@
+//! Network namespaces: of this process, of a socket, by name.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result, anyhow};
+use rustix::fs::{Mode, OFlags, fstat, open};
+use rustix::io::Errno;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::sys;
+
+/// Moves this process into the network namespace that the command line names: a path, or the number of a process.
+pub(crate) fn enter(name: Option<&str>) -> Result<()> {
+    let Some(name) = name else { return Ok(()) };
+    let path = match name.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => format!("/proc/{name}/ns/net"),
+        false => name.to_owned(),
+    };
+    let namespace = open_namespace(&path)?;
+    move_into(namespace.as_fd()).with_context(|| format!("network namespace {name}"))
+}
+
+/// Moves this process into the network namespace of a socket.
+pub(crate) fn enter_of(socket: BorrowedFd<'_>) -> Result<()> {
+    let namespace = sys::namespace_of_socket(socket).map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => anyhow!("SIOCGSKNS: EPERM — needs CAP_NET_ADMIN in its network namespace"),
+        _ => anyhow!(error).context("SIOCGSKNS"),
+    })?;
+    move_into(namespace.as_fd()).context("its network namespace")
+}
+
+/// Must run before the process starts a thread: others would stay behind, and keep it out of a user namespace.
+fn move_into(namespace: BorrowedFd<'_>) -> Result<()> {
+    let here = open_namespace("/proc/thread-self/ns/net")?;
+    let identity = |fd: BorrowedFd<'_>| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
+    if identity(here.as_fd()).context("fstat")? == identity(namespace).context("fstat")? {
+        return Ok(());
+    }
+    let enter = || move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network));
+    match enter() {
+        // Whoever owns its user namespace may do there what root may.
+        Err(Errno::PERM) => sys::owner_of_namespace(namespace)
+            .and_then(|owner| Ok(move_into_link_name_space(owner.as_fd(), Some(LinkNameSpaceType::User))?))
+            .and_then(|()| Ok(enter()?))
+            .context("setns — needs CAP_SYS_ADMIN in the user namespace that owns it"),
+        other => other.context("setns"),
+    }
+}
+
+fn open_namespace(path: &str) -> Result<OwnedFd> {
+    open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| anyhow!(error).context(path.to_owned()))
+}
