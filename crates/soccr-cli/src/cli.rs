@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
-use crate::{exit, inspect, list, restore, save};
+use crate::{exit, inspect, list, receive, restore, save, send};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -26,6 +26,8 @@ enum Command {
     List(list::List),
     Save(save::Save),
     Restore(restore::Restore),
+    Send(send::Send),
+    Receive(receive::Receive),
     Inspect(inspect::Inspect),
 }
 
@@ -35,6 +37,8 @@ impl Cli {
             Command::List(list) => list.run(),
             Command::Save(save) => save.run(),
             Command::Restore(restore) => restore.run(),
+            Command::Send(send) => send.run(),
+            Command::Receive(receive) => receive.run(),
             Command::Inspect(inspect) => inspect.run(),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io::IoSlice;
 use std::net::TcpStream;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::exit::{Coded, Exit};
-use crate::sys;
+use crate::{lifeline, sys};
 
 /// Who gets the connections
 #[derive(clap::Args, Debug)]
@@ -121,6 +121,7 @@ fn send(socket: &UnixStream, connections: &[TcpStream]) -> Result<()> {
 
 fn execute(path: &Path, arguments: &[String], stdio: bool, connections: Vec<TcpStream>) -> Result<Exit> {
     let mut command = Command::new(path);
+    lifeline::hide(&mut command);
     command.arg0(&arguments[0]).args(&arguments[1..]);
     let end = FIRST + connections.len() as RawFd;
     // Beyond the numbers that they will have, so that none is in the way of another.
@@ -136,9 +137,7 @@ fn execute(path: &Path, arguments: &[String], stdio: bool, connections: Vec<TcpS
             rustix::stdio::dup2_stdout(connection).context("dup2")?;
         }
         false => {
-            for (connection, number) in connections.iter().zip(FIRST..) {
-                sys::put(connection.as_fd(), number).context("dup2")?;
-            }
+            sys::place(&connections, FIRST).context("dup2")?;
             command
                 .env("LISTEN_FDS", connections.len().to_string())
                 .env("LISTEN_PID", std::process::id().to_string())
@@ -146,6 +145,5 @@ fn execute(path: &Path, arguments: &[String], stdio: bool, connections: Vec<TcpS
         }
     }
     let error = command.exec();
-    debug_assert!(connections.iter().all(|connection| connection.as_raw_fd() >= end));
     bail!(Coded(Exit::NotStarted, format!("{}: {error}; the connection is closed", path.display())))
 }

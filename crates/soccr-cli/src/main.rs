@@ -9,15 +9,21 @@ mod describe;
 mod exit;
 mod handover;
 mod inspect;
+mod lifeline;
 mod list;
 mod network;
 mod process;
+mod progress;
+mod receive;
 mod restore;
 mod save;
+mod send;
 mod silence;
+mod source;
 mod stop;
 mod sys;
 mod table;
+mod via;
 
 use std::process::ExitCode;
 

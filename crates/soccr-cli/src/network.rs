@@ -22,18 +22,35 @@ pub(crate) fn enter(name: Option<&str>) -> Result<()> {
 
 /// Moves this process into the network namespace of a socket.
 pub(crate) fn enter_of(socket: BorrowedFd<'_>) -> Result<()> {
-    let namespace = sys::namespace_of_socket(socket).map_err(|error| match error.raw_os_error() {
+    move_into(of_socket(socket)?.as_fd()).context("its network namespace")
+}
+
+fn of_socket(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
+    sys::namespace_of_socket(socket).map_err(|error| match error.raw_os_error() {
         Some(libc::EPERM) => anyhow!("SIOCGSKNS: EPERM — needs CAP_NET_ADMIN in its network namespace"),
         _ => anyhow!(error).context("SIOCGSKNS"),
-    })?;
-    move_into(namespace.as_fd()).context("its network namespace")
+    })
+}
+
+/// What tells a network namespace from every other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity(u64, u64);
+
+impl Identity {
+    pub(crate) fn of_socket(socket: BorrowedFd<'_>) -> Result<Self> {
+        Self::of(of_socket(socket)?.as_fd())
+    }
+
+    fn of(namespace: BorrowedFd<'_>) -> Result<Self> {
+        let stat = fstat(namespace).context("fstat")?;
+        Ok(Self(stat.st_dev, stat.st_ino))
+    }
 }
 
 /// Must run before the process starts a thread: others would stay behind, and keep it out of a user namespace.
 fn move_into(namespace: BorrowedFd<'_>) -> Result<()> {
     let here = open_namespace("/proc/thread-self/ns/net")?;
-    let identity = |fd: BorrowedFd<'_>| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
-    if identity(here.as_fd()).context("fstat")? == identity(namespace).context("fstat")? {
+    if Identity::of(here.as_fd())? == Identity::of(namespace)? {
         return Ok(());
     }
     let enter = || move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network));

@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use soccr::Connection;
-use soccr::connection::Flow;
-use soccr::lock::{Locker, Mode, PersistentLock};
+use soccr::lock::{Locker, Mode};
 use soccr_image::AddressMap;
 
 use crate::exit::Exit;
 use crate::handover::Handover;
-use crate::{exit, network};
+use crate::{exit, network, silence};
 
 /// Give a saved connection to a program
 ///
@@ -48,14 +47,11 @@ impl Restore {
         AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
-        let silenced = silence_of(connection.flow())?;
         let restored = connection.restore()?;
         for skipped in restored.skipped() {
             exit::complain(&format!("not brought back: {skipped}"));
         }
-        if let Some(silenced) = silenced {
-            silenced.remove()?;
-        }
+        silence::lift(&[connection.flow()])?;
         lock.release()?;
         recipient.give(vec![restored.resume()?])
     }
@@ -69,17 +65,4 @@ pub(crate) fn read(path: Option<&Path>) -> Result<Connection> {
             Ok(soccr_image::read(BufReader::new(File::from(rustix::stdio::stdin().try_clone_to_owned()?)))?)
         }
     }
-}
-
-/// The lock that `soccr save` has left behind on this host for this connection.
-fn silence_of(flow: Flow) -> Result<Option<PersistentLock>> {
-    let found = PersistentLock::list()?.into_iter().find(|lock| lock.flows.contains(&flow));
-    if let Some(lock) = found.as_ref().filter(|lock| lock.flows.len() > 1) {
-        anyhow::bail!(
-            "the lock {} keeps this connection and others silent here: remove it by `soccr unlock {}`",
-            lock.name,
-            lock.name
-        );
-    }
-    Ok(found)
 }

@@ -54,7 +54,7 @@ impl Save {
         if self.output.is_none() && std::io::stdout().is_terminal() {
             bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
         }
-        let captive = Captive::new(&Process::open(self.pid)?, self.fd, self.peer)?;
+        let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
         let mut stopper = Stopper::seize(&process::sharing(&[captive.inode])?)?;
         network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
         let flow = captive.flow()?;

@@ -37,6 +37,18 @@ impl Silence {
         Ok(Self { lock: Some(PersistentLock { name, flows, remaining: Some(limit) }), _lock: None })
     }
 
+    /// The connections have left for good, but for those that stay.
+    pub(crate) fn stay_without(self, staying: &[Flow]) -> Result<()> {
+        let Some(lock) = &self.lock else { return Ok(()) };
+        if !lock.flows.iter().any(|flow| staying.contains(flow)) {
+            self.stay();
+            return Ok(());
+        }
+        let left = lock.flows.iter().filter(|flow| !staying.contains(flow)).copied().collect();
+        Self::beside(left, lock.remaining.unwrap_or_default())?.stay();
+        Ok(())
+    }
+
     /// The connections have left for good.
     pub(crate) fn stay(mut self) {
         self.lock = None;
@@ -50,6 +62,20 @@ impl Drop for Silence {
             let _ = lock.remove();
         }
     }
+}
+
+/// Ends the silence about connections that are back. To be called in their network namespace.
+pub(crate) fn lift(back: &[Flow]) -> Result<()> {
+    for lock in PersistentLock::list()? {
+        if lock.flows.iter().any(|flow| back.contains(flow)) {
+            lock.remove()?;
+            let others: Vec<Flow> = lock.flows.iter().filter(|flow| !back.contains(flow)).copied().collect();
+            if !others.is_empty() {
+                PersistentLock::create(&lock.name, &others, lock.remaining)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A name that no other lock of this host has as long as it stays.

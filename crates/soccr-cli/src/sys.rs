@@ -28,11 +28,28 @@ fn descriptor_by_ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<O
     Ok(unsafe { OwnedFd::from_raw_fd(new) })
 }
 
-/// Puts a descriptor under a number that a program to be executed expects. Whatever had the number is closed: to
-/// be called when nothing of this program will run any longer.
-pub(crate) fn put(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
-    // SAFETY: the caller executes another program next, so nobody uses what had the number before.
-    check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into())
+/// Gives descriptors the numbers from `first` on, where a program to be executed expects them; they are none of these
+/// numbers themselves. To be called when this thread has nothing left to do but to execute it.
+pub(crate) fn place(fds: &[OwnedFd], first: RawFd) -> io::Result<()> {
+    // SAFETY: this thread gets numbers of its own, so that other threads, which may still use or close whatever had the
+    // numbers in question, are not concerned; the caller uses none of them any longer.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }?;
+    for (fd, number) in fds.iter().zip(first..) {
+        // SAFETY: as above.
+        check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into())?;
+    }
+    Ok(())
+}
+
+/// A socket that the program that started this one left open for it under this number.
+pub(crate) fn inherited_socket(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: the borrow ends with this call, and does nothing where the number is not in use.
+    let fd = unsafe { BorrowedFd::borrow_raw(Some(number).filter(|number| *number > 2)?) };
+    rustix::net::sockopt::socket_domain(fd).ok()?;
+    // A duplicate, so that it does not matter whether anything else of this program uses the number.
+    let socket = rustix::io::fcntl_dupfd_cloexec(fd, 3).ok()?;
+    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok()?;
+    Some(socket)
 }
 
 /// `PTRACE_SEIZE`: this thread becomes the tracer of a thread, which goes on running.
