@@ -4,7 +4,7 @@
 //! and the stop of the process end by themselves, and nothing has happened. Repair mode would stay.
 
 use std::net::SocketAddr;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use rustix::net::{ipproto, sockopt};
