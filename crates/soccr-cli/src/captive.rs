@@ -4,7 +4,7 @@
 //! and the stop of the process end by themselves, and nothing has happened. Repair mode would stay.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
 use rustix::net::{ipproto, sockopt};
@@ -136,8 +136,7 @@ impl Captive {
         steps.connected()?;
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
-        steps.finish()?;
-        soccr::Paused::take_over(self.socket.as_fd())?.resume()?;
+        steps.finish()?.resume()?;
         let reuse = connection.settings.get("SO_REUSEADDR") == Some(&Value::Number(1));
         sockopt::set_socket_reuseaddr(&self.socket, reuse).context("SO_REUSEADDR")
     }
