@@ -260,6 +260,44 @@ static void a_released_socket_is_silent_and_free_at_once(void)
 	kit_talk(&pair);
 }
 
+static void a_lock_keeps_what_arrives(void)
+{
+	static const unsigned flags[] = { 0, SOCCR_LOCK_HOLD };
+
+	for (int i = 0; i < 2; i++) {
+		struct pair pair = kit_connect(IPV4);
+		struct libsoccr_flow flow = { pair.self, pair.peer };
+		struct libsoccr_lock *lock = libsoccr_lock(&flow, 1, flags[i]);
+		struct libsoccr_sk *sk;
+		struct saved saved;
+
+		CHECK(lock);
+		saved = kit_save(pair.here);
+		kit_send(pair.there, "meanwhile", 9);
+		close(pair.here);
+		sk = kit_restore(&pair, &saved);
+		SAME(libsoccr_unlock(lock), 0);
+		libsoccr_resume(sk);
+		kit_expect(pair.here, "meanwhile", 9);
+		kit_talk(&pair);
+	}
+}
+
+static void a_lock_checks_its_arguments(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_flow flow = { pair.self, pair.peer };
+
+	CHECK(!libsoccr_lock(NULL, 1, 0));
+	CHECK(!libsoccr_lock(&flow, 1, 2));
+	kit_error_has(NULL, "SOCCR_LOCK_HOLD");
+	flow.peer.sa.sa_family = AF_UNIX;
+	CHECK(!libsoccr_lock(&flow, 1, 0));
+	kit_error_has(NULL, "address family");
+	SAME(libsoccr_unlock(NULL), -1);
+	kit_talk(&pair);
+}
+
 static const struct test tests[] = {
 	TEST(an_established_connection_moves),
 	TEST(an_established_connection_moves_over_ipv6),
@@ -278,6 +316,8 @@ static const struct test tests[] = {
 	TEST(addresses_are_told),
 	TEST(a_forgotten_peer_is_asked_for),
 	TEST(a_released_socket_is_silent_and_free_at_once),
+	TEST(a_lock_keeps_what_arrives),
+	TEST(a_lock_checks_its_arguments),
 };
 
 KIT_MAIN(tests)
