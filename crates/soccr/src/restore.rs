@@ -59,6 +59,11 @@ impl Connection {
         if self.control.state == State::SynSent {
             apply(Stage::BeforeBind);
             bind(fd, self.local)?;
+            // The same SYN once more. A peer that has answered the first one refuses the connection for good, if it gets
+            // another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
+            tcp::set_repair(fd, Repair::On)?;
+            tcp::set_queue_seq(fd, Queue::Send, self.control.write_seq.wrapping_sub(1))?;
+            tcp::set_repair(fd, Repair::OffNoProbe)?;
             [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last].into_iter().for_each(apply);
         } else {
             let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
