@@ -6,6 +6,7 @@ use soccr_lab::Test;
 
 mod ends;
 mod faults;
+mod states;
 mod sys;
 
 /// The named functions of a module as tests.
@@ -16,7 +17,10 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
-    soccr_lab::harness(tests! {
+    let mut tests = tests! {
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent;
-    })
+        states: a_handshake_that_the_peer_has_answered_goes_on;
+    };
+    tests.extend(states::tests());
+    soccr_lab::harness(tests)
 }
