@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::net::sockopt::{set_socket_oobinline, set_socket_recv_buffer_size};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
-use soccr::connection::{Connection, Path};
+use soccr::connection::{Connection, Path, Window};
 use soccr::settings::Value;
 use soccr::{Restored, pause};
 use soccr_lab::{Case, Family, Flags, Made, Pair, Sniffer, State, TcpInfo, wait_until};
@@ -234,6 +234,13 @@ pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: i32) {
 #[track_caller]
 pub fn assert_same(first: &Connection, second: &Connection) {
     assert_eq!(comparable(first), comparable(second));
+    if let (Some(before), Some(after)) = (first.control.window, second.control.window) {
+        let edge = |window: &Window| window.rcv_wup.wrapping_add(window.rcv_wnd);
+        // A delayed acknowledgement may have told the peer a new window in between, but never less.
+        let told = after.rcv_wup.wrapping_sub(before.rcv_wup);
+        let gained = edge(&after).wrapping_sub(edge(&before));
+        assert!(if told == 0 { gained == 0 } else { gained < 1 << 30 }, "{before:?}, then {after:?}");
+    }
     assert_same_bytes(&second.receive_queue, &first.receive_queue);
     assert_same_bytes(&second.send_queue, &first.send_queue);
     if let (Some(before), Some(after)) = (first.control.options.timestamps, second.control.options.timestamps)
@@ -249,6 +256,7 @@ pub fn comparable(connection: &Connection) -> Connection {
     if let Some(window) = &mut same.control.window {
         // The segment that last changed the window may be an injected one.
         window.snd_wl1 = 0;
+        (window.rcv_wup, window.rcv_wnd) = (0, 0);
     }
     if connection.local.is_ipv6() && connection.local.ip().to_canonical().is_ipv6() {
         // Binding to an IPv6 address sets it for good; connecting does not.

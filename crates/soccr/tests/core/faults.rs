@@ -60,21 +60,21 @@ impl Plan {
 
 /// A fault that the kernel seems to have at the `left`th call from now on.
 #[derive(Clone, Debug)]
-struct Faults(Arc<Mutex<Plan>>);
+pub struct Faults(Arc<Mutex<Plan>>);
 
 impl Faults {
-    fn arm(&self, left: usize, errno: i32) {
+    pub fn arm(&self, left: usize, errno: i32) {
         *self.0.lock().unwrap() = Plan { left: Some(left), errno, failed: None };
     }
 
     /// The call that has failed, if it has come to that.
-    fn disarm(&self) -> Option<Call> {
+    pub fn disarm(&self) -> Option<Call> {
         std::mem::take(&mut *self.0.lock().unwrap()).failed
     }
 }
 
 /// Runs `body` on a thread whose calls can be made to fail.
-fn supervised(body: impl FnOnce(&Faults) + Send) {
+pub fn supervised(body: impl FnOnce(&Faults) + Send) {
     let faults = Faults(Arc::default());
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();

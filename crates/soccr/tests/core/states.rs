@@ -55,7 +55,14 @@ fn carry(case: Case, as_bytes: bool) {
     assert_eq!(connection.control.unsq_len as usize, case.unsent);
     assert_eq!(connection.control.outq_len as usize, case.sent + case.unsent);
     assert!(ends.to_peer.ends_with(&connection.send_queue));
+    let mut wire = Sniffer::on(&ends.pair.b.namespace, "eth0").unwrap();
     let restored = ends.restore(&connection).unwrap();
+    for segment in
+        wire.segments().unwrap().iter().filter(|segment| segment.source == on_wire(connection.local))
+    {
+        // So the kernel answers an injected segment.
+        assert!(segment.flags == Flags::ACK && segment.payload_len == 0, "during the restore: {segment:?}");
+    }
     assert_same(&connection, &save_again(&restored, ends.remote));
     assert_eq!(format!("{:?}", restored.skipped()), "[]");
     ends.ours = restored.resume().unwrap();
@@ -115,6 +122,11 @@ fn carry_handshake(case: Case, as_bytes: bool) {
     assert_eq!(peer.peer_addr().unwrap().port(), local.port());
     assert!(wire.segments().unwrap().iter().all(|segment| segment.flags.contains(Flags::SYN)));
     Ends::between(pair, ours, peer, remote).finish();
+}
+
+/// An address as it is in a packet.
+fn on_wire(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
