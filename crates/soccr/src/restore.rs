@@ -59,6 +59,11 @@ impl Connection {
         if self.control.state == State::SynSent {
             apply(Stage::BeforeBind);
             bind(fd, self.local)?;
+            // The same SYN once more. A peer that has answered the first one refuses the connection for good, if it gets
+            // another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
+            tcp::set_repair(fd, Repair::On)?;
+            tcp::set_queue_seq(fd, Queue::Send, self.control.write_seq.wrapping_sub(1))?;
+            tcp::set_repair(fd, Repair::OffNoProbe)?;
             [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last].into_iter().for_each(apply);
         } else {
             let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
@@ -271,12 +276,12 @@ impl<'fd> Restore<'fd> {
         use State::{Close, CloseWait, Closing, FinWait1, FinWait2, LastAck};
         let flow = self.flow()?;
         let state = self.control.state;
-        self.open_window()?;
         if matches!(state, FinWait1 | FinWait2 | Closing) {
             self.queue_fin()?;
         }
+        let seen = self.seen_from_peer()?;
         if state.fin_received() {
-            fin::inject_fin(self.fd, flow, &self.control)?;
+            fin::inject_fin(self.fd, flow, &seen)?;
         }
         if matches!(state, LastAck | Close) {
             self.queue_fin()?;
@@ -286,6 +291,19 @@ impl<'fd> Restore<'fd> {
         }
         debug_assert!(matches!(state, FinWait1 | FinWait2 | Closing | CloseWait | LastAck | Close));
         Ok(())
+    }
+
+    /// Makes room for the segments that are injected, and says what they have to tell. An ACK sets free what has never
+    /// been sent, so the peer's window seems closed meanwhile.
+    fn seen_from_peer(&self) -> Result<ControlBlock> {
+        let mut seen = self.control.clone();
+        let window = self.open_window()?;
+        if let Some(window) = window.filter(|_| seen.unsq_len > 0 || seen.fin_unsent) {
+            let closed = Window { snd_wnd: 0, ..window };
+            tcp::set_window(self.fd, &closed)?;
+            seen.window = Some(closed);
+        }
+        Ok(seen)
     }
 
     /// Our own FIN: sent before or still to be sent.
