@@ -5,12 +5,15 @@
 
 mod captive;
 mod cli;
+mod completions;
+mod criu;
 mod describe;
 mod exit;
 mod handover;
 mod inspect;
 mod lifeline;
 mod list;
+mod lock;
 mod network;
 mod process;
 mod progress;
