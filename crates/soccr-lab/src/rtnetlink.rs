@@ -29,6 +29,7 @@ const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_GSO_MAX_SEGS: u16 = 40;
 
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
@@ -244,6 +245,15 @@ impl Rtnetlink {
             message.bytes(&header);
             message.attribute(NDA_DST, &octets(address));
             message.attribute(NDA_LLADDR, &mac);
+        })
+    }
+
+    /// Makes the kernel hand single segments to a link, never larger ones for the device to cut.
+    pub(crate) fn single_segments(&mut self, link: &str) -> io::Result<()> {
+        let index = self.index(link)?;
+        self.change(RTM_NEWLINK, 0, |message| {
+            message.bytes(&link_header(index, IFF_UP));
+            message.u32(IFLA_GSO_MAX_SEGS, 1);
         })
     }
 

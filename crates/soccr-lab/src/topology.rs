@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 
 use crate::rtnetlink::VethEnd;
-use crate::{Host, Namespace, Rtnetlink, sysctl};
+use crate::{Host, Line, Namespace, Rtnetlink, Shape, sysctl};
 
 const ETHERNET_MTU: u32 = 1500;
 const LINK: &str = "eth0";
@@ -21,17 +21,31 @@ pub struct Pair {
     pub a: Host,
     /// The other.
     pub b: Host,
+    /// What delays the packets between them, where that was asked for.
+    pub line: Option<Line>,
 }
 
 impl Pair {
-    /// Makes the hosts and the link between them.
+    /// Makes the hosts and a veth pair between them.
     ///
     /// # Errors
     /// Those of [`Namespace::new`] and [`Rtnetlink`].
     pub fn new() -> io::Result<Self> {
+        Self::build(None)
+    }
+
+    /// Makes the hosts and a line between them.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new) and [`Line::new`].
+    pub fn shaped(shape: &Shape) -> io::Result<Self> {
+        Self::build(Some(shape))
+    }
+
+    fn build(shape: Option<&Shape>) -> io::Result<Self> {
         let (a, b) = (Namespace::new()?, Namespace::new()?);
-        a.rtnetlink()?.veth([end(&a, LINK, 1), end(&b, LINK, 2)], ETHERNET_MTU)?;
-        Ok(Self { a: host(a, 0, 1)?, b: host(b, 0, 2)? })
+        let line = connect([end(&a, LINK, 1), end(&b, LINK, 2)], shape)?;
+        Ok(Self { a: host(a, HOSTS, 1)?, b: host(b, HOSTS, 2)?, line })
     }
 }
 
@@ -74,6 +88,8 @@ pub struct Lab {
     pub a: Host,
     /// The second one.
     pub b: Host,
+    /// What delays the packets between peer (side A) and router (side B), where that was asked for.
+    pub line: Option<Line>,
     steering: Mutex<Rtnetlink>,
 }
 
@@ -87,15 +103,28 @@ const HOSTS: u8 = 0;
 const PEERS: u8 = 1;
 
 impl Lab {
-    /// Makes the namespaces and the links between them.
+    /// Makes the namespaces and the veth pairs between them.
     ///
     /// # Errors
     /// Those of [`Namespace::new`], [`Rtnetlink`] and [`sysctl`].
     pub fn new() -> io::Result<Self> {
+        Self::build(None)
+    }
+
+    /// Makes the namespaces, with a line between peer and router. All links have its MTU.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new) and [`Line::new`].
+    pub fn shaped(shape: &Shape) -> io::Result<Self> {
+        Self::build(Some(shape))
+    }
+
+    fn build(shape: Option<&Shape>) -> io::Result<Self> {
         let (peer, router) = (Namespace::new()?, Namespace::new()?);
         router.run(forward)?;
+        let mtu = shape.map_or(ETHERNET_MTU, |shape| shape.mtu);
+        let line = connect([end(&peer, LINK, 1), end(&router, TO_PEER, ROUTER)], shape)?;
         let mut control = router.rtnetlink()?;
-        control.veth([end(&router, TO_PEER, ROUTER), end(&peer, LINK, 1)], ETHERNET_MTU)?;
         for (gateway, prefix) in gateways(PEERS, [24, 64]) {
             control.add_address(TO_PEER, gateway, prefix)?;
         }
@@ -103,7 +132,7 @@ impl Lab {
         attach(&mut control, &peer, TO_PEER, PEERS)?;
         let mut shared_host = |link: &str| {
             let host_namespace = Namespace::new()?;
-            control.veth([end(&router, link, ROUTER), end(&host_namespace, LINK, 1)], ETHERNET_MTU)?;
+            control.veth([end(&router, link, ROUTER), end(&host_namespace, LINK, 1)], mtu)?;
             // No network prefix: which link the shared network is on is for the steered route alone to say.
             for (gateway, prefix) in gateways(HOSTS, [32, 128]) {
                 control.add_address(link, gateway, prefix)?;
@@ -113,7 +142,7 @@ impl Lab {
             Ok::<_, io::Error>(host)
         };
         let (a, b) = (shared_host(TO_A)?, shared_host(TO_B)?);
-        let lab = Self { peer, router, a, b, steering: Mutex::new(control) };
+        let lab = Self { peer, router, a, b, line, steering: Mutex::new(control) };
         lab.steer(Side::A)?;
         Ok(lab)
     }
@@ -147,6 +176,13 @@ fn mac(last: u8) -> [u8; 6] {
 
 fn end<'a>(namespace: &'a Namespace, name: &'a str, number: u8) -> VethEnd<'a> {
     VethEnd { namespace, name, mac: mac(number) }
+}
+
+fn connect(ends: [VethEnd<'_>; 2], shape: Option<&Shape>) -> io::Result<Option<Line>> {
+    match shape {
+        Some(shape) => Line::new(ends, shape).map(Some),
+        None => ends[0].namespace.rtnetlink()?.veth(ends, ETHERNET_MTU).map(|()| None),
+    }
 }
 
 fn v4(network: u8, number: u8) -> Ipv4Addr {

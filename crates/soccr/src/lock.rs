@@ -38,6 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::net::sockopt;
 use soccr_netlink::{Batch, Family, Socket};
 
 use crate::connection::Flow;
@@ -138,15 +139,21 @@ impl Locker {
             .and_then(rustix::net::netlink::SocketAddrNetlink::try_from)
             .map_err(|error| Error::system("getsockname", error))?
             .pid();
-        // No other living netlink socket of this namespace has that number.
-        let name = format!("soccr-{port}");
+        table.set_send_buffer(LONGEST_BATCH).map_err(|error| Error::system("SO_SNDBUF", error))?;
         let mut batch = Batch::new();
-        let mut transaction = Transaction::begin(&mut batch, &name);
-        transaction.create(Kind::Owned(capture.as_ref().map(Capture::group)));
-        transaction
-            .commit(&mut table)
-            .map_err(|error| Error::system("nft add table", error).advise(NEEDS))?;
-
+        let kind = Kind::Owned(capture.as_ref().map(Capture::group));
+        // No other living socket of this namespace has the number, but the table of a dead one may still be there.
+        let mut attempt = 0;
+        let name = loop {
+            let name = format!("soccr-{port}-{attempt}");
+            let mut transaction = Transaction::begin(&mut batch, &name);
+            transaction.create(kind);
+            match transaction.commit(&mut table) {
+                Ok(()) => break name,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => attempt += 1,
+                Err(error) => return Err(Error::system("nft add table", error).advise(NEEDS)),
+            }
+        };
         let reader =
             capture.map(Reader::start).transpose().map_err(|error| Error::system("thread", error))?;
         let table = Table { socket: table, name, batch, locked: HashSet::new(), counts: [0; 2] };
@@ -198,6 +205,11 @@ impl Lock {
     /// The connections, as they were given.
     pub fn flows(&self) -> &[Flow] {
         &self.flows
+    }
+
+    /// How many packets are held for these connections by now.
+    pub fn held(&self) -> usize {
+        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().held(&self.flows))
     }
 
     /// Takes what has been held so far, for each connection in the order of [`flows`](Self::flows). The connections
@@ -274,10 +286,12 @@ impl Shared {
             reader.capture().hold(flows);
         }
         let added = self.with_table(|table| {
-            let added = table.transact(|transaction| transaction.add(flows, None));
-            added
-                .inspect_err(|_| table.forget(flows))
-                .map_err(|error| Error::system("nft add element", error))
+            table.transact(flows, |transaction, flows| transaction.add(flows, None)).map_err(|error| {
+                // Of several transactions the first ones may have succeeded.
+                let _ = table.transact(flows, |transaction, flows| transaction.delete(flows));
+                table.forget(flows);
+                Error::system("nft add element", error)
+            })
         });
         if let (Some(reader), Err(_)) = (&self.reader, &added) {
             reader.capture().forget(flows);
@@ -288,7 +302,7 @@ impl Shared {
     fn delete(&self, flows: &[Flow]) -> Result<()> {
         self.with_table(|table| {
             table.forget(flows);
-            let deleted = table.transact(|transaction| transaction.delete(flows));
+            let deleted = table.transact(flows, |transaction, flows| transaction.delete(flows));
             deleted.map_err(|error| Error::system("nft delete element", error))
         })
     }
@@ -320,10 +334,15 @@ impl Drop for Shared {
 }
 
 impl Table {
-    fn transact(&mut self, fill: impl FnOnce(&mut Transaction<'_>)) -> io::Result<()> {
-        let mut transaction = Transaction::begin(&mut self.batch, &self.name);
-        fill(&mut transaction);
-        transaction.commit(&mut self.socket)
+    /// Adds or deletes elements: in one transaction, where the kernel lets us send one that long.
+    fn transact(&mut self, flows: &[Flow], fill: impl Fn(&mut Transaction<'_>, &[Flow])) -> io::Result<()> {
+        let longest = sockopt::socket_send_buffer_size(&self.socket)?;
+        for flows in flows.chunks(table::most_elements(longest)) {
+            let mut transaction = Transaction::begin(&mut self.batch, &self.name);
+            fill(&mut transaction, flows);
+            transaction.commit(&mut self.socket)?;
+        }
+        Ok(())
     }
 
     /// Enters connections as locked, or none of them.
@@ -413,6 +432,9 @@ impl AsFd for Sockets {
         self.table.as_fd()
     }
 }
+
+/// Enough to lock as many connections at once as a table can: an ordinary user may get less.
+const LONGEST_BATCH: usize = 8 << 20;
 
 const NEEDS: &str = "needs nftables: Linux 5.12 with CONFIG_NF_TABLES_INET, and to hold packets CONFIG_NFT_LOG and \
                      CONFIG_NETFILTER_NETLINK_LOG; CAP_NET_ADMIN and CAP_NET_RAW, as root or under `unshare -Urn`";

@@ -55,7 +55,7 @@ pub fn run(demo: &Demo) -> Result<ExitCode> {
         report.moved(number, &moved);
     }
     peer.wait_for_traffic()?;
-    let ends = mover.finish(&peer)?;
+    let ends = mover.finish(peer)?;
     let summary = Summary::new(&lab, report.moves(), &ends);
     report.summary(&summary);
     Ok(if summary.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use soccr_lab::{Host, Lab, Side};
 
 use super::peer::{Counts, Peer};
-use super::wire::{Answer, Order, Progress, now, receive, send};
+use super::wire::{Answer, Order, Progress, receive, send};
 
 const PORT: u16 = 8080;
 
@@ -109,7 +109,12 @@ impl<'lab> Mover<'lab> {
         let (finished, _) = self.owner.order(&Order::Finish, &[])?;
         let Answer::Finished { progress } = finished else { bail!("unexpected answer {finished:?}") };
         self.owner.wait()?;
-        Ok(Ends { peer: peer.finish()?, program: progress, mss_before: self.mss_before, mss_after: self.mss_after })
+        Ok(Ends {
+            peer: peer.finish()?,
+            program: progress,
+            mss_before: self.mss_before,
+            mss_after: self.mss_after,
+        })
     }
 }
 

@@ -1,7 +1,23 @@
 //! The bytes that flow: each tells its place in the stream, so that a lost, doubled or changed one is noticed.
 
+use std::time::{Duration, Instant};
+
 /// A prime, so that no buffer or window size divides it.
 const PERIOD: usize = 1_000_003;
+
+/// Bytes per second in each direction: half a Gbit/s, which leaves the processor time to move the connection.
+const RATE: f64 = 64e6;
+
+/// Bytes of one write.
+pub const CHUNK: usize = 64 << 10;
+
+/// How long a writer rests that is ahead of the rate.
+pub const TICK: Duration = Duration::from_millis(1);
+
+/// How far a stream may have come that began at `start` and goes at the demonstration's rate.
+pub fn allowance(start: Instant) -> u64 {
+    (start.elapsed().as_secs_f64() * RATE) as u64
+}
 
 /// The two directions.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +52,7 @@ impl Pattern {
         Self { bytes }
     }
 
-    /// The bytes from `offset` on, at least 64 KiB of them.
+    /// The bytes from `offset` on, many of them.
     pub fn at(&self, offset: u64) -> &[u8] {
         let start = (offset % PERIOD as u64) as usize;
         &self.bytes[start..start + PERIOD]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use soccr_lab::Host;
 
-use super::pattern::{Direction, Pattern};
+use super::pattern::{CHUNK, Direction, Pattern, TICK, allowance};
 use super::wire::now;
 
 /// How many bytes must flow each way between two moves.
@@ -70,7 +70,8 @@ impl Peer {
 
     /// Waits until enough bytes have flowed both ways since the call.
     pub fn wait_for_traffic(&self) -> Result<()> {
-        let goals = [&self.shared.read, &self.shared.written].map(|count| (count, count.load(Relaxed) + BETWEEN_MOVES));
+        let goals = [&self.shared.read, &self.shared.written]
+            .map(|count| (count, count.load(Relaxed) + BETWEEN_MOVES));
         let deadline = Instant::now() + PATIENCE;
         while goals.iter().any(|(count, goal)| count.load(Relaxed) < *goal) {
             if self.reader.is_finished() || self.writer.is_finished() {
@@ -151,9 +152,14 @@ impl Shared {
 
     fn write_all(&self, mut stream: TcpStream) -> Result<()> {
         let pattern = Pattern::new(Direction::ToProgram);
+        let start = Instant::now();
         while !self.finish.load(Relaxed) {
             let offset = self.written.load(Relaxed);
-            let length = match stream.write(&pattern.at(offset)[..64 << 10]) {
+            if offset > allowance(start) {
+                std::thread::sleep(TICK);
+                continue;
+            }
+            let length = match stream.write(&pattern.at(offset)[..CHUNK]) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 other => other.context("the peer writes")?,
             };

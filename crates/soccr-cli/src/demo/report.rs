@@ -53,7 +53,7 @@ impl Report {
     /// One move more.
     pub fn moved(&mut self, number: u32, moved: &Move) {
         self.moves.push(*moved);
-        if self.json || (number > ROWS && number % 50 != 0) {
+        if self.json || (number > ROWS && !number.is_multiple_of(50)) {
             return;
         }
         let arrow = if moved.to == Side::B { "A → B" } else { "B → A" };

@@ -1,6 +1,6 @@
 //! What the demonstration and its programs tell each other through pipes: a line of JSON, and bytes behind it.
 
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, Write};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -70,7 +70,8 @@ pub fn receive<T: for<'de> Deserialize<'de>>(pipe: &mut impl BufRead) -> Result<
     if pipe.read_line(&mut line)? == 0 {
         bail!("the other process has ended");
     }
-    let (message, length): (T, usize) = serde_json::from_str(&line).context("a message of another process")?;
+    let (message, length): (T, usize) =
+        serde_json::from_str(&line).context("a message of another process")?;
     let mut bytes = vec![0; length];
     pipe.read_exact(&mut bytes)?;
     Ok((message, bytes))

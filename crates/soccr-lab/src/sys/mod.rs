@@ -1,9 +1,22 @@
 //! The only unsafe code of the crate: system calls that `rustix` does not wrap.
 #![allow(unsafe_code)]
 
+mod ring;
+
+use std::ffi::c_int;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::thread::UnshareFlags;
+
+pub(crate) use ring::{Frame, Ring};
+
+/// The namespaces that [`unshare`] makes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Unshare {
+    Network,
+    UserAndNetwork,
+}
 
 /// Gives the calling thread namespaces of its own (`unshare(2)`).
 pub(crate) fn unshare(flags: Unshare) -> io::Result<()> {
@@ -15,9 +28,63 @@ pub(crate) fn unshare(flags: Unshare) -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(Into::into)
 }
 
-/// The namespaces that [`unshare`] makes.
+/// Sets a socket option whose value is plain bytes, never a structure with pointers (`setsockopt(2)`).
+fn set_option(socket: impl AsFd, level: c_int, name: c_int, value: &[u8]) -> io::Result<()> {
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads value.len() bytes from value.
+    check(unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), value.len() as u32) })
+}
+
+/// Reads a socket option into `value`; returns how many bytes the kernel has (`getsockopt(2)`).
+pub(crate) fn option(socket: impl AsFd, level: c_int, name: c_int, value: &mut [u8]) -> io::Result<usize> {
+    let fd = socket.as_fd().as_raw_fd();
+    let mut length = value.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most length bytes to value, and the length to length.
+    check(unsafe { libc::getsockopt(fd, level, name, value.as_mut_ptr().cast(), &mut length) })?;
+    Ok(length as usize)
+}
+
+/// Lets only packets pass to the socket that the classic BPF program accepts (`SO_ATTACH_FILTER`).
+pub(crate) fn attach_filter(socket: impl AsFd, program: &[libc::sock_filter]) -> io::Result<()> {
+    let fprog = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    let (fd, size) = (socket.as_fd().as_raw_fd(), size_of_val(&fprog) as u32);
+    // SAFETY: the kernel copies one sock_fprog and the len instructions it points to, and changes neither.
+    check(unsafe {
+        libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const fprog).cast(), size)
+    })
+}
+
+/// Lets all packets pass again (`SO_DETACH_FILTER`).
+pub(crate) fn detach_filter(socket: impl AsFd) -> io::Result<()> {
+    set_option(socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; size_of::<c_int>()])
+}
+
+/// A length that the kernel gives by `ioctl(2)`, see `tcp(7)`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Unshare {
-    Network,
-    UserAndNetwork,
+pub(crate) enum Length {
+    /// `SIOCINQ`: received and not read.
+    Unread,
+    /// `SIOCOUTQ`: written and not acknowledged.
+    Unacknowledged,
+    /// `SIOCOUTQNSD`: written and not sent.
+    Unsent,
+}
+
+/// Asks for a length.
+pub(crate) fn length(socket: impl AsFd, length: Length) -> io::Result<usize> {
+    let request = match length {
+        Length::Unread => libc::FIONREAD,
+        Length::Unacknowledged => libc::TIOCOUTQ,
+        Length::Unsent => SIOCOUTQNSD,
+    };
+    let mut answer: c_int = 0;
+    // SAFETY: each of the three requests writes one int.
+    check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut answer) })?;
+    Ok(answer as usize)
+}
+
+const SIOCOUTQNSD: libc::Ioctl = 0x894b;
+
+fn check(result: c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

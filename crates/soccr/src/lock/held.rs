@@ -48,9 +48,17 @@ impl Held {
 pub(super) struct Replay {
     flow: Flow,
     count: usize,
-    /// The packet with the largest sequence number so far: that number, and a header to say it with.
-    newest: Option<(u32, Vec<u8>)>,
+    newest: Option<Newest>,
     scratch: Vec<u8>,
+}
+
+/// The end of the packet that reaches furthest into the sequence space: its headers and its last byte.
+#[derive(Debug)]
+struct Newest {
+    bytes: Vec<u8>,
+    parsed: Parsed,
+    /// The sequence number behind it.
+    end: u32,
 }
 
 impl Replay {
@@ -76,32 +84,36 @@ impl Replay {
         (parsed.source, parsed.destination) = (self.flow.remote, self.flow.local);
         self.inject(injector, &parsed, packet)?;
         self.count += 1;
-
-        let fin = u32::from(parsed.flags & flags::FIN != 0 && !parsed.truncated);
-        let end = parsed.seq.wrapping_add(parsed.payload.len() as u32).wrapping_add(fin);
-        let newer = |newest: u32| end.wrapping_sub(newest) as i32 >= 0;
-        if parsed.flags & (flags::RST | flags::SYN) == 0 && self.newest.as_ref().is_none_or(|n| newer(n.0)) {
-            self.newest = Some((end, packet[..parsed.payload.start].to_vec()));
-        }
+        self.remember(parsed, packet);
         Ok(())
     }
 
     /// Makes the connection answer to what has been replayed, and returns how many packets that were.
     ///
-    /// Its answers to the replay may have been dropped, while the lock was still on. One segment makes it
-    /// acknowledge, as a keepalive of the peer would; one repeats the peer's acknowledgement, at which it
-    /// sends what it may.
+    /// Its answers were dropped, where the lock was still on. It acknowledges at once what it gets a second
+    /// time (RFC 9293 §3.10.7.4), and at any acknowledgement it sends what it may.
     pub(super) fn finish(mut self, injector: &Injector) -> Result<usize> {
-        if let Some((end, mut header)) = self.newest.take() {
-            for seq in [end.wrapping_sub(1), end] {
-                let Some(mut parsed) = Parsed::new(&header) else { break };
-                (parsed.source, parsed.destination) = (self.flow.remote, self.flow.local);
-                parsed.seq = seq;
-                header[parsed.header.start + 13] = flags::ACK;
-                self.inject(injector, &parsed, &header)?;
-            }
+        if let Some(Newest { bytes, parsed, .. }) = self.newest.take() {
+            self.inject(injector, &parsed, &bytes)?;
         }
         Ok(self.count)
+    }
+
+    fn remember(&mut self, mut parsed: Parsed, packet: &[u8]) {
+        let fin = parsed.flags & flags::FIN & if parsed.truncated { 0 } else { !0 };
+        let length = parsed.payload.len() as u32;
+        let end = parsed.seq.wrapping_add(length).wrapping_add((fin != 0).into());
+        let behind = |newest: &Newest| (end.wrapping_sub(newest.end) as i32) < 0;
+        if parsed.flags & (flags::RST | flags::SYN) != 0 || self.newest.as_ref().is_some_and(behind) {
+            return;
+        }
+        let mut bytes = packet[..parsed.payload.start].to_vec();
+        bytes[parsed.header.start + 13] = flags::ACK | fin;
+        bytes.extend(packet[parsed.payload.clone()].last());
+        parsed.payload = parsed.payload.start..bytes.len();
+        parsed.seq = parsed.seq.wrapping_add(length.saturating_sub(1));
+        parsed.truncated = false;
+        self.newest = Some(Newest { bytes, parsed, end });
     }
 
     fn inject(&mut self, injector: &Injector, parsed: &Parsed, packet: &[u8]) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The nftables table of a lock, as netlink messages.
 //!
 //! ```text
-//! table inet soccr-4711 {
+//! table inet soccr-4711-0 {
 //!   set flows4 { type ipv4_addr . inet_service . ipv4_addr . inet_service }      # remote, local
 //!   set flows6 { type ipv6_addr . inet_service . ipv6_addr . inet_service }
 //!   chain in  { type filter hook prerouting priority raw        # before connection tracking and early demux
@@ -29,6 +29,13 @@ use crate::sys::raw::MARK;
 
 /// The most connections of each address family that one table can lock.
 pub(super) const CAPACITY: u32 = 65536;
+
+/// How many elements a transaction of `length` bytes has room for.
+pub(super) fn most_elements(length: usize) -> usize {
+    /// One IPv6 element with its time limit, and its share of the headers.
+    const ELEMENT: usize = 72;
+    (length / ELEMENT).saturating_sub(8).max(1)
+}
 
 const SET4: &str = "flows4";
 const SET6: &str = "flows6";

@@ -1,11 +1,19 @@
 //! The networks of this crate, used as its users use them.
 
+mod case;
+mod line;
+mod sniffer;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::{fs, thread};
 
 use soccr_lab::{Family, Host, Lab, Namespace, Pair, Side, sysctl, wait_until};
+
+use case::*;
+use line::*;
+use sniffer::*;
 
 soccr_lab::tests![
     a_test_is_alone_in_its_network,
@@ -17,6 +25,23 @@ soccr_lab::tests![
     a_link_goes_down_and_up,
     steering_chooses_the_host,
     waiting_ends_with_the_condition,
+    a_line_delays_at_least_as_long_as_asked,
+    a_line_carries_packets_of_any_size,
+    a_line_keeps_its_rate,
+    a_line_loses_the_chosen_segment,
+    a_line_loses_at_random,
+    a_full_queue_loses,
+    a_line_survives_a_link_that_goes_down,
+    a_line_delays_between_peer_and_router,
+    a_dropped_line_takes_its_links_along,
+    a_sniffer_sees_a_connection_as_it_is,
+    a_sniffer_sees_a_reset_where_there_is_one,
+    a_sniffer_sees_each_packet_on_lo_once,
+    a_sniffer_that_missed_packets_says_so,
+    a_router_is_a_place_to_sniff,
+    every_state_is_made_and_goes_on,
+    long_queues_are_made,
+    impossible_cases_are_known,
 ];
 
 /// The identity of the calling thread's network.
