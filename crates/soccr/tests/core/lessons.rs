@@ -160,7 +160,7 @@ pub fn one_connection_restores_twice() {
     let copy = connection.clone();
     for _ in 0..3 {
         let restored = ends.restore(&connection).unwrap();
-        let paused = Paused::take_over(&restored).unwrap();
+        let paused = Paused::take_over(restored.as_fd()).unwrap();
         assert_same(&connection, &paused.save().unwrap());
         paused.release();
     }

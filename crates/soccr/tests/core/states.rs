@@ -1,6 +1,7 @@
 //! Every state, with every kind of address and every kind of queue, carried and continued to its end.
 
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 
 use soccr::connection::Connection;
 use soccr::settings::Value;
@@ -130,7 +131,7 @@ fn on_wire(address: SocketAddr) -> SocketAddr {
 }
 
 fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
-    let paused = Paused::take_over(restored).unwrap().with_peer(remote);
+    let paused = Paused::take_over(restored.as_fd()).unwrap().with_peer(remote);
     let connection = paused.save().unwrap();
     paused.release();
     connection
