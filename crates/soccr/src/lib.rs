@@ -1,5 +1,4 @@
 //! soccr: a live TCP connection is a value.
-#![allow(dead_code)]
 
 mod bpf;
 mod buffers;
@@ -11,7 +10,10 @@ mod fin;
 pub mod lock;
 mod pause;
 mod queue;
+mod report;
 mod restore;
+mod resume;
+mod rtt;
 mod save;
 mod segment;
 pub mod settings;
@@ -21,5 +23,7 @@ pub use connection::Connection;
 pub use error::{Error, ErrorKind, Result};
 pub use lock::Lock;
 pub use pause::{Paused, pause};
-pub use restore::{Restore, Restored};
+pub use report::{Entry, Fidelity, Report};
+pub use restore::Restore;
+pub use resume::Restored;
 pub use sys::tcp::Queue;

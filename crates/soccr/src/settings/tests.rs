@@ -114,7 +114,7 @@ fn carries_each(make: impl Fn(SocketAddr) -> (OwnedFd, Option<TcpStream>), first
 }
 
 fn stage_of(skipped: &Skipped) -> Stage {
-    TABLE[table::position(skipped.name()).unwrap()].stage
+    TABLE[table::position(&skipped.name).unwrap()].stage
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn unknown_and_refused_options_are_reported() {
     let socket = new_socket(local);
     let skipped: Vec<_> = apply_all(&settings, &socket, local)
         .iter()
-        .map(|skipped| (skipped.name().to_owned(), skipped.error().raw_os_error().unwrap()))
+        .map(|skipped| (&skipped.name.to_owned(), skipped.error().raw_os_error().unwrap()))
         .collect();
     let expected =
         [("TCP_OF_TOMORROW", libc::ENOPROTOOPT), ("TCP_KEEPIDLE", libc::EINVAL), ("SO_LINGER", libc::EINVAL)];
