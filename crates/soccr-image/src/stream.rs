@@ -45,14 +45,14 @@
 //! `outq_len`, `unsq_len` (u32 each). Options are `mss_clamp` (u16) and bits (u16): 1 SACK, 2 ECN, 4 ECN seen, 8 data in the SYN,
 //! 16 microsecond clock, 32 `O_NONBLOCK`. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
 //! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
-//! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 bytes that are never shown),
+//! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 secret bytes),
 //! length of the name (u8), name, value.
 //!
 //! **Growing.** Nothing that is there changes its meaning. A minor version adds records and fields: what can be ignored comes without
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
 //! major version is refused as a whole.
 //!
-//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, a text 255 bytes. A reader takes memory
+//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, with 256 settings; a text 255 bytes. A reader takes memory
 //! as bytes arrive, never as a length promises.
 //!
 //! # Hand-over

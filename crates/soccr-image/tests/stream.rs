@@ -262,11 +262,11 @@ fn an_invalid_connection_is_not_written() {
     let mut unnamed = sample();
     unnamed.settings.set("no\x1bname", Value::Number(1));
     let mut large = sample();
-    for name in ["SO_X", "SO_Y", "SO_Z"] {
-        large.settings.set(name, Value::Bytes(vec![0; 400_000]));
-    }
+    (0..3).for_each(|i| large.settings.set(&format!("SO_{i}"), Value::Bytes(vec![0; 400_000])));
+    let mut many = sample();
+    (0..255).for_each(|i| many.settings.set(&format!("SO_{i}"), Value::Number(i)));
     let mut writer = Writer::new(Vec::new()).unwrap();
-    for connection in [&invalid, &unnamed, &large] {
+    for connection in [&invalid, &unnamed, &large, &many] {
         let error = writer.connection(7, "fd 7", connection).unwrap_err();
         assert_eq!((error.kind(), error.connection()), (ErrorKind::Invalid, Some(7)), "{error}");
     }
@@ -285,12 +285,17 @@ fn a_field_twice_or_none_at_all_is_damage() {
 
 #[test]
 fn small_fields_do_not_add_up_to_much_memory() {
-    let setting = field(26, &[0, 1, b'A', 1, 0, 0, 0]);
-    let payload = [payload(&bytes_of(&sample())), setting.repeat(200_000)].concat();
-    let bytes = [preamble(1, 0), record(1, 1, 1, &payload), end(1)].concat();
-    let error = read(&bytes[..]).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Damaged);
-    assert!(error.to_string().contains("settings of over 1 MiB"), "{error}");
+    let settings = [
+        (field(26, &[0, 1, b'A', 1, 0, 0, 0]).repeat(300), "more than 256 settings"),
+        (field(26, &[&[1, 1, b'A'][..], &[0; 60_000]].concat()).repeat(20), "settings of over 1 MiB"),
+    ];
+    for (settings, expected) in settings {
+        let payload = [payload(&bytes_of(&sample())), settings].concat();
+        let bytes = [preamble(1, 0), record(1, 1, 1, &payload), end(1)].concat();
+        let error = read(&bytes[..]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Damaged);
+        assert!(error.to_string().contains(expected), "{error}");
+    }
 }
 
 #[test]

@@ -22,19 +22,23 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+mod case;
 mod enter;
 #[cfg(feature = "harness")]
 mod harness;
 mod host;
 mod line;
+mod making;
 mod namespace;
 mod rtnetlink;
 mod segment;
 mod sniffer;
 mod sys;
+mod tcp;
 mod topology;
 mod wait;
 
+pub use case::{Case, Made, Peer};
 pub use enter::{Unavailable, enter};
 #[cfg(feature = "harness")]
 pub use harness::{Test, harness};
@@ -44,5 +48,6 @@ pub use namespace::{Namespace, sysctl};
 pub use rtnetlink::{Rtnetlink, VethEnd};
 pub use segment::{Flags, Segment};
 pub use sniffer::Sniffer;
+pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
 pub use wait::wait_until;

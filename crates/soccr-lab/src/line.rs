@@ -190,7 +190,7 @@ impl Carrier {
                     self.lose(1);
                 }
             }
-            if !more && self.wait() {
+            if self.wait(more) {
                 return;
             }
         }
@@ -233,14 +233,15 @@ impl Carrier {
         found
     }
 
-    /// Waits until a frame arrives or is due; returns whether the line has ended.
-    fn wait(&mut self) -> bool {
+    /// Waits until a frame arrives or is due, unless there is `more` to take in; returns whether the line has ended.
+    fn wait(&mut self, more: bool) -> bool {
         if let Ok(overflow @ 1..) = self.ring.overflow() {
             self.lose(overflow.into());
         }
         let stop = PollFd::new(&*self.stop, PollFlags::IN);
         let mut fds = [stop, PollFd::new(&self.ring, PollFlags::IN)];
         let (watched, timeout) = match self.queue.front() {
+            _ if more => (&mut fds[..], Some(Timespec::default())),
             None => (&mut fds[..], None),
             // Frames that arrive meanwhile are due later, and bring along the time of their arrival: no need to wake.
             Some((due, _)) => {

@@ -49,12 +49,12 @@ impl Buffer {
 }
 
 pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Buffers> {
-    Ok(Buffers {
-        send: Buffer::Send.size(fd)?,
-        receive: Buffer::Receive.size(fd)?,
+    let lock = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK") {
         // Linux 5.14; older kernels do not tell, and then tuning stays on.
-        lock: tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK").unwrap_or(0) as u32,
-    })
+        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => 0,
+        bits => bits? as u32,
+    };
+    Ok(Buffers { send: Buffer::Send.size(fd)?, receive: Buffer::Receive.size(fd)?, lock })
 }
 
 /// Sizes, then the locks: setting a size locks it.

@@ -39,9 +39,11 @@ fn both_lengths(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, u32, bool)> {
     }
     set_inline(fd, false)?;
     tcp::select_queue(fd, Queue::Receive)?;
-    let mut byte = [0];
-    let unread_mark = recv(fd, &mut byte, RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok();
-    Ok((to_mark, whole, unread_mark))
+    match recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok(_) => Ok((to_mark, whole, true)),
+        Err(Errno::INVAL) => Ok((to_mark, whole, false)),
+        Err(error) => Err(Error::system("recv(MSG_OOB)", error)),
+    }
 }
 
 /// Copies the receive queue, or the send queue, to where `bytes` begins.
@@ -90,7 +92,11 @@ pub(crate) fn copy(fd: BorrowedFd<'_>, queue: Queue, bytes: &mut [u8]) -> Result
     };
     tcp::select_queue(fd, queue)?;
     if queue == Queue::Receive {
-        with_peek_offset(fd, NO_PEEK_OFFSET, read)?
+        with_peek_offset(fd, NO_PEEK_OFFSET, read)?;
+        // A peek says nothing about what lies behind.
+        if tcp::unread(fd)? as usize != bytes.len() {
+            return Err(changed());
+        }
     } else {
         read()?
     }

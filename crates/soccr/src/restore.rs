@@ -106,7 +106,7 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// System: the option, or `ENOTCONN` where the socket is not connected.
     pub fn connected(&mut self) -> Result<()> {
-        Flow::of(self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
+        Flow::of(&self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
     }
 
     /// Steps 2 and 3: binds and connects the socket, and tells it what the two ends had negotiated.
@@ -277,7 +277,8 @@ impl<'fd> Restore<'fd> {
         limit(i32::MAX)?;
         tcp::set_repair(self.fd, Repair::OffNoProbe)?;
         let written = write(self.fd);
-        tcp::set_repair(self.fd, Repair::On)?;
+        // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
+        tcp::set_repair(self.fd, Repair::On).or_else(|_| tcp::set_repair(self.fd, Repair::On))?;
         limit(0)?;
         tcp::set_window(self.fd, &window)?;
         written

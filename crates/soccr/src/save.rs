@@ -1,20 +1,31 @@
 //! Kernel → [`Connection`], in the order the kernel demands.
 
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{getpeername, getsockname};
 
 use crate::buffers;
-use crate::connection::{Connection, ControlBlock, Options, Path, State, Urgent, WindowScale};
+use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
 use crate::diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
 use crate::settings::{self, Settings, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
+
+impl Flow {
+    /// The addresses of a connected socket (`getsockname(2)`, `getpeername(2)`).
+    ///
+    /// # Errors
+    /// Refused where the socket is not TCP over IP, or where the kernel does not tell the peer: in SYN_SENT, in CLOSE.
+    pub fn of<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Self> {
+        let fd = socket.as_fd();
+        Ok(Self { local: local_address(fd)?, remote: remote_address(fd, state(fd)?, None)? })
+    }
+}
 
 /// How often a connection that changes while it is read is read anew.
 const ATTEMPTS: usize = 3;

@@ -293,10 +293,15 @@ fn sixteen(address: IpAddr) -> [u8; 16] {
     }
 }
 
+/// The sum of the bytes as 16-bit words in network byte order, in ones' complement.
 fn sum(bytes: &[u8]) -> u64 {
-    let words = bytes.chunks_exact(2);
-    let odd = words.remainder().first().map_or(0, |byte| u64::from(*byte) << 8);
-    words.fold(odd, |sum, word| sum + u64::from(u16::from_be_bytes([word[0], word[1]])))
+    // The order of bytes within words does not matter until the end (RFC 1071 §2): so four at a time.
+    let words = bytes.chunks_exact(4);
+    let mut rest = [0; 4];
+    rest[..words.remainder().len()].copy_from_slice(words.remainder());
+    let word = |bytes: &[u8]| u64::from(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+    let sum = words.fold(word(&rest), |sum, bytes| sum + word(bytes));
+    u16::from_be(fold(sum)).into()
 }
 
 /// The sum in 16 bits with the carries added: never zero but for a sum of zero.

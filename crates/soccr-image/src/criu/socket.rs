@@ -13,12 +13,8 @@ use crate::error::{Error, Result};
 /// The open flag of a descriptor that does not wait, as fcntl(2) numbers it.
 const O_NONBLOCK: u32 = 0o4000;
 
-/// More settings than a socket can have: two bytes of an image would take fifty of memory.
-const SETTINGS_LIMIT: usize = 64;
-
 /// Numbers of `file_entry`.
 pub(super) const FILE_INETSK: u32 = 4;
-
 /// Numbers of `inet_sk_entry`.
 pub(super) mod number {
     pub(in super::super) const STATE: u32 = 6;
@@ -164,15 +160,7 @@ fn options(
     v6only: Option<bool>,
 ) -> Result<(Buffers, Settings)> {
     let mut buffers = Buffers { send: 0, receive: 0, lock: 0 };
-    let (mut settings, mut count) = (Settings::default(), 0);
-    let mut push = |name: &'static str, value: Value| {
-        count += 1;
-        if count > SETTINGS_LIMIT {
-            return Err(Error::damaged("a socket with too many options"));
-        }
-        settings.set(name, value);
-        Ok(())
-    };
+    let mut settings = Settings::default();
     let mut timeouts = [0u64; 4];
     for field in fields(opts) {
         let field = field?;
@@ -194,13 +182,13 @@ fn options(
                 continue;
             }
             15 => {
-                push("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()))?;
+                settings.set("SO_BINDTODEVICE", Value::Bytes(text(&field)?.into_bytes()));
                 continue;
             }
             24 => {
                 // struct linger: CRIU writes the seconds, and only where it is on.
                 let bytes = [1u32.to_ne_bytes(), field.u32()?.to_ne_bytes()].concat();
-                push("SO_LINGER", Value::Bytes(bytes))?;
+                settings.set("SO_LINGER", Value::Bytes(bytes));
                 continue;
             }
             7 => "SO_REUSEADDR",
@@ -209,7 +197,6 @@ fn options(
             10 => "SO_MARK",
             13 => "SO_DONTROUTE",
             17 => "SO_REUSEPORT",
-            18 => "SO_BROADCAST",
             19 => "SO_KEEPALIVE",
             20 => "TCP_KEEPCNT",
             21 => "TCP_KEEPIDLE",
@@ -217,16 +204,16 @@ fn options(
             23 => "SO_OOBINLINE",
             _ => continue,
         };
-        push(name, Value::Number(field.u32()? as i32))?;
+        settings.set(name, Value::Number(field.u32()? as i32));
     }
     for (name, time) in [("SO_SNDTIMEO", &timeouts[..2]), ("SO_RCVTIMEO", &timeouts[2..])] {
         if time != [0, 0] {
             // struct timeval.
-            push(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()))?;
+            settings.set(name, Value::Bytes([time[0].to_ne_bytes(), time[1].to_ne_bytes()].concat()));
         }
     }
     if let Some(v6only) = v6only {
-        push("IPV6_V6ONLY", Value::Number(v6only.into()))?;
+        settings.set("IPV6_V6ONLY", Value::Number(v6only.into()));
     }
     for field in fields(ip_opts) {
         let field = field?;
@@ -238,7 +225,7 @@ fn options(
             7 => "IPV6_UNICAST_HOPS",
             _ => continue,
         };
-        push(name, Value::Number(field.u32()? as i32))?;
+        settings.set(name, Value::Number(field.u32()? as i32));
     }
     for field in fields(tcp_opts) {
         let field = field?;
@@ -250,16 +237,27 @@ fn options(
             5 => "TCP_KEEPINTVL",
             _ => continue,
         };
-        push(name, Value::Number(field.u32()? as i32))?;
+        settings.set(name, Value::Number(field.u32()? as i32));
     }
     Ok((buffers, settings))
 }
 
 impl Socket {
+    /// Sets the scope of link-local addresses: the index that [`interface`](Self::interface) has where the connection comes
+    /// back (`if_nametoindex(3)`). CRIU keeps the name only.
+    pub fn set_scope(&mut self, index: u32) {
+        for end in [&mut self.local, &mut self.remote] {
+            if let SocketAddr::V6(end) = end
+                && end.ip().is_unicast_link_local()
+            {
+                end.set_scope_id(index);
+            }
+        }
+    }
+
     /// Joins the socket and its stream to a connection.
     ///
-    /// The scope of a link-local address is left 0: the index of [`interface`](Self::interface) is another one on every
-    /// machine.
+    /// A link-local address needs its [scope](Self::set_scope) first.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) where that is none, or contradicts itself.

@@ -16,6 +16,7 @@ pub fn sample() -> Connection {
     let mut settings = Settings::default();
     settings.set("TCP_NODELAY", Value::Number(1));
     settings.set("SO_LINGER", Value::Bytes(vec![1, 0, 0, 0, 5, 0, 0, 0]));
+    settings.set("TCP_MD5SIG", Value::Secret(b"key".to_vec()));
     Connection {
         local: SocketAddrV6::new("fe80::1".parse().unwrap(), 4000, 7, 3).into(),
         remote: SocketAddrV6::new("fe80::2".parse().unwrap(), 5000, 0, 3).into(),
@@ -53,7 +54,7 @@ pub fn sample() -> Connection {
             rcv_ssthresh: 60_000,
         }),
         settings,
-        nonblocking: false,
+        nonblocking: true,
     }
 }
 
@@ -173,10 +174,10 @@ pub fn connection() -> impl Strategy<Value = Connection> {
     ];
     let buffers = any::<Option<(u32, u32, u32)>>();
     let window = any::<Option<(u32, u32, u32, u32)>>();
-    let marks = (any::<u32>(), any::<u32>(), any::<u32>(), any::<Option<(u32, bool)>>(), any::<bool>());
+    let marks = (any::<u32>(), any::<u32>(), any::<u32>(), any::<Option<(u32, bool)>>(), any::<[bool; 2]>());
     (addresses(), state, options(), settings(), path(), queue(), queue(), buffers, window, marks).prop_map(
         |((local, remote), state, options, settings, path, receive, send, buffers, window, marks)| {
-            let (rcv_nxt, write_seq, unsent, urgent, fin_unsent) = marks;
+            let (rcv_nxt, write_seq, unsent, urgent, [fin_unsent, nonblocking]) = marks;
             let receive_queue = if state == SynSent { Vec::new() } else { receive };
             let send_queue = if state == SynSent || state.fin_acknowledged() { Vec::new() } else { send };
             let (inq_len, outq_len) = (receive_queue.len() as u32, send_queue.len() as u32);
@@ -212,7 +213,7 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                 buffers: buffers.map(|(send, receive, lock)| Buffers { send, receive, lock }),
                 path,
                 settings,
-                nonblocking: write_seq % 2 == 1,
+                nonblocking,
             };
             connection.validate().unwrap();
             connection

@@ -54,6 +54,37 @@ pub(crate) fn attach_filter(socket: impl AsFd, program: &[libc::sock_filter]) ->
     })
 }
 
+/// Lets all packets pass again (`SO_DETACH_FILTER`).
+pub(crate) fn detach_filter(socket: impl AsFd) -> io::Result<()> {
+    set_option(socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; size_of::<c_int>()])
+}
+
+/// A length that the kernel gives by `ioctl(2)`, see `tcp(7)`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Length {
+    /// `SIOCINQ`: received and not read.
+    Unread,
+    /// `SIOCOUTQ`: written and not acknowledged.
+    Unacknowledged,
+    /// `SIOCOUTQNSD`: written and not sent.
+    Unsent,
+}
+
+/// Asks for a length.
+pub(crate) fn length(socket: impl AsFd, length: Length) -> io::Result<usize> {
+    let request = match length {
+        Length::Unread => libc::FIONREAD,
+        Length::Unacknowledged => libc::TIOCOUTQ,
+        Length::Unsent => SIOCOUTQNSD,
+    };
+    let mut answer: c_int = 0;
+    // SAFETY: each of the three requests writes one int.
+    check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut answer) })?;
+    Ok(answer as usize)
+}
+
+const SIOCOUTQNSD: libc::Ioctl = 0x894b;
+
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

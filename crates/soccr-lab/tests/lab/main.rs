@@ -1,5 +1,6 @@
 //! The networks of this crate, used as its users use them.
 
+mod case;
 mod line;
 mod sniffer;
 
@@ -10,6 +11,7 @@ use std::{fs, thread};
 
 use soccr_lab::{Family, Host, Lab, Namespace, Pair, Side, sysctl, wait_until};
 
+use case::*;
 use line::*;
 use sniffer::*;
 
@@ -37,6 +39,9 @@ soccr_lab::tests![
     a_sniffer_sees_each_packet_on_lo_once,
     a_sniffer_that_missed_packets_says_so,
     a_router_is_a_place_to_sniff,
+    every_state_is_made_and_goes_on,
+    long_queues_are_made,
+    impossible_cases_are_known,
 ];
 
 /// The identity of the calling thread's network.

@@ -145,22 +145,25 @@ impl Capture {
     pub(super) fn release(&mut self, flows: &[Flow], unlock: impl FnOnce() -> Result<()>) -> Result<usize> {
         let read = |capture: &mut Self| capture.read().map_err(|error| Error::system("NFLOG", error));
         let mut outcome = read(self);
-        let mut replays: Vec<_> = flows
-            .iter()
-            .map(|flow| {
+        let mut replays = HashMap::new();
+        for flow in flows {
+            let held = self.packets.take(flow);
+            if !held.is_empty() {
                 let mut replay = Replay::new(*flow);
-                let held = self.packets.take(flow);
-                (self.packets.replay(&mut replay, &held), replay)
-            })
-            .collect();
+                outcome = outcome.and(self.packets.replay(&mut replay, &held));
+                replays.insert(*flow, replay);
+            }
+        }
         outcome = outcome.and(unlock()).and(read(self));
         let mut count = 0;
-        for (first, mut replay) in replays.drain(..) {
-            let held = self.packets.forget(&replay.flow());
-            let second = self.packets.replay(&mut replay, &held);
-            let last = self.packets.finish(replay);
-            outcome = outcome.and(first).and(second);
-            match last {
+        for flow in flows {
+            let held = self.packets.forget(flow);
+            if held.is_empty() && replays.is_empty() {
+                continue;
+            }
+            let mut replay = replays.remove(flow).unwrap_or_else(|| Replay::new(*flow));
+            outcome = outcome.and(self.packets.replay(&mut replay, &held));
+            match self.packets.finish(replay) {
                 Ok(replayed) => count += replayed,
                 Err(error) => outcome = outcome.and(Err(error)),
             }

@@ -1,0 +1,45 @@
+//! The command line: what `--help`, the man pages and the completions are made from.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::exit::Exit;
+use crate::{exit, inspect, list, receive, restore, save, send};
+
+/// See, save, restore and move live TCP connections of any process
+#[derive(Parser, Debug)]
+#[command(name = "soccr", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{}", exit::HELP))]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  soccr list --pid 4711                          what it has, and what can be saved
+  soccr save --pid 4711 --fd 5 -o c.soccr        take a connection out of a process
+  soccr restore c.soccr -- ./server              give it to another: descriptor 3
+  soccr send --pid 4711 --all --via 'ssh host soccr receive -- ./server'";
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    List(list::List),
+    Save(save::Save),
+    Restore(restore::Restore),
+    Send(send::Send),
+    Receive(receive::Receive),
+    Inspect(inspect::Inspect),
+}
+
+impl Cli {
+    pub(crate) fn run(self) -> Result<Exit> {
+        match self.command {
+            Command::List(list) => list.run(),
+            Command::Save(save) => save.run(),
+            Command::Restore(restore) => restore.run(),
+            Command::Send(send) => send.run(),
+            Command::Receive(receive) => receive.run(),
+            Command::Inspect(inspect) => inspect.run(),
+        }
+    }
+}

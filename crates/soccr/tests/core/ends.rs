@@ -1,0 +1,300 @@
+//! Two ends of a connection on two hosts, brought into the state that a test is about.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::sockopt::{set_socket_oobinline, set_socket_recv_buffer_size};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
+use soccr::connection::{Connection, State};
+use soccr::settings::Value;
+use soccr::{Restored, pause};
+use soccr_lab::{Family, Flags, Pair, Sniffer, wait_until};
+
+use crate::sys;
+
+/// The port of the peer.
+pub const PORT: u16 = 5000;
+
+/// How long a read or a write may take before its test fails.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A connection from host `a`, which is ours to move, to host `b`.
+#[derive(Debug)]
+pub struct Ends {
+    pub pair: Pair,
+    pub family: Family,
+    pub ours: TcpStream,
+    pub peer: TcpStream,
+    /// Everything our end has written and the peer has not read.
+    pub to_peer: Vec<u8>,
+    /// Everything the peer has written and our end has not read.
+    pub to_us: Vec<u8>,
+    deaf: bool,
+    resets: Sniffer,
+}
+
+impl Ends {
+    /// An ESTABLISHED connection, nothing on its way.
+    pub fn new(family: Family) -> Self {
+        Self::with(family, |_| {}, |_| {})
+    }
+
+    /// The same between sockets that are prepared before they connect and listen.
+    pub fn with(
+        family: Family,
+        prepare_ours: impl FnOnce(&TcpStream),
+        prepare_peer: impl FnOnce(&TcpListener),
+    ) -> Self {
+        let pair = Pair::new().unwrap();
+        let resets = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::RST).unwrap();
+        let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, PORT))).unwrap();
+        prepare_peer(&listener);
+        let ours = pair.a.run(|| unconnected(family));
+        prepare_ours(&ours);
+        rustix::net::connect(&ours, &pair.a.address_of(&pair.b, family, PORT)).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        wait_until("the peer is established", || state(&peer) == State::Established);
+        peer.set_read_timeout(Some(LIMIT)).unwrap();
+        peer.set_write_timeout(Some(LIMIT)).unwrap();
+        Self { pair, family, ours, peer, to_peer: Vec::new(), to_us: Vec::new(), deaf: false, resets }
+    }
+
+    /// The address of the peer, as our socket names it.
+    pub fn peer_address(&self) -> SocketAddr {
+        self.pair.a.address_of(&self.pair.b, self.family, PORT)
+    }
+
+    /// The peer writes, and all of it lies in our receive queue.
+    pub fn receive(&mut self, length: usize) {
+        let bytes = pattern(self.to_us.len(), length);
+        self.peer.write_all(&bytes).unwrap();
+        self.to_us.extend(bytes);
+        wait_until("all has arrived", || unacknowledged(&self.peer) == 0);
+    }
+
+    /// The peer writes one urgent byte, and it lies in our receive queue.
+    pub fn receive_urgent(&mut self) {
+        let byte = pattern(self.to_us.len(), 1);
+        assert_eq!(send(&self.peer, &byte, SendFlags::OOB), Ok(1));
+        self.to_us.extend(byte);
+        wait_until("the urgent byte has arrived", || unacknowledged(&self.peer) == 0);
+    }
+
+    /// We write, and the peer, who must be [deaf](Self::deafen), does not acknowledge.
+    pub fn send(&mut self, length: usize) {
+        let bytes = pattern(self.to_peer.len(), length);
+        assert_eq!(send(&self.ours, &bytes, SendFlags::DONTWAIT), Ok(length), "it must fit into the buffer");
+        self.to_peer.extend(bytes);
+    }
+
+    /// We write until the peer's window is closed, so that everything in our send queue is unsent.
+    pub fn fill_peer(&mut self) {
+        self.ours.set_nonblocking(true).unwrap();
+        // Shortly after the last acknowledgement there may be room for more.
+        wait_until("the peer's window is closed", || {
+            let bytes = pattern(self.to_peer.len(), 64 << 10);
+            if let Ok(written) = self.ours.write(&bytes) {
+                self.to_peer.extend(&bytes[..written]);
+            }
+            unsent(&self.ours) > 0
+                && unsent(&self.ours) == unacknowledged(&self.ours)
+                && window(&self.ours) == 0
+        });
+        self.ours.set_nonblocking(false).unwrap();
+    }
+
+    /// From now on the peer hears nothing.
+    pub fn deafen(&mut self) {
+        sys::set_deaf(&self.peer, true).unwrap();
+        self.deaf = true;
+    }
+
+    /// Saves the connection and makes our socket forget it.
+    pub fn take(&self) -> Connection {
+        let paused = pause(&self.ours).unwrap().with_peer(self.peer_address());
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        connection
+    }
+
+    /// Restores a connection on our host.
+    pub fn restore(&self, connection: &Connection) -> soccr::Result<Restored> {
+        self.pair.a.run(|| connection.restore())
+    }
+
+    /// Moves the connection to another socket of our host.
+    pub fn move_once(&mut self) -> Connection {
+        let connection = self.take();
+        self.ours = self.restore(&connection).unwrap().resume().unwrap();
+        connection
+    }
+
+    /// Whatever is still possible happens: each end writes, ends, and reads to the end of the other. All bytes are
+    /// equal, both ends are closed, and no reset was seen.
+    pub fn finish(mut self) {
+        if self.deaf {
+            sys::set_deaf(&self.peer, false).unwrap();
+        }
+        let rest = |end: &TcpStream, written: &[u8]| {
+            let open = matches!(state(end), State::Established | State::CloseWait);
+            open.then(|| pattern(written.len(), 3000)).unwrap_or_default()
+        };
+        let our_rest = rest(&self.ours, &self.to_peer);
+        let peer_rest = rest(&self.peer, &self.to_us);
+        self.to_peer.extend(&our_rest);
+        self.to_us.extend(&peer_rest);
+        self.ours.set_nonblocking(false).unwrap();
+        // An urgent byte is a byte of the stream, too.
+        set_socket_oobinline(&self.ours, true).unwrap();
+        self.ours.set_read_timeout(Some(LIMIT)).unwrap();
+        self.ours.set_write_timeout(Some(LIMIT)).unwrap();
+        thread::scope(|scope| {
+            for (mut end, rest) in [(&self.ours, our_rest), (&self.peer, peer_rest)] {
+                if !rest.is_empty() {
+                    scope.spawn(move || {
+                        end.write_all(&rest).unwrap();
+                        end.shutdown(Shutdown::Write).unwrap();
+                    });
+                }
+            }
+            for (mut end, expected) in [(&self.ours, &self.to_us), (&self.peer, &self.to_peer)] {
+                scope.spawn(move || {
+                    let mut read = Vec::new();
+                    end.read_to_end(&mut read).unwrap();
+                    assert_same_bytes(&read, expected);
+                });
+            }
+        });
+        let closed = |end: &TcpStream| state(end) == State::Close;
+        wait_until("both ends are closed", || closed(&self.ours) && closed(&self.peer));
+        self.assert_no_reset();
+    }
+
+    /// No reset has been on the wire.
+    pub fn assert_no_reset(&mut self) {
+        assert_eq!(self.resets.segments().unwrap(), []);
+    }
+}
+
+/// A TCP socket of this family that is not connected.
+pub fn unconnected(family: Family) -> TcpStream {
+    let family = if family == Family::V4 { AddressFamily::INET } else { AddressFamily::INET6 };
+    socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap().into()
+}
+
+/// A listener whose connections have a small receive buffer, so that their window closes soon.
+pub fn small_window(listener: &TcpListener) {
+    set_socket_recv_buffer_size(listener, 4096).unwrap();
+}
+
+/// Bytes that differ wherever they are taken from the stream.
+pub fn pattern(start: usize, length: usize) -> Vec<u8> {
+    (start..start + length).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect()
+}
+
+/// Fails with where two streams differ, not with both of them.
+#[track_caller]
+pub fn assert_same_bytes(left: &[u8], right: &[u8]) {
+    let same = left.iter().zip(right).take_while(|(left, right)| left == right).count();
+    assert!(
+        left.len() == right.len() && same == left.len(),
+        "{} bytes, {} expected; equal until {same}",
+        left.len(),
+        right.len()
+    );
+}
+
+/// `struct tcp_info`, as long as this kernel's.
+fn info(fd: impl AsFd) -> [u8; 512] {
+    let mut info = [0; 512];
+    sys::get_option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
+    info
+}
+
+fn info_u32(fd: impl AsFd, offset: usize) -> u32 {
+    u32::from_ne_bytes(*info(fd)[offset..].first_chunk().unwrap())
+}
+
+/// The state, as the kernel tells it.
+pub fn state(fd: impl AsFd) -> State {
+    State::from_kernel(info(fd)[0]).unwrap()
+}
+
+/// `tcpi_rto`, in microseconds.
+pub fn rto(fd: impl AsFd) -> u32 {
+    info_u32(fd, 8)
+}
+
+/// `tcpi_snd_mss`, in bytes.
+pub fn mss(fd: impl AsFd) -> u32 {
+    info_u32(fd, 16)
+}
+
+/// `tcpi_total_retrans`, in segments.
+pub fn retransmissions(fd: impl AsFd) -> u32 {
+    info_u32(fd, 100)
+}
+
+/// `tcpi_snd_wnd`, in bytes (Linux 5.4).
+pub fn window(fd: impl AsFd) -> u32 {
+    info_u32(fd, 228)
+}
+
+/// `SIOCINQ`.
+pub fn unread(fd: impl AsFd) -> u32 {
+    sys::ioctl_int::<0x541B>(fd).unwrap()
+}
+
+/// `SIOCOUTQ`.
+pub fn unacknowledged(fd: impl AsFd) -> u32 {
+    sys::ioctl_int::<0x5411>(fd).unwrap()
+}
+
+/// `SIOCOUTQNSD`.
+pub fn unsent(fd: impl AsFd) -> u32 {
+    sys::ioctl_int::<0x894B>(fd).unwrap()
+}
+
+/// Reads an integer option.
+pub fn option(fd: impl AsFd, level: i32, name: i32) -> io::Result<i32> {
+    let mut value = [0; 4];
+    sys::get_option(fd, level, name, &mut value)?;
+    Ok(i32::from_ne_bytes(value))
+}
+
+/// Sets an integer option.
+pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: i32) {
+    sys::set_option(fd, level, name, &value.to_ne_bytes()).unwrap();
+}
+
+/// The two saves differ in nothing but in what time changes.
+#[track_caller]
+pub fn assert_same(first: &Connection, second: &Connection) {
+    assert_eq!(comparable(first), comparable(second));
+    assert_same_bytes(&second.receive_queue, &first.receive_queue);
+    assert_same_bytes(&second.send_queue, &first.send_queue);
+    if let (Some(before), Some(after)) = (first.control.options.timestamps, second.control.options.timestamps)
+    {
+        assert!(after.wrapping_sub(before) < u32::MAX / 2, "the clock went back from {before} to {after}");
+    }
+}
+
+/// A connection without its bytes, its clock and its measurements.
+pub fn comparable(connection: &Connection) -> Connection {
+    let mut same = Connection { receive_queue: Vec::new(), send_queue: Vec::new(), ..connection.clone() };
+    same.control.options.timestamps = connection.control.options.timestamps.map(|_| 0);
+    if let Some(window) = &mut same.control.window {
+        // The segment that last changed the window may be an injected one.
+        window.snd_wl1 = 0;
+    }
+    if connection.local.is_ipv6() && connection.local.ip().to_canonical().is_ipv6() {
+        // Binding to an IPv6 address sets it for good; connecting does not.
+        same.settings.set("IPV6_V6ONLY", Value::Number(1));
+    }
+    same.path =
+        connection.path.map(|path| soccr::connection::Path { snd_mss: path.snd_mss, ..Default::default() });
+    same
+}

@@ -1,0 +1,296 @@
+//! Every system call of a save and of a restore fails once: what the caller is told, and what is left behind.
+
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use rustix::net::sockopt::set_socket_send_buffer_size;
+use soccr::connection::{Connection, State};
+use soccr::{Error, ErrorKind, Paused, pause};
+use soccr_lab::{Family, Flags, Sniffer, wait_until};
+
+use crate::ends::{self, Ends, PORT, assert_same, comparable, option, set_option, small_window, unsent};
+use crate::sys::{Call, Supervisor};
+
+/// The calls that this library makes for a socket.
+const CALLS: [i64; 14] = [
+    libc::SYS_socket,
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_shutdown,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_ioctl,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+];
+
+const TCP_REPAIR: i32 = 19;
+
+const ERRNOS: [i32; 3] = [libc::EPERM, libc::ENOMEM, libc::EINVAL];
+
+/// Which call is to fail, and which one has.
+#[derive(Debug, Default)]
+struct Plan {
+    /// Calls that still go on.
+    left: Option<usize>,
+    errno: i32,
+    failed: Option<Call>,
+}
+
+impl Plan {
+    fn decide(&mut self, call: Call) -> Option<i32> {
+        match self.left.take() {
+            Some(0) => {
+                self.failed = Some(call);
+                return Some(self.errno);
+            }
+            Some(left) => self.left = Some(left - 1),
+            None => {}
+        }
+        None
+    }
+}
+
+/// A fault that the kernel seems to have at the `left`th call from now on.
+#[derive(Clone, Debug)]
+struct Faults(Arc<Mutex<Plan>>);
+
+impl Faults {
+    fn arm(&self, left: usize, errno: i32) {
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, failed: None };
+    }
+
+    /// The call that has failed, if it has come to that.
+    fn disarm(&self) -> Option<Call> {
+        std::mem::take(&mut *self.0.lock().unwrap()).failed
+    }
+}
+
+/// Runs `body` on a thread whose calls can be made to fail.
+fn supervised(body: impl FnOnce(&Faults) + Send) {
+    let faults = Faults(Arc::default());
+    thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        let for_body = faults.clone();
+        scope.spawn(move || {
+            sender.send(Supervisor::of_this_thread(&CALLS)).unwrap();
+            body(&for_body);
+        });
+        let supervisor = receiver.recv().unwrap().expect("seccomp");
+        while supervisor.decide(|call| faults.0.lock().unwrap().decide(call)).unwrap().is_some() {}
+    });
+}
+
+fn option_of(call: Call) -> (i32, i32) {
+    (call.args[1] as i32, call.args[2] as i32)
+}
+
+/// What an error must name, after this call has failed. `None`: one of the many options that travel with a connection.
+fn name(call: Call) -> Option<&'static str> {
+    let name = match call.number {
+        libc::SYS_getsockopt | libc::SYS_setsockopt => match option_of(call) {
+            (libc::IPPROTO_TCP, 2) => "TCP_MAXSEG",
+            (libc::IPPROTO_TCP, 11) => "TCP_INFO",
+            (libc::IPPROTO_TCP, TCP_REPAIR) => "TCP_REPAIR",
+            (libc::IPPROTO_TCP, 20) => "TCP_REPAIR_QUEUE",
+            (libc::IPPROTO_TCP, 21) => "TCP_QUEUE_SEQ",
+            (libc::IPPROTO_TCP, 22) => "TCP_REPAIR_OPTIONS",
+            (libc::IPPROTO_TCP, 24) => "TCP_TIMESTAMP",
+            (libc::IPPROTO_TCP, 25) => "TCP_NOTSENT_LOWAT",
+            (libc::IPPROTO_TCP, 29) => "TCP_REPAIR_WINDOW",
+            (libc::IPPROTO_TCP, 31) => "TCP_ULP",
+            (libc::SOL_SOCKET, libc::SO_REUSEADDR) => "SO_REUSEADDR",
+            (libc::SOL_SOCKET, libc::SO_OOBINLINE) => "SO_OOBINLINE",
+            (libc::SOL_SOCKET, libc::SO_PEEK_OFF) => "SO_PEEK_OFF",
+            (libc::SOL_SOCKET, libc::SO_SNDBUF) => "SO_SNDBUF",
+            (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE) => "SO_SNDBUFFORCE",
+            (libc::SOL_SOCKET, libc::SO_RCVBUF) => "SO_RCVBUF",
+            (libc::SOL_SOCKET, libc::SO_RCVBUFFORCE) => "SO_RCVBUFFORCE",
+            (libc::SOL_SOCKET, libc::SO_BUF_LOCK) => "SO_BUF_LOCK",
+            (libc::SOL_SOCKET, libc::SO_MEMINFO) => "SO_MEMINFO",
+            _ => return None,
+        },
+        libc::SYS_ioctl => match call.args[1] {
+            0x541B => "SIOCINQ",
+            0x5411 => "SIOCOUTQ",
+            0x894B => "SIOCOUTQNSD",
+            other => panic!("an error about an ioctl {other:#x}"),
+        },
+        libc::SYS_socket => "socket",
+        libc::SYS_bind => "bind",
+        libc::SYS_connect => "connect",
+        libc::SYS_shutdown => "shutdown",
+        libc::SYS_getsockname => "getsockname",
+        libc::SYS_getpeername => "getpeername",
+        libc::SYS_sendto => "queue",
+        libc::SYS_recvfrom => "recv",
+        libc::SYS_fcntl => "fcntl",
+        libc::SYS_poll | libc::SYS_ppoll => "poll",
+        other => panic!("an error about a system call {other}"),
+    };
+    Some(name)
+}
+
+fn peeks_out_of_band(call: Call) -> bool {
+    call.number == libc::SYS_recvfrom && call.args[3] as i32 & libc::MSG_OOB != 0
+}
+
+/// The error says at which step what went wrong, and how.
+fn assert_told(error: &Error, step: &[&str], call: Call, errno: i32) {
+    assert!(step.contains(&error.step()), "{error}, for {call:?}");
+    let told = name(call).is_some_and(|name| error.what().contains(name));
+    assert!(told, "{error}, for {call:?}");
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::System, Some(errno)), "{error}, for {call:?}");
+    assert!(error.to_string().contains(error.what()), "{error}");
+    if errno != libc::EINVAL {
+        assert!(!error.remedy().is_empty(), "{error}");
+    }
+}
+
+/// Connections of many kinds, so that every branch is taken: queues with an urgent mark, unsent bytes, FINs.
+fn connections() -> Vec<(&'static str, Ends)> {
+    let established = || {
+        let mut ends = Ends::new(Family::V4);
+        ends.receive(50_000);
+        ends.receive_urgent();
+        ends.receive(1000);
+        ends.deafen();
+        ends.send(40_000);
+        // Some of it is in flight, the rest exceeds the congestion window.
+        wait_until("some is sent", || unsent(&ends.ours) < 40_000);
+        ends
+    };
+    let half_closed = || {
+        let mut ends =
+            Ends::with(Family::V6, |ours| set_socket_send_buffer_size(ours, 30_000).unwrap(), small_window);
+        ends.receive(5000);
+        ends.fill_peer();
+        ends.peer.shutdown(Shutdown::Write).unwrap();
+        wait_until("the FIN has arrived and is acknowledged", || ends::state(&ends.peer) == State::FinWait2);
+        ends.ours.shutdown(Shutdown::Write).unwrap();
+        ends.deafen();
+        ends
+    };
+    let finished = || {
+        let mut ends = Ends::new(Family::Mapped);
+        ends.receive(5000);
+        ends.ours.shutdown(Shutdown::Write).unwrap();
+        wait_until("our FIN is acknowledged", || ends::state(&ends.ours) == State::FinWait2);
+        ends
+    };
+    vec![("ESTABLISHED", established()), ("LAST_ACK", half_closed()), ("FIN_WAIT2", finished())]
+}
+
+/// The options that a save changes for a moment.
+const PUT_BACK: [(i32, i32); 2] =
+    [(libc::SOL_SOCKET, libc::SO_OOBINLINE), (libc::SOL_SOCKET, libc::SO_PEEK_OFF)];
+
+/// Those, and what repair mode changes.
+const CHANGED: [(i32, i32); 4] =
+    [PUT_BACK[0], PUT_BACK[1], (libc::SOL_SOCKET, libc::SO_REUSEADDR), (libc::IPPROTO_TCP, TCP_REPAIR)];
+
+pub fn every_fault_of_a_save_is_told_and_harmless() {
+    for (text, ends) in connections() {
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 7);
+        let options = || CHANGED.map(|(level, name)| option(&ends.ours, level, name).unwrap());
+        let reference = pause(&ends.ours).unwrap().save().unwrap();
+        let before = options();
+        supervised(|faults| {
+            for errno in ERRNOS {
+                for left in 0.. {
+                    faults.arm(left, errno);
+                    let result = pause(&ends.ours).and_then(|paused| {
+                        let saved = paused.save();
+                        // The guard resumes with a kernel that works again.
+                        let failed = faults.disarm();
+                        drop(paused);
+                        Ok((saved, failed))
+                    });
+                    let (saved, failed) = match result {
+                        Ok(pair) => pair,
+                        Err(error) => (Err(error), faults.disarm()),
+                    };
+                    if failed.is_some_and(|call| {
+                        call.number == libc::SYS_setsockopt && PUT_BACK.contains(&option_of(call))
+                    }) {
+                        // Where putting it back fails, there is nothing left but to say so.
+                        PUT_BACK
+                            .iter()
+                            .zip(&before)
+                            .for_each(|(&(level, name), value)| set_option(&ends.ours, level, name, *value));
+                    }
+                    assert_eq!(options(), before, "{text}: after {failed:?}");
+                    let Some(call) = failed else { break };
+                    match saved {
+                        Err(error) => assert_told(&error, &["pause", "save"], call, errno),
+                        // So the kernel says that the urgent byte has been read.
+                        Ok(_) if errno == libc::EINVAL && peeks_out_of_band(call) => {}
+                        Ok(saved) => assert_harmless(&reference, &saved, true, call),
+                    }
+                }
+            }
+        });
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, -1);
+        ends.finish();
+    }
+}
+
+/// A call failed, and what came of it is nevertheless complete, but for a setting that could not be read or set.
+fn assert_harmless(reference: &Connection, result: &Connection, skipped: bool, call: Call) {
+    let mut result = result.clone();
+    if comparable(&result).settings != comparable(reference).settings {
+        let option = [libc::SYS_getsockopt, libc::SYS_setsockopt].contains(&call.number);
+        let (result, reference) = (&result.settings, &reference.settings);
+        assert!(skipped && option, "{result:?} instead of {reference:?} after {call:?}");
+    }
+    result.settings = reference.settings.clone();
+    assert_same(reference, &result);
+}
+
+pub fn every_fault_of_a_restore_is_told_and_silent() {
+    for (text, mut ends) in connections() {
+        let connection = ends.take();
+        let mut wire = Sniffer::on(&ends.pair.b.namespace, "eth0").unwrap();
+        let host = &ends.pair.a;
+        supervised(|faults| {
+            for errno in ERRNOS {
+                for left in 0.. {
+                    faults.arm(left, errno);
+                    let result = host.run(|| connection.restore());
+                    let Some(call) = faults.disarm() else { break };
+                    match result {
+                        Err(error) => assert_told(&error, &["restore"], call, errno),
+                        Ok(restored) => {
+                            let paused = Paused::take_over(restored.as_fd()).unwrap();
+                            let saved = paused.save().unwrap();
+                            paused.release();
+                            assert_harmless(&connection, &saved, !restored.skipped().is_empty(), call);
+                        }
+                    }
+                    assert_silent(&mut wire, text, call);
+                }
+            }
+        });
+        ends.ours = ends.restore(&connection).unwrap().resume().unwrap();
+        ends.finish();
+    }
+}
+
+/// Nothing but acknowledgements of what the peer has been told already: the kernel answers an injected segment so.
+fn assert_silent(wire: &mut Sniffer, text: &str, call: Call) {
+    for segment in wire.segments().unwrap().iter().filter(|segment| segment.destination.port() == PORT) {
+        assert!(
+            segment.flags == Flags::ACK && segment.payload_len == 0,
+            "{text}: {segment:?} after {call:?}"
+        );
+    }
+}
