@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
-use crate::{exit, inspect, list, receive, restore, save, send};
+use crate::{demo, exit, inspect, list, receive, restore, save, send};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -29,6 +29,10 @@ enum Command {
     Send(send::Send),
     Receive(receive::Receive),
     Inspect(inspect::Inspect),
+    Demo(demo::Demo),
+    /// A program of the demonstration
+    #[command(hide = true)]
+    DemoProgram,
 }
 
 impl Cli {
@@ -40,6 +44,8 @@ impl Cli {
             Command::Send(send) => send.run(),
             Command::Receive(receive) => receive.run(),
             Command::Inspect(inspect) => inspect.run(),
+            Command::Demo(demo) => demo.run(),
+            Command::DemoProgram => demo::worker::run(),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod captive;
 mod cli;
+mod demo;
 mod describe;
 mod exit;
 mod handover;
