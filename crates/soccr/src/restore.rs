@@ -157,15 +157,12 @@ impl<'fd> Restore<'fd> {
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {
         let options = &self.control.options;
-        let mut list = [[0; 2]; 4];
+        let mut list = [[0; 2]; 3];
         let mut length = 0;
         let mut add = |kind, value| {
             list[length] = [kind, value];
             length += 1;
         };
-        if options.sack {
-            add(option_kind::SACK_PERMITTED, 0);
-        }
         if let Some(scale) = options.window_scale {
             add(option_kind::WINDOW_SCALE, u32::from(scale.snd) | u32::from(scale.rcv) << 16);
         }
@@ -211,6 +208,11 @@ impl<'fd> Restore<'fd> {
     }
 
     fn complete(&mut self) -> Result<()> {
+        if self.control.options.sack {
+            // With it a sender probes for a lost tail after two round-trip times, and with unsent bytes if there are any:
+            // had it been permitted when the send queue was filled, it would not stay silent until it is resumed.
+            tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
+        }
         if self.control.state != State::Established {
             self.restore_fins()?;
         }

@@ -13,7 +13,7 @@ use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
-use crate::sys::tcp::{self, TcpInfo, info_option};
+use crate::sys::tcp::{self, info_option};
 
 impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
@@ -66,7 +66,7 @@ impl Connection {
             steps.complete()?;
             let mut report = steps.report;
             let fd = socket.as_fd();
-            let unwritten = self.restore_congestion(fd)?;
+            let unwritten = self.restore_congestion(fd).err();
             self.apply(fd, Stage::Injected, &mut skipped);
             self.apply(fd, Stage::Last, &mut skipped);
             if !self.control.state.fin_acknowledged() && (self.path.is_some() || self.control.options.ecn) {
@@ -106,25 +106,27 @@ impl Connection {
         Ok(steps)
     }
 
-    /// Congestion window, threshold and ECN, where they differ from those of the socket. Returns why it could not.
-    fn restore_congestion(&self, fd: BorrowedFd<'_>) -> Result<Option<String>> {
+    /// Congestion window, threshold and ECN, where they differ from those of the socket.
+    ///
+    /// # Errors
+    /// Why they could not be brought back.
+    fn restore_congestion(&self, fd: BorrowedFd<'_>) -> std::result::Result<(), String> {
         let path = self.path.unwrap_or_default();
         let options = &self.control.options;
         if self.path.is_none() && !options.ecn || self.control.state.fin_acknowledged() {
-            return Ok(None);
+            return Ok(());
         }
-        let is_back = |info: &TcpInfo| {
-            (info.options & info_option::ECN != 0) == options.ecn
-                && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
-                    .iter()
-                    .all(|(now, before)| now == before || *before == 0)
-        };
-        if is_back(&tcp::info(fd)?) {
-            return Ok(None);
+        let info = tcp::info(fd).map_err(|error| error.to_string())?;
+        let is_back = (info.options & info_option::ECN != 0) == options.ecn
+            && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
+                .iter()
+                .all(|(now, before)| now == before || *before == 0);
+        if is_back {
+            return Ok(());
         }
-        let algorithm = tcp::congestion(fd)?;
-        let outcome = congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm);
-        Ok(outcome.err().map(|reason| reason.to_string()))
+        let algorithm = tcp::congestion(fd).map_err(|error| error.to_string())?;
+        congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
+            .map_err(|reason| reason.to_string())
     }
 
     fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {
