@@ -126,7 +126,7 @@ impl Captive {
     }
 
     fn restore(&self, connection: &Connection) -> Result<()> {
-        let mut steps = soccr::Restore::unbound(&self.socket, &connection.control, connection.buffers)?;
+        let mut steps = soccr::pause(&self.socket)?.restore(&connection.control, connection.buffers)?;
         let bound = rustix::net::getsockname(&self.socket).ok().and_then(|address| address.try_into().ok());
         // A socket that was bound to its port by name has stayed so.
         if bound != Some(connection.local) {
@@ -136,8 +136,7 @@ impl Captive {
         steps.connected()?;
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
-        steps.finish()?;
-        soccr::Paused::take_over(&self.socket)?.resume()?;
+        steps.finish()?.resume()?;
         let reuse = connection.settings.get("SO_REUSEADDR") == Some(&Value::Number(1));
         sockopt::set_socket_reuseaddr(&self.socket, reuse).context("SO_REUSEADDR")
     }

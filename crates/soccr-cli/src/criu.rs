@@ -69,7 +69,8 @@ impl Criu {
                 }
             }
             Action::Extract { directory, id, output } => {
-                soccr_image::save_file(output, &Directory::open(directory)?.extract(*id)?)?;
+                let images = Directory::open(directory)?;
+                soccr_image::save_file(output, &images.extract(images.socket(*id)?)?)?;
                 Ok(Exit::Done)
             }
             Action::Rewrite { directory, map } => match Directory::open(directory)?.rewrite(map)? {
