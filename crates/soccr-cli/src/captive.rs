@@ -136,8 +136,7 @@ impl Captive {
         steps.connected()?;
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
-        steps.finish()?;
-        soccr::Paused::take_over(self.socket.as_fd())?.resume()?;
+        steps.finish()?.resume()?;
         let reuse = connection.settings.get("SO_REUSEADDR") == Some(&Value::Number(1));
         sockopt::set_socket_reuseaddr(&self.socket, reuse).context("SO_REUSEADDR")
     }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
-use crate::{demo, exit, inspect, list, receive, restore, save, send};
+use crate::{completions, criu, demo, exit, inspect, list, lock, receive, restore, save, send};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -29,6 +29,12 @@ enum Command {
     Send(send::Send),
     Receive(receive::Receive),
     Inspect(inspect::Inspect),
+    Criu(criu::Criu),
+    Lock(lock::Lock),
+    Unlock(lock::Unlock),
+    Completions(completions::Completions),
+    #[command(hide = true)]
+    Man(completions::Man),
     Demo(demo::Demo),
     /// A program of the demonstration
     #[command(hide = true)]
@@ -44,6 +50,11 @@ impl Cli {
             Command::Send(send) => send.run(),
             Command::Receive(receive) => receive.run(),
             Command::Inspect(inspect) => inspect.run(),
+            Command::Criu(criu) => criu.run(),
+            Command::Lock(lock) => lock.run(),
+            Command::Unlock(unlock) => unlock.run(),
+            Command::Completions(completions) => completions.run(),
+            Command::Man(man) => man.run(),
             Command::Demo(demo) => demo.run(),
             Command::DemoProgram => demo::worker::run(),
         }

@@ -1,6 +1,6 @@
 //! How the command ends: exit codes, and one line for what went wrong.
 
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::{Error, Result};
@@ -83,6 +83,11 @@ impl std::fmt::Display for OutputClosed {
 }
 
 impl std::error::Error for OutputClosed {}
+
+/// Prints text on standard output.
+pub(crate) fn print(text: &str) -> Result<Exit> {
+    written(io::stdout().write_all(text.as_bytes()))
+}
 
 /// What became of writing to standard output for people.
 pub(crate) fn written(result: io::Result<()>) -> Result<Exit> {

@@ -5,6 +5,8 @@
 
 mod captive;
 mod cli;
+mod completions;
+mod criu;
 mod demo;
 mod describe;
 mod exit;
@@ -12,6 +14,7 @@ mod handover;
 mod inspect;
 mod lifeline;
 mod list;
+mod lock;
 mod network;
 mod process;
 mod progress;

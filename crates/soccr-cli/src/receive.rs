@@ -22,10 +22,15 @@ use crate::{exit, lifeline, network, silence};
 /// Reads standard input, and answers on standard output where the source listens (`soccr send --via`); the program then finds
 /// /dev/null as both. It starts when the source has sent everything, or is gone, provided that a connection has arrived.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "\
+#[command(
+    override_usage = "\
+soccr receive [OPTIONS] [--stdio] -- PROGRAM [ARGUMENT]...
+       soccr receive [OPTIONS] --send-fd UNIX_SOCKET",
+    after_help = "\
 Examples:
   soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
-  soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'")]
+  soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'"
+)]
 pub(crate) struct Receive {
     /// Receive under another address: each end that is OLD becomes NEW (IP, or IP:PORT)
     #[arg(long, value_name = "OLD=NEW")]

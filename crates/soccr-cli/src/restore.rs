@@ -18,12 +18,17 @@ use crate::{exit, network, silence};
 /// The program runs in the network namespace of the connection. Nothing is sent before everything is in place; where it fails,
 /// the image is as good as before.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "\
+#[command(
+    override_usage = "\
+soccr restore [OPTIONS] [FILE] [--stdio] -- PROGRAM [ARGUMENT]...
+       soccr restore [OPTIONS] [FILE] --send-fd UNIX_SOCKET",
+    after_help = "\
 Examples:
   soccr restore c.soccr -- ./server                 as descriptor 3
   soccr restore c.soccr --stdio -- cat              as standard input and output
   soccr restore c.soccr --send-fd /run/server.sock  to a process that waits for it
-  soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server")]
+  soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server"
+)]
 pub(crate) struct Restore {
     /// The image; standard input without it, or as -
     #[arg(value_name = "FILE")]

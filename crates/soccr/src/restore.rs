@@ -235,12 +235,12 @@ impl<'fd> Restore<'fd> {
         use State::{Close, CloseWait, Closing, FinWait1, FinWait2, LastAck};
         let flow = self.flow()?;
         let state = self.control.state;
-        self.open_window()?;
         if matches!(state, FinWait1 | FinWait2 | Closing) {
             self.queue_fin()?;
         }
+        let seen = self.seen_from_peer()?;
         if state.fin_received() {
-            fin::inject_fin(self.fd, flow, &self.control)?;
+            fin::inject_fin(self.fd, flow, &seen)?;
         }
         if matches!(state, LastAck | Close) {
             self.queue_fin()?;
@@ -250,6 +250,19 @@ impl<'fd> Restore<'fd> {
         }
         debug_assert!(matches!(state, FinWait1 | FinWait2 | Closing | CloseWait | LastAck | Close));
         Ok(())
+    }
+
+    /// Makes room for the segments that are injected, and says what they have to tell. An ACK sets free what has never
+    /// been sent, so the peer's window seems closed meanwhile.
+    fn seen_from_peer(&self) -> Result<ControlBlock> {
+        let mut seen = self.control.clone();
+        let window = self.open_window()?;
+        if let Some(window) = window.filter(|_| seen.unsq_len > 0 || seen.fin_unsent) {
+            let closed = Window { snd_wnd: 0, ..window };
+            tcp::set_window(self.fd, &closed)?;
+            seen.window = Some(closed);
+        }
+        Ok(seen)
     }
 
     /// Our own FIN: sent before or still to be sent.

@@ -188,10 +188,8 @@ fn unknown_and_refused_options_are_reported() {
     settings.set("SO_LINGER", Value::Number(1));
     let socket = new_socket(local);
     let skipped = apply_all(&settings, &socket, local);
-    let skipped: Vec<_> = skipped
-        .iter()
-        .map(|skipped| (&*skipped.name, skipped.error.raw_os_error().unwrap()))
-        .collect();
+    let skipped: Vec<_> =
+        skipped.iter().map(|skipped| (&*skipped.name, skipped.error.raw_os_error().unwrap())).collect();
     let expected =
         [("TCP_OF_TOMORROW", libc::ENOPROTOOPT), ("TCP_KEEPIDLE", libc::EINVAL), ("SO_LINGER", libc::EINVAL)];
     assert_eq!(skipped, expected);

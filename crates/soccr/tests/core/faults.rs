@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use soccr::connection::{Connection, State};
+use soccr::connection::Connection;
 use soccr::{Error, ErrorKind, Paused, pause};
-use soccr_lab::{Family, Flags, Sniffer, wait_until};
+use soccr_lab::{Family, Flags, Sniffer, State, wait_until};
 
-use crate::ends::{self, Ends, PORT, assert_same, comparable, option, set_option, small_window, unsent};
+use crate::ends::{Ends, PORT, assert_same, comparable, info, option, set_option, small_window};
 use crate::sys::{Call, Supervisor};
 
 /// The calls that this library makes for a socket.
@@ -61,21 +61,21 @@ impl Plan {
 
 /// A fault that the kernel seems to have at the `left`th call from now on.
 #[derive(Clone, Debug)]
-struct Faults(Arc<Mutex<Plan>>);
+pub struct Faults(Arc<Mutex<Plan>>);
 
 impl Faults {
-    fn arm(&self, left: usize, errno: i32) {
+    pub fn arm(&self, left: usize, errno: i32) {
         *self.0.lock().unwrap() = Plan { left: Some(left), errno, failed: None };
     }
 
     /// The call that has failed, if it has come to that.
-    fn disarm(&self) -> Option<Call> {
+    pub fn disarm(&self) -> Option<Call> {
         std::mem::take(&mut *self.0.lock().unwrap()).failed
     }
 }
 
 /// Runs `body` on a thread whose calls can be made to fail.
-fn supervised(body: impl FnOnce(&Faults) + Send) {
+pub fn supervised(body: impl FnOnce(&Faults) + Send) {
     let faults = Faults(Arc::default());
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
@@ -165,7 +165,7 @@ fn connections() -> Vec<(&'static str, Ends)> {
         ends.deafen();
         ends.send(40_000);
         // Some of it is in flight, the rest exceeds the congestion window.
-        wait_until("some is sent", || unsent(&ends.ours) < 40_000);
+        wait_until("some is sent", || info(&ends.ours).unsent < 40_000);
         ends
     };
     let half_closed = || {
@@ -174,7 +174,7 @@ fn connections() -> Vec<(&'static str, Ends)> {
         ends.receive(5000);
         ends.fill_peer();
         ends.peer.shutdown(Shutdown::Write).unwrap();
-        wait_until("the FIN has arrived and is acknowledged", || ends::state(&ends.peer) == State::FinWait2);
+        wait_until("the FIN has arrived and is acknowledged", || info(&ends.peer).state == State::FinWait2);
         ends.ours.shutdown(Shutdown::Write).unwrap();
         ends.deafen();
         ends
@@ -183,7 +183,7 @@ fn connections() -> Vec<(&'static str, Ends)> {
         let mut ends = Ends::new(Family::Mapped);
         ends.receive(5000);
         ends.ours.shutdown(Shutdown::Write).unwrap();
-        wait_until("our FIN is acknowledged", || ends::state(&ends.ours) == State::FinWait2);
+        wait_until("our FIN is acknowledged", || info(&ends.ours).state == State::FinWait2);
         ends
     };
     vec![("ESTABLISHED", established()), ("LAST_ACK", half_closed()), ("FIN_WAIT2", finished())]
