@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::sockopt::{set_socket_oobinline, set_socket_recv_buffer_size};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use soccr::connection::{Connection, Path, Window};
 use soccr::settings::Value;
@@ -153,8 +153,6 @@ impl Ends {
         self.to_peer.extend(&our_rest);
         self.to_us.extend(&peer_rest);
         self.ours.set_nonblocking(false).unwrap();
-        // An urgent byte is a byte of the stream, too.
-        set_socket_oobinline(&self.ours, true).unwrap();
         self.ours.set_read_timeout(Some(LIMIT)).unwrap();
         self.ours.set_write_timeout(Some(LIMIT)).unwrap();
         thread::scope(|scope| {

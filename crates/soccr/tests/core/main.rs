@@ -9,6 +9,7 @@ mod faults;
 mod lessons;
 mod states;
 mod sys;
+mod urgent;
 
 /// The named functions of a module as tests.
 macro_rules! tests {
@@ -43,8 +44,10 @@ fn main() -> ExitCode {
             a_blocked_connect_goes_on
             a_detached_socket_is_silent_for_ever
             a_restored_socket_that_is_dropped_is_silent;
+        urgent: a_mark_that_has_been_read_past_is_none;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
     tests.extend(states::tests());
+    tests.extend(urgent::tests());
     soccr_lab::harness(tests)
 }
