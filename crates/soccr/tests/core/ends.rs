@@ -263,3 +263,19 @@ pub fn comparable(connection: &Connection) -> Connection {
     same.path = connection.path.map(|path| Path { snd_mss: path.snd_mss, ..Default::default() });
     same
 }
+
+fn info_bytes(end: &TcpStream) -> [u8; 512] {
+    let mut info = [0; 512];
+    sys::get_option(end, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
+    info
+}
+
+/// `tcpi_rto`: how long the retransmission timer runs now.
+pub fn rto(end: &TcpStream) -> Duration {
+    Duration::from_micros(u32::from_ne_bytes(*info_bytes(end)[8..].first_chunk().unwrap()).into())
+}
+
+/// `tcpi_total_rto`: how often that timer has run out (Linux 6.7).
+pub fn timeouts(end: &TcpStream) -> u16 {
+    u16::from_ne_bytes(*info_bytes(end)[240..].first_chunk().unwrap())
+}

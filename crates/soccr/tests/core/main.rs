@@ -6,6 +6,7 @@ use soccr_lab::Test;
 
 mod ends;
 mod faults;
+mod full;
 mod lessons;
 mod states;
 mod sys;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
             a_blocked_connect_goes_on
             a_detached_socket_is_silent_for_ever
             a_restored_socket_that_is_dropped_is_silent;
+        full: probe;
         urgent: a_mark_that_has_been_read_past_is_none;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
