@@ -1,35 +1,38 @@
 //! The `soccr` command.
+//!
+//! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`network`],
+//! [`captive`], [`silence`], [`handover`], [`describe`], [`table`], [`exit`].
 
+mod captive;
+mod cli;
+mod completions;
+mod criu;
 mod demo;
+mod describe;
+mod exit;
+mod handover;
+mod inspect;
+mod lifeline;
+mod list;
+mod lock;
+mod network;
+mod process;
+mod progress;
+mod receive;
+mod restore;
+mod save;
+mod send;
+mod silence;
+mod source;
+mod stop;
+mod sys;
+mod table;
+mod via;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-
-/// See, save, restore and move live TCP connections.
-#[derive(Parser, Debug)]
-#[command(name = "soccr", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand, Debug)]
-enum Command {
-    /// Watch a connection move between two hosts while data flows both ways
-    Demo(demo::Demo),
-    /// A program of the demonstration
-    #[command(hide = true)]
-    DemoProgram,
-}
+use clap::Parser;
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
-        Command::Demo(demo) => demo::run(&demo),
-        Command::DemoProgram => demo::worker::run().map(|()| ExitCode::SUCCESS),
-    };
-    outcome.unwrap_or_else(|error| {
-        eprintln!("soccr: {error:#}");
-        ExitCode::FAILURE
-    })
+    exit::report(cli::Cli::parse().run())
 }

@@ -33,7 +33,7 @@
 //! for socket in images.sockets() {
 //!     println!("{} {} {} {}", socket.id, socket.state, socket.local, socket.remote);
 //! }
-//! assert_eq!(images.extract(13)?.receive_queue.len(), 5000);
+//! assert_eq!(images.extract(images.socket(13)?)?.receive_queue.len(), 5000);
 //!
 //! let changed = images.rewrite(&["127.0.0.1=192.0.2.7".parse()?])?;
 //! assert_eq!(changed, 6);

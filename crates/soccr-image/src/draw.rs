@@ -11,9 +11,14 @@ const WIDTH: usize = 78;
 ///
 /// ```text
 /// send
-///   snd_una                snd_nxt              write_seq           window edge
-///   1000                   1600                 2600                9192
-///   ├─────── 600 sent ─────┼──── 1000 unsent ───┼── 6592 allowed ───┤
+///   snd_una            snd_nxt               write_seq              window edge
+///   1000               1600                  2600                   9192
+///   ├──── 600 sent ────┼──── 1000 unsent ────┼──── 6592 allowed ────┤
+///
+/// receive
+///   copied_seq                     rcv_nxt                          window edge
+///   500                            700                              3600
+///   ├───────── 200 unread ─────────┼───────── 2900 allowed ─────────┤
 /// ```
 ///
 /// ```
@@ -137,5 +142,103 @@ impl Lane {
         }
         line.push(if pieces.is_empty() { '│' } else { '┤' });
         format!("{}\n{}\n{}\n{line}\n", self.title, row(&names), row(&numbers))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use soccr::connection::{ControlBlock, Options, State, Window};
+
+    use super::*;
+
+    fn connection(state: State, control: [u32; 5], window: [u32; 4]) -> Connection {
+        let [rcv_nxt, inq_len, write_seq, outq_len, unsq_len] = control;
+        let [snd_wnd, max_window, rcv_wnd, rcv_wup] = window;
+        Connection {
+            local: "10.0.0.1:1".parse().unwrap(),
+            remote: "10.0.0.2:2".parse().unwrap(),
+            control: ControlBlock {
+                state,
+                rcv_nxt,
+                inq_len,
+                write_seq,
+                outq_len,
+                unsq_len,
+                fin_unsent: unsq_len > 0 && state.fin_queued(),
+                options: Options { mss_clamp: 1460, ..Options::default() },
+                window: Some(Window { snd_wl1: rcv_nxt, snd_wnd, max_window, rcv_wnd, rcv_wup }),
+            },
+            receive_queue: vec![0; inq_len as usize],
+            send_queue: vec![0; outq_len as usize],
+            ..Connection::empty()
+        }
+    }
+
+    #[test]
+    fn both_lanes_in_order() {
+        let drawing =
+            draw(&connection(State::Established, [700, 200, 2600, 1600, 1000], [8192, 8192, 3000, 600]));
+        let expected = "\
+send
+  snd_una            snd_nxt               write_seq              window edge
+  1000               1600                  2600                   9192
+  ├──── 600 sent ────┼──── 1000 unsent ────┼──── 6592 allowed ────┤
+
+receive
+  copied_seq                     rcv_nxt                          window edge
+  500                            700                              3600
+  ├───────── 200 unread ─────────┼───────── 2900 allowed ─────────┤
+";
+        assert_eq!(drawing, expected, "\n{drawing}");
+    }
+
+    #[test]
+    fn fins_have_their_place() {
+        let drawing = draw(&connection(State::Closing, [4, 10, 2, 7, 0], [8192, 8192, 3000, 4]));
+        let expected = "\
+send
+  snd_una                        snd_nxt = write_seq               window edge
+  4294967290                     2                                 8186
+  ├──────── 7 sent ────────┼─FIN─┼───────── 8184 allowed ──────────┤
+
+receive
+  copied_seq                        rcv_nxt                        window edge
+  4294967289                        4                              3004
+  ├──────── 10 unread ────────┼─FIN─┼──────── 3000 allowed ────────┤
+";
+        assert_eq!(drawing, expected, "\n{drawing}");
+    }
+
+    #[test]
+    fn marks_in_one_place_are_joined() {
+        let drawing = draw(&connection(State::Established, [700, 0, 2600, 0, 0], [0, 8192, 0, 700]));
+        let expected = "\
+send
+  snd_una = snd_nxt = write_seq = window edge
+  2600
+  │
+
+receive
+  copied_seq = rcv_nxt = window edge
+  700
+  │
+";
+        assert_eq!(drawing, expected, "\n{drawing}");
+    }
+
+    #[test]
+    fn contradictions_are_drawn_as_well() {
+        for numbers in
+            [[0, u32::MAX, 0, u32::MAX, 5], [1, 2, 3, 4, u32::MAX], [0x8000_0000, 7, 9, 0x8000_0001, 1]]
+        {
+            for state in [State::Closing, State::Established, State::SynSent, State::Close] {
+                let mut connection =
+                    connection(State::Established, [0; 5], [u32::MAX, 5, 0x7fff_ffff, 0x8000_0000]);
+                connection.control.state = state;
+                let c = &mut connection.control;
+                [c.rcv_nxt, c.inq_len, c.write_seq, c.outq_len, c.unsq_len] = numbers;
+                assert!(draw(&connection).lines().all(|line| line.chars().count() <= 90));
+            }
+        }
     }
 }

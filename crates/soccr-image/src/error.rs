@@ -70,6 +70,12 @@ impl Error {
         self
     }
 
+    /// The stream is that one connection: its number says nothing.
+    pub(crate) fn of_all(mut self) -> Self {
+        self.connection = None;
+        self
+    }
+
     /// Says where: the path of a file, or which part of it.
     pub(crate) fn at(mut self, place: impl fmt::Display) -> Self {
         self.what = format!("{place}: {}", self.what).into();

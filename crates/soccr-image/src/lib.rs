@@ -2,12 +2,12 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`write`], [`read`] | one connection, to and from anything |
+//! | [`write()`], [`read()`] | one connection, to and from anything |
 //! | [`save_file`], [`load_file`] | one connection in a file: private, atomic |
 //! | [`stream`] | many connections and the words of a hand-over, through a pipe |
 //! | [`criu`] | the images of CRIU: list, extract, rewrite addresses |
 //! | [`AddressMap`] | `OLD=NEW`: where a connection comes back under another address |
-//! | [`draw`] | the sequence spaces of a connection, for people |
+//! | [`draw()`] | the sequence spaces of a connection, for people |
 //!
 //! Bytes that come in are trusted in nothing: every length is checked before memory is taken, no input panics, and what
 //! is read is [validated](soccr::Connection::validate) before it is given to the caller.

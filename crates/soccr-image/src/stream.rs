@@ -43,16 +43,16 @@
 //! An address is `family` (u8: 4 or 6), `port` (u16), 4 or 16 bytes; IPv6 appends flow information and scope (u32 each). A
 //! control block is `state` (u8, the kernel's number), `fin_unsent` (u8), then `rcv_nxt`, `inq_len`, `write_seq`,
 //! `outq_len`, `unsq_len` (u32 each). Options are `mss_clamp` (u16) and bits (u16): 1 SACK, 2 ECN, 4 ECN seen, 8 data in the SYN,
-//! 16 microsecond clock. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
+//! 16 microsecond clock, 32 `O_NONBLOCK`. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
 //! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
-//! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes),
+//! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 secret bytes),
 //! length of the name (u8), name, value.
 //!
 //! **Growing.** Nothing that is there changes its meaning. A minor version adds records and fields: what can be ignored comes without
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
 //! major version is refused as a whole.
 //!
-//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, a text 255 bytes. A reader takes memory
+//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, with 256 settings; a text 255 bytes. A reader takes memory
 //! as bytes arrive, never as a length promises.
 //!
 //! # Hand-over
@@ -138,7 +138,7 @@ pub const TEXT_LIMIT: usize = 255;
 /// [`Invalid`](crate::ErrorKind::Invalid) and nothing written where the connection contradicts itself; else what `writer` says.
 pub fn write(writer: impl Write, connection: &Connection) -> Result<()> {
     let mut writer = Writer::new(writer)?;
-    writer.connection(1, "", connection)?;
+    writer.connection(1, "", connection).map_err(Error::of_all)?;
     writer.finish().map(drop)
 }
 
@@ -149,7 +149,7 @@ pub fn write(writer: impl Write, connection: &Connection) -> Result<()> {
 pub fn read(reader: impl Read) -> Result<Connection> {
     let mut reader = Reader::new(reader)?;
     let mut found = None;
-    while let Some(message) = reader.receive()? {
+    while let Some(message) = reader.receive().map_err(Error::of_all)? {
         match message {
             Message::Connection { connection, .. } if found.is_none() => found = Some(connection),
             Message::Connection { .. } => return Err(Error::invalid("holds more than one connection")),

@@ -22,6 +22,7 @@ const TYPE_MASK: u16 = 0x3fff;
 #[derive(Debug, Default)]
 pub struct Batch {
     bytes: Vec<u8>,
+    last: usize,
     messages: u32,
     acknowledged: u32,
 }
@@ -35,6 +36,7 @@ impl Batch {
     /// Appends a message of type `kind` whose payload `body` writes.
     pub fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Message<'_>)) {
         let start = self.bytes.len();
+        self.last = start;
         self.messages += 1;
         self.acknowledged += u32::from(flags & crate::ACK != 0);
         self.bytes.extend_from_slice(&[0; 4]);
@@ -45,6 +47,15 @@ impl Batch {
         body(&mut Message { bytes: &mut self.bytes });
         let length = (self.bytes.len() - start) as u32;
         self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+    }
+
+    /// Asks the kernel to acknowledge the message appended last.
+    pub fn acknowledge_last(&mut self) {
+        if let Some(flags) = self.bytes.get_mut(self.last + 6..self.last + 8) {
+            let value = u16::from_ne_bytes([flags[0], flags[1]]);
+            self.acknowledged += u32::from(value & crate::ACK == 0);
+            flags.copy_from_slice(&(value | crate::ACK).to_ne_bytes());
+        }
     }
 
     /// Everything appended so far.
@@ -60,6 +71,7 @@ impl Batch {
     /// Forgets the messages and keeps the memory.
     pub fn clear(&mut self) {
         self.bytes.clear();
+        self.last = 0;
         self.messages = 0;
         self.acknowledged = 0;
     }
@@ -168,6 +180,9 @@ mod tests {
         let (kind, inner) = attributes(all[1].2).next().unwrap();
         assert_eq!((kind, attributes(inner).next()), (3, Some((9, &b"abc"[..]))));
         assert_eq!(batch.acknowledged(), 1);
+        batch.acknowledge_last();
+        batch.acknowledge_last();
+        assert_eq!(batch.acknowledged(), 2);
     }
 
     #[test]

@@ -184,6 +184,32 @@ impl Flow {
     pub fn is_ipv4(&self) -> bool {
         self.remote.ip().to_canonical().is_ipv4()
     }
+
+    /// Checks the two addresses against each other.
+    ///
+    /// # Errors
+    /// Invalid: addresses of two families, unspecified ones, link-local ones without a scope.
+    pub fn validate(&self) -> Result<()> {
+        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
+        check(self.local.is_ipv4() == self.remote.is_ipv4(), "the addresses are of two families")?;
+        if let (IpAddr::V6(local), IpAddr::V6(remote)) = (self.local.ip(), self.remote.ip()) {
+            check(
+                local.to_ipv4_mapped().is_some() == remote.to_ipv4_mapped().is_some(),
+                "one address is IPv4-mapped, the other is not",
+            )?;
+        }
+        check(self.local.port() != 0, "the local port is zero")?;
+        check(self.remote.port() != 0, "the remote port is zero")?;
+        check(!self.local.ip().is_unspecified(), "the local address is unspecified")?;
+        check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")?;
+        for address in [self.local, self.remote] {
+            if let SocketAddr::V6(address) = address {
+                let scoped = !address.ip().is_unicast_link_local() || address.scope_id() != 0;
+                check(scoped, "a link-local address has no scope id")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl State {
@@ -267,8 +293,11 @@ impl ControlBlock {
         self.rcv_nxt.wrapping_sub(self.inq_len).wrapping_sub(self.state.fin_received().into())
     }
 
-    /// Checks every value against the others.
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks every value against the others: what restoring it does before its first system call.
+    ///
+    /// # Errors
+    /// Invalid: the first value that contradicts another one. Refused: a state that no connected socket is in.
+    pub fn validate(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
         let refuse = |remedy| Err(Error::refused(format!("a connection in {}", self.state), remedy));
         match self.state {
@@ -349,23 +378,7 @@ impl Connection {
     /// Names the first value that contradicts another one.
     pub fn validate(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
-        check(self.local.is_ipv4() == self.remote.is_ipv4(), "the addresses are of two families")?;
-        if let (IpAddr::V6(local), IpAddr::V6(remote)) = (self.local.ip(), self.remote.ip()) {
-            check(
-                local.to_ipv4_mapped().is_some() == remote.to_ipv4_mapped().is_some(),
-                "one address is IPv4-mapped, the other is not",
-            )?;
-        }
-        check(self.local.port() != 0, "the local port is zero")?;
-        check(self.remote.port() != 0, "the remote port is zero")?;
-        check(!self.local.ip().is_unspecified(), "the local address is unspecified")?;
-        check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")?;
-        for address in [self.local, self.remote] {
-            if let SocketAddr::V6(address) = address {
-                let scoped = !address.ip().is_unicast_link_local() || address.scope_id() != 0;
-                check(scoped, "a link-local address has no scope id")?;
-            }
-        }
+        self.flow().validate()?;
         self.control.validate()?;
         check(
             self.receive_queue.len() == self.control.inq_len as usize,

@@ -1,11 +1,8 @@
 //! What no socket option can do: the peer's FIN, its ACK of ours, an urgent byte. They arrive as segments, as if the
 //! peer had sent them; whether they did is read from the socket, never assumed.
 
-use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
-
-use rustix::net::{getpeername, getsockname};
 
 use crate::connection::{ControlBlock, Flow};
 use crate::error::{Error, Result};
@@ -16,18 +13,6 @@ use crate::sys::tcp::{self, Queue};
 
 /// How long a segment may take through `lo`: far longer than it does, unless the machine is very busy.
 const ARRIVAL: Duration = Duration::from_millis(100);
-
-impl Flow {
-    pub(crate) fn of(fd: BorrowedFd<'_>) -> Result<Self> {
-        let address = |call, result: rustix::io::Result<Option<_>>| match result {
-            Ok(Some(address)) => SocketAddr::try_from(address).map_err(|error| Error::system(call, error)),
-            Ok(None) => Err(Error::system(call, rustix::io::Errno::NOTCONN)),
-            Err(error) => Err(Error::system(call, error)),
-        };
-        let local = address("getsockname", getsockname(fd).map(Some))?;
-        Ok(Self { local, remote: address("getpeername", getpeername(fd))? })
-    }
-}
 
 /// The FIN of the peer arrives.
 pub(crate) fn inject_fin(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {

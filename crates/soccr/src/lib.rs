@@ -1,10 +1,66 @@
-//! soccr: a live TCP connection is a value.
+//! Checkpoint and restore live TCP connections: **a connection is a value**.
+//!
+//! [`pause`] a socket, [`save`](Paused::save) its connection into a [`Connection`], plain data that can be sent anywhere,
+//! [`restore`](Connection::restore) it there, [`resume`](Restored::resume). The peer notices nothing: sequence numbers,
+//! windows, options and every byte in both queues are as they were. A [`Lock`] keeps the network quiet meanwhile, and
+//! delivers afterwards what has arrived.
+//!
+//! ```text
+//!  here                                                          there
+//!  lock ── pause ── save ── detach          Connection           restore ── resume ── unlock
+//!                     └──────────────── any bytes, any time ────────┘
+//! ```
+//!
+//! It rests on `TCP_REPAIR` (Linux 3.5; 4.8 for windows, 5.14 for buffers that stay tuned), and needs `CAP_NET_ADMIN` and
+//! `CAP_NET_RAW` in the user namespace that owns the network namespace: root, or anybody under `unshare -Urn`.
+//!
+//! # Example
+//! A connection leaves its socket and continues in another one:
+//!
+//! ```standalone_crate
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # if let Err(reason) = soccr_lab::enter() { eprintln!("skipped: {reason}"); return Ok(()); }
+//! use std::io::{Read, Write};
+//! use std::net::{TcpListener, TcpStream};
+//!
+//! let listener = TcpListener::bind("127.0.0.1:0")?;
+//! let mut peer = TcpStream::connect(listener.local_addr()?)?;
+//! let (stream, _) = listener.accept()?;
+//! peer.write_all(b"unread ")?;
+//!
+//! let lock = soccr::Lock::hold(&[soccr::Flow::of(&stream)?])?; // from here on packets wait
+//! let paused = soccr::pause(&stream)?;
+//! let connection = paused.save()?;
+//! paused.detach()?; // this socket forgets the connection; nothing reaches the wire
+//!
+//! let restored = connection.restore()?; // here, or in another process, or on another host
+//! lock.release()?; // what the peer sent meanwhile arrives now
+//! let mut stream: TcpStream = restored.resume()?;
+//!
+//! peer.write_all(b"and new")?;
+//! let mut read = [0; 14];
+//! stream.read_exact(&mut read)?;
+//! assert_eq!(&read, b"unread and new");
+//! # Ok(()) }
+//! ```
+//!
+//! # What can go wrong
+//! Guards undo on drop: an early `?` leaves no socket frozen, no lock behind, and never resets the peer. Every [`Error`] names
+//! the step, the option, the errno and what to do. What cannot be carried is refused with the reason: listeners, MPTCP, kTLS,
+//! a connection that has been reset.
+//!
+//! Who calls this for a socket of another process (`pidfd_getfd(2)`) must stop that process between `pause` and `detach`.
+
 #![allow(dead_code)]
 
+mod bpf;
 mod buffers;
+mod congestion;
 pub mod connection;
+pub mod diag;
 mod error;
 mod fin;
+pub mod lock;
 mod pause;
 mod queue;
 mod restore;
@@ -13,8 +69,9 @@ mod segment;
 pub mod settings;
 mod sys;
 
-pub use connection::Connection;
+pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
+pub use lock::Lock;
 pub use pause::{Paused, pause};
 pub use restore::{Restore, Restored};
 pub use sys::tcp::Queue;

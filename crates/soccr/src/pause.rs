@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::connection::{Connection, ControlBlock};
+use crate::connection::{Buffers, Connection, ControlBlock, Flow};
 use crate::error::{Error, Result};
 use crate::queue;
+use crate::restore::{self, Restore};
 use crate::save;
 use crate::sys::tcp::{self, Queue, Repair};
 
@@ -32,7 +33,7 @@ use crate::sys::tcp::{self, Queue, Repair};
 /// # }
 /// ```
 pub fn pause<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Paused<'_>> {
-    pause_fd(socket.as_fd()).map_err(|error| error.at("pause"))
+    Paused::new(socket.as_fd())
 }
 
 fn pause_fd(fd: BorrowedFd<'_>) -> Result<Paused<'_>> {
@@ -77,14 +78,21 @@ pub struct Paused<'fd> {
 }
 
 impl<'fd> Paused<'fd> {
+    /// Like [`pause`], for a guard that is tied to the descriptor, not to the value that holds it.
+    ///
+    /// # Errors
+    /// Those of [`pause`].
+    pub fn new(socket: BorrowedFd<'fd>) -> Result<Self> {
+        pause_fd(socket).map_err(|error| error.at("pause"))
+    }
+
     /// Takes charge of a socket that somebody else has paused and left, such as a process that has died.
     ///
     /// # Errors
     /// Refused where the socket is not in repair mode.
-    pub fn take_over<Fd: AsFd + ?Sized>(socket: &'fd Fd) -> Result<Self> {
-        let fd = socket.as_fd();
-        match tcp::in_repair(fd) {
-            Ok(true) => Ok(Self { fd, reuse_address: false, peer: None }),
+    pub fn take_over(socket: BorrowedFd<'fd>) -> Result<Self> {
+        match tcp::in_repair(socket) {
+            Ok(true) => Ok(Self { fd: socket, reuse_address: false, peer: None }),
             Ok(false) => {
                 Err(Error::refused("a socket that is not in repair mode", "pause it instead").at("pause"))
             }
@@ -130,11 +138,12 @@ impl<'fd> Paused<'fd> {
     pub fn control_block(&self) -> Result<ControlBlock> {
         let refused =
             || Error::refused("urgent data in the receive queue", "let the application read it first");
-        match save::control_block(self.fd) {
-            Ok((_, Some(_), _)) => Err(refused().at("save")),
-            Ok((control, None, _)) => Ok(control),
-            Err(error) => Err(error.at("save")),
-        }
+        let read = || match save::control_block(self.fd)? {
+            (_, Some(_), _) => Err(refused()),
+            (control, None, _) if save::is_unchanged(self.fd, &control)? => Ok(control),
+            _ => Err(queue::changed()),
+        };
+        read().map_err(|error| error.at("save"))
     }
 
     /// Copies a queue into `bytes`, which has its length of the [control block](Self::control_block). Nothing is
@@ -144,6 +153,49 @@ impl<'fd> Paused<'fd> {
     /// Refused where the queue has another length by now: its traffic was not locked.
     pub fn copy_queue(&self, queue: Queue, bytes: &mut [u8]) -> Result<()> {
         queue::copy(self.fd, queue, bytes).map_err(|error| error.at("save"))
+    }
+
+    /// The address of our end.
+    ///
+    /// # Errors
+    /// System: `getsockname`.
+    pub fn local_address(&self) -> Result<SocketAddr> {
+        save::local_address(self.fd).map_err(|error| error.at("save"))
+    }
+
+    /// The address of the peer.
+    ///
+    /// # Errors
+    /// Refused: a socket whose peer the kernel has forgotten, without [`with_peer`](Self::with_peer).
+    pub fn peer_address(&self) -> Result<SocketAddr> {
+        save::state(self.fd)
+            .and_then(|state| save::remote_address(self.fd, state, self.peer))
+            .map_err(|error| error.at("save"))
+    }
+
+    /// Begins to restore a connection onto this socket, if it is fresh: step 1 of [`Restore`], with `SO_REUSEADDR` as
+    /// it was before the pause. The guard is given up: whatever happens, the socket stays in repair mode.
+    ///
+    /// # Errors
+    /// Those of [`Restore::unbound`].
+    pub fn restore(self, control: &ControlBlock, buffers: Option<Buffers>) -> Result<Restore<'fd>> {
+        let (fd, reuse_address) = (self.fd, self.reuse_address);
+        self.release();
+        Restore::onto(fd, control, buffers, reuse_address).map_err(|error| error.at("restore"))
+    }
+
+    /// Restores a connection in SYN_SENT onto this socket, if it is fresh: it leaves repair mode and starts the
+    /// handshake anew, without waiting for it.
+    ///
+    /// # Errors
+    /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`.
+    pub fn connect_anew(self, flow: Flow) -> Result<()> {
+        let (fd, reuse_address) = (self.fd, self.reuse_address);
+        self.release();
+        flow.validate()
+            .and_then(|()| restore::connect_anew(fd, flow))
+            .and_then(|()| set_reuse_address(fd, reuse_address))
+            .map_err(|error| error.at("restore"))
     }
 
     /// Ends repair mode: the connection goes on here. An ESTABLISHED one sends a window probe, which tells it what it

@@ -92,7 +92,11 @@ pub(crate) fn copy(fd: BorrowedFd<'_>, queue: Queue, bytes: &mut [u8]) -> Result
     };
     tcp::select_queue(fd, queue)?;
     if queue == Queue::Receive {
-        with_peek_offset(fd, NO_PEEK_OFFSET, read)?
+        with_peek_offset(fd, NO_PEEK_OFFSET, read)?;
+        // A peek says nothing about what lies behind.
+        if tcp::unread(fd)? as usize != bytes.len() {
+            return Err(changed());
+        }
     } else {
         read()?
     }

@@ -99,6 +99,7 @@ pub struct Restore<'fd> {
     control: ControlBlock,
     buffers: Buffers,
     flow: Option<Flow>,
+    reuse_address: bool,
 }
 
 impl<'fd> Restore<'fd> {
@@ -113,15 +114,25 @@ impl<'fd> Restore<'fd> {
         control: &ControlBlock,
         buffers: Option<Buffers>,
     ) -> Result<Self> {
-        control
-            .validate()
-            .and_then(|()| match control.state {
-                State::SynSent => {
-                    Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"))
-                }
-                _ => Self::start(socket.as_fd(), control.clone(), buffers),
-            })
+        let fd = socket.as_fd();
+        // Repair mode overwrites it, so it is read before.
+        tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR")
+            .and_then(|reuse_address| Self::onto(fd, control, buffers, reuse_address != 0))
             .map_err(|error| error.at("restore"))
+    }
+
+    /// Step 1, and SO_REUSEADDR as the owner of the socket has set it.
+    pub(crate) fn onto(
+        fd: BorrowedFd<'fd>,
+        control: &ControlBlock,
+        buffers: Option<Buffers>,
+        reuse_address: bool,
+    ) -> Result<Self> {
+        control.validate()?;
+        if control.state == State::SynSent {
+            return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
+        }
+        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers)? })
     }
 
     fn start(fd: BorrowedFd<'fd>, control: ControlBlock, buffers: Option<Buffers>) -> Result<Self> {
@@ -135,7 +146,7 @@ impl<'fd> Restore<'fd> {
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged())?;
         tcp::select_queue(fd, None)?;
-        Ok(Self { fd, control, buffers, flow: None })
+        Ok(Self { fd, control, buffers, flow: None, reuse_address: false })
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated.
@@ -143,7 +154,19 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// System: the option, or `ENOTCONN` where the socket is not connected.
     pub fn connected(&mut self) -> Result<()> {
-        Flow::of(self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
+        Flow::of(&self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
+    }
+
+    /// Steps 2 and 3: binds and connects the socket, and tells it what the two ends had negotiated.
+    ///
+    /// # Errors
+    /// Invalid: see [`Flow::validate`]. System: the call that failed, see [`Connection::restore`].
+    pub fn connect(&mut self, flow: Flow) -> Result<()> {
+        flow.validate()
+            .and_then(|()| bind(self.fd, flow.local))
+            .and_then(|()| connect(self.fd, flow.remote))
+            .and_then(|()| self.set_options(flow))
+            .map_err(|error| error.at("restore"))
     }
 
     /// Step 4: the bytes that the application has not read, `inq_len` of them.
@@ -169,12 +192,15 @@ impl<'fd> Restore<'fd> {
     }
 
     /// Step 6: the FINs of both directions and the windows; then the socket is compared with the control block.
-    /// The socket stays in repair mode: turn it off (`TCP_REPAIR` = 0) when packets may flow.
+    /// The socket stays in repair mode: [resume](Restored::resume) it when packets may flow, or turn the mode off
+    /// (`TCP_REPAIR` = 0) by other means.
     ///
     /// # Errors
     /// Refused: the state was not reached. System: the option.
-    pub fn finish(mut self) -> Result<()> {
-        self.complete().map_err(|error| error.at("restore"))
+    pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
+        let flow = self.complete().and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
+        let Self { fd, control, reuse_address, .. } = self;
+        Ok(Restored { control, flow, reuse_address, skipped: Vec::new(), socket: fd })
     }
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {
@@ -370,15 +396,16 @@ impl<'fd> Restore<'fd> {
     }
 }
 
-/// A socket in repair mode that holds a restored connection. Dropping it closes it silently.
+/// A socket in repair mode that holds a restored connection. Dropping it closes it silently, where the socket is its
+/// own; one that was borrowed stays in repair mode.
 #[derive(Debug)]
 #[must_use = "dropping it closes the connection, silently: the peer would wait for ever"]
-pub struct Restored {
+pub struct Restored<Fd = OwnedFd> {
     control: ControlBlock,
     flow: Flow,
     reuse_address: bool,
     skipped: Vec<Skipped>,
-    socket: OwnedFd,
+    socket: Fd,
 }
 
 impl Restored {
@@ -404,11 +431,23 @@ impl Restored {
     pub fn release(self) -> OwnedFd {
         self.socket
     }
+}
 
+impl Restored<BorrowedFd<'_>> {
+    /// Like [`resume`](Restored::resume) of a socket of its own.
+    ///
+    /// # Errors
+    /// System: the option that failed.
+    pub fn resume(self) -> Result<()> {
+        self.turn_on().map_err(|error| error.at("resume"))
+    }
+}
+
+impl<Fd: AsFd> Restored<Fd> {
     fn turn_on(&self) -> Result<()> {
         let fd = self.socket.as_fd();
         if self.control.state == State::SynSent {
-            return self.start_handshake();
+            return start_handshake(fd, self.flow.remote);
         }
         tcp::set_repair(fd, Repair::Off)?;
         if self.reuse_address {
@@ -421,25 +460,9 @@ impl Restored {
         let _ = fin::send_ack(fd, self.flow, &self.control);
         Ok(())
     }
-
-    fn start_handshake(&self) -> Result<()> {
-        let fd = self.socket.as_fd();
-        let blocking = !rustix::fs::fcntl_getfl(fd)
-            .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
-            .contains(rustix::fs::OFlags::NONBLOCK);
-        set_nonblocking(fd, true)?;
-        let started = match rustix::net::connect(fd, &self.flow.remote) {
-            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
-            Err(error) => Err(Error::system("connect", error)),
-        };
-        if blocking {
-            set_nonblocking(fd, false)?;
-        }
-        started
-    }
 }
 
-impl AsFd for Restored {
+impl<Fd: AsFd> AsFd for Restored<Fd> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -466,12 +489,38 @@ fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
     rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error))
 }
 
+/// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
+pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
+    bind(fd, flow.local)?;
+    tcp::set_repair(fd, Repair::OffNoProbe)?;
+    start_handshake(fd, flow.remote)
+}
+
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.
 fn connect(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
     rustix::net::connect(fd, &address).map_err(|error| Error::system("connect", error))
 }
 
-fn set_nonblocking(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
-    let flags = if on { rustix::fs::OFlags::NONBLOCK } else { rustix::fs::OFlags::empty() };
-    rustix::fs::fcntl_setfl(fd, flags).map_err(|error| Error::system("fcntl(F_SETFL)", error))
+/// Begins to connect without waiting for it, whatever the descriptor does otherwise.
+fn start_handshake(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
+    let blocking = set_nonblocking(fd, true)?;
+    let started = match rustix::net::connect(fd, &remote) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
+        Err(error) => Err(Error::system("connect", error)),
+    };
+    if blocking {
+        set_nonblocking(fd, false)?;
+    }
+    started
+}
+
+/// Sets or clears `O_NONBLOCK` alone; true where that changed it.
+fn set_nonblocking(fd: BorrowedFd<'_>, on: bool) -> Result<bool> {
+    let before = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
+    let mut flags = before;
+    flags.set(rustix::fs::OFlags::NONBLOCK, on);
+    if flags != before {
+        rustix::fs::fcntl_setfl(fd, flags).map_err(|error| Error::system("fcntl(F_SETFL)", error))?;
+    }
+    Ok(flags != before)
 }

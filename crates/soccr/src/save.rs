@@ -1,19 +1,30 @@
 //! Kernel → [`Connection`], in the order the kernel demands.
 
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{getpeername, getsockname};
 
 use crate::buffers;
-use crate::connection::{Connection, ControlBlock, Options, Path, State, Urgent, WindowScale};
+use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
 use crate::settings::{self, Settings, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
+
+impl Flow {
+    /// The addresses of a connected socket (`getsockname(2)`, `getpeername(2)`).
+    ///
+    /// # Errors
+    /// Refused where the socket is not TCP over IP, or where the kernel does not tell the peer: in SYN_SENT, in CLOSE.
+    pub fn of<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Self> {
+        let fd = socket.as_fd();
+        Ok(Self { local: local_address(fd)?, remote: remote_address(fd, state(fd)?, None)? })
+    }
+}
 
 /// How often a connection that changes while it is read is read anew.
 const ATTEMPTS: usize = 3;
@@ -97,12 +108,28 @@ fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
         mss_clamp: tcp::max_segment(fd)?.min(u16::MAX.into()) as u16,
         window_scale: has(info_option::WINDOW_SCALE).then_some(WindowScale { snd, rcv }),
         sack: has(info_option::SACK),
-        timestamps: if has(info_option::TIMESTAMPS) { Some(tcp::timestamp(fd)?) } else { None },
+        timestamps: if has(info_option::TIMESTAMPS) { Some(next_timestamp(fd, info)?) } else { None },
         microseconds: has(info_option::MICROSECOND_TIMESTAMPS),
         ecn: has(info_option::ECN),
         ecn_seen: has(info_option::ECN_SEEN),
         syn_data: has(info_option::SYN_DATA),
     })
+}
+
+/// The timestamp clock, ahead of every stamp that a segment may carry already: with pacing the kernel stamps them with
+/// the time of their departure, and the ACKs in between as well, tens of milliseconds ahead where a burst has just met
+/// a low rate. A restored clock behind that would make the peer drop everything until it has caught up (PAWS, RFC 7323
+/// §5); one ahead costs a single round-trip time that is measured too long.
+fn next_timestamp(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<u32> {
+    const LEAST: u64 = 100_000;
+    const MOST: u64 = 1_000_000;
+    /// Two bursts of the largest size may wait for their departure.
+    const BURSTS: u64 = 2 * 65536;
+    let ahead = LEAST + (BURSTS * 1_000_000).checked_div(info.pacing_rate).unwrap_or(0).min(MOST);
+    let microseconds = info.options & info_option::MICROSECOND_TIMESTAMPS != 0;
+    let ticks = if microseconds { ahead } else { ahead / 1000 };
+    // The lowest bit is no time: it tells the unit of the clock.
+    Ok(tcp::timestamp(fd)?.wrapping_add(ticks.next_multiple_of(2) as u32))
 }
 
 fn path(info: &TcpInfo) -> Path {
@@ -167,13 +194,17 @@ pub(crate) fn is_mptcp(fd: BorrowedFd<'_>) -> bool {
         .is_ok_and(|protocol| protocol == libc::IPPROTO_MPTCP)
 }
 
-fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
+pub(crate) fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
     let address = getsockname(fd).map_err(|error| Error::system("getsockname", error))?;
     SocketAddr::try_from(address)
         .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried"))
 }
 
-fn remote_address(fd: BorrowedFd<'_>, state: State, peer: Option<SocketAddr>) -> Result<SocketAddr> {
+pub(crate) fn remote_address(
+    fd: BorrowedFd<'_>,
+    state: State,
+    peer: Option<SocketAddr>,
+) -> Result<SocketAddr> {
     let address = getpeername(fd);
     match address {
         Ok(Some(address)) => SocketAddr::try_from(address)

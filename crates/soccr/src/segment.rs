@@ -105,7 +105,7 @@ pub(crate) struct Parsed {
     pub(crate) flags: u8,
     pub(crate) checksum: Checksum,
     /// The TCP header in the packet.
-    header: Range<usize>,
+    pub(crate) header: Range<usize>,
     /// The data behind it, as far as captured.
     pub(crate) payload: Range<usize>,
     /// The packet was longer than what has been captured of it.
@@ -165,7 +165,9 @@ impl Parsed {
         self.payload.is_empty() && self.flags & (flags::SYN | flags::FIN | flags::RST) == 0
     }
 
-    /// The packet as packets of at most `limit` bytes each with complete checksums, in their order.
+    /// The packet as packets of at most `limit` bytes each with complete checksums, in their order, from
+    /// [`source`](Self::source) to [`destination`](Self::destination): set other addresses of the same
+    /// family first, where the connection has moved.
     ///
     /// Type of service, hop limit and TCP options stay; IP options and extension headers go: TCP does not
     /// look at them. Each packet is written into `scratch` and lent to `each`.
@@ -176,7 +178,7 @@ impl Parsed {
         scratch: &mut Vec<u8>,
         mut each: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let ip = if self.source.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER };
+        let ip = if packet[0] >> 4 == 4 { IPV4_HEADER } else { IPV6_HEADER };
         let room = limit.saturating_sub(ip + self.header.len()).max(1);
         let payload = &packet[self.payload.clone()];
         let mut offset = 0;
@@ -187,11 +189,20 @@ impl Parsed {
             scratch.extend_from_slice(&packet[..ip]);
             scratch.extend_from_slice(&packet[self.header.clone()]);
             scratch.extend_from_slice(piece);
-            if ip == IPV4_HEADER {
-                scratch[0] = 0x45;
-            } else {
-                scratch[6] = TCP;
+            match (self.source.ip().to_canonical(), self.destination.ip().to_canonical()) {
+                (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                    scratch[0] = 0x45;
+                    scratch[12..16].copy_from_slice(&source.octets());
+                    scratch[16..20].copy_from_slice(&destination.octets());
+                }
+                (source, destination) => {
+                    scratch[6] = TCP;
+                    scratch[8..24].copy_from_slice(&sixteen(source));
+                    scratch[24..40].copy_from_slice(&sixteen(destination));
+                }
             }
+            scratch[ip..ip + 2].copy_from_slice(&self.source.port().to_be_bytes());
+            scratch[ip + 2..ip + 4].copy_from_slice(&self.destination.port().to_be_bytes());
             let seq = self.seq.wrapping_add(offset as u32);
             scratch[ip + 4..ip + 8].copy_from_slice(&seq.to_be_bytes());
             if next < payload.len() || self.truncated {
@@ -282,10 +293,15 @@ fn sixteen(address: IpAddr) -> [u8; 16] {
     }
 }
 
+/// The sum of the bytes as 16-bit words in network byte order, in ones' complement.
 fn sum(bytes: &[u8]) -> u64 {
-    let words = bytes.chunks_exact(2);
-    let odd = words.remainder().first().map_or(0, |byte| u64::from(*byte) << 8);
-    words.fold(odd, |sum, word| sum + u64::from(u16::from_be_bytes([word[0], word[1]])))
+    // The order of bytes within words does not matter until the end (RFC 1071 §2): so four at a time.
+    let words = bytes.chunks_exact(4);
+    let mut rest = [0; 4];
+    rest[..words.remainder().len()].copy_from_slice(words.remainder());
+    let word = |bytes: &[u8]| u64::from(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+    let sum = words.fold(word(&rest), |sum, bytes| sum + word(bytes));
+    u16::from_be(fold(sum)).into()
 }
 
 /// The sum in 16 bits with the carries added: never zero but for a sum of zero.

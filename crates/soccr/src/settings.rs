@@ -22,6 +22,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
+use crate::diag;
+use crate::error::Result;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
 
@@ -102,12 +104,35 @@ impl Settings {
         let mut buffer = [0; table::LONGEST];
         let mut settings = Vec::with_capacity(24);
         for (place, row) in TABLE.iter().enumerate().filter(|(_, row)| row.applies(local)) {
-            // What cannot be read does not exist in this kernel, or is not set.
-            if let Ok(Some(value)) = row.read(fd, &mut buffer) {
-                settings.push((Name::Known(place as u8), value));
+            match row.read(fd, &mut buffer) {
+                Ok(Some(value)) => settings.push((Name::Known(place as u8), value)),
+                // An eBPF program: its own name is not in the table, so that its loss is reported.
+                Err(error) if row.kind == Kind::Filter && error.raw_os_error() == Some(libc::EACCES) => {
+                    settings.push((Name::Unknown("SO_ATTACH_BPF".into()), Value::Bytes(Vec::new())));
+                }
+                // What cannot be read does not exist in this kernel, or is not set.
+                Ok(None) | Err(_) => {}
             }
         }
         Self(settings)
+    }
+
+    /// Adds the keys of TCP MD5, which `getsockopt` does not tell. Most connections have none, and this costs as
+    /// much as ten options.
+    ///
+    /// # Errors
+    /// Those of `sock_diag(7)`.
+    pub(crate) fn read_keys(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> Result<()> {
+        let keys = |socket: &diag::Socket<'_>| socket.md5_keys().map(<[u8]>::to_vec);
+        if let Some(Some(keys)) = diag::beside(fd, |diag| diag.find(local, remote, keys))? {
+            self.set(table::MD5, Value::Secret(keys));
+        }
+        Ok(())
     }
 
     /// Sets the options of one stage, and adds those that could not be set to `skipped`.

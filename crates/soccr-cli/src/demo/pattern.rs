@@ -1,11 +1,27 @@
 //! The bytes that flow: each tells its place in the stream, so that a lost, doubled or changed one is noticed.
 
+use std::time::{Duration, Instant};
+
 /// A prime, so that no buffer or window size divides it.
 const PERIOD: usize = 1_000_003;
 
+/// Bytes per second in each direction: half a Gbit/s, which leaves the processor time to move the connection.
+const RATE: f64 = 64e6;
+
+/// Bytes of one write.
+pub(crate) const CHUNK: usize = 64 << 10;
+
+/// How long a writer rests that is ahead of the rate.
+pub(crate) const TICK: Duration = Duration::from_millis(1);
+
+/// How far a stream may have come that began at `start` and goes at the demonstration's rate.
+pub(crate) fn allowance(start: Instant) -> u64 {
+    (start.elapsed().as_secs_f64() * RATE) as u64
+}
+
 /// The two directions.
 #[derive(Clone, Copy, Debug)]
-pub enum Direction {
+pub(crate) enum Direction {
     /// From the peer to the program that moves.
     ToProgram,
     /// From the program to the peer.
@@ -14,13 +30,13 @@ pub enum Direction {
 
 /// An endless stream of bytes.
 #[derive(Debug)]
-pub struct Pattern {
+pub(crate) struct Pattern {
     // Twice the period, so that up to a period can be read from any place in it.
     bytes: Vec<u8>,
 }
 
 impl Pattern {
-    pub fn new(direction: Direction) -> Self {
+    pub(crate) fn new(direction: Direction) -> Self {
         let mut state: u64 = match direction {
             Direction::ToProgram => 0x9e37_79b9_7f4a_7c15,
             Direction::ToPeer => 0xd1b5_4a32_d192_ed03,
@@ -36,14 +52,14 @@ impl Pattern {
         Self { bytes }
     }
 
-    /// The bytes from `offset` on, at least 64 KiB of them.
-    pub fn at(&self, offset: u64) -> &[u8] {
+    /// The bytes from `offset` on, many of them.
+    pub(crate) fn at(&self, offset: u64) -> &[u8] {
         let start = (offset % PERIOD as u64) as usize;
         &self.bytes[start..start + PERIOD]
     }
 
     /// How many of `bytes` are not those that belong at `offset`.
-    pub fn differences(&self, offset: u64, bytes: &[u8]) -> u64 {
+    pub(crate) fn differences(&self, offset: u64, bytes: &[u8]) -> u64 {
         let expected = &self.at(offset)[..bytes.len()];
         if expected == bytes {
             return 0;

@@ -3,18 +3,21 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use rustix::event::{PollFd, PollFlags, poll};
-use soccr::connection::Flow;
-use soccr::lock::{Held, Lock, Locker, Mode};
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use soccr::Flow;
 use soccr::Restored;
+use soccr::lock::{Held, Lock, Locker, Mode};
 
-use super::pattern::{Direction, Pattern};
+use crate::exit::Exit;
+
+use super::pattern::{CHUNK, Direction, Pattern, TICK, allowance};
 use super::wire::{Answer, Order, Progress, now, receive, send};
 
 /// Runs a program of the demonstration: orders come in on standard input, answers go out on standard output.
-pub fn run() -> Result<()> {
+pub(crate) fn run() -> Result<Exit> {
     Worker {
         orders: BufReader::new(std::io::stdin()),
         listener: None,
@@ -30,7 +33,8 @@ pub fn run() -> Result<()> {
         last_read_at: 0,
         awaited: None,
     }
-    .serve()
+    .serve()?;
+    Ok(Exit::Done)
 }
 
 struct Worker {
@@ -151,12 +155,16 @@ impl Worker {
     /// Reads and writes until an order comes; `None` where the demonstration has ended.
     fn stream_until_order(&mut self) -> Result<Option<(Order, Vec<u8>)>> {
         let mut stream = self.stream.take().context("no connection")?;
+        let (start, written_before) = (Instant::now(), self.progress.written);
+        let tick = Timespec::try_from(TICK)?;
         loop {
+            let ahead = self.progress.written - written_before > allowance(start);
+            let wanted = if ahead { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
             let mut polled = [
-                PollFd::new(&stream, PollFlags::IN | PollFlags::OUT),
+                PollFd::new(&stream, wanted),
                 PollFd::from_borrowed_fd(self.orders.get_ref().as_fd(), PollFlags::IN),
             ];
-            poll(&mut polled, None)?;
+            poll(&mut polled, ahead.then_some(&tick))?;
             let (ready, order) = (polled[0].revents(), !polled[1].revents().is_empty());
             if ready.contains(PollFlags::IN) {
                 self.read(&mut stream)?;
@@ -190,7 +198,7 @@ impl Worker {
     }
 
     fn write(&mut self, stream: &mut TcpStream) -> Result<()> {
-        match stream.write(&self.outgoing.at(self.progress.written)[..64 << 10]) {
+        match stream.write(&self.outgoing.at(self.progress.written)[..CHUNK]) {
             Ok(length) => self.progress.written += length as u64,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context("the program writes"),

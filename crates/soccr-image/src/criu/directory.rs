@@ -12,8 +12,8 @@ use super::{Socket, Stream, container, rewrite, sockets};
 use crate::error::{Error, Result};
 use crate::{AddressMap, AtomicFile};
 
-/// The largest `files.img` that is read: some millions of files.
-const FILES_LIMIT: u64 = 1 << 30;
+/// The largest `files.img` that is read: half a million files.
+const FILES_LIMIT: u64 = 64 << 20;
 
 /// The largest `tcp-stream` image: two full queues, and what is before them.
 const STREAM_LIMIT: u64 = 2 * QUEUE_LIMIT as u64 + (64 << 10);
@@ -62,15 +62,26 @@ impl Directory {
         Stream::parse(&bytes).map(Some).map_err(|error| error.at(path.display()))
     }
 
-    /// Extracts the connection of the socket with number `id`: see [`Socket::connection`].
+    /// The Internet socket with number `id`.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) where there is no such connection.
-    pub fn extract(&self, id: u32) -> Result<Connection> {
-        let none = |what: &str| Error::invalid(format!("{what} {id}")).at(self.path.display());
-        let socket = self.sockets.iter().find(|socket| socket.id == id);
-        let socket = socket.ok_or_else(|| none("no Internet socket has the number"))?;
-        let stream = self.stream(socket)?.ok_or_else(|| none("no tcp-stream image belongs to socket"))?;
+    /// [`Invalid`](crate::ErrorKind::Invalid) where there is none.
+    pub fn socket(&self, id: u32) -> Result<&Socket> {
+        let found = self.sockets.iter().find(|socket| socket.id == id);
+        found.ok_or_else(|| {
+            Error::invalid(format!("no Internet socket has the number {id}")).at(self.path.display())
+        })
+    }
+
+    /// Extracts the connection of a socket: see [`Socket::connection`].
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) where it has no stream; those of [`stream`](Self::stream).
+    pub fn extract(&self, socket: &Socket) -> Result<Connection> {
+        let stream = self.stream(socket)?.ok_or_else(|| {
+            let what = format!("no tcp-stream image belongs to socket {}", socket.id);
+            Error::invalid(what).at(self.path.display())
+        })?;
         socket.connection(stream)
     }
 

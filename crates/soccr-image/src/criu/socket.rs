@@ -197,7 +197,6 @@ fn options(
             10 => "SO_MARK",
             13 => "SO_DONTROUTE",
             17 => "SO_REUSEPORT",
-            18 => "SO_BROADCAST",
             19 => "SO_KEEPALIVE",
             20 => "TCP_KEEPCNT",
             21 => "TCP_KEEPIDLE",
@@ -244,10 +243,21 @@ fn options(
 }
 
 impl Socket {
+    /// Sets the scope of link-local addresses: the index that [`interface`](Self::interface) has where the connection comes
+    /// back (`if_nametoindex(3)`). CRIU keeps the name only.
+    pub fn set_scope(&mut self, index: u32) {
+        for end in [&mut self.local, &mut self.remote] {
+            if let SocketAddr::V6(end) = end
+                && end.ip().is_unicast_link_local()
+            {
+                end.set_scope_id(index);
+            }
+        }
+    }
+
     /// Joins the socket and its stream to a connection.
     ///
-    /// The scope of a link-local address is left 0: the index of [`interface`](Self::interface) is another one on every
-    /// machine.
+    /// A link-local address needs its [scope](Self::set_scope) first.
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) where that is none, or contradicts itself.

@@ -23,6 +23,9 @@ mod bit {
     pub(super) const ALL: u16 = 63;
 }
 
+/// More settings than a socket can have: each is compared with all others.
+const SETTINGS_LIMIT: usize = 256;
+
 const NUMBER: u8 = 0;
 const BYTES: u8 = 1;
 const SECRET: u8 = 2;
@@ -105,6 +108,9 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
     if let Some(path) = path {
         put_path(out, path)?;
     }
+    if settings.iter().count() > SETTINGS_LIMIT {
+        return Err(Error::invalid("more than 256 settings"));
+    }
     settings.iter().try_for_each(|(name, value)| put_setting(out, name, value))
 }
 
@@ -171,6 +177,7 @@ pub(super) struct Fields {
     queues: [Vec<u8>; 2],
     seen: u64,
     small: u32,
+    count: usize,
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,
     control: Option<ControlBlock>,
@@ -262,19 +269,22 @@ impl Fields {
     }
 
     fn setting(&mut self, value: &mut Value<'_>) -> Result<()> {
+        self.count += 1;
+        if self.count > SETTINGS_LIMIT {
+            return Err(Error::damaged("more than 256 settings"));
+        }
         let (kind, length) = (value.u8()?, value.u8()?);
         let name = std::str::from_utf8(value.bytes(length.into())?)
             .ok()
             .filter(|name| option_name(name))
-            .ok_or_else(|| Error::damaged("a setting has no kernel name"))?
-            .to_owned();
+            .ok_or_else(|| Error::damaged("a setting has no kernel name"))?;
         let value = match kind {
             NUMBER => Setting::Number(i32::from_le_bytes(value.array()?)),
             BYTES => Setting::Bytes(value.rest().to_vec()),
             SECRET => Setting::Secret(value.rest().to_vec()),
             _ => return Err(Error::newer(format_args!("a setting of kind {kind}"))),
         };
-        self.settings.set(&name, value);
+        self.settings.set(name, value);
         Ok(())
     }
 

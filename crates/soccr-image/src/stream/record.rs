@@ -266,3 +266,67 @@ impl<'a, R: Read> Payload<'a, R> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The header of a record that promises `length` bytes, of which only `bytes` come.
+    fn lying(length: u32, bytes: &[u8]) -> Vec<u8> {
+        let mut all = Vec::new();
+        open(&mut all, kind::CONNECTION, 1);
+        all[8..12].copy_from_slice(&length.to_le_bytes());
+        let check = crc32fast::hash(&all[..12]);
+        all[12..].copy_from_slice(&check.to_le_bytes());
+        all.extend_from_slice(bytes);
+        all
+    }
+
+    #[test]
+    fn a_lying_length_takes_no_memory() {
+        let mut field = Vec::new();
+        field::put_header(&mut field, field::tag::RECEIVE_QUEUE, QUEUE_LIMIT);
+        // The first bytes of the queue come, the promised 64 MiB never do.
+        field.resize(field.len() + 40_000, 7);
+        let (bytes, mut buffer, mut queue) = (lying(PAYLOAD_LIMIT, &field), Vec::new(), Vec::new());
+        let mut reader = &bytes[..];
+        let (_, mut payload) = Payload::open(&mut reader, &mut buffer).unwrap();
+        let (tag, length) = payload.field().unwrap().unwrap();
+        assert_eq!((tag, length), (field::tag::RECEIVE_QUEUE, QUEUE_LIMIT));
+        assert_eq!(payload.queue(length, &mut queue).unwrap_err().kind(), ErrorKind::Truncated);
+        assert!(queue.capacity() <= 2 * FIRST, "{}", queue.capacity());
+        assert!(buffer.capacity() <= 4 * CHUNK, "{}", buffer.capacity());
+    }
+
+    #[test]
+    fn what_is_over_a_limit_is_refused_before_it_is_read() {
+        let bytes = lying(PAYLOAD_LIMIT + 1, &[]);
+        assert_eq!(
+            Payload::open(&mut &bytes[..], &mut Vec::new()).err().map(|error| error.kind()),
+            Some(ErrorKind::Damaged)
+        );
+        let bytes = lying(PAYLOAD_LIMIT, &[]);
+        let (mut reader, mut buffer, mut queue) = (&bytes[..], Vec::new(), Vec::new());
+        let (_, mut payload) = Payload::open(&mut reader, &mut buffer).unwrap();
+        assert_eq!(payload.queue(QUEUE_LIMIT + 1, &mut queue).unwrap_err().kind(), ErrorKind::Damaged);
+        assert!(payload.value(field::LIMIT + 1).is_err_and(|error| error.kind() == ErrorKind::Damaged));
+        assert_eq!(queue.capacity(), 0);
+    }
+
+    #[test]
+    fn a_queue_takes_what_it_needs() {
+        let mut bytes = Vec::new();
+        open(&mut bytes, kind::CONNECTION, 1);
+        let (queue, mut out) = (vec![3; 3_000_000], Vec::new());
+        field::put_header(&mut bytes, field::tag::RECEIVE_QUEUE, queue.len() as u32);
+        let cut = bytes.len();
+        seal(&mut out, &mut bytes, [cut; 2], [&queue, &[]]).unwrap();
+        let (mut reader, mut buffer, mut read) = (&out[..], Vec::new(), Vec::new());
+        let (_, mut payload) = Payload::open(&mut reader, &mut buffer).unwrap();
+        let (_, length) = payload.field().unwrap().unwrap();
+        payload.queue(length, &mut read).unwrap();
+        assert!(payload.finish().unwrap());
+        assert!(read == queue);
+        assert_eq!(read.capacity(), queue.len());
+    }
+}

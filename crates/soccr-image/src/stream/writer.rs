@@ -1,5 +1,6 @@
 //! Writing a stream.
 
+use std::borrow::Cow;
 use std::io::Write;
 
 use soccr::Connection;
@@ -129,7 +130,10 @@ impl<W: Write> Writer<W> {
 }
 
 /// Cut to the limit and without control characters: error messages may hold anything.
-fn clean(text: &str) -> String {
+fn clean(text: &str) -> Cow<'_, str> {
+    if text.len() <= TEXT_LIMIT && !text.chars().any(char::is_control) {
+        return text.into();
+    }
     let mut length = 0;
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })

@@ -132,3 +132,102 @@ fn every_later_option_of_a_connection_is_carried() {
         &[Stage::BeforeBind],
     );
 }
+
+/// A key for connections with `peer`, as an application sets it.
+fn set_key(fd: BorrowedFd<'_>, peer: SocketAddr, key: &[u8]) {
+    let mut wanted = [0; 216];
+    match peer {
+        SocketAddr::V4(v4) => {
+            wanted[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            wanted[4..8].copy_from_slice(&v4.ip().octets());
+        }
+        SocketAddr::V6(v6) => {
+            wanted[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            wanted[8..24].copy_from_slice(&v6.ip().octets());
+        }
+    }
+    wanted[130..132].copy_from_slice(&(key.len() as u16).to_ne_bytes());
+    wanted[136..136 + key.len()].copy_from_slice(key);
+    sockopt::set_bytes(fd, libc::IPPROTO_TCP, libc::TCP_MD5SIG, &wanted).unwrap();
+}
+
+#[test]
+fn md5_keys_are_carried_and_never_printed() {
+    if !privileged() {
+        eprintln!("SKIPPED: only CAP_NET_ADMIN may read TCP MD5 keys");
+        return;
+    }
+    let read = |socket: &TcpStream| {
+        let (local, remote) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
+        let mut settings = Settings::read(socket.as_fd(), local);
+        settings.read_keys(socket.as_fd(), local, remote).unwrap();
+        settings
+    };
+    for local in LOCAL.map(|text| text.parse().unwrap()) {
+        let (from, to) = (TcpStream::from(connection(local).0), TcpStream::from(connection(local).0));
+        assert_eq!(read(&from).get("TCP_MD5SIG"), None);
+        set_key(from.as_fd(), from.peer_addr().unwrap(), b"correct horse");
+        let settings = read(&from);
+        assert!(matches!(settings.get("TCP_MD5SIG"), Some(Value::Secret(keys)) if keys.ends_with(&[0; 67])));
+        assert!(format!("{settings:?}").contains("<secret>"));
+        assert!(!format!("{settings:?}").contains("99, 111, 114"), "{settings:?}");
+        let mut skipped = Vec::new();
+        settings.apply(to.as_fd(), Stage::Injected, local, &mut skipped);
+        assert!(skipped.is_empty(), "{local} {skipped:?}");
+        assert_eq!(read(&to).get("TCP_MD5SIG"), settings.get("TCP_MD5SIG"), "{local}");
+    }
+}
+
+#[test]
+fn unknown_and_refused_options_are_reported() {
+    let local = "127.0.0.1:1".parse().unwrap();
+    let mut settings = Settings::default();
+    settings.set("TCP_OF_TOMORROW", Value::Number(1));
+    settings.set("TCP_NODELAY", Value::Number(1));
+    settings.set("TCP_KEEPIDLE", Value::Number(-1));
+    settings.set("SO_LINGER", Value::Number(1));
+    let socket = new_socket(local);
+    let skipped: Vec<_> = apply_all(&settings, &socket, local)
+        .iter()
+        .map(|skipped| (skipped.name().to_owned(), skipped.error().raw_os_error().unwrap()))
+        .collect();
+    let expected =
+        [("TCP_OF_TOMORROW", libc::ENOPROTOOPT), ("TCP_KEEPIDLE", libc::EINVAL), ("SO_LINGER", libc::EINVAL)];
+    assert_eq!(skipped, expected.map(|(name, error)| (name.to_owned(), error)));
+    assert_eq!(settings.iter().map(|(name, _)| name).next(), Some("TCP_OF_TOMORROW"), "kept");
+}
+
+/// Needs the right to load a program, unlike everything else here.
+#[test]
+fn an_ebpf_filter_is_reported() {
+    use crate::bpf::{Assembler, ProgramSpec, Register, load_program};
+    use std::os::fd::AsRawFd;
+    const SOCKET_FILTER: u32 = 1;
+    let mut program = Assembler::default();
+    program.set(Register::R0, -1);
+    program.exit();
+    let instructions = program.finish();
+    let spec = ProgramSpec {
+        prog_type: SOCKET_FILTER,
+        expected_attach_type: 0,
+        attach_btf_id: 0,
+        instructions: &instructions,
+    };
+    let Ok(program) = load_program(&spec) else {
+        eprintln!("SKIPPED: this user may not load BPF programs");
+        return;
+    };
+    let local = "127.0.0.1:1".parse().unwrap();
+    let (from, to) = (new_socket(local), new_socket(local));
+    sockopt::set(from.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &program.as_raw_fd()).unwrap();
+    let skipped = apply_all(&Settings::read(from.as_fd(), local), &to, local);
+    assert_eq!(skipped.iter().map(Skipped::name).collect::<Vec<_>>(), ["SO_ATTACH_BPF"]);
+}
+
+#[test]
+fn names_are_unique() {
+    for (place, row) in TABLE.iter().enumerate() {
+        assert_eq!(table::position(row.name), Some(place));
+    }
+    assert!(TABLE.len() < 256, "a place fits into a byte");
+}

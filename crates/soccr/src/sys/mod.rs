@@ -1,6 +1,7 @@
 //! The system calls that no library wraps safely: the only place for `unsafe` in this crate.
 #![allow(unsafe_code)]
 
+pub(crate) mod bpf;
 pub(crate) mod filter;
 pub(crate) mod namespace;
 pub(crate) mod raw;

@@ -46,10 +46,13 @@ pub(crate) struct Injector {
     via: Via,
 }
 
+/// An injector, and the cookie of its network namespace.
+type Slot = RefCell<Option<(u64, Rc<Injector>)>>;
+
 thread_local! {
     /// The last injector of each kind: opening one costs more than the rest of a restore. It pins at
     /// most one namespace per thread and kind.
-    static LAST: [RefCell<Option<(u64, Rc<Injector>)>>; 3] = const { [const { RefCell::new(None) }; 3] };
+    static LAST: [Slot; 3] = const { [const { RefCell::new(None) }; 3] };
 }
 
 impl Injector {

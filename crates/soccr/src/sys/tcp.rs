@@ -86,9 +86,16 @@ pub(crate) struct TcpInfo {
     pub(crate) rttvar: u32,
     pub(crate) snd_ssthresh: u32,
     pub(crate) snd_cwnd: u32,
+    advmss: u32,
+    reordering: u32,
+    rcv_rtt: u32,
+    rcv_space: u32,
+    total_retrans: u32,
+    /// Bytes per second.
+    pub(crate) pacing_rate: u64,
 }
 
-// SAFETY: eight bytes, then 32-bit integers: no padding, no invalid values.
+// SAFETY: eight bytes, 24 32-bit integers, one of 64 bits: no padding, no invalid values.
 unsafe impl Plain for TcpInfo {}
 
 /// Bits of [`TcpInfo::options`].

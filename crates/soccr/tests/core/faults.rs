@@ -1,6 +1,7 @@
 //! Every system call of a save and of a restore fails once: what the caller is told, and what is left behind.
 
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -271,7 +272,7 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
                     match result {
                         Err(error) => assert_told(&error, &["restore"], call, errno),
                         Ok(restored) => {
-                            let paused = Paused::take_over(&restored).unwrap();
+                            let paused = Paused::take_over(restored.as_fd()).unwrap();
                             let saved = paused.save().unwrap();
                             paused.release();
                             assert_harmless(&connection, &saved, !restored.skipped().is_empty(), call);

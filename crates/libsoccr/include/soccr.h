@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * libsoccr: checkpoint and restore live TCP connections.
+ *
+ * Save:     pause, save, get_queue_bytes (and get_addr), then resume, or close the socket: silently while it is paused.
+ * Restore:  pause a fresh socket, set_addr twice, set_queue_bytes for each queue that is not empty, restore, resume.
+ *
+ * No packet may reach the socket, nor leave it, from before the pause until the connection is resumed. All calls need
+ * CAP_NET_ADMIN (and, for connections that are half closed, CAP_NET_RAW) in the user namespace of the socket's network.
+ * A handle is used by one thread at a time; its descriptor stays open as long as the handle. See soccr(7).
+ *
+ * Functions that return int give a negative number, and those that return a pointer NULL, when they fail; a line in the
+ * log, and libsoccr_last_error(), say why.
+ */
+#ifndef LIBSOCCR_SOCCR_H
+#define LIBSOCCR_SOCCR_H
+
+#include <linux/types.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+/* TCP_RECV_QUEUE and TCP_SEND_QUEUE; linux/tcp.h has them too, and does not go together with netinet/tcp.h. */
+#if !defined(_LINUX_TCP_H) && !defined(_UAPI_LINUX_TCP_H)
+#include <netinet/tcp.h>
+#endif
+/* In its strict modes glibc leaves them out. */
+#if defined(__GLIBC__) && !defined(__USE_MISC) && !defined(TCP_RECV_QUEUE)
+#define TCP_NO_QUEUE 0
+#define TCP_RECV_QUEUE 1
+#define TCP_SEND_QUEUE 2
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The version of this header; libsoccr_version() tells that of the library. */
+#define LIBSOCCR_VERSION_MAJOR 1
+#define LIBSOCCR_VERSION_MINOR 0
+#define LIBSOCCR_VERSION_PATCH 0
+#define LIBSOCCR_VERSION "1.0.0"
+
+/* Levels of the log. */
+#define SOCCR_LOG_ERR 1
+#define SOCCR_LOG_DBG 2
+
+/* libsoccr_sk_data.flags: the five fields from snd_wl1 on are valid (0 is a valid value for any of them). */
+#define SOCCR_FLAGS_WINDOW 0x1
+
+/*
+ * The memory belongs to the receiving side: with get calls to the caller, who calls free(); with set calls to the
+ * library, which calls free(), so that it must come from malloc(). A set call that fails leaves it with the caller.
+ */
+#define SOCCR_MEM_EXCL 0x1
+
+/* SO_MARK of the packets that a restore sends to this host itself; a firewall must let them pass through lo. */
+#define SOCCR_MARK 0xC114
+
+/* An opaque handle of a paused socket. */
+struct libsoccr_sk;
+
+/* A connection without its queues and addresses, to be kept and passed on as it is. It may only grow at its end. */
+struct libsoccr_sk_data {
+	__u32 state;      /* TCP_ESTABLISHED and the others */
+	__u32 inq_len;    /* bytes received and not yet read */
+	__u32 inq_seq;    /* rcv_nxt; the peer's FIN, once received, counts one */
+	__u32 outq_len;   /* bytes written and not yet acknowledged; without a FIN of ours */
+	__u32 outq_seq;   /* write_seq; our FIN, once queued, counts one */
+	__u32 unsq_len;   /* bytes at the end of the send queue that were never sent; without a FIN */
+	__u32 opt_mask;   /* TCPI_OPT_*: what the two ends have negotiated */
+	__u32 mss_clamp;  /* largest segment that the peer accepts, in bytes */
+	__u32 snd_wscale; /* shift counts of the window fields, with TCPI_OPT_WSCALE */
+	__u32 rcv_wscale;
+	__u32 timestamp;  /* TCP_TIMESTAMP, opaque, with TCPI_OPT_TIMESTAMPS */
+
+	__u32 flags;      /* SOCCR_FLAGS_* */
+
+	__u32 snd_wl1;    /* struct tcp_repair_window, with SOCCR_FLAGS_WINDOW */
+	__u32 snd_wnd;
+	__u32 max_window;
+	__u32 rcv_wnd;
+	__u32 rcv_wup;
+};
+
+/* The address of a socket. */
+union libsoccr_addr {
+	struct sockaddr sa;
+	struct sockaddr_in v4;
+	struct sockaddr_in6 v6;
+};
+
+/* Lines up to this level go to fn, as fn(level, "%s", line), from any thread. NULL ends that. */
+void libsoccr_set_log(unsigned int level, void (*fn)(unsigned int level, const char *fmt, ...));
+
+/*
+ * Pauses a socket: repair mode on. NULL for a socket that has a handle already, a listener, an MPTCP socket. A socket
+ * that a dead process has left in repair mode is taken over.
+ */
+struct libsoccr_sk *libsoccr_pause(int fd);
+
+/*
+ * Resumes the connection, saved or restored, and frees the handle. A socket onto which a restore has failed stays in
+ * repair mode: closing it is silent.
+ */
+void libsoccr_resume(struct libsoccr_sk *sk);
+
+/* Frees the handle and leaves the socket as it is, in repair mode: TCP_REPAIR = 0 resumes it. */
+void libsoccr_release(struct libsoccr_sk *sk);
+
+/*
+ * Fills in data, of data_size bytes: 68 or more. Zeroes what a larger structure has behind. Returns the size of what
+ * has been filled in. Nothing is consumed: resume, and the connection goes on.
+ */
+int libsoccr_save(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
+
+/*
+ * The bytes of a queue, TCP_RECV_QUEUE or TCP_SEND_QUEUE, as many as the last save has put into inq_len or outq_len;
+ * not NULL if that is none. Without SOCCR_MEM_EXCL they are freed together with the handle, and can be had again.
+ */
+char *libsoccr_get_queue_bytes(struct libsoccr_sk *sk, int queue_id, unsigned flags);
+
+/* The address of this end (self is not 0) or of the peer. */
+union libsoccr_addr *libsoccr_get_addr(struct libsoccr_sk *sk, int self, unsigned flags);
+
+/*
+ * Restores a connection onto the paused socket, which must be fresh: binds and connects it, with the addresses and
+ * queues that were set. When it returns 0, everything is in the kernel, in repair mode: memory lent by set calls is
+ * not needed any more. When it fails, close the socket, which is silent. Data and queues are not changed.
+ * A connection in SYN_SENT begins its handshake here, out of repair mode.
+ */
+int libsoccr_restore(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
+
+/* The address of this end (self is not 0) or of the peer, for libsoccr_restore(). It is copied. */
+int libsoccr_set_addr(struct libsoccr_sk *sk, int self, union libsoccr_addr *addr, unsigned flags);
+
+#ifndef SOCCR_API_2016
+
+/*
+ * The bytes of a queue, for libsoccr_restore(), which knows from its data how many they are. Without SOCCR_MEM_EXCL
+ * they must stay until then. Takes the place of what was set before; NULL takes it back.
+ */
+int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, int queue_id, char *buf, unsigned flags);
+
+#else
+
+/*
+ * The interface of 2016, in which the caller binds and connects the paused socket by itself:
+ *
+ *	libsoccr_pause, libsoccr_set_sk_data_unbound, bind, connect, then either
+ *	libsoccr_set_sk_data_noq, libsoccr_set_queue_bytes twice, libsoccr_set_sk_data or
+ *	libsoccr_set_sk_data, libsoccr_set_queue_bytes twice, and in the end libsoccr_resume.
+ *
+ * Queues without bytes may be left out. All return 0. To get a queue, steal = 1 is SOCCR_MEM_EXCL.
+ */
+int libsoccr_get_sk_data(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
+int libsoccr_set_sk_data_unbound(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
+int libsoccr_set_sk_data_noq(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
+int libsoccr_set_sk_data(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
+
+/* Another function under the same name than in the present interface: so it has a symbol of its own. */
+#define libsoccr_set_queue_bytes libsoccr_set_queue_bytes_2016
+int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size, int queue,
+			     char *buf);
+
+#endif
+
+/*
+ * The last failure of a handle: step, option, errno and remedy on one line. Without a handle (NULL): the last failure
+ * on this thread, such as of libsoccr_pause(). NULL if there is none. Valid until the next call.
+ */
+const char *libsoccr_last_error(const struct libsoccr_sk *sk);
+
+/* A connection, by its two addresses. */
+struct libsoccr_flow {
+	union libsoccr_addr self;
+	union libsoccr_addr peer;
+};
+
+/* What arrives meanwhile is delivered by libsoccr_unlock(), instead of being dropped. A thread collects it. */
+#define SOCCR_LOCK_HOLD 0x1
+
+/* A lock, which ends with the process at the latest. */
+struct libsoccr_lock;
+
+/*
+ * Keeps the network of the calling thread quiet around connections, in both directions: lock, pause, save, close,
+ * restore, unlock, resume. Without SOCCR_LOCK_HOLD packets are dropped, and sent again when a timer of the peer runs out.
+ */
+struct libsoccr_lock *libsoccr_lock(const struct libsoccr_flow *flows, unsigned count, unsigned flags);
+
+/* Unlocks the connections and frees the lock, whether it returns 0 or -1. */
+int libsoccr_unlock(struct libsoccr_lock *lock);
+
+/* The version of the library, such as "1.0.0". */
+const char *libsoccr_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,324 @@
+//! `struct libsoccr_sk`: a socket, what is being done with it, and the memory that belongs to it.
+
+use std::ffi::CString;
+use std::mem::replace;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+use soccr_core::connection::{ControlBlock, Flow, State};
+use soccr_core::{ErrorKind, Paused, Queue, Restored};
+
+use crate::data::Data;
+use crate::failure::{Failure, Result};
+use crate::staged::Staged;
+use crate::sys::address;
+use crate::sys::claim::Claim;
+use crate::sys::memory::{Given, Memory};
+
+/// One of something for each queue.
+#[derive(Debug, Default)]
+pub(crate) struct PerQueue<T> {
+    receive: T,
+    send: T,
+}
+
+impl<T> PerQueue<T> {
+    pub(crate) fn of(&mut self, queue: Queue) -> &mut T {
+        match queue {
+            Queue::Receive => &mut self.receive,
+            Queue::Send => &mut self.send,
+        }
+    }
+}
+
+/// One of the two addresses, as `self` chooses it in C.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Own,
+    Peer,
+}
+
+/// What a handle returns is the caller's with `SOCCR_MEM_EXCL`, and else freed together with the handle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Caller,
+    Handle,
+}
+
+/// An open handle.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    stage: Stage,
+    /// What the last save has found.
+    saved: Option<ControlBlock>,
+    /// Queues that were read since, for whoever asks again.
+    read: PerQueue<Option<Memory>>,
+    /// Queues and addresses that the caller may still look at.
+    lent: Vec<Memory>,
+    /// Queues to restore.
+    pub(crate) given: PerQueue<Option<Given>>,
+    own_address: Option<SocketAddr>,
+    peer_address: Option<SocketAddr>,
+    pub(crate) last_error: Option<CString>,
+    _claim: Claim,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Paused(Paused<'static>),
+    Restoring(Staged),
+    Restored(Restored<BorrowedFd<'static>>),
+    /// Restored in SYN_SENT: the handshake has begun, and repair mode has ended.
+    Connecting,
+    /// Half restored: to be closed, in repair mode and therefore silently.
+    Failed,
+}
+
+impl Stage {
+    fn is(&self) -> &'static str {
+        match self {
+            Self::Paused(_) => "the socket is paused",
+            Self::Restoring(_) => "the socket is being restored",
+            Self::Restored(_) | Self::Connecting => "the socket is restored already",
+            Self::Failed => "a restore onto this socket has failed: close it",
+        }
+    }
+}
+
+impl Handle {
+    pub(crate) fn pause(socket: BorrowedFd<'static>) -> Result<Self> {
+        let claim = Claim::new(socket)?;
+        // Repair mode without a handle here is what a process has left behind that died: there is nobody to disturb.
+        let paused = Paused::take_over(socket).or_else(|_| Paused::new(socket))?;
+        Ok(Self {
+            stage: Stage::Paused(paused),
+            saved: None,
+            read: PerQueue::default(),
+            lent: Vec::new(),
+            given: PerQueue::default(),
+            own_address: None,
+            peer_address: None,
+            last_error: None,
+            _claim: claim,
+        })
+    }
+
+    pub(crate) fn resume(self) -> Result<()> {
+        match self.stage {
+            Stage::Paused(paused) => paused.resume()?,
+            Stage::Restored(restored) => restored.resume()?,
+            Stage::Connecting => {}
+            Stage::Restoring(_) => {
+                return Err(Failure::new(
+                    "resume: the connection is not completely restored — it stays in repair mode: close it",
+                ));
+            }
+            Stage::Failed => return Err(Failure::new(format!("resume: {}", self.stage.is()))),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn release(self) {
+        if let Stage::Paused(paused) = self.stage {
+            paused.release();
+        }
+    }
+
+    pub(crate) fn save(&mut self) -> Result<Data> {
+        // What was handed out before stays readable.
+        self.lent.extend(self.read.of(Queue::Receive).take());
+        self.lent.extend(self.read.of(Queue::Send).take());
+        self.saved = None;
+        let control = self.paused("save")?.control_block()?;
+        let data = Data::new(&control);
+        self.saved = Some(control);
+        Ok(data)
+    }
+
+    /// The bytes of a queue, from the kernel or from the last time.
+    pub(crate) fn queue_bytes(&mut self, queue: Queue, owner: Owner) -> Result<*mut u8> {
+        let bytes = match self.read.of(queue).take() {
+            Some(bytes) => bytes,
+            None => self.read_queue(queue)?,
+        };
+        if owner == Owner::Caller {
+            return Ok(bytes.into_raw());
+        }
+        Ok(self.read.of(queue).insert(bytes).as_ptr())
+    }
+
+    fn read_queue(&self, queue: Queue) -> Result<Memory> {
+        let paused = self.paused("save")?;
+        let Some(saved) = &self.saved else {
+            return Err(Failure::new("save: a queue is asked for before libsoccr_save has told its length"));
+        };
+        let length = match queue {
+            Queue::Receive => saved.inq_len,
+            Queue::Send => saved.outq_len,
+        };
+        let mut bytes = Memory::new(length as usize)?;
+        paused.copy_queue(queue, bytes.as_mut_slice())?;
+        Ok(bytes)
+    }
+
+    pub(crate) fn address(&mut self, end: End, owner: Owner) -> Result<*mut u8> {
+        let given = if end == End::Own { self.own_address } else { self.peer_address };
+        let address = match (&self.stage, given) {
+            (Stage::Paused(paused), None) if end == End::Own => paused.local_address()?,
+            (Stage::Paused(paused), None) => paused.peer_address()?,
+            (_, Some(given)) => given,
+            (stage, None) => return Err(Failure::new(format!("save: {}", stage.is()))),
+        };
+        let bytes = address::to_c(address)?;
+        if owner == Owner::Caller {
+            return Ok(bytes.into_raw());
+        }
+        self.lent.push(bytes);
+        Ok(self.lent.last_mut().map_or(std::ptr::null_mut(), Memory::as_ptr))
+    }
+
+    pub(crate) fn set_address(&mut self, end: End, address: SocketAddr) {
+        *(if end == End::Own { &mut self.own_address } else { &mut self.peer_address }) = Some(address);
+    }
+
+    /// The whole restore. After the first stages of the other interface, what is left of it.
+    pub(crate) fn restore(&mut self, control: &ControlBlock, receive: &[u8], send: &[u8]) -> Result<()> {
+        match self.stage {
+            Stage::Restoring(_) => self.restore_rest(receive, send),
+            _ => self.restore_whole(control, receive, send),
+        }?;
+        // Many a host never ends its handles after a restore.
+        self.given = PerQueue::default();
+        Ok(())
+    }
+
+    fn restore_whole(&mut self, control: &ControlBlock, receive: &[u8], send: &[u8]) -> Result<()> {
+        let (Some(local), Some(remote)) = (self.own_address, self.peer_address) else {
+            return Err(Failure::new("restore: libsoccr_set_addr has not told both addresses"));
+        };
+        let flow = Flow { local, remote };
+        flow.validate()?;
+        check_length("inq_len", control.inq_len, receive)?;
+        check_length("outq_len", control.outq_len, send)?;
+        let paused = self.take_paused()?;
+        if control.state == State::SynSent {
+            paused.connect_anew(flow)?;
+            self.stage = Stage::Connecting;
+            return Ok(());
+        }
+        let mut steps = paused.restore(control, None)?;
+        steps.connect(flow)?;
+        steps.receive_queue(receive, None)?;
+        steps.send_queue(send)?;
+        self.stage = Stage::Restored(steps.finish()?);
+        Ok(())
+    }
+
+    fn restore_rest(&mut self, receive: &[u8], send: &[u8]) -> Result<()> {
+        for (queue, bytes) in [(Queue::Receive, receive), (Queue::Send, send)] {
+            if self.misses(queue) {
+                self.restore_queue(queue, bytes)?;
+            }
+        }
+        self.restore_last()
+    }
+
+    /// Stage 1: the socket is neither bound nor connected.
+    pub(crate) fn restore_unbound(&mut self, control: &ControlBlock) -> Result<()> {
+        if control.state == State::SynSent {
+            return Err(Failure::new("restore: a connection in SYN_SENT — connect a fresh socket instead"));
+        }
+        let steps = self.take_paused()?.restore(control, None)?;
+        self.stage = Stage::Restoring(Staged::new(steps, control));
+        Ok(())
+    }
+
+    /// Stage 2: it is bound and connected.
+    pub(crate) fn restore_connected(&mut self) -> Result<()> {
+        self.step(Staged::connect)
+    }
+
+    /// Stage 3, before or after the last: a queue.
+    pub(crate) fn restore_queue(&mut self, queue: Queue, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() && matches!(self.stage, Stage::Restored(_)) {
+            return Ok(());
+        }
+        if !bytes.is_empty() && matches!(self.stage, Stage::Restoring(_)) && !self.misses(queue) {
+            return Err(Failure::new("restore: the queue is filled already, or is empty in this connection"));
+        }
+        self.step(|staged| staged.fill(queue, bytes))?;
+        self.finish_if_full()
+    }
+
+    /// The last stage: done as soon as the queues are there.
+    pub(crate) fn restore_last(&mut self) -> Result<()> {
+        self.step(|staged| {
+            staged.connect()?;
+            staged.finishing = true;
+            Ok(())
+        })?;
+        self.finish_if_full()
+    }
+
+    fn finish_if_full(&mut self) -> Result<()> {
+        match &self.stage {
+            Stage::Restoring(staged) if staged.finishing && staged.is_full() => self.finish(),
+            _ => Ok(()),
+        }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if let Stage::Restoring(staged) = replace(&mut self.stage, Stage::Failed) {
+            self.stage = Stage::Restored(staged.into_steps().finish()?);
+        }
+        Ok(())
+    }
+
+    /// One step of a restore in stages. A mistake that no system call has seen yet can be mended.
+    fn step(&mut self, step: impl FnOnce(&mut Staged) -> soccr_core::Result<()>) -> Result<()> {
+        let Stage::Restoring(staged) = &mut self.stage else {
+            return Err(Failure::new(format!(
+                "restore: {} — libsoccr_set_sk_data_unbound comes first",
+                self.stage.is()
+            )));
+        };
+        step(staged).map_err(|error| {
+            if error.kind() != ErrorKind::Invalid {
+                self.stage = Stage::Failed;
+            }
+            error.into()
+        })
+    }
+
+    fn misses(&self, queue: Queue) -> bool {
+        matches!(&self.stage, Stage::Restoring(staged) if staged.misses(queue))
+    }
+
+    fn paused(&self, step: &str) -> Result<&Paused<'static>> {
+        match &self.stage {
+            Stage::Paused(paused) => Ok(paused),
+            other => Err(Failure::new(format!("{step}: {}", other.is()))),
+        }
+    }
+
+    /// Whatever comes next, the socket is not to be resumed by accident.
+    fn take_paused(&mut self) -> Result<Paused<'static>> {
+        match replace(&mut self.stage, Stage::Failed) {
+            Stage::Paused(paused) => Ok(paused),
+            other => {
+                let is = other.is();
+                self.stage = other;
+                Err(Failure::new(format!("restore: {is}")))
+            }
+        }
+    }
+}
+
+fn check_length(field: &str, length: u32, bytes: &[u8]) -> Result<()> {
+    if bytes.len() == length as usize {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "restore: {field} is {length}, but libsoccr_set_queue_bytes has not told the queue"
+    )))
+}

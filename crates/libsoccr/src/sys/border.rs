@@ -1,0 +1,128 @@
+//! What every exported function does: checks its pointers, lets no panic out, and tells why it failed.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::ffi::{CString, c_char, c_int, c_uint};
+use std::mem::size_of;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+
+use soccr_core::Queue;
+
+use crate::data::Data;
+use crate::failure::{Failure, Result};
+use crate::handle::Handle;
+use crate::sys::log;
+
+/// More than the structure will ever grow to: a larger size is a mistake, such as −1.
+const LARGEST_DATA: usize = 4096;
+
+thread_local! {
+    /// The last failure on this thread, whichever handle it was about, or none.
+    static LAST_ERROR: RefCell<Option<CString>> = const { RefCell::new(None) };
+}
+
+/// Runs the body of a function without a handle.
+pub(super) fn run<T>(failed: T, body: impl FnOnce() -> Result<T>) -> T {
+    outcome(body).unwrap_or_else(|failure| {
+        tell(&failure);
+        failed
+    })
+}
+
+/// Runs the body of a function with a handle.
+///
+/// # Safety
+/// `handle` is null or an open handle that no other thread is using.
+pub(super) unsafe fn with<T>(
+    handle: *mut Handle,
+    failed: T,
+    body: impl FnOnce(&mut Handle) -> Result<T>,
+) -> T {
+    // SAFETY: the caller's promise.
+    let Some(handle) = (unsafe { handle.as_mut() }) else {
+        return run(failed, || Err(Failure::null("sk")));
+    };
+    match outcome(|| body(handle)) {
+        Ok(value) => value,
+        Err(failure) => {
+            handle.last_error = Some(tell(&failure));
+            failed
+        }
+    }
+}
+
+/// The last failure of a handle, or of this thread: null if there is none.
+pub(super) fn last_error(handle: Option<&Handle>) -> *const c_char {
+    let pointer = |error: &Option<CString>| error.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+    match handle {
+        Some(handle) => pointer(&handle.last_error),
+        None => LAST_ERROR.with_borrow(pointer),
+    }
+}
+
+/// A panic is a failure like others; the stage that a handle was in when it happened cannot be resumed.
+fn outcome<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Failure::new(panic_text(&*panic))))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    format!("a defect of the library: {}", text.unwrap_or("panic"))
+}
+
+fn tell(failure: &Failure) -> CString {
+    log::line(log::ERROR, || failure.to_string());
+    let text = log::c_string(failure.to_string());
+    LAST_ERROR.set(Some(text.clone()));
+    text
+}
+
+/// Reads the caller's data; what a longer structure has behind is of a newer library, and passed over.
+///
+/// # Safety
+/// `data` is null or has `size` bytes.
+pub(super) unsafe fn read_data(data: *const Data, size: c_uint) -> Result<Data> {
+    check_data(data, size)?;
+    // SAFETY: it has been checked to have the size of the structure, which has no invalid values.
+    Ok(unsafe { data.read_unaligned() })
+}
+
+/// Zeroes the caller's memory, then fills in what `data` gives; returns how many bytes that were.
+///
+/// # Safety
+/// `out` is null or has `size` bytes.
+pub(super) unsafe fn write_data(
+    out: *mut Data,
+    size: c_uint,
+    data: impl FnOnce() -> Result<Data>,
+) -> Result<c_int> {
+    check_data(out, size)?;
+    // SAFETY: it has so many bytes.
+    unsafe { out.cast::<u8>().write_bytes(0, size as usize) };
+    let data = data()?;
+    // SAFETY: it has been checked to have the size of the structure.
+    unsafe { out.write_unaligned(data) };
+    Ok(size_of::<Data>() as c_int)
+}
+
+fn check_data(data: *const Data, size: c_uint) -> Result<()> {
+    if data.is_null() {
+        return Err(Failure::null("data"));
+    }
+    if !(size_of::<Data>()..=LARGEST_DATA).contains(&(size as usize)) {
+        let least = size_of::<Data>();
+        return Err(Failure::new(format!(
+            "data_size is {size}, but struct libsoccr_sk_data has {least} bytes or more"
+        )));
+    }
+    Ok(())
+}
+
+/// `TCP_RECV_QUEUE` or `TCP_SEND_QUEUE`.
+pub(super) fn queue(number: c_int) -> Result<Queue> {
+    [Queue::Receive, Queue::Send]
+        .into_iter()
+        .find(|queue| *queue as c_int == number)
+        .ok_or_else(|| Failure::new(format!("{number} is neither TCP_RECV_QUEUE nor TCP_SEND_QUEUE")))
+}

@@ -1,0 +1,88 @@
+//! Memory that C may free, and memory that C has given.
+
+use std::ptr::NonNull;
+use std::slice;
+
+use crate::failure::{Failure, Result};
+
+/// Memory of `malloc`, freed by `free`.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+impl Memory {
+    /// Zeroed bytes. Never null, even for none: a queue that is empty is no failure.
+    pub(crate) fn new(length: usize) -> Result<Self> {
+        // SAFETY: any size may be asked for.
+        let start = unsafe { libc::calloc(length.max(1), 1) };
+        match NonNull::new(start.cast()) {
+            Some(start) => Ok(Self { start, length }),
+            None => Err(Failure::new(format!("out of memory for {length} bytes"))),
+        }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: `new` has allocated and zeroed so many bytes; nobody else has them while `self` is borrowed.
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+    }
+
+    pub(crate) fn as_ptr(&mut self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Gives the memory away, to be freed by `free`.
+    pub(crate) fn into_raw(self) -> *mut u8 {
+        std::mem::ManuallyDrop::new(self).start.as_ptr()
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: it comes from calloc and has not been given away.
+        unsafe { libc::free(self.start.as_ptr().cast()) }
+    }
+}
+
+/// A queue that C has set, of a length that its data tells later.
+#[derive(Debug)]
+pub(crate) struct Given {
+    start: NonNull<u8>,
+    owned: bool,
+}
+
+impl Given {
+    /// Null for a queue that is taken back.
+    ///
+    /// # Safety
+    /// The memory stays readable while this lives; if it is owned, it comes from `malloc`, and nobody else frees it.
+    pub(crate) unsafe fn new(start: *mut u8, owned: bool) -> Option<Self> {
+        Some(Self { start: NonNull::new(start)?, owned })
+    }
+
+    /// # Safety
+    /// The queue must have so many bytes, and outlive the slice.
+    pub(crate) unsafe fn bytes<'a>(&self, length: u32) -> &'a [u8] {
+        // SAFETY: the caller's promise.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), length as usize) }
+    }
+
+    /// Puts another queue in the place of this one, which is freed if it is owned.
+    pub(crate) fn replace(slot: &mut Option<Self>, new: Option<Self>) {
+        let old = std::mem::replace(slot, new);
+        if let (Some(mut old), Some(new)) = (old, slot) {
+            // The same memory once more: only its owner may be another one.
+            old.owned &= old.start != new.start;
+        }
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        if self.owned {
+            // SAFETY: it comes from malloc, and its owner has given it away.
+            unsafe { libc::free(self.start.as_ptr().cast()) }
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The border to C: the only place for `unsafe` in this crate. See the pointer contract in the crate's documentation.
+#![allow(unsafe_code)]
+
+pub(crate) mod address;
+mod border;
+pub(crate) mod claim;
+mod exports;
+mod exports_2016;
+mod exports_lock;
+mod log;
+pub(crate) mod memory;

@@ -1,0 +1,422 @@
+/* The border of the library: arguments, sizes, ownership of memory, handles, errors and the log. */
+#include "kit.h"
+
+#include <pthread.h>
+#include <stdarg.h>
+
+/* The lines that were logged, one after the other. */
+static char logged[65536];
+static unsigned int levels;
+static int lines;
+static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void log_line(unsigned int level, const char *format, ...)
+{
+	va_list arguments;
+	size_t length;
+
+	va_start(arguments, format);
+	pthread_mutex_lock(&log_lock);
+	length = strlen(logged);
+	vsnprintf(logged + length, sizeof(logged) - length, format, arguments);
+	levels |= 1u << level;
+	lines++;
+	pthread_mutex_unlock(&log_lock);
+	va_end(arguments);
+}
+
+static struct libsoccr_sk *pause_one(struct pair *pair)
+{
+	struct libsoccr_sk *sk;
+
+	*pair = kit_connect(IPV4);
+	sk = libsoccr_pause(pair->here);
+	CHECK(sk);
+	return sk;
+}
+
+static void null_is_an_error_and_a_line(void)
+{
+	struct libsoccr_sk_data data;
+	union libsoccr_addr address = kit_address("127.0.0.1", 1);
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+	int expected = 0;
+
+	libsoccr_set_log(SOCCR_LOG_ERR, log_line);
+#define FAILS(call)                                                                                        \
+	do {                                                                                               \
+		CHECK(call);                                                                               \
+		SAME(lines, ++expected);                                                                   \
+		kit_error_has(NULL, "NULL");                                                               \
+	} while (0)
+	FAILS(libsoccr_save(NULL, &data, sizeof(data)) == -1);
+	FAILS(libsoccr_save(sk, NULL, sizeof(data)) == -1);
+	FAILS(libsoccr_get_queue_bytes(NULL, TCP_RECV_QUEUE, 0) == NULL);
+	FAILS(libsoccr_get_addr(NULL, 1, 0) == NULL);
+	FAILS(libsoccr_set_queue_bytes(NULL, TCP_RECV_QUEUE, logged, 0) == -1);
+	FAILS(libsoccr_set_addr(NULL, 1, &address, 0) == -1);
+	FAILS(libsoccr_set_addr(sk, 1, NULL, 0) == -1);
+	FAILS(libsoccr_restore(NULL, &data, sizeof(data)) == -1);
+	FAILS(libsoccr_restore(sk, NULL, sizeof(data)) == -1);
+	FAILS((libsoccr_resume(NULL), 1));
+	FAILS((libsoccr_release(NULL), 1));
+#undef FAILS
+	libsoccr_set_log(0, NULL);
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+static void nonsense_is_an_error(void)
+{
+	struct libsoccr_sk_data data;
+	union libsoccr_addr address;
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+	int pipes[2];
+
+	CHECK(!libsoccr_pause(-1));
+	CHECK(!libsoccr_pause(12345));
+	SAME(pipe(pipes), 0);
+	CHECK(!libsoccr_pause(pipes[0]));
+	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
+	for (int queue = -1; queue <= 3; queue++) {
+		if (queue == TCP_RECV_QUEUE || queue == TCP_SEND_QUEUE)
+			continue;
+		CHECK(!libsoccr_get_queue_bytes(sk, queue, 0));
+		SAME(libsoccr_set_queue_bytes(sk, queue, logged, 0), -1);
+	}
+	CHECK(!libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 2));
+	CHECK(!libsoccr_get_addr(sk, 1, 2));
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, logged, 2), -1);
+	memset(&address, 0, sizeof(address));
+	address.sa.sa_family = AF_UNIX;
+	SAME(libsoccr_set_addr(sk, 1, &address, 0), -1);
+	kit_error_has(sk, "address family");
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+static void a_queue_needs_a_save_first(void)
+{
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+
+	CHECK(!libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0));
+	kit_error_has(sk, "libsoccr_save");
+	libsoccr_resume(sk);
+}
+
+static void data_may_be_larger_but_not_smaller(void)
+{
+	struct {
+		struct libsoccr_sk_data data;
+		unsigned char newer[32];
+	} large;
+	struct libsoccr_sk_data exact;
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+
+	memset(&large, 0xff, sizeof(large));
+	SAME(libsoccr_save(sk, &large.data, 67), -1);
+	SAME(large.data.state, 0xffffffff);
+	SAME(libsoccr_save(sk, &large.data, 0), -1);
+	SAME(libsoccr_save(sk, &large.data, (unsigned)-1), -1);
+	SAME(large.newer[31], 0xff);
+	SAME(libsoccr_save(sk, &large.data, sizeof(large)), 68);
+	for (size_t i = 0; i < sizeof(large.newer); i++)
+		SAME(large.newer[i], 0);
+	SAME(libsoccr_save(sk, &exact, sizeof(exact)), 68);
+	exact.timestamp = large.data.timestamp;
+	SAME(memcmp(&exact, &large.data, sizeof(exact)), 0);
+	libsoccr_release(sk);
+	close(pair.here);
+
+	sk = kit_fresh(&pair);
+	SAME(libsoccr_restore(sk, &large.data, 67), -1);
+	SAME(libsoccr_restore(sk, &large.data, sizeof(large)), 0);
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+/* For valgrind: who owns the memory of a get call. */
+static void memory_that_is_got(void)
+{
+	struct libsoccr_sk_data data;
+	struct libsoccr_sk *sk;
+	struct pair pair = kit_connect(IPV4);
+	char *lent, *kept, *again;
+	union libsoccr_addr *address;
+
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	sk = libsoccr_pause(pair.here);
+	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
+	lent = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0);
+	CHECK(lent && lent == libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0));
+	/* The same memory, now the caller's; the next one is another. */
+	kept = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
+	CHECK(kept == lent);
+	again = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0);
+	CHECK(again && again != kept);
+	/* What was lent stays readable after another save. */
+	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
+	CHECK(libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0) != again);
+	SAME(memcmp(again, "unread", 6), 0);
+	SAME(memcmp(kept, "unread", 6), 0);
+	free(kept);
+	/* An empty queue is no failure. */
+	CHECK(libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, 0));
+	free(libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, SOCCR_MEM_EXCL));
+	CHECK(libsoccr_get_addr(sk, 1, 0));
+	address = libsoccr_get_addr(sk, 0, SOCCR_MEM_EXCL);
+	libsoccr_resume(sk);
+	SAME(address->sa.sa_family, AF_INET);
+	free(address);
+	kit_expect(pair.here, "unread", 6);
+}
+
+static char *on_the_heap(const char *text)
+{
+	return strcpy(malloc(strlen(text) + 1), text);
+}
+
+/* For valgrind: who owns the memory of a set call. */
+static void memory_that_is_set(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	union libsoccr_addr *address = malloc(sizeof(*address));
+	struct libsoccr_sk *sk;
+	struct saved saved;
+	char *same = on_the_heap("twice");
+	char *mine = on_the_heap("mine");
+
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	saved = kit_save(&pair);
+	close(pair.here);
+	sk = kit_fresh(&pair);
+	*address = pair.self;
+	SAME(libsoccr_set_addr(sk, 1, address, SOCCR_MEM_EXCL), 0);
+	/* Given and given, lent after given, given after lent, taken back: each frees what was given before. */
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, on_the_heap("first"), SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, on_the_heap("second"), SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, mine, 0), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, same, SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, same, SOCCR_MEM_EXCL), 0);
+	SAME(strcmp(same, "twice"), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, on_the_heap("taken back"), SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, NULL, 0), 0);
+	/* A call that fails takes nothing. */
+	SAME(libsoccr_set_queue_bytes(sk, 7, mine, SOCCR_MEM_EXCL), -1);
+	SAME(strcmp(mine, "mine"), 0);
+	free(mine);
+	/* Lent, so still ours after the restore. */
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved.receive_queue, 0), 0);
+	SAME(libsoccr_restore(sk, &saved.data, sizeof(saved.data)), 0);
+	free(saved.receive_queue);
+	free(saved.send_queue);
+	kit_unlock(&pair);
+	libsoccr_resume(sk);
+	kit_expect(pair.here, "unread", 6);
+	kit_talk(&pair);
+}
+
+/* For valgrind: handles end with what was given to them, restored or not. */
+static void memory_of_handles_that_end_early(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_sk_data data;
+	struct libsoccr_sk *sk = libsoccr_pause(pair.here);
+
+	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
+	CHECK(libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0));
+	libsoccr_release(sk);
+	close(pair.here);
+	sk = kit_fresh(&pair);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, on_the_heap("never used"), SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_restore(sk, &data, 1), -1);
+	libsoccr_release(sk);
+}
+
+static void a_handle_may_be_left_behind(void)
+{
+	for (int i = 0; i < 50; i++) {
+		struct pair pair = kit_connect(IPV4);
+		struct saved saved;
+
+		kit_send(pair.there, "unread", 6);
+		kit_wait_unread(pair.here, 6);
+		saved = kit_save(&pair);
+		close(pair.here);
+		kit_restore(&pair, &saved);
+		kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
+		kit_expect(pair.here, "unread", 6);
+		kit_talk(&pair);
+		close(pair.here);
+		close(pair.there);
+	}
+}
+
+static void one_socket_has_one_handle(void)
+{
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+	int duplicate = dup(pair.here);
+
+	CHECK(!libsoccr_pause(pair.here));
+	kit_error_has(NULL, "handle already");
+	CHECK(!libsoccr_pause(duplicate));
+	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
+	libsoccr_resume(sk);
+	sk = libsoccr_pause(duplicate);
+	CHECK(sk);
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+/* A process that has died leaves its sockets in repair mode. */
+static void a_socket_left_in_repair_mode_is_taken_over(void)
+{
+	struct libsoccr_sk_data data;
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+
+	libsoccr_release(sk);
+	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
+	sk = libsoccr_pause(pair.here);
+	CHECK(sk);
+	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+static void a_mistake_with_one_handle_spares_the_others(void)
+{
+	struct libsoccr_sk_data data;
+	struct pair first, second;
+	struct libsoccr_sk *sk = pause_one(&first), *other = pause_one(&second);
+
+	SAME(libsoccr_save(sk, &data, 3), -1);
+	CHECK(libsoccr_last_error(sk));
+	CHECK(!libsoccr_last_error(other));
+	SAME(libsoccr_save(other, &data, sizeof(data)), 68);
+	libsoccr_resume(sk);
+	libsoccr_resume(other);
+	kit_talk(&first);
+	kit_talk(&second);
+}
+
+static void an_error_says_step_option_errno_and_remedy(void)
+{
+	struct pair pair = kit_connect(IPV4), elsewhere = pair;
+	struct saved saved = kit_save(&pair);
+	struct libsoccr_sk *sk;
+
+	elsewhere.self.v4.sin_addr.s_addr = htonl(0xc0000201);
+	sk = kit_fresh(&elsewhere);
+	SAME(libsoccr_restore(sk, &saved.data, sizeof(saved.data)), -1);
+	kit_error_has(sk, "restore: bind: EADDRNOTAVAIL");
+	kit_error_has(sk, "address is not configured here");
+	libsoccr_release(sk);
+	kit_error_has(NULL, "EADDRNOTAVAIL");
+}
+
+static void the_log_is_variadic_and_has_levels(void)
+{
+	struct pair pair;
+	struct libsoccr_sk *sk;
+
+	libsoccr_set_log(SOCCR_LOG_ERR, log_line);
+	CHECK(!libsoccr_pause(-1));
+	SAME(levels, 1u << SOCCR_LOG_ERR);
+	SAME(lines, 1);
+	SAME(strcmp(logged, "pause: -1 is no descriptor\n"), 0);
+	libsoccr_resume(pause_one(&pair));
+	SAME(lines, 1);
+
+	libsoccr_set_log(SOCCR_LOG_DBG, log_line);
+	sk = libsoccr_pause(pair.here);
+	CHECK(levels & 1u << SOCCR_LOG_DBG);
+	libsoccr_resume(sk);
+
+	libsoccr_set_log(SOCCR_LOG_DBG, NULL);
+	lines = 0;
+	CHECK(!libsoccr_pause(-1));
+	SAME(lines, 0);
+}
+
+static void *pause_and_fail(void *unused)
+{
+	(void)unused;
+	for (int i = 0; i < 200; i++) {
+		CHECK(!libsoccr_pause(-1));
+		libsoccr_set_log(SOCCR_LOG_ERR, log_line);
+	}
+	return NULL;
+}
+
+static void the_log_may_be_used_by_all_threads(void)
+{
+	pthread_t threads[4];
+
+	libsoccr_set_log(SOCCR_LOG_ERR, log_line);
+	for (int i = 0; i < 4; i++)
+		SAME(pthread_create(&threads[i], NULL, pause_and_fail, NULL), 0);
+	for (int i = 0; i < 4; i++)
+		SAME(pthread_join(threads[i], NULL), 0);
+	SAME(lines, 4 * 200);
+}
+
+static struct libsoccr_sk *held;
+static int nested;
+
+static void log_and_call(unsigned int level, const char *format, ...)
+{
+	(void)format;
+	if (level == SOCCR_LOG_ERR && !nested++)
+		CHECK(!libsoccr_get_queue_bytes(held, 9, 0));
+}
+
+static void the_log_may_call_the_library(void)
+{
+	struct pair pair;
+
+	held = pause_one(&pair);
+	libsoccr_set_log(SOCCR_LOG_ERR, log_and_call);
+	CHECK(!libsoccr_pause(-1));
+	SAME(nested, 2);
+	libsoccr_set_log(0, NULL);
+	libsoccr_resume(held);
+}
+
+static void the_version_is_that_of_the_header(void)
+{
+	char text[32];
+
+	SAME(strcmp(libsoccr_version(), LIBSOCCR_VERSION), 0);
+	snprintf(text, sizeof(text), "%d.%d.%d", LIBSOCCR_VERSION_MAJOR, LIBSOCCR_VERSION_MINOR,
+		 LIBSOCCR_VERSION_PATCH);
+	SAME(strcmp(text, LIBSOCCR_VERSION), 0);
+}
+
+static const struct test tests[] = {
+	TEST(null_is_an_error_and_a_line),
+	TEST(nonsense_is_an_error),
+	TEST(a_queue_needs_a_save_first),
+	TEST(data_may_be_larger_but_not_smaller),
+	TEST(memory_that_is_got),
+	TEST(memory_that_is_set),
+	TEST(memory_of_handles_that_end_early),
+	TEST(a_handle_may_be_left_behind),
+	TEST(one_socket_has_one_handle),
+	TEST(a_socket_left_in_repair_mode_is_taken_over),
+	TEST(a_mistake_with_one_handle_spares_the_others),
+	TEST(an_error_says_step_option_errno_and_remedy),
+	TEST(the_log_is_variadic_and_has_levels),
+	TEST(the_log_may_be_used_by_all_threads),
+	TEST(the_log_may_call_the_library),
+	TEST(the_version_is_that_of_the_header),
+};
+
+KIT_MAIN(tests)

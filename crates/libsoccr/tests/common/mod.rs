@@ -1,0 +1,28 @@
+//! The library as a C program gets it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Builds both libraries and returns their folder: cargo builds none for the tests of its package.
+pub fn build_library() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it is in the target folder");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--lib", "--package", "libsoccr", "--target-dir"]).arg(target);
+    run(&mut cargo);
+    target.join("debug")
+}
+
+/// The folder of the header.
+pub fn include() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("include")
+}
+
+/// Runs a command that must succeed, and returns what it prints.
+#[track_caller]
+pub fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{printed}{errors}", output.status);
+    printed
+}

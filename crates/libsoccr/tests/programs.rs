@@ -1,0 +1,57 @@
+//! The tests in C: each function of each program is one test, in a network of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use soccr_lab::{Test, harness};
+
+mod common;
+use common::{build_library, include, run};
+
+/// The programs in `tests/c`.
+const PROGRAMS: [&str; 4] = ["connections", "staged", "border", "lessons"];
+
+fn main() -> ExitCode {
+    let libraries = build_library();
+    let mut tests = Vec::new();
+    for name in PROGRAMS {
+        let program = compile(name, &libraries.join("libsoccr.a"));
+        for function in functions(&program) {
+            if function.starts_with("memory_") {
+                tests.extend(memory_test(&program, name, &function));
+            }
+            let program = program.clone();
+            tests.push(Test::new(format!("{name}::{function}"), move || {
+                run(Command::new(&program).arg(&function));
+            }));
+        }
+    }
+    harness(tests)
+}
+
+fn compile(name: &str, library: &Path) -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c");
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-D_GNU_SOURCE"]);
+    cc.arg("-I").arg(include()).arg("-o").arg(&program);
+    cc.args([name, "kit"].map(|file| sources.join(file).with_extension("c")));
+    run(cc.arg(library));
+    program
+}
+
+/// The names that a program tells.
+fn functions(program: &Path) -> Vec<String> {
+    run(&mut Command::new(program)).lines().map(str::to_owned).collect()
+}
+
+/// The test once more under valgrind, where it is installed: no byte lost, none freed twice.
+fn memory_test(program: &Path, name: &str, function: &str) -> Option<Test> {
+    Command::new("valgrind").arg("--version").output().ok()?;
+    let mut valgrind = Command::new("valgrind");
+    valgrind.args(["--quiet", "--leak-check=full", "--errors-for-leak-kinds=definite", "--error-exitcode=9"]);
+    valgrind.arg(program).arg(function);
+    Some(Test::new(format!("{name}::{function}_under_valgrind"), move || {
+        run(&mut valgrind);
+    }))
+}

@@ -1,0 +1,157 @@
+//! A connection in the hands of this command, though its process still has it.
+//!
+//! Between two looks at it, it lives on as before, and only the lock keeps it silent: if this command is killed, the lock
+//! and the stop of the process end by themselves, and nothing has happened. Repair mode would stay.
+
+use std::net::SocketAddr;
+use std::os::fd::{OwnedFd, RawFd};
+
+use anyhow::{Context, Result, bail};
+use rustix::net::{ipproto, sockopt};
+use soccr::Connection;
+use soccr::connection::{ControlBlock, Flow, State};
+use soccr::diag::Diag;
+use soccr::settings::Value;
+
+use crate::process::{self, Process};
+
+/// A duplicate of a socket of another process.
+#[derive(Debug)]
+pub(crate) struct Captive {
+    /// What people call it: `pid 4711 fd 5`.
+    pub(crate) name: String,
+    pub(crate) inode: u64,
+    socket: OwnedFd,
+    peer: Option<SocketAddr>,
+}
+
+impl Captive {
+    /// Duplicates a descriptor of a process, a TCP socket.
+    pub(crate) fn new(process: &Process, fd: RawFd) -> Result<Self> {
+        let captive = Self::duplicate(process, fd)?;
+        match captive.is_tcp() {
+            true => Ok(captive),
+            false => bail!("{}: it is no TCP socket", captive.name),
+        }
+    }
+
+    /// Duplicates a descriptor of a process, where it is an end of a connection.
+    pub(crate) fn find(process: &Process, fd: RawFd) -> Result<Option<Self>> {
+        let captive = Self::duplicate(process, fd)?;
+        let is_connection = captive.is_tcp()
+            && sockopt::socket_acceptconn(&captive.socket) == Ok(false)
+            && rustix::net::getpeername(&captive.socket).is_ok();
+        Ok(Some(captive).filter(|_| is_connection))
+    }
+
+    /// Tells the address of the peer, where the kernel has forgotten it.
+    pub(crate) fn with_peer(self, peer: Option<SocketAddr>) -> Self {
+        Self { peer, ..self }
+    }
+
+    fn duplicate(process: &Process, fd: RawFd) -> Result<Self> {
+        let name = format!("pid {} fd {fd}", process.pid);
+        let socket = process.descriptor(fd).with_context(|| name.clone())?;
+        let inode = process::inode(&socket)?;
+        Ok(Self { name, inode, socket, peer: None })
+    }
+
+    fn is_tcp(&self) -> bool {
+        let mptcp = 262;
+        sockopt::socket_protocol(&self.socket).is_ok_and(|protocol| {
+            protocol.is_some_and(|protocol| protocol == ipproto::TCP || protocol.as_raw().get() == mptcp)
+        })
+    }
+
+    pub(crate) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    /// Its addresses; to be called in its network namespace.
+    pub(crate) fn flow(&self) -> Result<Flow> {
+        self.addresses().with_context(|| self.name.clone())
+    }
+
+    fn addresses(&self) -> Result<Flow> {
+        let Ok(local) = rustix::net::getsockname(&self.socket).and_then(SocketAddr::try_from) else {
+            bail!("it is no TCP socket");
+        };
+        let known = rustix::net::getpeername(&self.socket).ok().flatten();
+        if let Some(remote) = known.and_then(|address| address.try_into().ok()).or(self.peer) {
+            return Ok(Flow { local, remote });
+        }
+        // In SYN_SENT only sock_diag tells the peer.
+        let mut remote = None;
+        Diag::open()?.visit(|socket| {
+            if u64::from(socket.inode) == self.inode && socket.remote.port() != 0 {
+                remote = Some(socket.remote);
+            }
+        })?;
+        match remote {
+            Some(remote) => Ok(Flow { local, remote }),
+            None => bail!(
+                "it is not connected (where both ends have closed, and its peer is forgotten, name that by --peer)"
+            ),
+        }
+    }
+
+    /// Reads the connection. It goes on; only a lock around this call keeps that off the wire.
+    pub(crate) fn save(&self) -> Result<Connection> {
+        let save = || {
+            let paused = self.paused()?;
+            let connection = paused.save()?;
+            paused.resume()?;
+            Ok::<_, soccr::Error>(connection)
+        };
+        save().with_context(|| self.name.clone())
+    }
+
+    /// Reads the connection again and takes it away from the process, provided that it is still what it was.
+    pub(crate) fn let_go(&self, saved: &ControlBlock) -> Result<Connection> {
+        let let_go = || {
+            let paused = self.paused()?;
+            let connection = paused.save()?;
+            if position(&connection.control) != position(saved) {
+                bail!("it changed while it was locked: another process uses it");
+            }
+            paused.detach()?;
+            Ok(connection)
+        };
+        let_go().with_context(|| self.name.clone())
+    }
+
+    /// Gives the process its connection back, in the socket that it had it in: nobody has got it elsewhere.
+    pub(crate) fn take_back(&self, connection: &Connection) -> Result<()> {
+        self.restore(connection).with_context(|| self.name.clone())
+    }
+
+    fn restore(&self, connection: &Connection) -> Result<()> {
+        let mut steps = soccr::Restore::unbound(&self.socket, &connection.control, connection.buffers)?;
+        let bound = rustix::net::getsockname(&self.socket).ok().and_then(|address| address.try_into().ok());
+        // A socket that was bound to its port by name has stayed so.
+        if bound != Some(connection.local) {
+            rustix::net::bind(&self.socket, &connection.local).context("bind")?;
+        }
+        rustix::net::connect(&self.socket, &connection.remote).context("connect")?;
+        steps.connected()?;
+        steps.receive_queue(&connection.receive_queue, connection.urgent)?;
+        steps.send_queue(&connection.send_queue)?;
+        steps.finish()?.resume()?;
+        let reuse = connection.settings.get("SO_REUSEADDR") == Some(&Value::Number(1));
+        sockopt::set_socket_reuseaddr(&self.socket, reuse).context("SO_REUSEADDR")
+    }
+
+    fn paused(&self) -> soccr::Result<soccr::Paused<'_>> {
+        let paused = soccr::pause(&self.socket)?;
+        Ok(match self.peer {
+            Some(peer) => paused.with_peer(peer),
+            None => paused,
+        })
+    }
+}
+
+/// What only traffic and the application change. The windows move by themselves, and the clock runs.
+fn position(control: &ControlBlock) -> (State, [u32; 5], bool) {
+    let ControlBlock { state, rcv_nxt, inq_len, write_seq, outq_len, unsq_len, fin_unsent, .. } = *control;
+    (state, [rcv_nxt, inq_len, write_seq, outq_len, unsq_len], fin_unsent)
+}

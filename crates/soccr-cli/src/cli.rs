@@ -1,0 +1,62 @@
+//! The command line: what `--help`, the man pages and the completions are made from.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::exit::Exit;
+use crate::{completions, criu, demo, exit, inspect, list, lock, receive, restore, save, send};
+
+/// See, save, restore and move live TCP connections of any process
+#[derive(Parser, Debug)]
+#[command(name = "soccr", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{}", exit::HELP))]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  soccr list --pid 4711                          what it has, and what can be saved
+  soccr save --pid 4711 --fd 5 -o c.soccr        take a connection out of a process
+  soccr restore c.soccr -- ./server              give it to another: descriptor 3
+  soccr send --pid 4711 --all --via 'ssh host soccr receive -- ./server'";
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    List(list::List),
+    Save(save::Save),
+    Restore(restore::Restore),
+    Send(send::Send),
+    Receive(receive::Receive),
+    Inspect(inspect::Inspect),
+    Criu(criu::Criu),
+    Lock(lock::Lock),
+    Unlock(lock::Unlock),
+    Completions(completions::Completions),
+    #[command(hide = true)]
+    Man(completions::Man),
+    Demo(demo::Demo),
+    /// A program of the demonstration
+    #[command(hide = true)]
+    DemoProgram,
+}
+
+impl Cli {
+    pub(crate) fn run(self) -> Result<Exit> {
+        match self.command {
+            Command::List(list) => list.run(),
+            Command::Save(save) => save.run(),
+            Command::Restore(restore) => restore.run(),
+            Command::Send(send) => send.run(),
+            Command::Receive(receive) => receive.run(),
+            Command::Inspect(inspect) => inspect.run(),
+            Command::Criu(criu) => criu.run(),
+            Command::Lock(lock) => lock.run(),
+            Command::Unlock(unlock) => unlock.run(),
+            Command::Completions(completions) => completions.run(),
+            Command::Man(man) => man.run(),
+            Command::Demo(demo) => demo.run(),
+            Command::DemoProgram => demo::worker::run(),
+        }
+    }
+}

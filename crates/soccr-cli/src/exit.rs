@@ -1,0 +1,99 @@
+//! How the command ends: exit codes, and one line for what went wrong.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Error, Result};
+
+use crate::table::printable;
+
+/// The exit codes, as `--help` and the man pages explain them.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0    done
+  1    failed; nothing has changed
+  2    the command line is wrong
+  3    some of several connections failed: each is named on standard error
+  4    what became of a connection is unknown, or it is lost
+  126  the program was found but could not be started
+  127  the program was not found";
+
+/// An outcome that is not an error without exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Done = 0,
+    Failed = 1,
+    SomeFailed = 3,
+    Lost = 4,
+    NotStarted = 126,
+    NotFound = 127,
+}
+
+/// An error with an exit code of its own.
+#[derive(Debug)]
+pub(crate) struct Coded(pub(crate) Exit, pub(crate) String);
+
+impl std::fmt::Display for Coded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.1)
+    }
+}
+
+impl std::error::Error for Coded {}
+
+/// Prints the error, if there is one, and tells the exit code.
+pub(crate) fn report(outcome: Result<Exit>) -> ExitCode {
+    let exit = match outcome {
+        Ok(exit) => exit,
+        // Whoever read our output has seen enough.
+        Err(error) if error.is::<OutputClosed>() => Exit::Done,
+        Err(error) => {
+            complain(&line(&error));
+            error.downcast_ref::<Coded>().map_or(Exit::Failed, |coded| coded.0)
+        }
+    };
+    ExitCode::from(exit as u8)
+}
+
+/// Prints one line on standard error.
+pub(crate) fn complain(line: &str) {
+    anstream::eprintln!("soccr: {line}");
+}
+
+/// An error with everything that it is about. The errors of the library tell their cause themselves.
+pub(crate) fn line(error: &Error) -> String {
+    let mut parts = Vec::new();
+    for cause in error.chain() {
+        parts.push(cause.to_string());
+        if cause.is::<soccr::Error>() || cause.is::<soccr_image::Error>() {
+            break;
+        }
+    }
+    printable(&parts.join(": "))
+}
+
+/// Standard output is a pipe that nobody reads any longer.
+#[derive(Debug)]
+struct OutputClosed;
+
+impl std::fmt::Display for OutputClosed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("standard output is closed")
+    }
+}
+
+impl std::error::Error for OutputClosed {}
+
+/// Prints text on standard output.
+pub(crate) fn print(text: &str) -> Result<Exit> {
+    written(io::stdout().write_all(text.as_bytes()))
+}
+
+/// What became of writing to standard output for people.
+pub(crate) fn written(result: io::Result<()>) -> Result<Exit> {
+    match result {
+        Ok(()) => Ok(Exit::Done),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(OutputClosed.into()),
+        Err(error) => Err(Error::new(error).context("standard output")),
+    }
+}

@@ -1,0 +1,149 @@
+//! How a program gets connections: as descriptors from 3 on, as standard input and output, or through a socket.
+
+use std::io::IoSlice;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+use crate::exit::{Coded, Exit};
+use crate::{lifeline, sys};
+
+/// Who gets the connections
+#[derive(clap::Args, Debug)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Handover {
+    /// Give the connection as standard input and output, like inetd
+    #[arg(long, requires = "program", conflicts_with = "send_fd")]
+    stdio: bool,
+    /// Send the descriptors to a waiting UNIX stream socket (SCM_RIGHTS)
+    ///
+    /// Each message carries up to 253 descriptors, and as many lines `LOCAL REMOTE` as its text.
+    #[arg(long, value_name = "UNIX_SOCKET", conflicts_with = "program")]
+    send_fd: Option<PathBuf>,
+    /// Become this program, which finds the connections as descriptors 3 and up (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES;
+    /// see sd_listen_fds(3)), each with the name "connection"
+    #[arg(last = true, value_name = "PROGRAM")]
+    program: Vec<String>,
+}
+
+/// The number of the first descriptor given (`SD_LISTEN_FDS_START`).
+const FIRST: RawFd = 3;
+/// The kernel takes no more descriptors in one message (`SCM_MAX_FD`).
+const BATCH: usize = 253;
+
+/// Whoever will get the connections, known to be there.
+#[derive(Debug)]
+pub(crate) enum Recipient {
+    Program { path: PathBuf, arguments: Vec<String>, stdio: bool },
+    Socket(UnixStream),
+}
+
+impl Handover {
+    /// Looks for the recipient, before a connection is touched.
+    pub(crate) fn find(&self) -> Result<Recipient> {
+        if let Some(path) = &self.send_fd {
+            let socket = UnixStream::connect(path).with_context(|| format!("{}", path.display()))?;
+            return Ok(Recipient::Socket(socket));
+        }
+        let path = find_program(&self.program[0])?;
+        Ok(Recipient::Program { path, arguments: self.program.clone(), stdio: self.stdio })
+    }
+}
+
+/// Finds a program as execvp(3) does.
+fn find_program(name: &str) -> Result<PathBuf> {
+    let candidates: Vec<PathBuf> = match name.contains('/') {
+        true => vec![name.into()],
+        false => {
+            let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+            std::env::split_paths(&path).map(|directory| directory.join(name)).collect()
+        }
+    };
+    let is_program = |path: &&PathBuf| path.is_file() && access(path.as_path(), Access::EXEC_OK).is_ok();
+    if let Some(program) = candidates.iter().find(is_program) {
+        return Ok(program.clone());
+    }
+    if candidates.iter().any(|path| Path::exists(path)) {
+        bail!(Coded(Exit::NotStarted, format!("{name}: it is no program that may be executed")));
+    }
+    bail!(Coded(Exit::NotFound, format!("{name}: there is no such program")))
+}
+
+impl Recipient {
+    /// How many connections it can take.
+    pub(crate) fn capacity(&self) -> usize {
+        match self {
+            Self::Program { stdio: true, .. } => 1,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Gives the connections away. Where that is a program, this one becomes it.
+    pub(crate) fn give(self, connections: Vec<TcpStream>) -> Result<Exit> {
+        match self {
+            Self::Socket(socket) => send(&socket, &connections).map(|()| Exit::Done),
+            Self::Program { path, arguments, stdio } => {
+                for connection in &connections {
+                    // As systemd and inetd give them. A program that wants another mode sets it.
+                    let flags = fcntl_getfl(connection).context("fcntl(F_GETFL)")?;
+                    fcntl_setfl(connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
+                }
+                execute(&path, &arguments, stdio, connections)
+            }
+        }
+    }
+}
+
+fn send(socket: &UnixStream, connections: &[TcpStream]) -> Result<()> {
+    for batch in connections.chunks(BATCH) {
+        let mut text = String::new();
+        for connection in batch {
+            text += &format!("{} {}\n", connection.local_addr()?, connection.peer_addr()?);
+        }
+        let fds: Vec<_> = batch.iter().map(AsFd::as_fd).collect();
+        let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)
+            .context("sendmsg(SCM_RIGHTS)")?;
+        // The descriptors went with the first byte; the rest of the text may follow.
+        std::io::Write::write_all(&mut &*socket, &text.as_bytes()[sent..])?;
+    }
+    Ok(())
+}
+
+fn execute(path: &Path, arguments: &[String], stdio: bool, connections: Vec<TcpStream>) -> Result<Exit> {
+    let mut command = Command::new(path);
+    lifeline::hide(&mut command);
+    command.arg0(&arguments[0]).args(&arguments[1..]);
+    let end = FIRST + connections.len() as RawFd;
+    // Beyond the numbers that they will have, so that none is in the way of another.
+    let connections = connections
+        .into_iter()
+        .map(|connection| rustix::io::fcntl_dupfd_cloexec(connection, end))
+        .collect::<Result<Vec<OwnedFd>, _>>()
+        .context("fcntl(F_DUPFD_CLOEXEC): see RLIMIT_NOFILE (ulimit -n)")?;
+    match stdio {
+        true => {
+            let connection = connections.first().context("there is no connection to give")?;
+            rustix::stdio::dup2_stdin(connection).context("dup2")?;
+            rustix::stdio::dup2_stdout(connection).context("dup2")?;
+        }
+        false => {
+            sys::place(&connections, FIRST).context("dup2")?;
+            command
+                .env("LISTEN_FDS", connections.len().to_string())
+                .env("LISTEN_PID", std::process::id().to_string())
+                .env("LISTEN_FDNAMES", vec!["connection"; connections.len()].join(":"));
+        }
+    }
+    let error = command.exec();
+    bail!(Coded(Exit::NotStarted, format!("{}: {error}; the connection is closed", path.display())))
+}

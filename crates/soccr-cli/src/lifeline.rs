@@ -1,0 +1,93 @@
+//! Proof that the target of a hand-over is gone.
+//!
+//! The end of a pipe proves nothing: a relay such as ssh(1) may have died while the target lives on. So the source gives the
+//! command that it runs one end of a socket pair, named in the environment, and a target that is on the same machine
+//! sends a pidfd of itself through it. Relays leave it alone.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+use crate::sys;
+
+const VARIABLE: &str = "SOCCR_LIFELINE";
+
+/// How long a target may take to die once its pipe is closed.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// The end of the source.
+#[derive(Debug)]
+pub(crate) struct Lifeline {
+    socket: OwnedFd,
+    target: Option<OwnedFd>,
+}
+
+impl Lifeline {
+    /// Runs `start` with a command that inherits the other end.
+    pub(crate) fn with<T>(
+        command: &mut Command,
+        start: impl FnOnce(&mut Command) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .context("socketpair")?;
+        fcntl_setfd(&theirs, FdFlags::empty()).context("fcntl(F_SETFD)")?;
+        command.env(VARIABLE, theirs.as_raw_fd().to_string());
+        let started = start(command)?;
+        Ok((Self { socket: ours, target: None }, started))
+    }
+
+    /// Whether the target is known to have ended. Waits a moment for it.
+    pub(crate) fn is_cut(&mut self) -> bool {
+        if self.target.is_none() {
+            self.target = self.receive();
+        }
+        let Some(target) = &self.target else { return false };
+        let limit = LIMIT.try_into().expect("seconds fit");
+        let mut ended = [PollFd::new(target, PollFlags::IN)];
+        poll(&mut ended, Some(&limit)).is_ok_and(|count| count > 0)
+    }
+
+    fn receive(&self) -> Option<OwnedFd> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let mut text = [IoSliceMut::new(&mut byte)];
+        recvmsg(&self.socket, &mut text, &mut control, RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC).ok()?;
+        control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        })
+    }
+}
+
+/// Tells the source who its target is, where there is a lifeline to it. To be called once, before the first thread.
+pub(crate) fn claim() -> Result<()> {
+    let Some(number) = std::env::var(VARIABLE).ok().and_then(|number| number.parse().ok()) else {
+        return Ok(());
+    };
+    let Some(socket) = sys::inherited_socket(number) else { return Ok(()) };
+    let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).context("pidfd_open")?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [pidfd.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    // Where it is something else altogether, there simply is no lifeline.
+    let _ = sendmsg(&socket, &[IoSlice::new(b"!")], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    Ok(())
+}
+
+/// The program that gets the connections has no use for it.
+pub(crate) fn hide(command: &mut Command) {
+    command.env_remove(VARIABLE);
+}

@@ -1,0 +1,133 @@
+//! `soccr lock` and `soccr unlock`: connections kept silent on this host, beyond the life of the command.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value as Json, json};
+use soccr::connection::Flow;
+use soccr::lock::PersistentLock;
+
+use crate::exit::{self, Exit};
+use crate::list::duration;
+use crate::network;
+use crate::table::{Align, Table};
+
+/// Keep connections silent on this host: their packets are dropped, in both directions
+///
+/// The lock stays when the command has ended, until its time is over or `soccr unlock` removes it. It is a table of its own
+/// (nft list table inet soccr-persistent-NAME); the rules of others are not touched.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  soccr lock --name move 192.0.2.1:443-198.51.100.7:41234
+  soccr lock --list")]
+pub(crate) struct Lock {
+    /// The name by which it is removed
+    #[arg(long, required_unless_present = "list")]
+    name: Option<String>,
+    /// After how many seconds the lock ends by itself
+    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs())]
+    seconds: u64,
+    /// The locks that are there
+    #[arg(long, conflicts_with_all = ["name", "connections"])]
+    list: bool,
+    /// One JSON array, an object for each lock
+    #[arg(long, requires = "list")]
+    json: bool,
+    /// The network namespace: a path, or the number of a process
+    #[arg(long, value_name = "PATH|PID")]
+    netns: Option<String>,
+    /// Both ends of a connection, ours first
+    #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow, required_unless_present = "list")]
+    connections: Vec<Flow>,
+}
+
+/// Remove locks that were left by `soccr lock`, and by connections that have left this host
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  soccr unlock move
+  soccr unlock --all")]
+pub(crate) struct Unlock {
+    /// Their names (see `soccr lock --list`)
+    #[arg(value_name = "NAME", required_unless_present = "all")]
+    names: Vec<String>,
+    /// All of them
+    #[arg(long, conflicts_with = "names")]
+    all: bool,
+    /// The network namespace: a path, or the number of a process
+    #[arg(long, value_name = "PATH|PID")]
+    netns: Option<String>,
+}
+
+/// `192.0.2.1:443-198.51.100.7:41234`; a zone of IPv6 has no place in a packet, so none here.
+fn parse_flow(text: &str) -> Result<Flow, String> {
+    let wrong = || "two addresses with ports and a hyphen between them: IP:PORT-IP:PORT".to_owned();
+    let (local, remote) = text.split_once('-').ok_or_else(wrong)?;
+    let end = |text: &str| text.parse::<SocketAddr>().map_err(|_| wrong());
+    let flow = Flow { local: end(local)?, remote: end(remote)? };
+    let is_v4 = |ip: IpAddr| ip.to_canonical().is_ipv4();
+    match is_v4(flow.local.ip()) == is_v4(flow.remote.ip()) {
+        true => Ok(flow),
+        false => Err("both addresses must be of one family".into()),
+    }
+}
+
+impl Lock {
+    pub(crate) fn run(&self) -> Result<Exit> {
+        network::enter(self.netns.as_deref())?;
+        if let (false, Some(name)) = (self.list, &self.name) {
+            PersistentLock::create(name, &self.connections, Some(Duration::from_secs(self.seconds.max(1))))?;
+            return Ok(Exit::Done);
+        }
+        let mut locks = PersistentLock::list()?;
+        // Their time is over.
+        locks.retain(|lock| !lock.flows.is_empty());
+        if self.json { print_json(&locks) } else { print_table(&locks) }
+    }
+}
+
+impl Unlock {
+    pub(crate) fn run(&self) -> Result<Exit> {
+        network::enter(self.netns.as_deref())?;
+        let locks = PersistentLock::list()?;
+        if let Some(name) = self.names.iter().find(|name| !locks.iter().any(|lock| lock.name == **name)) {
+            bail!("there is no lock {name}");
+        }
+        for lock in locks.iter().filter(|lock| self.all || self.names.contains(&lock.name)) {
+            lock.remove()?;
+        }
+        Ok(Exit::Done)
+    }
+}
+
+fn print_json(locks: &[PersistentLock]) -> Result<Exit> {
+    let object = |lock: &PersistentLock| {
+        let flows: Vec<Json> =
+            lock.flows.iter().map(|flow| json!({ "local": flow.local, "remote": flow.remote })).collect();
+        json!({
+            "name": lock.name,
+            "remaining_ms": lock.remaining.map(|left| left.as_millis() as u64),
+            "connections": flows,
+        })
+    };
+    let objects: Vec<Json> = locks.iter().map(object).collect();
+    exit::print(&format!("{}\n", serde_json::to_string_pretty(&objects).context("JSON")?))
+}
+
+fn print_table(locks: &[PersistentLock]) -> Result<Exit> {
+    let mut table = Table::new([
+        ("NAME", Align::Left),
+        ("ENDS IN", Align::Right),
+        ("LOCAL", Align::Left),
+        ("REMOTE", Align::Left),
+    ]);
+    for lock in locks {
+        for flow in &lock.flows {
+            let left = lock.remaining.map_or("never".into(), duration);
+            table.row([lock.name.clone(), left, flow.local.to_string(), flow.remote.to_string()]);
+        }
+    }
+    exit::written(table.print())
+}

@@ -1,0 +1,135 @@
+//! Processes and their sockets, by `/proc` and pidfds.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+
+use anyhow::{Context, Result, anyhow};
+use rustix::fs::{Mode, OFlags, RawDir, fstat, open, openat, readlinkat_raw};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+/// A process that cannot be confused with a later one of the same number.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) pid: Pid,
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    pub(crate) fn open(pid: Pid) -> Result<Self> {
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| match error {
+            rustix::io::Errno::SRCH => anyhow!("pid {pid}: there is no such process"),
+            error => anyhow!(error).context(format!("pid {pid}: pidfd_open")),
+        })?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// A duplicate of one of its descriptors.
+    pub(crate) fn descriptor(&self, fd: RawFd) -> Result<OwnedFd> {
+        pidfd_getfd(&self.pidfd, fd, PidfdGetfdFlags::empty()).map_err(|error| match error {
+            rustix::io::Errno::BADF => anyhow!("it has no descriptor {fd}"),
+            rustix::io::Errno::PERM => anyhow!(
+                "pidfd_getfd: EPERM — needs CAP_SYS_PTRACE over the process: run as root, or as the user that it \
+                 belongs to where the sysctl kernel.yama.ptrace_scope is 0"
+            ),
+            error => anyhow!(error).context("pidfd_getfd"),
+        })
+    }
+}
+
+/// Reads a process number of the command line.
+pub(crate) fn parse_pid(text: &str) -> Result<Pid, String> {
+    text.parse().ok().filter(|number| *number > 0).and_then(Pid::from_raw).ok_or("a positive number".into())
+}
+
+/// The command name of a process; empty where it is gone.
+pub(crate) fn name(pid: Pid) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).map_or(String::new(), |name| name.trim_end().into())
+}
+
+/// The inode of a socket, by which `/proc/PID/fd` and `sock_diag` name it.
+pub(crate) fn inode(socket: impl AsFd) -> Result<u64> {
+    Ok(fstat(socket).context("fstat")?.st_ino)
+}
+
+/// All processes, as far as they are visible.
+pub(crate) fn all() -> Result<Vec<Pid>> {
+    numbers("/proc").map(|numbers| numbers.into_iter().filter_map(Pid::from_raw).collect()).context("/proc")
+}
+
+/// The threads of a process.
+pub(crate) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
+    let threads = numbers(&format!("/proc/{pid}/task"));
+    threads.map(|numbers| numbers.into_iter().filter_map(Pid::from_raw).collect())
+}
+
+/// Shows the sockets among the descriptors of a process: descriptor and inode.
+pub(crate) fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
+    let directory = directory(&format!("/proc/{pid}/fd"))?;
+    let mut target = [0; 32];
+    entries(directory.as_fd(), |name| {
+        // Closed since, or too long for a socket.
+        let Ok(length) = readlinkat_raw(&directory, name, &mut target[..]) else { return };
+        let inode = target[..length].strip_prefix(b"socket:[").and_then(|rest| rest.strip_suffix(b"]"));
+        if let (Some(inode), Some(fd)) = (inode.and_then(number), number(name.to_bytes())) {
+            each(fd as RawFd, inode);
+        }
+    })
+}
+
+/// Who has a socket open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Holder {
+    pub(crate) pid: Pid,
+    pub(crate) fd: RawFd,
+}
+
+/// The sockets of processes, by inode. Processes that may not be looked into are left out.
+pub(crate) fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
+    let mut holders: HashMap<u64, Vec<Holder>> = HashMap::new();
+    for pid in processes {
+        let _ = sockets(*pid, |fd, inode| holders.entry(inode).or_default().push(Holder { pid: *pid, fd }));
+    }
+    holders
+}
+
+/// The processes that share any of these sockets, without this one.
+pub(crate) fn sharing(inodes: &[u64]) -> Result<Vec<Pid>> {
+    let wanted: std::collections::HashSet<u64> = inodes.iter().copied().collect();
+    let mut sharing = Vec::new();
+    for pid in all()?.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
+        let mut shares = false;
+        let _ = sockets(pid, |_, inode| shares |= wanted.contains(&inode));
+        if shares {
+            sharing.push(pid);
+        }
+    }
+    Ok(sharing)
+}
+
+fn numbers(path: &str) -> io::Result<Vec<i32>> {
+    let directory = directory(path)?;
+    let mut numbers = Vec::new();
+    entries(directory.as_fd(), |name| numbers.extend(number(name.to_bytes()).map(|number| number as i32)))?;
+    Ok(numbers)
+}
+
+fn directory(path: &str) -> io::Result<OwnedFd> {
+    Ok(open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+fn entries(directory: BorrowedFd<'_>, mut each: impl FnMut(&std::ffi::CStr)) -> io::Result<()> {
+    // RawDir moves the position of its descriptor: one of its own.
+    let reader =
+        openat(directory, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut buffer = Vec::with_capacity(32 << 10);
+    let mut entries = RawDir::new(reader, buffer.spare_capacity_mut());
+    while let Some(entry) = entries.next() {
+        each(entry?.file_name());
+    }
+    Ok(())
+}
+
+fn number(digits: &[u8]) -> Option<u64> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}

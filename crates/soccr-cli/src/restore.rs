@@ -1,0 +1,73 @@
+//! `soccr restore`: a saved connection for a program.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use soccr::Connection;
+use soccr::lock::{Locker, Mode};
+use soccr_image::AddressMap;
+
+use crate::exit::Exit;
+use crate::handover::Handover;
+use crate::{exit, network, silence};
+
+/// Give a saved connection to a program
+///
+/// The program runs in the network namespace of the connection. Nothing is sent before everything is in place; where it fails,
+/// the image is as good as before.
+#[derive(clap::Args, Debug)]
+#[command(
+    override_usage = "\
+soccr restore [OPTIONS] [FILE] [--stdio] -- PROGRAM [ARGUMENT]...
+       soccr restore [OPTIONS] [FILE] --send-fd UNIX_SOCKET",
+    after_help = "\
+Examples:
+  soccr restore c.soccr -- ./server                 as descriptor 3
+  soccr restore c.soccr --stdio -- cat              as standard input and output
+  soccr restore c.soccr --send-fd /run/server.sock  to a process that waits for it
+  soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server"
+)]
+pub(crate) struct Restore {
+    /// The image; standard input without it, or as -
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Restore under another address: each end that is OLD becomes NEW (IP, or IP:PORT)
+    ///
+    /// The peer must agree: it is for networks that translate addresses, and for peers restored likewise.
+    #[arg(long, value_name = "OLD=NEW")]
+    map: Vec<AddressMap>,
+    /// The network namespace to restore in: a path, or the number of a process
+    #[arg(long, value_name = "PATH|PID")]
+    netns: Option<String>,
+    #[command(flatten)]
+    handover: Handover,
+}
+
+impl Restore {
+    pub(crate) fn run(&self) -> Result<Exit> {
+        let recipient = self.handover.find()?;
+        let mut connection = read(self.file.as_deref())?;
+        AddressMap::apply_to_connection(&self.map, &mut connection);
+        network::enter(self.netns.as_deref())?;
+        let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
+        let restored = connection.restore()?;
+        for skipped in restored.skipped() {
+            exit::complain(&format!("not brought back: {skipped}"));
+        }
+        silence::lift(&[connection.flow()])?;
+        lock.release()?;
+        recipient.give(vec![restored.resume()?])
+    }
+}
+
+/// Reads an image from a file or, without a name, from standard input.
+pub(crate) fn read(path: Option<&Path>) -> Result<Connection> {
+    match path.filter(|path| *path != Path::new("-")) {
+        Some(path) => Ok(soccr_image::load_file(path)?),
+        None => {
+            Ok(soccr_image::read(BufReader::new(File::from(rustix::stdio::stdin().try_clone_to_owned()?)))?)
+        }
+    }
+}

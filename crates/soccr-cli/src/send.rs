@@ -1,0 +1,163 @@
+//! `soccr send`: connections of running processes, into a pipe.
+
+use std::collections::HashSet;
+use std::io::IsTerminal;
+use std::os::fd::{AsFd, RawFd};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::captive::Captive;
+use crate::exit::Exit;
+use crate::network::{self, Identity};
+use crate::process::{self, Holder, Process, parse_pid};
+use crate::source::{Limits, Source};
+use crate::stop::Stopper;
+use crate::{exit, via};
+
+/// Move connections of running processes through a pipe
+///
+/// The processes are stopped while their connections move, and what the peers send meanwhile is held and sent along. With --via a
+/// connection leaves only when the target has said that it has it; whatever breaks before leaves it where it is, and
+/// the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
+///
+/// Without --via the stream goes to standard output. There is no way back then: a connection leaves as soon as it has been
+/// written, and whether it arrived nobody can know here.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
+  soccr send --pid 4711 --all --via 'ip netns exec blue soccr receive -- ./server'
+  soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
+  soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
+#[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port"]))]
+pub(crate) struct Send {
+    /// The process that has the connections
+    #[arg(long, value_name = "PID", value_parser = parse_pid, required_unless_present = "port")]
+    pid: Option<Pid>,
+    /// The number of a descriptor there (see `soccr list`); may be repeated
+    #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port"])]
+    fd: Vec<RawFd>,
+    /// All connections of the process
+    #[arg(long, requires = "pid")]
+    all: bool,
+    /// All connections with this port at either end, of the process or of all; may be repeated
+    #[arg(long, value_name = "PORT")]
+    port: Vec<u16>,
+    /// Run this command of the shell as the target, with both its ends connected
+    #[arg(long, value_name = "COMMAND")]
+    via: Option<String>,
+    /// How many seconds the target may take to answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, requires = "via")]
+    timeout: u64,
+    /// For how many seconds this host stays silent about connections that have left it
+    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs())]
+    silence: u64,
+}
+
+impl Send {
+    pub(crate) fn run(&self) -> Result<Exit> {
+        if self.via.is_none() && std::io::stdout().is_terminal() {
+            bail!("connections are not for a terminal: pipe them into `soccr receive`, or name it by --via");
+        }
+        raise_descriptor_limit();
+        let limits =
+            Limits { answer: Duration::from_secs(self.timeout), silence: Duration::from_secs(self.silence) };
+        let mut failed = 0;
+        let mut fail = |error: anyhow::Error| {
+            exit::complain(&exit::line(&error));
+            failed += 1;
+        };
+        let mut captives = self.select(&mut fail)?;
+        if captives.is_empty() {
+            bail!("there is no connection to send");
+        }
+        let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
+        let stopper = Stopper::seize(&process::sharing(&inodes)?)?;
+        let first = Identity::of_socket(captives[0].socket().as_fd())?;
+        captives.retain(|captive| match Identity::of_socket(captive.socket().as_fd()) {
+            Ok(identity) if identity == first => true,
+            Ok(_) => {
+                fail(anyhow::anyhow!(
+                    "{}: it is in another network namespace: send it by itself",
+                    captive.name
+                ));
+                false
+            }
+            Err(error) => {
+                fail(error.context(captive.name.clone()));
+                false
+            }
+        });
+        network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
+        let via = self.via.as_deref().map(|line| via::Via::start(line, limits.answer)).transpose()?;
+        let outcome = match via {
+            Some((via, output)) => Source::new(captives, stopper, limits)?.hand_over(via, output)?,
+            None => {
+                let output = via::Output::new(rustix::stdio::stdout().try_clone_to_owned()?, None);
+                Source::new(captives, stopper, limits)?.push(output)?
+            }
+        };
+        Ok(match (outcome.lost, outcome.failed + failed, outcome.gone) {
+            (1.., _, _) => Exit::Lost,
+            (0, 0, _) => Exit::Done,
+            (0, _, 0) => Exit::Failed,
+            (0, _, _) => Exit::SomeFailed,
+        })
+    }
+
+    /// The connections that are asked for. Each that cannot be had is reported by itself.
+    fn select(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
+        let mut captives = Vec::new();
+        let mut seen = HashSet::new();
+        if let (Some(pid), false) = (self.pid, self.fd.is_empty()) {
+            let process = Process::open(pid)?;
+            for fd in &self.fd {
+                match Captive::new(&process, *fd) {
+                    Ok(captive) if seen.insert(captive.inode) => captives.push(captive),
+                    Ok(_) => {}
+                    Err(error) => fail(error),
+                }
+            }
+            return Ok(captives);
+        }
+        let processes = self.pid.map_or_else(process::all, |pid| Ok(vec![pid]))?;
+        for pid in processes.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
+            let Ok(process) = Process::open(pid) else { continue };
+            let mut holders = Vec::new();
+            let listed = process::sockets(pid, |fd, inode| {
+                if seen.insert(inode) {
+                    holders.push(Holder { pid, fd });
+                }
+            });
+            if let (Err(error), true) = (listed, self.pid.is_some()) {
+                return Err(error).with_context(|| format!("pid {pid}: its descriptors"));
+            }
+            for holder in holders {
+                match Captive::find(&process, holder.fd) {
+                    Ok(Some(captive)) if self.wants(&captive) => captives.push(captive),
+                    Ok(_) => {}
+                    Err(error) if self.pid.is_some() => fail(error),
+                    // Of a process that is none of our business, as far as we know.
+                    Err(_) => {}
+                }
+            }
+        }
+        Ok(captives)
+    }
+
+    fn wants(&self, captive: &Captive) -> bool {
+        self.port.is_empty()
+            || captive.flow().is_ok_and(|flow| {
+                self.port.iter().any(|port| flow.local.port() == *port || flow.remote.port() == *port)
+            })
+    }
+}
+
+/// Every connection takes a descriptor here.
+pub(crate) fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it stays, the call that needs more says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}

@@ -1,0 +1,85 @@
+//! A host that stays silent about connections that have left it: late packets of the peers draw no reset.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::Result;
+use soccr::Lock;
+use soccr::connection::Flow;
+use soccr::lock::PersistentLock;
+
+/// Locks that outlive this process, for a limited time. Dropping it removes them, until they are told to [stay](Self::stay).
+#[derive(Debug)]
+pub(crate) struct Silence {
+    lock: Option<PersistentLock>,
+    /// Only where there is to be no silence.
+    _lock: Option<Lock>,
+}
+
+impl Silence {
+    /// Turns the lock of this process into one that stays for this time; none at all for zero.
+    pub(crate) fn begin(lock: Lock, limit: Duration) -> Result<Self> {
+        if limit.is_zero() {
+            return Ok(Self { lock: None, _lock: Some(lock) });
+        }
+        let (name, flows) = (name(), lock.flows().to_vec());
+        lock.persist(&name, Some(limit))?;
+        Ok(Self { lock: Some(PersistentLock { name, flows, remaining: Some(limit) }), _lock: None })
+    }
+
+    /// Locks connections for this time, beside the lock that this process has on them; not at all for zero.
+    pub(crate) fn beside(flows: Vec<Flow>, limit: Duration) -> Result<Self> {
+        if limit.is_zero() || flows.is_empty() {
+            return Ok(Self { lock: None, _lock: None });
+        }
+        let name = name();
+        PersistentLock::create(&name, &flows, Some(limit))?;
+        Ok(Self { lock: Some(PersistentLock { name, flows, remaining: Some(limit) }), _lock: None })
+    }
+
+    /// The connections have left for good, but for those that stay.
+    pub(crate) fn stay_without(self, staying: &[Flow]) -> Result<()> {
+        let Some(lock) = &self.lock else { return Ok(()) };
+        if !lock.flows.iter().any(|flow| staying.contains(flow)) {
+            self.stay();
+            return Ok(());
+        }
+        let left = lock.flows.iter().filter(|flow| !staying.contains(flow)).copied().collect();
+        Self::beside(left, lock.remaining.unwrap_or_default())?.stay();
+        Ok(())
+    }
+
+    /// The connections have left for good.
+    pub(crate) fn stay(mut self) {
+        self.lock = None;
+    }
+}
+
+impl Drop for Silence {
+    fn drop(&mut self) {
+        if let Some(lock) = &self.lock {
+            // It has its time limit in any case.
+            let _ = lock.remove();
+        }
+    }
+}
+
+/// Ends the silence about connections that are back. To be called in their network namespace.
+pub(crate) fn lift(back: &[Flow]) -> Result<()> {
+    for lock in PersistentLock::list()? {
+        if lock.flows.iter().any(|flow| back.contains(flow)) {
+            lock.remove()?;
+            let others: Vec<Flow> = lock.flows.iter().filter(|flow| !back.contains(flow)).copied().collect();
+            if !others.is_empty() {
+                PersistentLock::create(&lock.name, &others, lock.remaining)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A name that no other lock of this host has as long as it stays.
+fn name() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("left-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}

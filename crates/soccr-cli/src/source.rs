@@ -1,0 +1,349 @@
+//! The source of a hand-over: connections on their way out of a process.
+//!
+//! The words and their order are those of [`soccr_image::stream`]. Until its COMMIT a connection lives on in its process, kept silent
+//! by the lock alone; see [`captive`](crate::captive). With its COMMIT it leaves. Where the COMMIT could not be written, or
+//! the target is known to have ended without a TAKEN, the process gets it back in the same socket.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use soccr::Connection;
+use soccr::Lock;
+use soccr::connection::{ControlBlock, Flow};
+use soccr::lock::{Held, Locker, Mode};
+use soccr_image::stream::{Message, Writer};
+
+use crate::captive::Captive;
+use crate::exit;
+use crate::progress::Progress;
+use crate::silence::Silence;
+use crate::stop::Stopper;
+use crate::via::{Answer, Output, Via};
+
+/// How many connections are between COMMIT and TAKEN at a time: their queues are kept in memory.
+const WINDOW: usize = 1024;
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// For an answer of the target.
+    pub(crate) answer: Duration,
+    /// For which this host stays silent about what has left it.
+    pub(crate) silence: Duration,
+}
+
+/// How many connections ended up where.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Outcome {
+    /// At the target.
+    pub(crate) gone: usize,
+    /// Still in their processes.
+    pub(crate) failed: usize,
+    /// Nobody knows, or nowhere.
+    pub(crate) lost: usize,
+}
+
+/// A connection and how far it has got.
+#[derive(Debug)]
+struct Item {
+    id: u32,
+    captive: Captive,
+    flow: Flow,
+    held: Vec<Vec<u8>>,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// In its process, not sent yet.
+    Here,
+    /// Sent, and in its process as well.
+    Sent(ControlBlock),
+    /// The target has it in place.
+    Ready(ControlBlock),
+    /// COMMIT is said: only this value is left here.
+    Left(Box<Connection>),
+    Gone,
+    /// It stays in its process, and that has been reported.
+    Stays,
+    Lost,
+}
+
+/// Connections that are locked, of processes that are stopped.
+#[derive(Debug)]
+pub(crate) struct Source {
+    items: Vec<Item>,
+    lock: Lock,
+    limits: Limits,
+    silences: Vec<Silence>,
+    /// Continues the processes when everything else is done.
+    _stopper: Stopper,
+}
+
+impl Source {
+    /// Stops the processes and locks the connections; to be called in their network namespace.
+    pub(crate) fn new(captives: Vec<Captive>, mut stopper: Stopper, limits: Limits) -> Result<Self> {
+        let locker = Locker::new(Mode::HOLD)?;
+        let mut items = Vec::with_capacity(captives.len());
+        for (captive, id) in captives.into_iter().zip(1..) {
+            let flow = captive.flow()?;
+            items.push(Item { id, captive, flow, held: Vec::new(), stage: Stage::Here });
+        }
+        stopper.stop()?;
+        let flows: Vec<Flow> = items.iter().map(|item| item.flow).collect();
+        let lock = locker.lock(&flows)?;
+        Ok(Self { items, lock, limits, silences: Vec::new(), _stopper: stopper })
+    }
+
+    /// Moves the connections to a target that answers.
+    pub(crate) fn hand_over(mut self, mut via: Via, output: Output) -> Result<Outcome> {
+        let broken = self.talk(&mut via, output).err();
+        if broken.is_some() && self.has_left() {
+            // What it said before it broke still counts.
+            let _ = self.listen(&via, |item| matches!(item.stage, Stage::Left(_)));
+        }
+        let certain = broken.is_some() && self.has_left() && via.target_has_ended();
+        let reason = broken.unwrap_or_else(|| anyhow!("the target did not say what became of it"));
+        self.settle(&exit::line(&reason), certain)
+    }
+
+    fn talk(&mut self, via: &mut Via, output: Output) -> Result<()> {
+        let mut writer = Writer::new(output)?;
+        writer.send(&Message::Begin { connections: self.items.len() as u32, answers: true })?;
+        let mut progress = Progress::new("sent", self.items.len());
+        for item in &mut self.items {
+            item.send(&mut writer)?;
+            progress.step();
+        }
+        self.listen(via, |item| matches!(item.stage, Stage::Sent(_)))?;
+        let mut progress = Progress::new("handed over", self.items.len());
+        for start in (0..self.items.len()).step_by(WINDOW) {
+            let end = self.items.len().min(start + WINDOW);
+            self.commit(start..end, &mut writer)?;
+            self.listen(via, |item| matches!(item.stage, Stage::Left(_)))?;
+            (start..end).for_each(|_| progress.step());
+        }
+        for item in &mut self.items {
+            if let Stage::Sent(_) = item.stage {
+                writer.send(&Message::Abort {
+                    connection: item.id,
+                    reason: "the answer came too late".into(),
+                })?;
+            }
+        }
+        writer.finish()?;
+        match via.answer(Instant::now() + self.limits.answer) {
+            Answer::Gone(_) | Answer::End | Answer::Late => Ok(()),
+            Answer::Message(message) => Err(anyhow!("the target said {message:?} after the end")),
+        }
+    }
+
+    /// Takes in answers while there is a connection that waits for one.
+    fn listen(&mut self, via: &Via, waits: impl Fn(&Item) -> bool) -> Result<()> {
+        let deadline = Instant::now() + self.limits.answer;
+        let mut waiting = self.items.iter().filter(|item| waits(item)).count();
+        while waiting > 0 {
+            let (id, answered) = match via.answer(deadline) {
+                Answer::Message(message) => answered(message)?,
+                Answer::Gone(reason) => return Err(anyhow!("the target is gone: {reason}")),
+                Answer::End => return Err(anyhow!("the target has ended the hand-over")),
+                Answer::Late => return Ok(()),
+            };
+            let item = (id as usize).checked_sub(1).and_then(|index| self.items.get_mut(index));
+            let item = item.context("the target speaks of a connection that was not sent")?;
+            let waited = waits(item);
+            item.hear(answered)?;
+            waiting -= usize::from(waited && !waits(item));
+        }
+        Ok(())
+    }
+
+    /// Lets the connections go that the target has ready.
+    fn commit(&mut self, window: std::ops::Range<usize>, writer: &mut Writer<Output>) -> Result<()> {
+        self.collect()?;
+        let is_ready = |item: &&Item| matches!(item.stage, Stage::Ready(_));
+        let flows: Vec<Flow> =
+            self.items[window.clone()].iter().filter(is_ready).map(|item| item.flow).collect();
+        self.silences.push(Silence::beside(flows, self.limits.silence)?);
+        for item in &mut self.items[window] {
+            if let Stage::Ready(control) = &item.stage {
+                let control = control.clone();
+                item.leave(&control, writer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the connections to a target that cannot answer.
+    pub(crate) fn push(mut self, output: Output) -> Result<Outcome> {
+        let broken = self.push_all(output).err();
+        let reason = broken.unwrap_or_else(|| anyhow!("it was not sent"));
+        self.settle(&exit::line(&reason), false)
+    }
+
+    fn push_all(&mut self, output: Output) -> Result<()> {
+        let mut writer = Writer::new(output)?;
+        writer.send(&Message::Begin { connections: self.items.len() as u32, answers: false })?;
+        let mut progress = Progress::new("sent", self.items.len());
+        for start in (0..self.items.len()).step_by(WINDOW) {
+            let window = start..self.items.len().min(start + WINDOW);
+            for item in &mut self.items[window.clone()] {
+                item.send(&mut writer)?;
+                item.assume(Answered::Ready);
+                progress.step();
+            }
+            self.commit(window.clone(), &mut writer)?;
+            self.items[window].iter_mut().for_each(|item| item.assume(Answered::Taken));
+        }
+        writer.finish()?;
+        Ok(())
+    }
+
+    /// Takes over what the lock has held so far.
+    fn collect(&mut self) -> Result<()> {
+        for (item, held) in self.items.iter_mut().zip(self.lock.take()?) {
+            item.held.extend(held.packets);
+        }
+        Ok(())
+    }
+
+    fn has_left(&self) -> bool {
+        self.items.iter().any(|item| matches!(item.stage, Stage::Left(_)))
+    }
+
+    /// Brings every connection to rest: what has not left stays, and goes on where it was. What has left without an answer
+    /// comes back where it is `certain` that nobody has it.
+    fn settle(mut self, reason: &str, certain: bool) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        for item in &mut self.items {
+            item.settle(reason, certain);
+        }
+        // Where the packets cannot be had any longer, the peers send them again.
+        let _ = self.collect();
+        let mut staying = Vec::new();
+        for item in self.items {
+            match item.stage {
+                Stage::Gone => outcome.gone += 1,
+                Stage::Lost => outcome.lost += 1,
+                _ => {
+                    outcome.failed += 1;
+                    staying.push(item.flow);
+                    let _ = Held { flow: item.flow, packets: item.held }.replay(item.captive.socket());
+                }
+            }
+        }
+        for silence in self.silences {
+            silence.stay_without(&staying)?;
+        }
+        self.lock.release()?;
+        Ok(outcome)
+    }
+}
+
+/// What a target says about a connection.
+#[derive(Debug)]
+enum Answered {
+    Ready,
+    Taken,
+    Refused(String),
+}
+
+fn answered(message: Message) -> Result<(u32, Answered)> {
+    match message {
+        Message::Ready { connection } => Ok((connection, Answered::Ready)),
+        Message::Taken { connection } => Ok((connection, Answered::Taken)),
+        Message::Refused { connection, reason } => Ok((connection, Answered::Refused(reason))),
+        _ => Err(anyhow!("the target does not know its part")),
+    }
+}
+
+impl Item {
+    /// Sends the connection. It stays in its process for the time being.
+    fn send(&mut self, writer: &mut Writer<Output>) -> Result<()> {
+        match self.captive.save() {
+            Ok(connection) => {
+                writer.connection(self.id, &self.captive.name, &connection)?;
+                self.stage = Stage::Sent(connection.control);
+            }
+            Err(error) => self.stays(&exit::line(&error)),
+        }
+        Ok(())
+    }
+
+    /// Takes in an answer.
+    fn hear(&mut self, answered: Answered) -> Result<()> {
+        match (&self.stage, answered) {
+            (Stage::Sent(_), Answered::Refused(reason)) => {
+                self.stays(&format!("the target refuses it: {reason}"))
+            }
+            (Stage::Sent(_), answered @ Answered::Ready) | (Stage::Left(_), answered @ Answered::Taken) => {
+                self.assume(answered);
+            }
+            // Late words about what is settled already.
+            (Stage::Stays, Answered::Ready | Answered::Refused(_)) => {}
+            _ => return Err(anyhow!("the target does not know its part")),
+        }
+        Ok(())
+    }
+
+    /// Goes on as after an answer, where the stage is one that waits for it.
+    fn assume(&mut self, answered: Answered) {
+        self.stage = match (std::mem::replace(&mut self.stage, Stage::Stays), answered) {
+            (Stage::Sent(control), Answered::Ready) => Stage::Ready(control),
+            (Stage::Left(_), Answered::Taken) => Stage::Gone,
+            (stage, _) => stage,
+        };
+    }
+
+    /// Takes the connection from its process, and says that it is the target's.
+    fn leave(&mut self, control: &ControlBlock, writer: &mut Writer<Output>) -> Result<()> {
+        writer.held(self.id, &self.held)?;
+        let connection = match self.captive.let_go(control) {
+            Ok(connection) => connection,
+            Err(error) => {
+                let reason = exit::line(&error);
+                self.stays(&reason);
+                return Ok(writer.send(&Message::Abort { connection: self.id, reason })?);
+            }
+        };
+        self.held.clear();
+        if let Err(error) = writer.send(&Message::Commit { connection: self.id }) {
+            // The target cannot have read all of it.
+            self.come_back(&connection, &error.to_string());
+            return Err(error.into());
+        }
+        self.stage = Stage::Left(Box::new(connection));
+        Ok(())
+    }
+
+    fn settle(&mut self, reason: &str, certain: bool) {
+        match std::mem::replace(&mut self.stage, Stage::Stays) {
+            Stage::Here | Stage::Sent(_) | Stage::Ready(_) => self.stays(reason),
+            Stage::Left(connection) if certain => self.come_back(&connection, reason),
+            Stage::Left(_) => {
+                let name = &self.captive.name;
+                exit::complain(&format!("{name}: the target has it, or it is lost: {reason}"));
+                self.stage = Stage::Lost;
+            }
+            settled @ (Stage::Gone | Stage::Stays | Stage::Lost) => self.stage = settled,
+        }
+    }
+
+    fn come_back(&mut self, connection: &Connection, reason: &str) {
+        match self.captive.take_back(connection) {
+            Ok(()) => self.stays(reason),
+            Err(error) => {
+                exit::complain(&format!("{}: lost: {reason}; {}", self.captive.name, exit::line(&error)));
+                self.stage = Stage::Lost;
+            }
+        }
+    }
+
+    fn stays(&mut self, reason: &str) {
+        let name = &self.captive.name;
+        // Reasons of its own begin with the name already.
+        let reason = reason.strip_prefix(&format!("{name}: ")).unwrap_or(reason);
+        exit::complain(&format!("{name}: stays: {reason}"));
+        self.stage = Stage::Stays;
+    }
+}

@@ -1,0 +1,87 @@
+//! The system calls that no library wraps safely: the only place for `unsafe` in this crate.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::process::Pid;
+
+/// The network namespace of a socket (`SIOCGSKNS`).
+pub(crate) fn namespace_of_socket(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    descriptor_by_ioctl(socket, SIOCGSKNS)
+}
+
+/// The user namespace that owns a namespace (`NS_GET_USERNS`).
+pub(crate) fn owner_of_namespace(namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    descriptor_by_ioctl(namespace, NS_GET_USERNS)
+}
+
+fn descriptor_by_ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<OwnedFd> {
+    // SAFETY: neither of the two ioctls takes an argument.
+    let new = unsafe { libc::ioctl(fd.as_raw_fd(), request) };
+    if new < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// Gives descriptors the numbers from `first` on, where a program to be executed expects them; they are none of these
+/// numbers themselves. To be called when this thread has nothing left to do but to execute it.
+pub(crate) fn place(fds: &[OwnedFd], first: RawFd) -> io::Result<()> {
+    // SAFETY: this thread gets numbers of its own, so that other threads, which may still use or close whatever had the
+    // numbers in question, are not concerned; the caller uses none of them any longer.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }?;
+    for (fd, number) in fds.iter().zip(first..) {
+        // SAFETY: as above.
+        check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into())?;
+    }
+    Ok(())
+}
+
+/// A socket that the program that started this one left open for it under this number.
+pub(crate) fn inherited_socket(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: the borrow ends with this call, and does nothing where the number is not in use.
+    let fd = unsafe { BorrowedFd::borrow_raw(Some(number).filter(|number| *number > 2)?) };
+    rustix::net::sockopt::socket_domain(fd).ok()?;
+    // A duplicate, so that it does not matter whether anything else of this program uses the number.
+    let socket = rustix::io::fcntl_dupfd_cloexec(fd, 3).ok()?;
+    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok()?;
+    Some(socket)
+}
+
+/// `PTRACE_SEIZE`: this thread becomes the tracer of a thread, which goes on running.
+pub(crate) fn seize(thread: Pid) -> io::Result<()> {
+    ptrace(libc::PTRACE_SEIZE, thread, 0)
+}
+
+/// `PTRACE_INTERRUPT`: the thread stops soon.
+pub(crate) fn interrupt(thread: Pid) -> io::Result<()> {
+    ptrace(libc::PTRACE_INTERRUPT, thread, 0)
+}
+
+/// `PTRACE_DETACH`: a stopped thread goes on, and gets the signal, if not 0.
+pub(crate) fn detach(thread: Pid, signal: i32) -> io::Result<()> {
+    ptrace(libc::PTRACE_DETACH, thread, signal)
+}
+
+fn ptrace(request: libc::c_uint, thread: Pid, data: i32) -> io::Result<()> {
+    let (address, data) = (std::ptr::null_mut::<libc::c_void>(), data as usize as *mut libc::c_void);
+    // SAFETY: none of the three requests reads or writes memory of this process.
+    check(unsafe { libc::ptrace(request, thread.as_raw_pid(), address, data) })
+}
+
+/// The status of a traced thread that has changed since it was asked for last.
+pub(crate) fn status(thread: Pid) -> io::Result<Option<i32>> {
+    let mut status = 0;
+    // SAFETY: the kernel writes one int.
+    let result = unsafe { libc::waitpid(thread.as_raw_pid(), &mut status, libc::__WALL | libc::WNOHANG) };
+    check(result.into())?;
+    Ok((result != 0).then_some(status))
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,113 @@
+//! The command at the other end of a hand-over (`--via`), and the pipes to it.
+
+use std::io::{self, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use soccr_image::stream::{Message, Reader};
+
+use crate::lifeline::Lifeline;
+
+/// The most that a pipe takes without waiting once it is writable (`PIPE_BUF`).
+const PIECE: usize = 4096;
+
+/// A pipe to write to, which does not wait for its reader for ever.
+#[derive(Debug)]
+pub(crate) struct Output {
+    fd: OwnedFd,
+    limit: Option<Duration>,
+}
+
+impl Output {
+    /// Without a limit, a write waits as long as it takes.
+    pub(crate) fn new(fd: OwnedFd, limit: Option<Duration>) -> Self {
+        Self { fd, limit }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let limit = self.limit.map(|limit| limit.try_into().expect("a time limit fits"));
+        let mut writable = [PollFd::new(&self.fd, PollFlags::OUT)];
+        if poll(&mut writable, limit.as_ref())? == 0 {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end does not read"));
+        }
+        Ok(rustix::io::write(&self.fd, &bytes[..bytes.len().min(PIECE)])?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What comes back from the target.
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "they are short-lived, and most are messages")]
+pub(crate) enum Answer {
+    Message(Message),
+    /// It has said everything that it had to say.
+    End,
+    /// Its pipe is closed or broken, too early.
+    Gone(String),
+    /// Nothing, for too long.
+    Late,
+}
+
+/// A running command.
+#[derive(Debug)]
+pub(crate) struct Via {
+    answers: Receiver<Answer>,
+    lifeline: Lifeline,
+}
+
+impl Via {
+    /// Runs a command of the shell. Its standard input is returned.
+    pub(crate) fn start(line: &str, limit: Duration) -> Result<(Self, Output)> {
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(line).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let (lifeline, mut child) =
+            Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let (stdin, stdout) = stdin.zip(stdout).context("--via: no pipes")?;
+        let (send, answers) = channel();
+        std::thread::Builder::new().name("answers".into()).spawn(move || {
+            let outcome =
+                listen(BufReader::new(stdout), |message| send.send(Answer::Message(message)).is_ok());
+            // Nobody listens any longer: then nobody cares.
+            let _ = send.send(match outcome {
+                Ok(()) => Answer::End,
+                Err(error) => Answer::Gone(error.to_string()),
+            });
+        })?;
+        let stdin = stdin.as_fd().try_clone_to_owned().context("fcntl(F_DUPFD_CLOEXEC)")?;
+        Ok((Self { answers, lifeline }, Output::new(stdin, Some(limit))))
+    }
+
+    /// Waits for an answer, until this instant.
+    pub(crate) fn answer(&self, deadline: Instant) -> Answer {
+        match self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Timeout) => Answer::Late,
+            Err(RecvTimeoutError::Disconnected) => Answer::Gone("it has ended".into()),
+        }
+    }
+
+    /// Whether the target, not only the pipe to it, is known to have ended.
+    pub(crate) fn target_has_ended(&mut self) -> bool {
+        self.lifeline.is_cut()
+    }
+}
+
+fn listen(reader: impl io::Read, mut each: impl FnMut(Message) -> bool) -> soccr_image::Result<()> {
+    let mut reader = Reader::new(reader)?;
+    while let Some(message) = reader.receive()? {
+        if !each(message) {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! The command as its users run it: the real binary, in private networks, against programs that know nothing of it.
+
+mod images;
+mod kill;
+mod programs;
+mod real;
+mod save;
+mod transfer;
+
+fn main() -> std::process::ExitCode {
+    let tests = [images::tests(), save::tests(), transfer::tests(), kill::tests(), real::tests()];
+    soccr_lab::harness(tests.into_iter().flatten())
+}
+
+/// The named functions of a module as tests.
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        pub fn tests() -> Vec<soccr_lab::Test> {
+            let module = module_path!().rsplit("::").next().unwrap();
+            vec![$(soccr_lab::Test::new(format!("{module}::{}", stringify!($name)), $name)),*]
+        }
+    };
+}
+use tests;

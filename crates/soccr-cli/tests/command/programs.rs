@@ -1,0 +1,169 @@
+//! Programs that the tests run.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+use soccr_lab::wait_until;
+
+/// A server that accepts connections one after the other, as many as its second argument says, and answers everything with
+/// its first argument in front. What ends a connection it prints.
+const SERVER: &str = r#"
+import socket, sys, threading
+listener = socket.create_server(("", 7), backlog=64)
+def serve(connection):
+    try:
+        while data := connection.recv(65536):
+            connection.sendall(sys.argv[1].encode() + data)
+        print("end", flush=True)
+    except OSError as error:
+        print("errno", error.errno, flush=True)
+threads = []
+for _ in range(int(sys.argv[2])):
+    threads.append(threading.Thread(target=serve, args=[listener.accept()[0]]))
+    threads[-1].start()
+for thread in threads:
+    thread.join()
+"#;
+
+/// The program that takes connections over: it finds them as systemd passes them.
+pub const HEIR: &str = r#"
+import os, socket, sys, threading
+assert os.environ["LISTEN_PID"] == str(os.getpid())
+count = int(os.environ["LISTEN_FDS"])
+assert os.environ["LISTEN_FDNAMES"].split(":") == ["connection"] * count
+def serve(connection):
+    while data := connection.recv(65536):
+        connection.sendall(sys.argv[1].encode() + data)
+for fd in range(3, 3 + count):
+    threading.Thread(target=serve, args=[socket.socket(fileno=fd)]).start()
+"#;
+
+/// A process that ends with the test.
+#[derive(Debug)]
+pub struct Program(pub Child);
+
+impl Program {
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+    }
+
+    pub fn pid(&self) -> String {
+        self.0.id().to_string()
+    }
+
+    /// Waits for its end; what it has printed.
+    pub fn output(mut self) -> String {
+        let mut text = String::new();
+        self.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        self.0.wait().unwrap();
+        text
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Whether a program is installed; says so loudly where it is not.
+pub fn installed(program: &str) -> bool {
+    let found =
+        Command::new("sh").args(["-c", &format!("command -v {program}")]).output().unwrap().status.success();
+    if !found {
+        eprintln!("\nSKIPPED: {program} is not installed\n");
+    }
+    found
+}
+
+pub fn python(script: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("python3");
+    command.args(["-c", script]).args(arguments).stdout(Stdio::piped());
+    command
+}
+
+/// Starts the server in the network of the calling thread.
+pub fn server(prefix: &str, connections: usize) -> Program {
+    Program::start(&mut python(SERVER, &[prefix, &connections.to_string()]))
+}
+
+/// Connects, as soon as somebody listens.
+pub fn connect(address: impl Into<SocketAddr>) -> TcpStream {
+    let address = address.into();
+    let mut stream = None;
+    wait_until("the server listens", || {
+        stream = TcpStream::connect(address).ok();
+        stream.is_some()
+    });
+    let stream = stream.unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+}
+
+/// Says something and returns the answer, which is longer by the prefix.
+pub fn ask(stream: &mut TcpStream, text: &str, prefix: &str) -> String {
+    stream.write_all(text.as_bytes()).unwrap();
+    hear(stream, prefix.len() + text.len())
+}
+
+pub fn hear(stream: &mut TcpStream, length: usize) -> String {
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+pub fn soccr(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
+    command.args(arguments);
+    command
+}
+
+/// The path of the command, for the shell.
+pub const SOCCR: &str = env!("CARGO_BIN_EXE_soccr");
+
+pub fn run(arguments: &[&str]) -> Output {
+    soccr(arguments).output().unwrap()
+}
+
+/// Runs the command, which must succeed in silence; its standard output.
+pub fn succeed(arguments: &[&str]) -> Vec<u8> {
+    let output = run(arguments);
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && complaint.is_empty(), "{arguments:?}: {}: {complaint}", output.status);
+    output.stdout
+}
+
+/// Runs the command, which must fail with this exit code; what it complains about.
+pub fn fail(code: i32, arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {complaint}");
+    complaint
+}
+
+pub fn json(arguments: &[&str]) -> Vec<Value> {
+    serde_json::from_slice(&succeed(arguments)).unwrap()
+}
+
+/// The descriptors of the connections that a process has.
+pub fn descriptors(pid: &str) -> Vec<String> {
+    let sockets = json(&["list", "--json", "--pid", pid]);
+    let savable = sockets.iter().filter(|socket| socket["savable"] == true);
+    savable.map(|socket| socket["processes"][0]["fd"].to_string()).collect()
+}
+
+/// Neither stopped nor traced.
+pub fn assert_runs(pid: &str) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("TracerPid:\t0\n"), "{status}");
+    assert!(!status.contains("State:\tT") && !status.contains("State:\tt"), "{status}");
+}
+
+/// No lock is left in the network of the calling thread.
+pub fn assert_unlocked() {
+    assert_eq!(soccr::lock::PersistentLock::list().unwrap(), []);
+}

@@ -1,0 +1,291 @@
+//! `list`, `save` and `restore`.
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+
+use soccr_lab::{Pair, wait_until};
+
+use crate::programs::{
+    HEIR, Program, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed, json,
+    python, run, server, soccr, succeed,
+};
+
+crate::tests![
+    a_list_says_whose_and_whether,
+    a_list_stops_quietly_when_nobody_reads,
+    a_connection_goes_to_another_program,
+    a_connection_that_is_kept_goes_on,
+    a_program_gets_it_as_standard_input_and_output,
+    a_waiting_process_gets_the_descriptor,
+    both_ends_move_to_other_addresses,
+    an_interrupted_program_keeps_its_threads,
+    what_fails_leaves_the_connection,
+];
+
+fn a_list_says_whose_and_whether() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let client = connect(([127, 0, 0, 1], 7));
+    let mut sockets = Vec::new();
+    wait_until("the connection is accepted", || {
+        sockets = json(&["list", "--json", "--pid", &server.pid()]);
+        sockets.len() == 2
+    });
+    let (listener, connection) = match sockets[0]["state"] == "LISTEN" {
+        true => (&sockets[0], &sockets[1]),
+        false => (&sockets[1], &sockets[0]),
+    };
+    assert_eq!(listener["savable"], false);
+    assert_eq!(listener["why_not"], "listener: no connection");
+    assert_eq!(connection["state"], "ESTABLISHED");
+    assert_eq!(connection["savable"], true);
+    assert_eq!(connection["remote"], client.local_addr().unwrap().to_string());
+    assert_eq!(connection["processes"][0]["name"], "python3");
+    assert_eq!(connection["processes"][0]["pid"].to_string(), server.pid());
+    assert!(connection["mss"].as_u64().unwrap() > 500);
+    let port = client.local_addr().unwrap().port().to_string();
+    // Both ends are in this network: the other one belongs to this test.
+    assert_eq!(json(&["list", "--json", "--port", &port]).len(), 2);
+    let table = String::from_utf8(succeed(&["list", "--port", &port])).unwrap();
+    assert!(table.starts_with(" ") && table.contains("  SAVE\n") && !table.contains('\x1b'), "{table}");
+}
+
+fn a_list_stops_quietly_when_nobody_reads() {
+    for arguments in [&["list"][..], &["list", "--json"], &["list", "--netns", "/proc/self/ns/net"]] {
+        let (read, write) = std::io::pipe().unwrap();
+        drop(read);
+        let output = soccr(arguments)
+            .stdout(write)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+            .wait_with_output()
+            .unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    }
+}
+
+fn a_connection_goes_to_another_program() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let image = image.to_str().unwrap();
+    let pair = Pair::new().unwrap();
+    let old = pair.b.run(|| server("old ", 1));
+    let mut client = pair.a.run(|| connect((pair.b.v4, 7)));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    let fd = pair.b.run(|| descriptors(&old.pid())).remove(0);
+
+    succeed(&["save", "--pid", &old.pid(), "--fd", &fd, "-o", image]);
+    assert_eq!(old.output(), "errno 103\n", "ECONNABORTED");
+    assert_eq!(std::fs::metadata(image).unwrap().permissions().mode() & 0o777, 0o600);
+    // While nobody has it: the host is silent, and the peer sends again later.
+    std::io::Write::write_all(&mut client, b"two").unwrap();
+
+    let (new, _) = pair.b.run(|| {
+        let heir = Program::start(
+            soccr(&["restore", image, "--", "python3", "-c", HEIR, "new "]).stdout(Stdio::piped()),
+        );
+        (heir, ())
+    });
+    assert_eq!(hear(&mut client, 7), "new two");
+    assert_eq!(ask(&mut client, "three", "new "), "new three");
+    assert_runs(&new.pid());
+    pair.b.run(assert_unlocked);
+}
+
+fn a_connection_that_is_kept_goes_on() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let fd = descriptors(&server.pid()).remove(0);
+    for text in ["two", "three"] {
+        let image = succeed(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]);
+        let connection = soccr_image::read(&image[..]).unwrap();
+        assert_eq!(connection.remote, client.local_addr().unwrap());
+        assert_eq!(ask(&mut client, text, ""), text);
+    }
+    assert_unlocked();
+}
+
+fn a_program_gets_it_as_standard_input_and_output() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let image = image.to_str().unwrap();
+    let server = server("old ", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    let fd = descriptors(&server.pid()).remove(0);
+    succeed(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", image]);
+    let _cat = Program::start(&mut soccr(&["restore", image, "--stdio", "--", "cat"]));
+    assert_eq!(ask(&mut client, "two", ""), "two");
+}
+
+const WAITING: &str = r#"
+import array, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print("listening", flush=True)
+(text, fds, _, _) = socket.recv_fds(listener.accept()[0], 4096, 253)
+print(text.decode(), end="", flush=True)
+connection = socket.socket(fileno=fds[0])
+while data := connection.recv(100):
+    connection.sendall(b"waiting " + data)
+"#;
+
+fn a_waiting_process_gets_the_descriptor() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
+    let (image, socket) = (path("image"), path("socket"));
+    let server = server("old ", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    let fd = descriptors(&server.pid()).remove(0);
+    succeed(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", &image]);
+    let waiting = Program::start(&mut python(WAITING, &[&socket]));
+    wait_until("it listens", || std::fs::exists(&socket).unwrap());
+    succeed(&["restore", &image, "--send-fd", &socket]);
+    assert_eq!(ask(&mut client, "two", "waiting "), "waiting two");
+    let peer = client.local_addr().unwrap();
+    drop(client);
+    assert_eq!(waiting.output(), format!("listening\n127.0.0.1:7 {peer}\n"));
+}
+
+const CLIENT: &str = r#"
+import socket, sys
+connection = socket.create_connection(("127.0.0.1", 7))
+connection.sendall(b"unread")
+print(connection.getsockname()[1], flush=True)
+connection.recv(1)
+"#;
+
+const TALKER: &str = r#"
+import socket
+connection = socket.socket(fileno=3)
+connection.sendall(b"hello")
+print(connection.recv(100).decode(), flush=True)
+"#;
+
+fn both_ends_move_to_other_addresses() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
+    // The peer of the client only accepts and sleeps: a kernel that answers is enough.
+    let listener = std::net::TcpListener::bind("127.0.0.1:7").unwrap();
+    let mut client = Program::start(&mut python(CLIENT, &[]));
+    let accepted = listener.accept().unwrap().0;
+    let mut port = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(client.0.stdout.as_mut().unwrap()), &mut port)
+        .unwrap();
+    let port = port.trim();
+    let mut end = soccr::pause(&accepted).unwrap().save().unwrap();
+    // Ours is saved by the library; that of the process by the command.
+    wait_until("its bytes are here", || {
+        end = soccr::pause(&accepted).unwrap().save().unwrap();
+        end.control.inq_len == 6
+    });
+    soccr_image::save_file(path("server"), &end).unwrap();
+    let fd = descriptors(&client.pid()).remove(0);
+    succeed(&["save", "--pid", &client.pid(), "--fd", &fd, "-o", &path("client")]);
+
+    let pair = Pair::new().unwrap();
+    let rules = ["127.0.0.1:7=192.0.2.2:7".to_owned(), format!("127.0.0.1:{port}=192.0.2.1:{port}")];
+    let restore = |image: String| {
+        let mut command = soccr(&["restore", &image, "--map", &rules[0], "--map", &rules[1]]);
+        command.args(["--", "python3", "-c", TALKER]).stdout(Stdio::piped());
+        command
+    };
+    let a = pair.a.run(|| Program::start(&mut restore(path("client"))));
+    let b = pair.b.run(|| Program::start(&mut restore(path("server"))));
+    assert_eq!((a.output().as_str(), b.output().starts_with("unread")), ("hello\n", true));
+}
+
+const THREADS: &str = r#"
+import socket, sys, threading, time
+counters = [0] * 20
+def count(i):
+    while True:
+        counters[i] += 1
+        time.sleep(0.001)
+for i in range(20):
+    threading.Thread(target=count, args=[i], daemon=True).start()
+connection = socket.create_server(("", 7)).accept()[0]
+while data := connection.recv(100):
+    before = list(counters)
+    time.sleep(0.05)
+    moved = all(a < b for a, b in zip(before, counters))
+    connection.sendall(b"all run" if moved else b"stopped")
+"#;
+
+fn an_interrupted_program_keeps_its_threads() {
+    if !installed("python3") {
+        return;
+    }
+    let program = Program::start(&mut python(THREADS, &[]));
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "?", "......"), "all run");
+    let fd = descriptors(&program.pid()).remove(0);
+    for _ in 0..20 {
+        succeed(&["save", "--keep", "--pid", &program.pid(), "--fd", &fd]);
+        assert_runs(&program.pid());
+    }
+    assert_eq!(ask(&mut client, "?", "......"), "all run");
+}
+
+fn what_fails_leaves_the_connection() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let pid = server.pid();
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let fd = descriptors(&pid).remove(0);
+    let listener = (0..10).map(|fd| fd.to_string()).find(|fd| {
+        let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
+        link.is_ok_and(|link| link.to_str().unwrap().starts_with("socket:"))
+    });
+    let listener = listener.unwrap();
+    assert!(
+        fail(1, &["save", "--pid", &pid, "--fd", &listener, "-o", "/dev/null/x"]).contains("not connected")
+    );
+    assert!(
+        fail(1, &["save", "--pid", &pid, "--fd", "0", "-o", "/dev/null/x"])
+            .contains("fd 0: it is no TCP socket")
+    );
+    assert!(
+        fail(1, &["save", "--pid", &pid, "--fd", "99", "-o", "/dev/null/x"]).contains("no descriptor 99")
+    );
+    assert!(fail(1, &["save", "--pid", "999999999", "--fd", "1"]).contains("no such process"));
+    // The image cannot be written.
+    assert!(
+        fail(1, &["save", "--pid", &pid, "--fd", &fd, "-o", "/nonexistent/x"]).contains("/nonexistent/x")
+    );
+    let (read, write) = std::io::pipe().unwrap();
+    drop(read);
+    let broken = soccr(&["save", "--pid", &pid, "--fd", &fd]).stdout(write).status().unwrap();
+    assert_eq!(broken.code(), Some(1), "an image that nobody has read is none");
+    // Nobody to give it to.
+    assert!(fail(127, &["restore", "/dev/null", "--", "no-such-program"]).contains("no-such-program"));
+    assert!(fail(126, &["restore", "/dev/null", "--", "/etc/passwd"]).contains("/etc/passwd"));
+    assert_eq!(run(&["restore", "/dev/null"]).status.code(), Some(2));
+    assert_runs(&pid);
+    assert_unlocked();
+    assert_eq!(ask(&mut client, "two", ""), "two");
+}

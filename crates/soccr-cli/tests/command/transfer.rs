@@ -1,0 +1,186 @@
+//! `send` and `receive`.
+
+use std::io::{Read, Seek};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+
+use soccr_lab::{Lab, Side, wait_until};
+
+use crate::programs::{
+    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, hear, installed, json, server, soccr,
+};
+
+crate::tests![
+    a_connection_moves_to_another_host,
+    a_connection_moves_through_a_one_way_pipe,
+    what_the_target_refuses_stays,
+    one_that_fails_does_not_hurt_the_others,
+    all_connections_of_a_port_move,
+    a_target_that_is_silent_changes_nothing,
+];
+
+/// Two hosts with one address, an old server on `a`, and clients on the peer.
+pub struct Move {
+    pub lab: Lab,
+    pub old: Program,
+    pub clients: Vec<TcpStream>,
+    /// A process on `b`: where its network is.
+    pub beside: Program,
+}
+
+impl Move {
+    pub fn new(connections: usize) -> Self {
+        let lab = Lab::new().unwrap();
+        let old = lab.a.run(|| server("old ", connections));
+        let mut clients = Vec::new();
+        for _ in 0..connections {
+            let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
+            assert_eq!(ask(&mut client, "one", "old "), "old one");
+            clients.push(client);
+        }
+        let beside = lab.b.run(|| Program::start(Command::new("sleep").arg("1000")));
+        Self { lab, old, clients, beside }
+    }
+
+    /// The shell command that receives on `b`.
+    pub fn receive(&self) -> String {
+        format!("{SOCCR} receive --netns {} -- python3 -c '{HEIR}' 'new '", self.beside.pid())
+    }
+
+    pub fn send(&self, arguments: &[&str]) -> Command {
+        let mut command = soccr(&["send", "--pid", &self.old.pid()]);
+        command.args(arguments);
+        command
+    }
+
+    /// Sends, and returns exit code and complaints.
+    pub fn try_send(&self, arguments: &[&str]) -> (i32, String) {
+        // No pipe: the programs that receive keep standard error open.
+        let mut complaints = tempfile::tempfile().unwrap();
+        let status = self.send(arguments).stderr(complaints.try_clone().unwrap()).status().unwrap();
+        let mut text = String::new();
+        complaints.rewind().unwrap();
+        complaints.read_to_string(&mut text).unwrap();
+        (status.code().unwrap(), text)
+    }
+
+    /// Everything goes on at the host.
+    pub fn assert_lives_at(&mut self, side: Side, prefix: &str) {
+        self.lab.steer(side).unwrap();
+        for client in &mut self.clients {
+            assert_eq!(ask(client, "more", prefix), format!("{prefix}more"));
+        }
+    }
+
+    /// Ends the programs that have received, which nobody else waits for.
+    pub fn end(&mut self) {
+        self.clients.clear();
+        let pid = self.beside.pid();
+        wait_until("the heirs have ended", || {
+            json(&["list", "--json", "--netns", &pid]).iter().all(|s| s["savable"] == false)
+        });
+    }
+}
+
+fn a_connection_moves_to_another_host() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(1);
+    let fd = moving.lab.a.run(|| descriptors(&moving.old.pid())).remove(0);
+    assert_eq!(moving.try_send(&["--fd", &fd, "--via", &moving.receive()]), (0, String::new()));
+    moving.assert_lives_at(Side::B, "new ");
+    moving.end();
+}
+
+fn a_connection_moves_through_a_one_way_pipe() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(2);
+    let (mut send, receive) = (moving.send(&["--all"]), moving.receive());
+    let mut source = send.stdout(Stdio::piped()).spawn().unwrap();
+    let mut shell = Command::new("sh");
+    let target =
+        Program::start(shell.args(["-c", &format!("exec {receive}")]).stdin(source.stdout.take().unwrap()));
+    assert!(source.wait().unwrap().success());
+    moving.assert_lives_at(Side::B, "new ");
+    drop(target);
+}
+
+fn what_the_target_refuses_stays() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(1);
+    // A network where the address does not exist: that of this test.
+    let receive = format!("{SOCCR} receive -- true");
+    let (code, complaint) = moving.try_send(&["--all", "--via", &receive]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(
+        complaint.contains("stays: the target refuses it") && complaint.contains("EADDRNOTAVAIL"),
+        "{complaint}"
+    );
+    assert_runs(&moving.old.pid());
+    moving.assert_lives_at(Side::A, "old ");
+}
+
+fn one_that_fails_does_not_hurt_the_others() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(4);
+    // --stdio takes one: the others stay.
+    let receive = format!("{SOCCR} receive --netns {} --stdio -- cat", moving.beside.pid());
+    let (code, complaint) = moving.try_send(&["--all", "--via", &receive]);
+    assert_eq!(code, 3, "{complaint}");
+    assert_eq!(complaint.matches("stays: the target refuses it: ").count(), 3, "{complaint}");
+    assert_runs(&moving.old.pid());
+    let mut moved = 0;
+    for client in &mut moving.clients {
+        std::io::Write::write_all(client, b"more").unwrap();
+        // Either host answers; packets go to `a` first, which is silent about what has left it.
+    }
+    for (index, client) in moving.clients.iter_mut().enumerate() {
+        client.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 8];
+        moving.lab.steer(Side::A).unwrap();
+        wait_until("somebody answers", || {
+            let answered = client.peek(&mut bytes).is_ok();
+            if !answered {
+                // The one that has moved.
+                moving.lab.steer(Side::B).unwrap();
+            }
+            answered
+        });
+        client.set_nonblocking(false).unwrap();
+        let first = hear(client, 4);
+        if first == "more" {
+            moved += 1;
+        } else {
+            assert_eq!(first + &hear(client, 4), "old more", "connection {index}");
+        }
+    }
+    assert_eq!(moved, 1);
+}
+
+fn all_connections_of_a_port_move() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(20);
+    assert_eq!(moving.try_send(&["--port", "7", "--via", &moving.receive()]), (0, String::new()));
+    moving.assert_lives_at(Side::B, "new ");
+    moving.end();
+}
+
+fn a_target_that_is_silent_changes_nothing() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(1);
+    let (code, complaint) = moving.try_send(&["--all", "--timeout", "1", "--via", "cat >/dev/null"]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(complaint.contains("stays:"), "{complaint}");
+    moving.assert_lives_at(Side::A, "old ");
+}

@@ -1,0 +1,299 @@
+//! Every TCP socket of a network namespace, whoever owns it: `sock_diag(7)`.
+//!
+//! ```
+//! # fn main() -> soccr::Result<()> {
+//! let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+//! let mut found = false;
+//! soccr::diag::Diag::open()?.visit(|socket| found |= socket.local == listener.local_addr().unwrap())?;
+//! assert!(found);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # References
+//! `linux/inet_diag.h`, `linux/sock_diag.h`.
+
+use std::cell::RefCell;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::BorrowedFd;
+
+use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
+
+use crate::connection::State;
+use crate::error::{Error, Result};
+use crate::sys::namespace;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// `struct inet_diag_msg`: what every answer begins with, before its attributes.
+const ANSWER: usize = 72;
+/// All states of `tcpi_state`.
+const ALL_STATES: u32 = 0xfff;
+
+const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_MARK: u16 = 15;
+const INET_DIAG_MD5SIG: u16 = 18;
+const INET_DIAG_ULP_INFO: u16 = 19;
+const INET_ULP_INFO_NAME: u16 = 1;
+
+/// Asks the kernel about the sockets of the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Diag {
+    netlink: soccr_netlink::Socket,
+    batch: Batch,
+}
+
+/// A TCP socket, as the kernel describes it to others than its owner.
+#[derive(Clone, Copy, Debug)]
+pub struct Socket<'a> {
+    /// The state of its connection.
+    pub state: State,
+    /// The address of our end.
+    pub local: SocketAddr,
+    /// The address of the peer; unspecified for a listener.
+    pub remote: SocketAddr,
+    /// The interface it is bound to; zero for none.
+    pub interface: u32,
+    /// A number that no other socket has had since the system started (`SO_COOKIE`).
+    pub cookie: u64,
+    /// Bytes that the application has not read; for a listener, connections not yet accepted.
+    pub receive_queue: u32,
+    /// Bytes that the peer has not acknowledged; for a listener, its backlog.
+    pub send_queue: u32,
+    /// The user it belongs to.
+    pub uid: u32,
+    /// The inode number, by which `/proc/PID/fd` names it; zero where no process has it open.
+    pub inode: u32,
+    attributes: &'a [u8],
+}
+
+impl Socket<'_> {
+    /// `struct tcp_info`, as long as this kernel makes it. Empty in TIME_WAIT and SYN_RECV.
+    pub fn tcp_info(&self) -> &[u8] {
+        self.attribute(INET_DIAG_INFO).unwrap_or_default()
+    }
+
+    /// `SO_MARK`. The kernel tells it only with `CAP_NET_ADMIN`.
+    pub fn mark(&self) -> Option<u32> {
+        Some(u32::from_ne_bytes(*self.attribute(INET_DIAG_MARK)?.first_chunk()?))
+    }
+
+    /// It is a subflow of an MPTCP connection, which cannot be paused.
+    pub fn is_mptcp(&self) -> bool {
+        let layer = self.attribute(INET_DIAG_ULP_INFO);
+        let name = layer.and_then(|layer| attributes(layer).find(|(kind, _)| *kind == INET_ULP_INFO_NAME));
+        name.is_some_and(|(_, name)| name.starts_with(b"mptcp\0"))
+    }
+
+    /// TCP MD5 keys, one `struct tcp_diag_md5sig` behind another. The kernel tells them only with `CAP_NET_ADMIN`.
+    pub(crate) fn md5_keys(&self) -> Option<&[u8]> {
+        self.attribute(INET_DIAG_MD5SIG)
+    }
+
+    fn attribute(&self, wanted: u16) -> Option<&[u8]> {
+        attributes(self.attributes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+    }
+}
+
+thread_local! {
+    /// The last one used: opening costs more than asking. It pins at most one namespace per thread.
+    static LAST: RefCell<Option<(u64, Diag)>> = const { RefCell::new(None) };
+}
+
+/// Asks in the network namespace of `socket`.
+pub(crate) fn beside<T>(socket: BorrowedFd<'_>, ask: impl FnOnce(&mut Diag) -> Result<T>) -> Result<T> {
+    let cookie = namespace::cookie(socket).map_err(failed)?;
+    LAST.with_borrow_mut(|last| match last {
+        Some((opened, diag)) if *opened == cookie => ask(diag),
+        _ => {
+            let netlink = || soccr_netlink::Socket::open(Family::SockDiag);
+            let netlink = namespace::open_beside(socket, netlink).map_err(failed)?;
+            ask(&mut last.insert((cookie, Diag { netlink, batch: Batch::new() })).1)
+        }
+    })
+}
+
+impl Diag {
+    /// Opens a `sock_diag` socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `EPROTONOSUPPORT` or, on asking, `ENOENT` where the kernel has no `inet_diag`; `EMFILE`.
+    pub fn open() -> Result<Self> {
+        let netlink = soccr_netlink::Socket::open(Family::SockDiag).map_err(failed)?;
+        Ok(Self { netlink, batch: Batch::new() })
+    }
+
+    /// Shows every TCP socket to `each`, IPv4 first. Sockets come and go meanwhile: it is no snapshot.
+    ///
+    /// # Errors
+    /// Those of `sock_diag(7)`.
+    pub fn visit(&mut self, mut each: impl FnMut(&Socket<'_>)) -> Result<()> {
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            self.ask(&Request { family, states: ALL_STATES, dump: true, ..Request::default() }, &mut each)?;
+        }
+        Ok(())
+    }
+
+    /// Looks for the socket with exactly these addresses and shows it to `read`; `None` where there is none.
+    ///
+    /// # Errors
+    /// Those of `sock_diag(7)`.
+    pub fn find<T>(
+        &mut self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        read: impl FnOnce(&Socket<'_>) -> T,
+    ) -> Result<Option<T>> {
+        let family = family(local);
+        let request =
+            Request { family, states: ALL_STATES, local: Some(local), remote: Some(remote), dump: false };
+        let (mut read, mut found) = (Some(read), None);
+        let outcome = self.ask(&request, |socket| {
+            // The kernel answers with a listener where there is no connection.
+            if socket.remote.port() == remote.port()
+                && let Some(read) = read.take()
+            {
+                found = Some(read(socket));
+            }
+        });
+        match outcome {
+            Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
+            outcome => outcome.map(|()| found),
+        }
+    }
+
+    /// The peer of the connection in SYN_SENT that has this cookie: `getpeername(2)` does not tell it yet.
+    pub(crate) fn peer_of_handshake(&mut self, local: SocketAddr, cookie: u64) -> Result<Option<SocketAddr>> {
+        let states = 1 << State::SynSent as u8;
+        let request = Request { family: family(local), states, local: Some(local), remote: None, dump: true };
+        let mut peer = None;
+        self.ask(&request, |socket| {
+            if socket.cookie == cookie {
+                peer = Some(socket.remote);
+            }
+        })?;
+        Ok(peer)
+    }
+
+    fn ask(&mut self, request: &Request, mut each: impl FnMut(&Socket<'_>)) -> Result<()> {
+        self.batch.clear();
+        let flags = if request.dump { REQUEST | DUMP } else { REQUEST | ACK };
+        self.batch.message(SOCK_DIAG_BY_FAMILY, flags, |message| message.bytes(&request.encode()));
+        let answer = |_, payload: &[u8]| {
+            if let Some(socket) = decode(payload) {
+                each(&socket);
+            }
+        };
+        self.netlink.dump(&self.batch, answer).map_err(failed)
+    }
+}
+
+/// `struct inet_diag_req_v2`.
+#[derive(Default)]
+struct Request {
+    family: i32,
+    states: u32,
+    local: Option<SocketAddr>,
+    remote: Option<SocketAddr>,
+    dump: bool,
+}
+
+impl Request {
+    fn encode(&self) -> [u8; 56] {
+        let mut bytes = [0; 56];
+        bytes[0] = self.family as u8;
+        bytes[1] = libc::IPPROTO_TCP as u8;
+        // One bit for each attribute wanted. MD5 keys come along with the info.
+        bytes[2] = 1 << (INET_DIAG_INFO - 1);
+        bytes[4..8].copy_from_slice(&self.states.to_ne_bytes());
+        for (address, port, ip) in [(self.local, 8, 12), (self.remote, 10, 28)] {
+            let Some(address) = address else { continue };
+            bytes[port..port + 2].copy_from_slice(&address.port().to_be_bytes());
+            match address.ip() {
+                IpAddr::V4(v4) => bytes[ip..ip + 4].copy_from_slice(&v4.octets()),
+                IpAddr::V6(v6) => bytes[ip..ip + 16].copy_from_slice(&v6.octets()),
+            }
+        }
+        let scope = match self.local {
+            Some(SocketAddr::V6(address)) => address.scope_id(),
+            _ => 0,
+        };
+        bytes[44..48].copy_from_slice(&scope.to_ne_bytes());
+        // INET_DIAG_NOCOOKIE: whatever its cookie.
+        bytes[48..].fill(0xff);
+        bytes
+    }
+}
+
+/// Reads a `struct inet_diag_msg`.
+fn decode(payload: &[u8]) -> Option<Socket<'_>> {
+    let (header, attributes) = payload.split_first_chunk::<ANSWER>()?;
+    let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let interface = word(40);
+    let address = |port: usize, ip: usize| {
+        let port = u16::from_be_bytes([header[port], header[port + 1]]);
+        if i32::from(header[0]) == libc::AF_INET {
+            let octets: [u8; 4] = header[ip..ip + 4].try_into().ok()?;
+            return Some(SocketAddr::from((Ipv4Addr::from(octets), port)));
+        }
+        let octets: [u8; 16] = header[ip..ip + 16].try_into().ok()?;
+        let ip = Ipv6Addr::from(octets);
+        let scope = if ip.is_unicast_link_local() { interface } else { 0 };
+        Some(SocketAddr::V6(SocketAddrV6::new(ip, port, 0, scope)))
+    };
+    Some(Socket {
+        state: State::from_kernel(header[1])?,
+        local: address(4, 8)?,
+        remote: address(6, 24)?,
+        interface,
+        cookie: u64::from(word(44)) | u64::from(word(48)) << 32,
+        receive_queue: word(56),
+        send_queue: word(60),
+        uid: word(64),
+        inode: word(68),
+        attributes,
+    })
+}
+
+fn family(address: SocketAddr) -> i32 {
+    if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }
+}
+
+fn failed(error: std::io::Error) -> Error {
+    Error::system("sock_diag", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::sys::sockopt;
+
+    #[test]
+    fn connections_are_found_by_their_addresses() {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(host).unwrap();
+            let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let theirs = listener.accept().unwrap().0;
+            ours.write_all(b"unread").unwrap();
+            let mut diag = Diag::open().unwrap();
+            let (local, remote) = (theirs.local_addr().unwrap(), theirs.peer_addr().unwrap());
+            let read = |socket: &Socket<'_>| {
+                assert_eq!((socket.local, socket.remote), (local, remote));
+                assert_eq!((socket.state, socket.receive_queue), (State::Established, 6));
+                assert_eq!(socket.tcp_info().first(), Some(&1));
+                assert!(socket.inode != 0 && !socket.is_mptcp());
+                socket.cookie
+            };
+            let cookie: u64 = sockopt::get(theirs.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE).unwrap();
+            assert_eq!(diag.find(local, remote, read).unwrap(), Some(cookie));
+            let mut seen = 0;
+            diag.visit(|socket| seen += u32::from(socket.cookie == cookie)).unwrap();
+            assert_eq!(seen, 1);
+            let nobody = SocketAddr::new(remote.ip(), 1);
+            assert_eq!(diag.find(local, nobody, |_| ()).unwrap(), None);
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! [`Lock`]: the network kept quiet around connections while they are saved and moved.
+//!
+//! All packets of a locked connection, in both directions, stop at the first hook of the firewall, before connection
+//! tracking; the rules of others are not touched. Only packets with the mark 0xC114 (`SO_MARK`) pass: those that this
+//! library sends itself. See [`Mode`] for what becomes of the packets that arrive.
+//!
+//! One move on one host, of which the peer feels nothing but the time of the lock:
+//!
+//! ```no_run
+//! # fn main() -> soccr::Result<()> {
+//! # let stream = std::net::TcpStream::connect("192.0.2.1:80").unwrap();
+//! # let flow: soccr::connection::Flow = todo!();
+//! let lock = soccr::Lock::hold(&[flow])?;
+//! let paused = soccr::pause(&stream)?;
+//! let connection = paused.save()?;
+//! paused.detach()?;
+//! let restored = connection.restore()?;
+//! lock.release()?; // gives the restored socket what has arrived meanwhile
+//! let stream = restored.resume()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Between two hosts the packets travel with the connection. The source calls [`Lock::take`], sends
+//! connection and [`Held`] packets, and when the target has taken over it calls [`Lock::persist`], so that late packets
+//! draw no reset. The target calls [`Held::replay`] between `restore` and `resume`.
+
+mod capture;
+mod held;
+mod persistent;
+mod table;
+
+use std::collections::HashSet;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::net::sockopt;
+use soccr_netlink::{Batch, Family, Socket};
+
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+use crate::sys::namespace;
+use crate::sys::raw::{Injector, Via};
+use capture::Capture;
+use table::{CAPACITY, Kind, Transaction};
+
+pub use held::Held;
+pub use persistent::{PersistentLock, SILENCE};
+
+/// What becomes of the packets that arrive for a locked connection. What it sends itself is always dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// They are dropped. The peer sends them again when its timer runs out: after 200 ms or more.
+    Drop,
+    /// They are kept and delivered when the lock is [released](Lock::release), up to `limit` bytes for all
+    /// connections of one [`Locker`] together. Beyond it acknowledgements that later ones replace are let go
+    /// first, then whatever arrives; [`Locker::dropped`] counts.
+    Hold {
+        /// In bytes.
+        limit: usize,
+    },
+}
+
+impl Mode {
+    /// [`Mode::Hold`] with 64 MiB.
+    pub const HOLD: Self = Self::Hold { limit: 64 << 20 };
+}
+
+/// Makes [`Lock`]s in one network namespace.
+///
+/// It owns an nftables table, which the kernel removes when the `Locker` and its locks are gone, however the process
+/// ends. Making one takes about a millisecond, a lock from it tens of microseconds: keep one for many locks.
+#[derive(Debug)]
+pub struct Locker {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// `None` only while it is dropped.
+    table: Mutex<Option<Table>>,
+    reader: Option<Arc<Reader>>,
+}
+
+#[derive(Debug)]
+struct Table {
+    socket: Socket,
+    name: String,
+    batch: Batch,
+    locked: HashSet<Flow>,
+    /// How many of them are IPv6, IPv4.
+    counts: [u32; 2],
+}
+
+/// What the thread that reads captured packets shares with the locks.
+#[derive(Debug)]
+struct Reader {
+    capture: Mutex<Capture>,
+    readable: OwnedFd,
+    stop: OwnedFd,
+}
+
+impl Locker {
+    /// A locker for the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN` there, and without `CAP_NET_RAW` to hold; the kernel lacks nftables (Linux 5.12,
+    /// `CONFIG_NF_TABLES_INET`) or, to hold, `CONFIG_NFT_LOG` and `CONFIG_NETFILTER_NETLINK_LOG`.
+    pub fn new(mode: Mode) -> Result<Self> {
+        let sockets = Sockets::open(mode).map_err(|error| Error::system("netfilter socket", error));
+        sockets.and_then(|sockets| Self::start(sockets, mode)).map_err(|error| error.at("lock"))
+    }
+
+    /// A locker for the network namespace of a socket.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new), and `EPERM` without `CAP_SYS_ADMIN` where that is not the namespace of the
+    /// calling thread.
+    pub fn beside(socket: impl AsFd, mode: Mode) -> Result<Self> {
+        let sockets = namespace::open_beside(socket.as_fd(), || Sockets::open(mode))
+            .map_err(|error| Error::system("netfilter socket", error));
+        sockets.and_then(|sockets| Self::start(sockets, mode)).map_err(|error| error.at("lock"))
+    }
+
+    fn start(sockets: Sockets, mode: Mode) -> Result<Self> {
+        let Sockets { mut table, log, injectors } = sockets;
+        let capture = match (mode, log) {
+            (Mode::Hold { limit }, Some(log)) => {
+                let capture = Capture::open(log, injectors, limit);
+                Some(capture.map_err(|error| Error::system("NFLOG", error).advise(NEEDS))?)
+            }
+            _ => None,
+        };
+        let port = rustix::net::getsockname(&table)
+            .and_then(rustix::net::netlink::SocketAddrNetlink::try_from)
+            .map_err(|error| Error::system("getsockname", error))?
+            .pid();
+        table.set_send_buffer(LONGEST_BATCH).map_err(|error| Error::system("SO_SNDBUF", error))?;
+        let mut batch = Batch::new();
+        let kind = Kind::Owned(capture.as_ref().map(Capture::group));
+        // No other living socket of this namespace has the number, but the table of a dead one may still be there.
+        let mut attempt = 0;
+        let name = loop {
+            let name = format!("soccr-{port}-{attempt}");
+            let mut transaction = Transaction::begin(&mut batch, &name);
+            transaction.create(kind);
+            match transaction.commit(&mut table) {
+                Ok(()) => break name,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => attempt += 1,
+                Err(error) => return Err(Error::system("nft add table", error).advise(NEEDS)),
+            }
+        };
+        let reader =
+            capture.map(Reader::start).transpose().map_err(|error| Error::system("thread", error))?;
+        let table = Table { socket: table, name, batch, locked: HashSet::new(), counts: [0; 2] };
+        Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader }) })
+    }
+
+    /// Locks connections: both directions of all of them, in one transaction.
+    ///
+    /// # Errors
+    /// Refused: a connection that is locked already, by this locker; more than 65536 of one address family.
+    /// Nothing is locked then.
+    pub fn lock(&self, flows: &[Flow]) -> Result<Lock> {
+        self.shared.lock(flows).map_err(|error| error.at("lock"))?;
+        Ok(Lock { shared: Arc::clone(&self.shared), flows: flows.to_vec() })
+    }
+
+    /// Packets that arrived for locked connections and could not be kept: over the limit, or because the
+    /// kernel had no room for them. The peers send again what was in them.
+    pub fn dropped(&self) -> u64 {
+        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().dropped())
+    }
+}
+
+/// Connections whose traffic is stopped. Dropping it [releases](Self::release) them.
+#[derive(Debug)]
+#[must_use = "dropping it unlocks at once"]
+pub struct Lock {
+    shared: Arc<Shared>,
+    flows: Vec<Flow>,
+}
+
+impl Lock {
+    /// Locks connections in the network namespace of the calling thread, and keeps what arrives for them.
+    ///
+    /// # Errors
+    /// Those of [`Locker::new`] and [`Locker::lock`].
+    pub fn hold(flows: &[Flow]) -> Result<Self> {
+        Locker::new(Mode::HOLD)?.lock(flows)
+    }
+
+    /// Locks connections in the network namespace of the calling thread, and drops what arrives for them.
+    ///
+    /// # Errors
+    /// Those of [`Locker::new`] and [`Locker::lock`].
+    pub fn drop_traffic(flows: &[Flow]) -> Result<Self> {
+        Locker::new(Mode::Drop)?.lock(flows)
+    }
+
+    /// The connections, as they were given.
+    pub fn flows(&self) -> &[Flow] {
+        &self.flows
+    }
+
+    /// How many packets are held for these connections by now.
+    pub fn held(&self) -> usize {
+        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().held(&self.flows))
+    }
+
+    /// Takes what has been held so far, for each connection in the order of [`flows`](Self::flows). The connections
+    /// stay locked, and what arrives from now on is held as well: for another call, or for the
+    /// [release](Self::release).
+    ///
+    /// # Errors
+    /// System: the netlink socket could not be read.
+    pub fn take(&self) -> Result<Vec<Held>> {
+        match &self.shared.reader {
+            Some(reader) => {
+                let taken = reader.capture().take(&self.flows);
+                taken.map_err(|error| Error::system("NFLOG", error).at("take"))
+            }
+            None => Ok(self.flows.iter().map(|flow| Held { flow: *flow, packets: Vec::new() }).collect()),
+        }
+    }
+
+    /// Unlocks the connections and delivers what has been held, in order and before anything that arrives later.
+    /// Returns how many packets that were.
+    ///
+    /// Release a restored connection before it is [resumed](crate::Restored::resume): what it then sends at once reaches
+    /// the peer.
+    ///
+    /// # Errors
+    /// The first failure of many possible ones, after everything has been tried. `EPERM` where a firewall drops
+    /// what the host sends to itself: the peer sends again what was held.
+    pub fn release(mut self) -> Result<usize> {
+        self.unlock().map_err(|error| error.at("unlock"))
+    }
+
+    /// Makes the lock stay when the process ends, under a name, for a limited time or until it is
+    /// [removed](PersistentLock::remove). It drops what arrives; what is held now is gone: [take](Self::take) it first.
+    ///
+    /// This is how a host stays silent after a connection has left it, while late packets may still come:
+    ///
+    /// ```no_run
+    /// # fn example(lock: soccr::Lock) -> soccr::Result<()> {
+    /// lock.persist("moved-to-b", Some(soccr::lock::SILENCE))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`PersistentLock::create`]. The connections are unlocked then.
+    pub fn persist(mut self, name: &str, limit: Option<Duration>) -> Result<()> {
+        self.shared.persist(name, &self.flows, limit).map_err(|error| error.at("lock"))?;
+        self.flows.clear();
+        Ok(())
+    }
+
+    fn unlock(&mut self) -> Result<usize> {
+        let flows = std::mem::take(&mut self.flows);
+        match &self.shared.reader {
+            _ if flows.is_empty() => Ok(0),
+            Some(reader) => reader.capture().release(&flows, || self.shared.delete(&flows)),
+            None => self.shared.delete(&flows).map(|()| 0),
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // There is nobody left to tell.
+        let _ = self.unlock();
+    }
+}
+
+impl Shared {
+    fn lock(&self, flows: &[Flow]) -> Result<()> {
+        flows.iter().try_for_each(validate)?;
+        self.with_table(|table| table.reserve(flows))?;
+        if let Some(reader) = &self.reader {
+            reader.capture().hold(flows);
+        }
+        let added = self.with_table(|table| {
+            table.transact(flows, |transaction, flows| transaction.add(flows, None)).map_err(|error| {
+                // Of several transactions the first ones may have succeeded.
+                let _ = table.transact(flows, |transaction, flows| transaction.delete(flows));
+                table.forget(flows);
+                Error::system("nft add element", error)
+            })
+        });
+        if let (Some(reader), Err(_)) = (&self.reader, &added) {
+            reader.capture().forget(flows);
+        }
+        added
+    }
+
+    fn delete(&self, flows: &[Flow]) -> Result<()> {
+        self.with_table(|table| {
+            table.forget(flows);
+            let deleted = table.transact(flows, |transaction, flows| transaction.delete(flows));
+            deleted.map_err(|error| Error::system("nft delete element", error))
+        })
+    }
+
+    fn persist(&self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
+        self.with_table(|table| persistent::create(&mut table.socket, name, flows, limit))?;
+        if let Some(reader) = &self.reader {
+            reader.capture().discard(flows);
+        }
+        self.delete(flows)
+    }
+
+    fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        work(table.as_mut().expect("the table is there until the drop"))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(reader) = &self.reader {
+            // An event counter that is written once cannot be full.
+            let _ = rustix::io::write(&reader.stop, &1u64.to_ne_bytes());
+        }
+        let table = self.table.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        // The kernel takes milliseconds to remove a table: not while connections wait to be resumed.
+        let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(table));
+    }
+}
+
+impl Table {
+    /// Adds or deletes elements: in one transaction, where the kernel lets us send one that long.
+    fn transact(&mut self, flows: &[Flow], fill: impl Fn(&mut Transaction<'_>, &[Flow])) -> io::Result<()> {
+        let longest = sockopt::socket_send_buffer_size(&self.socket)?;
+        for flows in flows.chunks(table::most_elements(longest)) {
+            let mut transaction = Transaction::begin(&mut self.batch, &self.name);
+            fill(&mut transaction, flows);
+            transaction.commit(&mut self.socket)?;
+        }
+        Ok(())
+    }
+
+    /// Enters connections as locked, or none of them.
+    fn reserve(&mut self, flows: &[Flow]) -> Result<()> {
+        for (index, flow) in flows.iter().enumerate() {
+            let count = &mut self.counts[usize::from(flow.is_ipv4())];
+            let refused = if *count == CAPACITY {
+                Err(Error::refused("more than 65536 connections", "make another Locker for the rest"))
+            } else if !self.locked.insert(canonical(flow)) {
+                let what = format!("{} to {}, which is locked already", flow.local, flow.remote);
+                Err(Error::refused(what, "release the lock that it is in"))
+            } else {
+                *count += 1;
+                Ok(())
+            };
+            if refused.is_err() {
+                self.forget(&flows[..index]);
+                return refused;
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            let removed = self.locked.remove(&canonical(flow));
+            self.counts[usize::from(flow.is_ipv4())] -= u32::from(removed);
+        }
+    }
+}
+
+impl Reader {
+    /// Starts the thread. It ends when it is told to stop.
+    fn start(capture: Capture) -> io::Result<Arc<Self>> {
+        let readable = capture.socket().as_fd().try_clone_to_owned()?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let reader = Arc::new(Self { capture: Mutex::new(capture), readable, stop });
+        let thread = Arc::clone(&reader);
+        std::thread::Builder::new().name("soccr-hold".into()).spawn(move || thread.run())?;
+        Ok(reader)
+    }
+
+    fn run(&self) {
+        loop {
+            let mut events =
+                [PollFd::new(&self.readable, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+            match poll(&mut events, None) {
+                Ok(_) if events[1].revents().is_empty() => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                _ => return,
+            }
+            // Whoever takes or releases reads too, and reports.
+            let _ = self.capture().read();
+        }
+    }
+
+    fn capture(&self) -> MutexGuard<'_, Capture> {
+        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything that has to be opened in the right namespace.
+struct Sockets {
+    table: Socket,
+    log: Option<Socket>,
+    injectors: [Option<Injector>; 2],
+}
+
+impl Sockets {
+    fn open(mode: Mode) -> io::Result<Self> {
+        let table = Socket::open(Family::Netfilter)?;
+        if mode == Mode::Drop {
+            return Ok(Self { table, log: None, injectors: [None, None] });
+        }
+        // A kernel without one of the families has no connections of it either.
+        let injector = |via| match Injector::open(via) {
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
+            other => other.map(Some),
+        };
+        let injectors = [injector(Via::Ipv4)?, injector(Via::Ipv6)?];
+        Ok(Self { table, log: Some(Socket::open(Family::Netfilter)?), injectors })
+    }
+}
+
+impl AsFd for Sockets {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.table.as_fd()
+    }
+}
+
+/// Enough to lock as many connections at once as a table can: an ordinary user may get less.
+const LONGEST_BATCH: usize = 8 << 20;
+
+const NEEDS: &str = "needs nftables: Linux 5.12 with CONFIG_NF_TABLES_INET, and to hold packets CONFIG_NFT_LOG and \
+                     CONFIG_NETFILTER_NETLINK_LOG; CAP_NET_ADMIN and CAP_NET_RAW, as root or under `unshare -Urn`";
+
+fn validate(flow: &Flow) -> Result<()> {
+    let families = [flow.local, flow.remote].map(|end| end.ip().to_canonical().is_ipv4());
+    if families[0] == families[1] { Ok(()) } else { Err(Error::invalid("the addresses are of two families")) }
+}
+
+/// The addresses as packets show them: neither IPv4-mapped nor with a scope.
+fn canonical(flow: &Flow) -> Flow {
+    let plain = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+    Flow { local: plain(flow.local), remote: plain(flow.remote) }
+}

@@ -1,0 +1,326 @@
+//! The packets that a lock holds back: the rule that drops them copies them to a netlink socket first
+//! (`log group`, NFLOG), in their order.
+//!
+//! A thread of the [`Locker`](super::Locker) reads along, because the kernel keeps little for an ordinary user, and
+//! because a packet may still be on its way through the rule when its connection is unlocked.
+//!
+//! # References
+//! `linux/netfilter/nfnetlink_log.h`.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+
+use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
+
+use super::canonical;
+use super::held::{Held, Replay};
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+use crate::segment::Parsed;
+use crate::sys::raw::Injector;
+
+/// What one packet costs beyond its bytes.
+const OVERHEAD: usize = 64;
+
+/// A log group, the packets that have come from it, and the way back for them.
+#[derive(Debug)]
+pub(super) struct Capture {
+    socket: Socket,
+    group: u16,
+    packets: Packets,
+    next: u32,
+}
+
+/// What has been captured, in order, by connection.
+#[derive(Debug)]
+struct Packets {
+    flows: HashMap<Flow, Fate>,
+    injectors: [Option<Injector>; 2],
+    bytes: usize,
+    limit: usize,
+    dropped: u64,
+}
+
+/// What becomes of the packets of a connection that is, or was, locked.
+#[derive(Debug)]
+enum Fate {
+    /// They wait until they are replayed or taken.
+    Held { queue: VecDeque<Packet>, acks: usize },
+    /// The connection has left: nobody here may answer.
+    Discarded,
+}
+
+#[derive(Debug)]
+struct Packet {
+    bytes: Vec<u8>,
+    pure_ack: bool,
+}
+
+impl Capture {
+    /// Opens a group that nobody else listens to. `socket` and `injectors` (IPv4, IPv6) are in the namespace
+    /// where the packets are.
+    pub(super) fn open(
+        mut socket: Socket,
+        injectors: [Option<Injector>; 2],
+        limit: usize,
+    ) -> io::Result<Self> {
+        // What the kernel may keep until the thread comes; more only with privileges in the first namespace.
+        socket.set_receive_buffer(limit)?;
+        let first = std::process::id() as u16;
+        let mut outcome = Err(io::ErrorKind::AddrInUse.into());
+        for attempt in 0..256u16 {
+            let group = first.wrapping_add(attempt.wrapping_mul(251)).max(1);
+            match bind(&mut socket, group) {
+                Ok(()) => {
+                    let packets = Packets { flows: HashMap::new(), injectors, bytes: 0, limit, dropped: 0 };
+                    return Ok(Self { socket, group, packets, next: 0 });
+                }
+                // Another socket has this group.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EBUSY)) => {
+                    outcome = Err(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        outcome
+    }
+
+    /// The number that the rule needs.
+    pub(super) fn group(&self) -> u16 {
+        self.group
+    }
+
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
+    /// Packets that could not be kept: over the limit, or because the kernel had no room for them.
+    pub(super) fn dropped(&self) -> u64 {
+        self.packets.dropped
+    }
+
+    /// From now on the packets of these connections are kept.
+    pub(super) fn hold(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            let fate = Fate::Held { queue: VecDeque::new(), acks: 0 };
+            self.packets.flows.insert(canonical(flow), fate);
+        }
+    }
+
+    /// How many packets of these connections have been read.
+    pub(super) fn held(&self, flows: &[Flow]) -> usize {
+        let count = |flow| match self.packets.flows.get(&canonical(flow)) {
+            Some(Fate::Held { queue, .. }) => queue.len(),
+            _ => 0,
+        };
+        flows.iter().map(count).sum()
+    }
+
+    /// The packets of these connections, in order; further ones are kept.
+    pub(super) fn take(&mut self, flows: &[Flow]) -> io::Result<Vec<Held>> {
+        self.read()?;
+        Ok(flows.iter().map(|flow| Held { flow: *flow, packets: self.packets.take(flow) }).collect())
+    }
+
+    /// These connections are not locked after all.
+    pub(super) fn forget(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            self.packets.forget(flow);
+        }
+    }
+
+    /// From now on the packets of these connections are thrown away.
+    pub(super) fn discard(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            self.packets.take(flow);
+            self.packets.flows.insert(canonical(flow), Fate::Discarded);
+        }
+    }
+
+    /// Gives these connections their packets, then runs `unlock`, then gives them what came between.
+    /// Returns how many packets that were.
+    ///
+    /// # Errors
+    /// The first error. Everything is tried nevertheless.
+    pub(super) fn release(&mut self, flows: &[Flow], unlock: impl FnOnce() -> Result<()>) -> Result<usize> {
+        let read = |capture: &mut Self| capture.read().map_err(|error| Error::system("NFLOG", error));
+        let mut outcome = read(self);
+        let mut replays = HashMap::new();
+        for flow in flows {
+            let held = self.packets.take(flow);
+            if !held.is_empty() {
+                let mut replay = Replay::new(*flow);
+                outcome = outcome.and(self.packets.replay(&mut replay, &held));
+                replays.insert(*flow, replay);
+            }
+        }
+        outcome = outcome.and(unlock()).and(read(self));
+        let mut count = 0;
+        for flow in flows {
+            let held = self.packets.forget(flow);
+            if held.is_empty() && replays.is_empty() {
+                continue;
+            }
+            let mut replay = replays.remove(flow).unwrap_or_else(|| Replay::new(*flow));
+            outcome = outcome.and(self.packets.replay(&mut replay, &held));
+            match self.packets.finish(replay) {
+                Ok(replayed) => count += replayed,
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
+        }
+        outcome.map(|()| count)
+    }
+
+    /// Takes in what the kernel has queued.
+    pub(super) fn read(&mut self) -> io::Result<()> {
+        let Self { socket, packets, next, .. } = self;
+        loop {
+            let more = socket.poll(|kind, payload| {
+                if kind != PACKET {
+                    return;
+                }
+                let mut packet = None;
+                for (kind, value) in attributes(payload.get(HEADER..).unwrap_or_default()) {
+                    match (kind, value.first_chunk().map(|n| u32::from_be_bytes(*n))) {
+                        (ATTRIBUTE_SEQUENCE, Some(number)) => {
+                            packets.dropped += u64::from(number.wrapping_sub(*next));
+                            *next = number.wrapping_add(1);
+                        }
+                        (ATTRIBUTE_PAYLOAD, _) => packet = Some(value),
+                        _ => {}
+                    }
+                }
+                packets.push(packet.unwrap_or_default());
+            });
+            match more {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // Packets were lost; their numbers tell how many.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Packets {
+    fn push(&mut self, bytes: &[u8]) {
+        let Some(parsed) = Parsed::new(bytes) else {
+            self.dropped += 1;
+            return;
+        };
+        let flow = Flow { local: parsed.destination, remote: parsed.source };
+        match self.flows.get_mut(&flow) {
+            Some(Fate::Held { queue, acks, .. }) => {
+                let pure_ack = parsed.is_pure_ack();
+                let cost = bytes.len() + OVERHEAD;
+                if self.bytes + cost > self.limit && *acks > 1 {
+                    // The last acknowledgement says what those before it said.
+                    let last = queue.iter().rposition(|packet| packet.pure_ack);
+                    let mut index = 0;
+                    queue.retain(|packet| {
+                        let keep = !packet.pure_ack || Some(index) == last;
+                        index += 1;
+                        self.bytes -= if keep { 0 } else { packet.cost() };
+                        self.dropped += u64::from(!keep);
+                        keep
+                    });
+                    *acks = 1;
+                }
+                if self.bytes + cost > self.limit {
+                    // What the peer has sent last it also sends again.
+                    self.dropped += 1;
+                    return;
+                }
+                self.bytes += cost;
+                *acks += usize::from(pure_ack);
+                queue.push_back(Packet { bytes: bytes.to_vec(), pure_ack });
+            }
+            Some(Fate::Discarded) => {}
+            // It was on its way through the rule while its connection was unlocked. What a firewall keeps it
+            // from, the peer sends again.
+            None => drop(self.replay(&mut Replay::new(flow), &[bytes])),
+        }
+    }
+
+    fn take(&mut self, flow: &Flow) -> Vec<Vec<u8>> {
+        let Some(Fate::Held { queue, acks }) = self.flows.get_mut(&canonical(flow)) else {
+            return Vec::new();
+        };
+        *acks = 0;
+        let packets = std::mem::take(queue);
+        self.bytes -= packets.iter().map(Packet::cost).sum::<usize>();
+        packets.into_iter().map(|packet| packet.bytes).collect()
+    }
+
+    /// Takes the packets of a connection that is not locked any more.
+    fn forget(&mut self, flow: &Flow) -> Vec<Vec<u8>> {
+        let packets = self.take(flow);
+        self.flows.remove(&canonical(flow));
+        packets
+    }
+
+    fn replay(&self, replay: &mut Replay, packets: &[impl AsRef<[u8]>]) -> Result<()> {
+        let mut outcome = Ok(());
+        if !packets.is_empty() {
+            let injector = self.injector(&replay.flow())?;
+            for packet in packets {
+                outcome = outcome.and(replay.packet(injector, packet.as_ref()));
+            }
+        }
+        outcome
+    }
+
+    fn finish(&self, replay: Replay) -> Result<usize> {
+        match self.injector(&replay.flow()) {
+            Ok(injector) => replay.finish(injector),
+            Err(_) if replay.is_empty() => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn injector(&self, flow: &Flow) -> Result<&Injector> {
+        let injector = &self.injectors[usize::from(!flow.is_ipv4())];
+        injector.as_ref().ok_or_else(|| {
+            Error::refused(
+                "a held packet of a missing address family",
+                "the kernel got it after the locker was made",
+            )
+        })
+    }
+}
+
+impl Packet {
+    fn cost(&self) -> usize {
+        self.bytes.len() + OVERHEAD
+    }
+}
+
+fn bind(socket: &mut Socket, group: u16) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(CONFIG, REQUEST | ACK, |m| {
+        let [high, low] = group.to_be_bytes();
+        m.bytes(&[0, 0, high, low]);
+        m.attribute(CONFIG_COMMAND, &[COMMAND_BIND]);
+        // Whole packets: the first four bytes are the most of each, the largest possible number here.
+        m.attribute(CONFIG_MODE, &[0, 0, 0xff, 0xff, COPY_PACKET, 0]);
+        m.be32(CONFIG_THRESHOLD, 1);
+        m.attribute(CONFIG_FLAGS, &NUMBERED.to_be_bytes());
+    });
+    socket.transact(&batch)
+}
+
+// linux/netfilter/nfnetlink_log.h
+const HEADER: usize = 4;
+const SUBSYSTEM: u16 = 4 << 8;
+const PACKET: u16 = SUBSYSTEM;
+const CONFIG: u16 = SUBSYSTEM | 1;
+const CONFIG_COMMAND: u16 = 1;
+const COMMAND_BIND: u8 = 1;
+const CONFIG_MODE: u16 = 2;
+const COPY_PACKET: u8 = 2;
+const CONFIG_THRESHOLD: u16 = 5;
+const CONFIG_FLAGS: u16 = 6;
+const NUMBERED: u16 = 1;
+const ATTRIBUTE_PAYLOAD: u16 = 9;
+const ATTRIBUTE_SEQUENCE: u16 = 12;

@@ -1,0 +1,117 @@
+//! Locks that stay when the process ends.
+
+use std::time::Duration;
+
+use soccr_netlink::{Batch, Family, Socket};
+
+use super::table::{self, Kind, Transaction};
+use super::validate;
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+
+/// How long a host best stays silent about a connection that has left it: 60 s, the time for which Linux keeps a
+/// closed connection in TIME_WAIT against late packets.
+pub const SILENCE: Duration = Duration::from_secs(60);
+
+const PREFIX: &str = "soccr-persistent-";
+const NAME_LIMIT: usize = 64;
+
+/// A lock that belongs to no process. It drops the traffic of its connections, in both directions, until it is
+/// [removed](Self::remove) or its time is over.
+///
+/// In `nft list ruleset` it is the table `soccr-persistent-` and its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PersistentLock {
+    /// The name that it was given.
+    pub name: String,
+    /// The connections that it locks. None are left when its time is over.
+    pub flows: Vec<Flow>,
+    /// For how much longer it locks them, where there is a limit.
+    pub remaining: Option<Duration>,
+}
+
+impl PersistentLock {
+    /// Locks connections in the network namespace of the calling thread.
+    ///
+    /// `name` consists of up to 64 letters, digits and `.`, `_`, `-`. The kernel unlocks by itself when the `limit` is
+    /// over, exact to a few milliseconds.
+    ///
+    /// # Errors
+    /// `EEXIST` where there is a lock of this name; `EPERM` without `CAP_NET_ADMIN`.
+    pub fn create(name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
+        open()
+            .and_then(|mut socket| create(&mut socket, name, flows, limit))
+            .map_err(|error| error.at("lock"))
+    }
+
+    /// The persistent locks in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn list() -> Result<Vec<Self>> {
+        open().and_then(|mut socket| list(&mut socket)).map_err(|error| error.at("list locks"))
+    }
+
+    /// Unlocks, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `ENOENT` where it has been removed already; `EPERM` without `CAP_NET_ADMIN`.
+    pub fn remove(&self) -> Result<()> {
+        open().and_then(|mut socket| remove(&mut socket, &self.name)).map_err(|error| error.at("unlock"))
+    }
+}
+
+/// Makes a persistent lock in the namespace of `socket`.
+pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if name.is_empty() || name.len() > NAME_LIMIT || !name.bytes().all(allowed) {
+        let remedy = "use up to 64 letters, digits, points, hyphens and underscores";
+        return Err(Error::invalid("the name of the lock").advise(remedy));
+    }
+    flows.iter().try_for_each(validate)?;
+    // Those whose time is over are empty, and nobody else removes them.
+    for expired in list(socket)?.iter().filter(|lock| lock.flows.is_empty()) {
+        // Somebody else may be doing the same.
+        let _ = remove(socket, &expired.name);
+    }
+    let table = format!("{PREFIX}{name}");
+    let mut batch = Batch::new();
+    let mut transaction = Transaction::begin(&mut batch, &table);
+    transaction.create(Kind::Persistent);
+    transaction.add(flows, limit);
+    transaction.commit(socket).map_err(|error| match error.raw_os_error() {
+        Some(libc::EEXIST) => Error::system("nft add table", error).advise(
+            "there is a lock of this name, or a connection is named twice: choose another name, or remove it",
+        ),
+        _ => Error::system("nft add table", error),
+    })
+}
+
+fn list(socket: &mut Socket) -> Result<Vec<PersistentLock>> {
+    let failed = |error| Error::system("nft list", error);
+    let mut locks = Vec::new();
+    for table in table::names(socket).map_err(failed)? {
+        let Some(name) = table.strip_prefix(PREFIX) else { continue };
+        let contents = match table::contents(socket, &table) {
+            // Removed since.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
+            other => other.map_err(failed)?,
+        };
+        let remaining = contents.iter().filter_map(|(_, left)| *left).max();
+        let flows = contents.into_iter().map(|(flow, _)| flow).collect();
+        locks.push(PersistentLock { name: name.to_owned(), flows, remaining });
+    }
+    Ok(locks)
+}
+
+fn remove(socket: &mut Socket, name: &str) -> Result<()> {
+    let table = format!("{PREFIX}{name}");
+    let mut batch = Batch::new();
+    let mut transaction = Transaction::begin(&mut batch, &table);
+    transaction.remove();
+    transaction.commit(socket).map_err(|error| Error::system("nft delete table", error))
+}
+
+fn open() -> Result<Socket> {
+    Socket::open(Family::Netfilter).map_err(|error| Error::system("netfilter socket", error))
+}

@@ -1,0 +1,461 @@
+//! Locks on the real packet filter: what they stop, what they keep, and that nothing of them stays behind.
+
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+use std::{env, fs, thread};
+
+use soccr::ErrorKind::Refused;
+use soccr::connection::Flow;
+use soccr::lock::{Locker, Mode, PersistentLock};
+use soccr::{Lock, pause};
+use soccr_lab::{Family, Host, Lab, Pair, Side, Test, harness, sysctl, wait_until};
+
+/// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
+const VICTIM: &str = "LOCK_AND_WAIT";
+
+fn main() -> ExitCode {
+    if let Ok(flow) = env::var(VICTIM) {
+        return lock_and_wait(&flow);
+    }
+    macro_rules! tests {
+        ($($name:ident),* $(,)?) => { [$(Test::new(stringify!($name), $name)),*] };
+    }
+    harness(tests![
+        both_directions_stop_and_nothing_else,
+        a_held_connection_goes_on_without_retransmission,
+        a_dropping_lock_costs_a_retransmission,
+        a_moved_connection_gets_what_was_held,
+        held_packets_move_to_another_host,
+        what_is_held_has_a_limit,
+        dropping_the_guard_unlocks,
+        a_connection_is_locked_once,
+        two_lockers_do_not_disturb_each_other,
+        a_killed_process_leaves_no_lock,
+        ten_thousand_connections,
+        a_locker_for_the_namespace_of_a_socket,
+        a_persistent_lock_is_listed_and_removed,
+        a_persistent_lock_ends_with_its_time,
+        a_lock_becomes_persistent,
+        names_of_persistent_locks_are_checked,
+    ])
+}
+
+/// An established connection between the two hosts, seen from both ends.
+struct Connected {
+    pair: Pair,
+    /// On host `a`: the end that stays.
+    peer: TcpStream,
+    /// On host `b`: the end that is locked and moved.
+    ours: TcpStream,
+    flow: Flow,
+}
+
+fn connect(family: Family) -> Connected {
+    let pair = Pair::new().unwrap();
+    let (peer, ours) = connect_in(&pair, family, 80);
+    let flow = Flow { local: ours.local_addr().unwrap(), remote: ours.peer_addr().unwrap() };
+    Connected { pair, peer, ours, flow }
+}
+
+fn connect_in(pair: &Pair, family: Family, port: u16) -> (TcpStream, TcpStream) {
+    let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, port))).unwrap();
+    let peer = pair.a.run(|| TcpStream::connect(pair.a.address_of(&pair.b, family, port))).unwrap();
+    let (ours, _) = listener.accept().unwrap();
+    for stream in [&peer, &ours] {
+        stream.set_nodelay(true).unwrap();
+    }
+    (peer, ours)
+}
+
+impl Connected {
+    fn lock(&self, mode: Mode) -> Lock {
+        Locker::beside(&self.ours, mode).unwrap().lock(&[self.flow]).unwrap()
+    }
+
+    /// What has been sent before this call has arrived after it, or never will by itself.
+    fn settle(&self) {
+        let (mut a, mut b) = connect_in(&self.pair, Family::V4, 81);
+        for _ in 0..3 {
+            transfer(&mut a, &mut b, b"over");
+            transfer(&mut b, &mut a, b"and back");
+        }
+    }
+}
+
+fn transfer(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
+    from.write_all(bytes).unwrap();
+    expect(to, bytes);
+}
+
+#[track_caller]
+fn expect(stream: &mut TcpStream, bytes: &[u8]) {
+    let mut read = vec![0; bytes.len()];
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.read_exact(&mut read).unwrap();
+    assert!(read == bytes, "other bytes than were sent");
+}
+
+#[track_caller]
+fn expect_nothing(stream: &mut TcpStream) {
+    stream.set_nonblocking(true).unwrap();
+    let read = stream.read(&mut [0; 8]);
+    stream.set_nonblocking(false).unwrap();
+    assert_eq!(read.map_err(|error| error.kind()), Err(ErrorKind::WouldBlock));
+}
+
+/// From now on a host repeats a segment only after seconds, so that none is repeated because this machine is busy.
+fn be_patient(host: &Host) {
+    host.run(|| {
+        sysctl("net/ipv4/tcp_early_retrans", "0").unwrap();
+        // Since Linux 6.11; before, 200 ms must do.
+        let _ = sysctl("net/ipv4/tcp_rto_min_us", "10000000");
+    });
+}
+
+/// Segments that a host has sent more than once.
+fn retransmissions(host: &Host) -> u32 {
+    let table = host.run(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
+    let mut lines = table.lines().filter(|line| line.starts_with("Tcp:"));
+    let column = lines.next().unwrap().split(' ').position(|name| name == "RetransSegs").unwrap();
+    lines.next().unwrap().split(' ').nth(column).unwrap().parse().unwrap()
+}
+
+fn bytes(length: usize) -> Vec<u8> {
+    (0..length).map(|index| (index * 7 + index / 251) as u8).collect()
+}
+
+fn both_directions_stop_and_nothing_else() {
+    for family in Family::ALL {
+        for mode in [Mode::Drop, Mode::HOLD] {
+            let mut connected = connect(family);
+            let lock = connected.lock(mode);
+            connected.peer.write_all(b"to us").unwrap();
+            connected.ours.write_all(b"to them").unwrap();
+            connected.settle();
+            expect_nothing(&mut connected.peer);
+            expect_nothing(&mut connected.ours);
+            lock.release().unwrap();
+            expect(&mut connected.ours, b"to us");
+            expect(&mut connected.peer, b"to them");
+        }
+    }
+}
+
+fn a_held_connection_goes_on_without_retransmission() {
+    for family in Family::ALL {
+        let pair = Pair::new().unwrap();
+        be_patient(&pair.a);
+        be_patient(&pair.b);
+        let (mut peer, mut ours) = connect_in(&pair, family, 80);
+        let flow = Flow { local: ours.local_addr().unwrap(), remote: ours.peer_addr().unwrap() };
+        let sent = bytes(100_000);
+        for _ in 0..3 {
+            // More than the first window, and then as much as the peer likes.
+            let mut writer = peer.try_clone().unwrap();
+            let lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+            let expected = sent.clone();
+            let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
+            wait_until("packets are held", || lock.held() > 0);
+            assert!(lock.release().unwrap() > 0);
+            expect(&mut ours, &sent);
+            writing.join().unwrap();
+            transfer(&mut ours, &mut peer, b"fine");
+        }
+        if retransmissions(&pair.a) != 0 {
+            for h in [&pair.a, &pair.b] {
+                let t = h.run(|| fs::read_to_string("/proc/thread-self/net/netstat")).unwrap();
+                let mut l = t.lines();
+                let (n, v) = (l.next().unwrap(), l.next().unwrap());
+                for (n, v) in n.split(' ').zip(v.split(' ')) {
+                    if v != "0" {
+                        eprint!("{n}={v} ");
+                    }
+                }
+                eprintln!();
+            }
+        }
+        assert_eq!(retransmissions(&pair.a), 0, "{family:?}");
+        assert_eq!(retransmissions(&pair.b), 0, "{family:?}");
+    }
+}
+
+fn a_dropping_lock_costs_a_retransmission() {
+    let mut connected = connect(Family::V4);
+    let lock = connected.lock(Mode::Drop);
+    connected.peer.write_all(b"again").unwrap();
+    connected.settle();
+    assert_eq!(lock.release().unwrap(), 0);
+    expect(&mut connected.ours, b"again");
+    assert!(retransmissions(&connected.pair.a) > 0);
+}
+
+fn a_moved_connection_gets_what_was_held() {
+    for family in Family::ALL {
+        let pair = Pair::new().unwrap();
+        be_patient(&pair.a);
+        let (mut peer, mut ours) = connect_in(&pair, family, 80);
+        let flow = Flow { local: ours.local_addr().unwrap(), remote: ours.peer_addr().unwrap() };
+        let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
+        let sent = bytes(20_000);
+        for _ in 0..3 {
+            transfer(&mut peer, &mut ours, b"received before");
+            let lock = locker.lock(&[flow]).unwrap();
+            let paused = pause(&ours).unwrap();
+            let connection = paused.save().unwrap();
+            let expected = sent.clone();
+            let mut writer = peer.try_clone().unwrap();
+            let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
+            wait_until("packets are held", || lock.held() > 0);
+            paused.detach().unwrap();
+            let restored = pair.b.run(|| connection.restore()).unwrap();
+            assert!(lock.release().unwrap() > 0);
+            ours = restored.resume().unwrap();
+            expect(&mut ours, &sent);
+            writing.join().unwrap();
+            transfer(&mut ours, &mut peer, b"and back");
+        }
+        assert_eq!(retransmissions(&pair.a), 0, "{family:?}");
+    }
+}
+
+fn held_packets_move_to_another_host() {
+    for family in [Family::V4, Family::V6, Family::Mapped] {
+        let lab = Lab::new().unwrap();
+        be_patient(&lab.peer);
+        let listener = lab.a.run(|| TcpListener::bind(lab.a.address(family, 80))).unwrap();
+        let mut peer = lab.peer.run(|| TcpStream::connect(lab.peer.address_of(&lab.a, family, 80))).unwrap();
+        let (mut ours, _) = listener.accept().unwrap();
+        let flow = Flow { local: ours.local_addr().unwrap(), remote: ours.peer_addr().unwrap() };
+        transfer(&mut peer, &mut ours, b"received before");
+
+        let lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+        let paused = pause(&ours).unwrap();
+        let connection = paused.save().unwrap();
+        peer.write_all(b"early").unwrap();
+        wait_until("packets are held", || lock.held() > 0);
+        paused.detach().unwrap();
+        drop(ours);
+        lab.steer(Side::B).unwrap();
+        let held = lock.take().unwrap();
+        assert_eq!(lock.held(), 0);
+        lock.persist("gone", Some(soccr::lock::SILENCE)).unwrap();
+
+        let restored = lab.b.run(|| connection.restore()).unwrap();
+        for held in &held {
+            held.replay(&restored).unwrap();
+        }
+        let mut ours = restored.resume().unwrap();
+        expect(&mut ours, b"early");
+        transfer(&mut peer, &mut ours, b"late");
+        transfer(&mut ours, &mut peer, b"and back");
+        assert_eq!(retransmissions(&lab.peer), 0, "{family:?}");
+
+        // A late packet to the old host draws no reset.
+        lab.steer(Side::A).unwrap();
+        peer.write_all(b"astray").unwrap();
+        lab.steer(Side::B).unwrap();
+        expect_nothing(&mut ours);
+        transfer(&mut ours, &mut peer, b"still there");
+    }
+}
+
+fn what_is_held_has_a_limit() {
+    const LIMIT: usize = 100_000;
+    let mut connected = connect(Family::V4);
+    // Until the peer's congestion window is larger than that.
+    let mut writer = connected.peer.try_clone().unwrap();
+    let writing = thread::spawn(move || writer.write_all(&bytes(3_000_000)).unwrap());
+    expect(&mut connected.ours, &bytes(3_000_000));
+    writing.join().unwrap();
+    let locker = Locker::beside(&connected.ours, Mode::Hold { limit: LIMIT }).unwrap();
+    let lock = locker.lock(&[connected.flow]).unwrap();
+    let sent = bytes(3_000_000);
+    let (expected, mut writer) = (sent.clone(), connected.peer.try_clone().unwrap());
+    let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
+    wait_until("there is more than can be held", || locker.dropped() > 0);
+    let held = lock.take().unwrap();
+    let size: usize = held[0].packets.iter().map(Vec::len).sum();
+    assert!(size > 0 && size <= LIMIT, "{size}");
+    held[0].replay(&connected.ours).unwrap();
+    lock.release().unwrap();
+    expect(&mut connected.ours, &sent);
+    writing.join().unwrap();
+}
+
+fn dropping_the_guard_unlocks() {
+    let mut connected = connect(Family::V6);
+    let lock = connected.lock(Mode::HOLD);
+    connected.peer.write_all(b"held").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    drop(lock);
+    expect(&mut connected.ours, b"held");
+    transfer(&mut connected.ours, &mut connected.peer, b"and back");
+}
+
+fn a_connection_is_locked_once() {
+    let connected = connect(Family::V4);
+    let locker = Locker::beside(&connected.ours, Mode::HOLD).unwrap();
+    let lock = locker.lock(&[connected.flow]).unwrap();
+    let mapped = |end: std::net::SocketAddr| match end.ip() {
+        std::net::IpAddr::V4(v4) => (v4.to_ipv6_mapped(), end.port()).into(),
+        std::net::IpAddr::V6(_) => end,
+    };
+    let same = Flow { local: mapped(connected.flow.local), remote: mapped(connected.flow.remote) };
+    for flows in [&[connected.flow][..], &[same]] {
+        let error = locker.lock(flows).unwrap_err();
+        assert_eq!((error.kind(), error.step()), (Refused, "lock"), "{error}");
+    }
+    lock.release().unwrap();
+    assert_eq!(locker.lock(&[connected.flow, same]).unwrap_err().kind(), Refused);
+    locker.lock(&[connected.flow]).unwrap().release().unwrap();
+    let contradiction = Flow { local: "[2001:db8::1]:1".parse().unwrap(), ..connected.flow };
+    assert_eq!(locker.lock(&[contradiction]).unwrap_err().kind(), soccr::ErrorKind::Invalid);
+}
+
+fn two_lockers_do_not_disturb_each_other() {
+    let mut connected = connect(Family::V4);
+    let (first, second) = (connected.lock(Mode::HOLD), connected.lock(Mode::HOLD));
+    connected.peer.write_all(b"patience").unwrap();
+    connected.settle();
+    first.release().unwrap();
+    connected.ours.write_all(b"locked still").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.peer);
+    second.release().unwrap();
+    expect(&mut connected.ours, b"patience");
+    expect(&mut connected.peer, b"locked still");
+}
+
+fn a_killed_process_leaves_no_lock() {
+    let mut connected = connect(Family::V4);
+    let flow = format!("{} {}", connected.flow.local, connected.flow.remote);
+    let mut victim = connected.pair.b.run(|| {
+        let itself = env::current_exe().unwrap();
+        Command::new(itself).env(VICTIM, flow).stdout(Stdio::piped()).spawn().unwrap()
+    });
+    let mut line = String::new();
+    BufReader::new(victim.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "locked\n");
+    connected.peer.write_all(b"stopped").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    expect(&mut connected.ours, b"stopped");
+}
+
+fn lock_and_wait(flow: &str) -> ExitCode {
+    let (local, remote) = flow.split_once(' ').unwrap();
+    let flow = Flow { local: local.parse().unwrap(), remote: remote.parse().unwrap() };
+    let _lock = Lock::hold(&[flow]).unwrap();
+    println!("locked");
+    loop {
+        thread::park();
+    }
+}
+
+fn ten_thousand_connections() {
+    let mut connected = connect(Family::V6);
+    let mut flows: Vec<_> = (0..5_000u16)
+        .flat_map(|port| {
+            let v4 = ([192, 0, 2, 7], 1000 + port).into();
+            let v6 = ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7], 1000 + port).into();
+            let remote = [([192, 0, 2, 8], 443).into(), ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 8], 443).into()];
+            [Flow { local: v4, remote: remote[0] }, Flow { local: v6, remote: remote[1] }]
+        })
+        .collect();
+    flows.insert(7_000, connected.flow);
+    let locker = Locker::beside(&connected.ours, Mode::HOLD).unwrap();
+    for _ in 0..2 {
+        let lock = locker.lock(&flows).unwrap();
+        connected.peer.write_all(b"one of many").unwrap();
+        connected.settle();
+        expect_nothing(&mut connected.ours);
+        lock.release().unwrap();
+        expect(&mut connected.ours, b"one of many");
+    }
+}
+
+fn a_locker_for_the_namespace_of_a_socket() {
+    let mut connected = connect(Family::V4);
+    // The other host has the same connection, seen from its end; its namespace is not the one that is locked.
+    let locker = Locker::beside(connected.peer.as_fd(), Mode::Drop).unwrap();
+    let lock = locker.lock(&[connected.flow]).unwrap();
+    transfer(&mut connected.peer, &mut connected.ours, b"not here");
+    lock.release().unwrap();
+    let reverse = Flow { local: connected.flow.remote, remote: connected.flow.local };
+    let lock = locker.lock(&[reverse]).unwrap();
+    connected.peer.write_all(b"but here").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    lock.release().unwrap();
+    expect(&mut connected.ours, b"but here");
+}
+
+fn a_persistent_lock_is_listed_and_removed() {
+    for family in Family::ALL {
+        let mut connected = connect(family);
+        connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None)).unwrap();
+        let locks = connected.pair.b.run(PersistentLock::list).unwrap();
+        assert_eq!((locks.len(), &*locks[0].name, locks[0].remaining), (1, "until-noon", None));
+        assert_eq!(locks[0].flows.len(), 1);
+        assert_eq!(locks[0].flows[0].remote.port(), connected.flow.remote.port());
+        assert_eq!(locks[0].flows[0].local.ip(), connected.flow.local.ip().to_canonical());
+        connected.peer.write_all(b"later").unwrap();
+        connected.ours.write_all(b"later").unwrap();
+        connected.settle();
+        expect_nothing(&mut connected.ours);
+        expect_nothing(&mut connected.peer);
+        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[], None));
+        assert!(again.unwrap_err().to_string().contains("EEXIST"));
+        connected.pair.b.run(|| locks[0].remove()).unwrap();
+        expect(&mut connected.ours, b"later");
+        expect(&mut connected.peer, b"later");
+        assert_eq!(connected.pair.b.run(PersistentLock::list).unwrap(), []);
+        let gone = connected.pair.b.run(|| locks[0].remove()).unwrap_err();
+        assert!(gone.to_string().contains("ENOENT"), "{gone}");
+    }
+}
+
+fn a_persistent_lock_ends_with_its_time() {
+    let mut connected = connect(Family::V4);
+    let limit = Duration::from_secs(1);
+    let list = || connected.pair.b.run(PersistentLock::list).unwrap();
+    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], Some(limit))).unwrap();
+    let remaining = list()[0].remaining.unwrap();
+    assert!(remaining <= limit && !remaining.is_zero(), "{remaining:?}");
+    connected.peer.write_all(b"soon").unwrap();
+    expect(&mut connected.ours, b"soon");
+    wait_until("the lock is empty", || list()[0].flows.is_empty());
+    // The next one clears up.
+    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], None)).unwrap();
+    let locks = list();
+    assert_eq!((locks.len(), locks[0].flows.len()), (1, 1));
+}
+
+fn a_lock_becomes_persistent() {
+    let mut connected = connect(Family::V4);
+    let lock = connected.lock(Mode::HOLD);
+    connected.peer.write_all(b"thrown away").unwrap();
+    connected.settle();
+    lock.persist("afterwards", None).unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    let locks = connected.pair.b.run(PersistentLock::list).unwrap();
+    assert_eq!((&*locks[0].name, &*locks[0].flows), ("afterwards", &[connected.flow][..]));
+    connected.pair.b.run(|| locks[0].remove()).unwrap();
+    expect(&mut connected.ours, b"thrown away");
+    assert!(retransmissions(&connected.pair.a) > 0);
+}
+
+fn names_of_persistent_locks_are_checked() {
+    for name in ["", "a b", "a/b", "\u{e4}", &"x".repeat(65)] {
+        let error = PersistentLock::create(name, &[], None).unwrap_err();
+        assert_eq!(error.kind(), soccr::ErrorKind::Invalid, "{name}");
+    }
+    PersistentLock::create(&"x".repeat(64), &[], None).unwrap();
+}
