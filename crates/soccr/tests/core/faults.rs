@@ -282,7 +282,7 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
                 }
             }
         });
-        ends.ours = ends.restore(&connection).unwrap().resume().unwrap();
+        ends.restore_and_resume(&connection);
         // An urgent byte is a byte of the stream, too.
         set_socket_oobinline(&ends.ours, true).unwrap();
         ends.finish();

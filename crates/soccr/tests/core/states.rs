@@ -1,6 +1,7 @@
 //! Every state, with every kind of address and every kind of queue, carried and continued to its end.
 
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 
 use soccr::connection::Connection;
 use soccr::settings::Value;
@@ -65,7 +66,7 @@ fn carry(case: Case, as_bytes: bool) {
     }
     assert_same(&connection, &save_again(&restored, ends.remote));
     assert_eq!(format!("{:?}", restored.skipped()), "[]");
-    ends.ours = restored.resume().unwrap();
+    ends.resume(restored);
     assert_eq!(info(&ends.ours).snd_mss, before.snd_mss);
     ends.finish();
 }
@@ -129,14 +130,14 @@ fn on_wire(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
-    let paused = Paused::take_over(restored).unwrap().with_peer(remote);
+pub fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
+    let paused = Paused::take_over(restored.as_fd()).unwrap().with_peer(remote);
     let connection = paused.save().unwrap();
     paused.release();
     connection
 }
 
-fn through_bytes(connection: Connection, really: bool) -> Connection {
+pub fn through_bytes(connection: Connection, really: bool) -> Connection {
     if !really {
         return connection;
     }

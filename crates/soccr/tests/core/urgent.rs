@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_oobinline, set_socket_recv_buffer_size, socket_oobinline};
@@ -59,10 +60,10 @@ fn carry(family: Family, reading: Reading, before: usize, behind: usize) {
     assert_same_bytes(&connection.receive_queue, &ends.to_us);
 
     let restored = ends.restore(&connection).unwrap();
-    let paused = Paused::take_over(&restored).unwrap();
+    let paused = Paused::take_over(restored.as_fd()).unwrap();
     assert_same(&connection, &paused.save().unwrap());
     paused.release();
-    ends.ours = restored.resume().unwrap();
+    ends.resume(restored);
 
     assert_eq!(socket_oobinline(&ends.ours), Ok(reading == Reading::Inline));
     let mut read = vec![0; before];
