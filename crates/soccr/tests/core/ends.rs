@@ -1,12 +1,12 @@
 //! Two ends of a connection on two hosts, brought into the state that a test is about.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::sockopt::{set_socket_oobinline, set_socket_recv_buffer_size};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use soccr::connection::{Connection, Path, Window};
 use soccr::settings::Value;
@@ -17,6 +17,10 @@ use crate::sys;
 
 /// The port of the peer.
 pub const PORT: u16 = 5000;
+
+/// The Ethernet addresses of host `a`, and of none.
+const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const NOBODY: [u8; 6] = [2, 0, 0, 0, 0, 99];
 
 /// How long a read or a write may take before its test fails.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -29,6 +33,8 @@ pub struct Ends {
     pub peer: TcpStream,
     /// The address of the peer, as our socket names it.
     pub remote: SocketAddr,
+    /// Our address, as it is in packets.
+    local: IpAddr,
     /// Everything our end has written and the peer has not read.
     pub to_peer: Vec<u8>,
     /// Everything the peer has written and our end has not read.
@@ -73,7 +79,8 @@ impl Ends {
         peer.set_read_timeout(Some(LIMIT)).unwrap();
         peer.set_write_timeout(Some(LIMIT)).unwrap();
         let resets = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::RST).unwrap();
-        Self { pair, ours, peer, remote, to_peer: Vec::new(), to_us: Vec::new(), resets }
+        let local = ours.local_addr().unwrap().ip().to_canonical();
+        Self { pair, ours, peer, remote, local, to_peer: Vec::new(), to_us: Vec::new(), resets }
     }
 
     /// The peer writes, and all of it lies in our receive queue.
@@ -119,8 +126,10 @@ impl Ends {
         sys::set_deaf(&self.peer, true).unwrap();
     }
 
-    /// Saves the connection and makes our socket forget it.
+    /// Saves the connection and makes our socket forget it. From now on nothing reaches our host, which would reset the
+    /// peer, until [`resume`](Self::resume); what our host sends reaches the peer.
     pub fn take(&self) -> Connection {
+        self.name_neighbour(NOBODY);
         let paused = pause(&self.ours).unwrap().with_peer(self.remote);
         let connection = paused.save().unwrap();
         paused.detach().unwrap();
@@ -132,10 +141,26 @@ impl Ends {
         self.pair.a.run(|| connection.restore())
     }
 
+    /// Goes on with a restored connection.
+    pub fn resume(&mut self, restored: Restored) {
+        self.name_neighbour(OUR_MAC);
+        self.ours = restored.resume().unwrap();
+    }
+
+    /// Restores a connection and goes on with it.
+    pub fn restore_and_resume(&mut self, connection: &Connection) {
+        self.resume(self.restore(connection).unwrap());
+    }
+
+    /// Tells the peer's host to which Ethernet address to send what is for us.
+    fn name_neighbour(&self, mac: [u8; 6]) {
+        self.pair.b.namespace.rtnetlink().unwrap().neighbour("eth0", self.local, mac).unwrap();
+    }
+
     /// Moves the connection to another socket of our host.
     pub fn move_once(&mut self) -> Connection {
         let connection = self.take();
-        self.ours = self.restore(&connection).unwrap().resume().unwrap();
+        self.restore_and_resume(&connection);
         connection
     }
 
@@ -153,8 +178,6 @@ impl Ends {
         self.to_peer.extend(&our_rest);
         self.to_us.extend(&peer_rest);
         self.ours.set_nonblocking(false).unwrap();
-        // An urgent byte is a byte of the stream, too.
-        set_socket_oobinline(&self.ours, true).unwrap();
         self.ours.set_read_timeout(Some(LIMIT)).unwrap();
         self.ours.set_write_timeout(Some(LIMIT)).unwrap();
         thread::scope(|scope| {
@@ -264,4 +287,20 @@ pub fn comparable(connection: &Connection) -> Connection {
     }
     same.path = connection.path.map(|path| Path { snd_mss: path.snd_mss, ..Default::default() });
     same
+}
+
+fn info_bytes(end: &TcpStream) -> [u8; 512] {
+    let mut info = [0; 512];
+    sys::get_option(end, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
+    info
+}
+
+/// `tcpi_rto`: how long the retransmission timer runs now.
+pub fn rto(end: &TcpStream) -> Duration {
+    Duration::from_micros(u32::from_ne_bytes(*info_bytes(end)[8..].first_chunk().unwrap()).into())
+}
+
+/// `tcpi_total_rto`: how often that timer has run out (Linux 6.7).
+pub fn timeouts(end: &TcpStream) -> u16 {
+    u16::from_ne_bytes(*info_bytes(end)[240..].first_chunk().unwrap())
 }

@@ -165,7 +165,16 @@ pub fn one_connection_restores_twice() {
         paused.release();
     }
     assert_eq!(connection, copy);
-    ends.ours = ends.restore(&connection).unwrap().resume().unwrap();
+    ends.restore_and_resume(&connection);
+    ends.finish();
+}
+
+pub fn a_listener_on_the_port_is_no_hindrance() {
+    let mut ends = busy();
+    let connection = ends.take();
+    let listener = ends.pair.a.run(|| TcpListener::bind(connection.local)).unwrap();
+    ends.restore_and_resume(&connection);
+    drop(listener);
     ends.finish();
 }
 
@@ -186,7 +195,7 @@ pub fn a_fin_that_cannot_arrive_is_an_error() {
         assert_refused(ends.restore(&connection), "restore", "did not arrive", "bring `lo` up");
         assert_eq!(wire.segments().unwrap(), []);
         control.up("lo").unwrap();
-        ends.ours = ends.restore(&connection).unwrap().resume().unwrap();
+        ends.restore_and_resume(&connection);
         ends.finish();
     }
 }
@@ -379,7 +388,7 @@ pub fn a_detached_socket_is_silent_for_ever() {
     let mut wire = Sniffer::flagged(&ends.pair.b.namespace, "eth0", Flags::FIN | Flags::RST).unwrap();
     let connection = ends.take();
     let old = ends.ours.try_clone().unwrap();
-    ends.ours = ends.restore(&connection).unwrap().resume().unwrap();
+    ends.restore_and_resume(&connection);
     (&old).write(b"nobody").unwrap_err();
     let _ = old.shutdown(Shutdown::Both);
     drop(old);
@@ -395,7 +404,7 @@ pub fn a_restored_socket_that_is_dropped_is_silent() {
         drop(ends.restore(&connection).unwrap());
         let from_us = |segment: &soccr_lab::Segment| segment.source == connection.local;
         assert!(!wire.segments().unwrap().iter().any(from_us), "{state:?}");
-        ends.ours = ends.restore(&connection).unwrap().resume().unwrap();
+        ends.restore_and_resume(&connection);
         ends.finish();
     }
 }
