@@ -65,13 +65,8 @@ fn carry(case: Case, as_bytes: bool) {
         assert!(segment.flags == Flags::ACK && segment.payload_len == 0, "during the restore: {segment:?}");
     }
     assert_same(&connection, &save_again(&restored, ends.remote));
-<<<<<<< HEAD
     restored.report().strict().unwrap();
-    ends.ours = restored.resume().unwrap();
-=======
-    assert_eq!(format!("{:?}", restored.skipped()), "[]");
     ends.resume(restored);
->>>>>>> tests
     assert_eq!(info(&ends.ours).snd_mss, before.snd_mss);
     ends.finish();
 }
@@ -135,11 +130,7 @@ fn on_wire(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-<<<<<<< HEAD
-fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
-=======
 pub fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
->>>>>>> tests
     let paused = Paused::take_over(restored.as_fd()).unwrap().with_peer(remote);
     let connection = paused.save().unwrap();
     paused.release();
