@@ -74,6 +74,17 @@ impl std::fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
+/// Does what the first restore of a process would do while a connection is locked: loads the program that brings
+/// congestion windows and ECN back, which takes some 20 ms.
+///
+/// Whoever moves connections calls it before the first lock. Its outcome, good or bad, is kept for the process.
+///
+/// # Errors
+/// [`Unavailable`], as every [report](crate::Report) will say then: connections are restored without them.
+pub fn prepare() -> Result<(), Unavailable> {
+    Writer::get().map(drop)
+}
+
 /// Writes the congestion window, the slow start threshold and ECN of a connected socket, and leaves it with
 /// `algorithm`.
 ///
