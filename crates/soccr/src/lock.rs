@@ -33,6 +33,7 @@ mod rule;
 mod table;
 mod transaction;
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -110,7 +111,7 @@ impl Locker {
     }
 
     fn start(sockets: Sockets, mode: Mode) -> Result<Self> {
-        let Sockets { table, log, injectors } = sockets;
+        let Sockets { port, table, log, injectors } = sockets;
         let capture = match (mode, log) {
             (Mode::Hold { limit }, Some(log)) => {
                 let capture = Capture::open(log, injectors, limit);
@@ -118,7 +119,7 @@ impl Locker {
             }
             _ => None,
         };
-        let table = Table::create(table, capture.as_ref().map(Capture::group))?;
+        let table = Table::create(table, format!("soccr-{port:08x}"), capture.as_ref().map(Capture::group))?;
         let reader =
             capture.map(Reader::start).transpose().map_err(|error| Error::system("thread", error))?;
         Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader }) })
@@ -286,6 +287,8 @@ impl Drop for Shared {
 
 /// Everything that has to be opened in the right namespace.
 struct Sockets {
+    /// The netlink port of `table`.
+    port: u32,
     table: Socket,
     log: Option<Socket>,
     injectors: [Option<Injector>; 2],
@@ -293,9 +296,14 @@ struct Sockets {
 
 impl Sockets {
     fn open(mode: Mode) -> io::Result<Self> {
-        let table = Socket::open(Family::Netfilter)?;
+        // Tables and groups vanish with the port of their owner: no other socket may ever have it.
+        let own = || {
+            let port = RandomState::new().hash_one(std::process::id()) as u32;
+            Socket::open_at(Family::Netfilter, port).map(|socket| (port, socket))
+        };
+        let (port, table) = own()?;
         if mode == Mode::Drop {
-            return Ok(Self { table, log: None, injectors: [None, None] });
+            return Ok(Self { port, table, log: None, injectors: [None, None] });
         }
         // A kernel without one of the families has no connections of it either.
         let injector = |via| match Injector::open(via) {
@@ -303,7 +311,7 @@ impl Sockets {
             other => other.map(Some),
         };
         let injectors = [injector(Via::Ipv4)?, injector(Via::Ipv6)?];
-        Ok(Self { table, log: Some(Socket::open(Family::Netfilter)?), injectors })
+        Ok(Self { port, table, log: Some(own()?.1), injectors })
     }
 }
 

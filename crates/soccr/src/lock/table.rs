@@ -3,8 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 
-use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::{getsockname, sockopt};
+use rustix::net::sockopt;
 use soccr_netlink::{Batch, Socket};
 
 use super::transaction::{CAPACITY, Kind, Log, Transaction, most_elements};
@@ -27,29 +26,22 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Makes a table in the namespace of the socket. Incoming packets are copied to the `group`.
-    pub(super) fn create(mut socket: Socket, group: Option<u16>) -> Result<Self> {
+    /// Makes a table of this name in the namespace of the socket. Incoming packets are copied to the `group`.
+    pub(super) fn create(mut socket: Socket, name: String, group: Option<u16>) -> Result<Self> {
         socket.set_send_buffer(LONGEST_BATCH).map_err(|error| Error::system("SO_SNDBUF", error))?;
-        let port = getsockname(&socket)
-            .and_then(SocketAddrNetlink::try_from)
-            .map_err(|error| Error::system("getsockname", error))?
-            .pid();
         let mut batch = Batch::new();
-        let mut long = true;
-        let mut attempt = 0;
-        loop {
-            // No other living socket of this namespace has the number, but the table of a dead one may still be there.
-            let name = format!("soccr-{port}-{attempt}");
+        let mut create = |long| {
             let mut transaction = Transaction::begin(&mut batch, &name);
             transaction.create(Kind::Owned(group.map(|group| Log { group, long })));
-            match transaction.commit(&mut socket) {
-                Ok(()) => return Ok(Self { socket, name, batch, locked: HashSet::new(), counts: [0; 2] }),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => attempt += 1,
-                // Kernels before 6.12 cannot look that far into a packet.
-                Err(error) if long && error.raw_os_error() != Some(libc::EPERM) => long = false,
-                Err(error) => return Err(Error::system("nft add table", error).advise(NEEDS)),
-            }
-        }
+            transaction.commit(&mut socket)
+        };
+        // Kernels before 6.12 cannot look that far into a packet.
+        create(true)
+            .or_else(
+                |error| if error.raw_os_error() == Some(libc::EPERM) { Err(error) } else { create(false) },
+            )
+            .map_err(|error| Error::system("nft add table", error).advise(NEEDS))?;
+        Ok(Self { socket, name, batch, locked: HashSet::new(), counts: [0; 2] })
     }
 
     pub(super) fn socket(&mut self) -> &mut Socket {

@@ -1,7 +1,7 @@
 //! The nftables table of a lock, as netlink messages.
 //!
 //! ```text
-//! table inet soccr-4711-0 {
+//! table inet soccr-04711b2a {
 //!   set flows4 { type ipv4_addr . inet_service . ipv4_addr . inet_service }      # remote, local
 //!   set flows6 { type ipv6_addr . inet_service . ipv6_addr . inet_service }
 //!   chain in  { type filter hook prerouting priority raw        # before connection tracking and early demux
