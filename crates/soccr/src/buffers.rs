@@ -6,6 +6,9 @@ use crate::connection::Buffers;
 use crate::error::{Error, Result};
 use crate::sys::tcp;
 
+/// Why a buffer is smaller than it was.
+pub(crate) const LIMITED: &str = "limited by net.core.wmem_max and rmem_max: raise them, or run with CAP_NET_ADMIN in the initial user namespace";
+
 /// One of the two buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Buffer {

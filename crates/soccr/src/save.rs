@@ -9,6 +9,7 @@ use rustix::net::{getpeername, getsockname};
 
 use crate::buffers;
 use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
+use crate::diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
 use crate::settings::{self, Settings, Value};
@@ -40,6 +41,9 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     connection.local = local_address(fd)?;
     connection.remote = remote_address(fd, connection.control.state, peer)?;
     connection.settings = Settings::read(fd, connection.local);
+    if option_memory(fd)? > 0 {
+        connection.settings.read_keys(fd, connection.local, connection.remote)?;
+    }
     connection.buffers = Some(buffers::read(fd)?);
     connection.nonblocking = rustix::fs::fcntl_getfl(fd)
         .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
@@ -137,12 +141,21 @@ fn path(info: &TcpInfo) -> Path {
     Path {
         rtt: microseconds(info.rtt),
         rttvar: microseconds(info.rttvar),
-        rto: microseconds(info.rto),
+        // Doubled while nothing comes back, as behind a lock.
+        rto: microseconds(info.rto.checked_shr(info.backoff.into()).unwrap_or_default()),
         snd_mss: info.snd_mss,
         snd_cwnd: info.snd_cwnd,
         snd_ssthresh: info.snd_ssthresh,
         rcv_ssthresh: info.rcv_ssthresh,
     }
+}
+
+/// Memory that options of the socket take. Keys of TCP MD5 do, whereas looking for them would take longer than all else.
+fn option_memory(fd: BorrowedFd<'_>) -> Result<u32> {
+    const OPTIONS: usize = 6;
+    let memory: [u32; 9] = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
+        .map_err(|error| Error::system("SO_MEMINFO", error))?;
+    Ok(memory[OPTIONS])
 }
 
 /// Refuses what cannot be carried without loss, whatever a dump would return.
@@ -209,15 +222,28 @@ pub(crate) fn remote_address(
     match address {
         Ok(Some(address)) => SocketAddr::try_from(address)
             .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried")),
-        Err(rustix::io::Errno::NOTCONN) | Ok(None) => match peer {
-            Some(peer) => Ok(peer),
-            None => Err(Error::refused(
-                format!("a connection in {state} without its peer's address"),
-                "the kernel has forgotten it: tell it by Paused::with_peer",
-            )),
-        },
+        Err(rustix::io::Errno::NOTCONN) | Ok(None) => {
+            match peer.map_or_else(|| peer_of_handshake(fd, state), |peer| Ok(Some(peer)))? {
+                Some(peer) => Ok(peer),
+                None => Err(Error::refused(
+                    format!("a connection in {state} without its peer's address"),
+                    "the kernel has forgotten it: tell it by Paused::with_peer",
+                )),
+            }
+        }
         Err(error) => Err(Error::system("getpeername", error)),
     }
+}
+
+/// Of a connection in SYN_SENT the kernel knows the peer, but tells it only to others.
+fn peer_of_handshake(fd: BorrowedFd<'_>, state: State) -> Result<Option<SocketAddr>> {
+    if state != State::SynSent {
+        return Ok(None);
+    }
+    let local = local_address(fd)?;
+    let cookie = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
+        .map_err(|error| Error::system("SO_COOKIE", error))?;
+    diag::beside(fd, |diag| diag.peer_of_handshake(local, cookie))
 }
 
 /// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.

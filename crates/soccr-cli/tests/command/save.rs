@@ -206,6 +206,11 @@ fn both_ends_move_to_other_addresses() {
 
     let pair = Pair::new().unwrap();
     let rules = ["127.0.0.1:7=192.0.2.2:7".to_owned(), format!("127.0.0.1:{port}=192.0.2.1:{port}")];
+    // Whichever end is back first speaks to a host that does not know the connection yet.
+    let silent =
+        |end: &soccr_lab::Host, flow: String| end.run(|| succeed(&["lock", "--name", "coming", &flow]));
+    silent(&pair.a, format!("192.0.2.1:{port}-192.0.2.2:7"));
+    silent(&pair.b, format!("192.0.2.2:7-192.0.2.1:{port}"));
     let restore = |image: String| {
         let mut command = soccr(&["restore", &image, "--map", &rules[0], "--map", &rules[1]]);
         command.args(["--", "python3", "-c", TALKER]).stdout(Stdio::piped());

@@ -60,7 +60,7 @@ pub(crate) struct TcpInfo {
     ca_state: u8,
     retransmits: u8,
     probes: u8,
-    backoff: u8,
+    pub(crate) backoff: u8,
     /// `TCPI_OPT_*`.
     pub(crate) options: u8,
     /// `snd_wscale` in the low four bits, `rcv_wscale` in the high ones.
@@ -200,6 +200,13 @@ pub(crate) fn set_window(fd: BorrowedFd<'_>, window: &Window) -> Result<()> {
     let Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup } = *window;
     let values = [snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup];
     named("TCP_REPAIR_WINDOW", sockopt::set(fd, SOL_TCP, TCP_REPAIR_WINDOW, &values))
+}
+
+/// The name of the congestion control algorithm.
+pub(crate) fn congestion(fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
+    let mut name = [0; 16];
+    let length = named("TCP_CONGESTION", sockopt::get_bytes(fd, SOL_TCP, libc::TCP_CONGESTION, &mut name))?;
+    Ok(name[..length].split(|byte| *byte == 0).next().unwrap_or_default().to_vec())
 }
 
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
