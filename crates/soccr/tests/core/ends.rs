@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::LazyLock;
 use std::thread;
 use std::time::Duration;
 
@@ -126,6 +127,14 @@ impl Ends {
         sys::set_deaf(&self.peer, true).unwrap();
     }
 
+    /// The peer hears again, if it did not.
+    pub fn undeafen(&self) {
+        match sys::set_deaf(&self.peer, false) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            other => other.unwrap(),
+        }
+    }
+
     /// Saves the connection and makes our socket forget it. From now on nothing reaches our host, which would reset the
     /// peer, until [`resume`](Self::resume); what our host sends reaches the peer.
     pub fn take(&self) -> Connection {
@@ -167,8 +176,7 @@ impl Ends {
     /// Whatever is still possible happens: each end writes, ends, and reads to the end of the other. All bytes are
     /// equal, both ends are closed, and no reset was seen.
     pub fn finish(mut self) {
-        // ENOENT: it was not deaf.
-        let _ = sys::set_deaf(&self.peer, false);
+        self.undeafen();
         let rest = |end: &TcpStream, written: &[u8]| {
             let open = matches!(info(end).state, State::Established | State::CloseWait);
             open.then(|| pattern(written.len(), 3000)).unwrap_or_default()
@@ -221,19 +229,26 @@ pub fn small_window(listener: &TcpListener) {
 
 /// Bytes that differ wherever they are taken from the stream.
 pub fn pattern(start: usize, length: usize) -> Vec<u8> {
-    (start..start + length).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect()
+    // A prime number of them, so that no power of two is a period.
+    const PERIOD: usize = 65_521;
+    static BYTES: LazyLock<Vec<u8>> =
+        LazyLock::new(|| (0..PERIOD).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect());
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        let at = (start + bytes.len()) % PERIOD;
+        bytes.extend(&BYTES[at..PERIOD.min(at + length - bytes.len())]);
+    }
+    bytes
 }
 
 /// Fails with where two streams differ, not with both of them.
 #[track_caller]
 pub fn assert_same_bytes(left: &[u8], right: &[u8]) {
+    if left == right {
+        return;
+    }
     let same = left.iter().zip(right).take_while(|(left, right)| left == right).count();
-    assert!(
-        left.len() == right.len() && same == left.len(),
-        "{} bytes, {} expected; equal until {same}",
-        left.len(),
-        right.len()
-    );
+    panic!("{} bytes, {} expected; equal until {same}", left.len(), right.len());
 }
 
 /// What the kernel tells of a connection.

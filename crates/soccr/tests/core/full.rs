@@ -23,8 +23,10 @@ fn fill(ends: &mut Ends) {
     wait_until("everything is full", || {
         quiet += 1;
         for (mut end, bytes) in sides.iter_mut().map(|(end, bytes)| (*end, bytes)) {
-            while let Ok(written) = end.write(&pattern(bytes.len(), 64 << 10)) {
-                bytes.extend(pattern(bytes.len(), written));
+            let mut piece = pattern(bytes.len(), 64 << 10);
+            while let Ok(written) = end.write(&piece) {
+                bytes.extend(&piece[..written]);
+                piece = pattern(bytes.len(), 64 << 10);
                 quiet = 0;
             }
             if info(end).snd_wnd > 0 {
@@ -56,6 +58,7 @@ fn drain(mut end: &TcpStream, expected: &[u8]) -> Duration {
 }
 
 fn drain_both(mut ends: Ends) {
+    ends.undeafen();
     let wait = rto(&ends.ours).max(rto(&ends.peer));
     let before = [timeouts(&ends.ours), timeouts(&ends.peer)];
     ends.ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

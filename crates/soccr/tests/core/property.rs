@@ -1,5 +1,7 @@
 //! Whatever lies in the queues, in whatever state: it comes back.
 
+use std::thread;
+
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use soccr_lab::{Case, Family, State};
@@ -28,20 +30,33 @@ fn cases() -> impl Strategy<Value = (Case, bool, usize)> {
     )
 }
 
+/// Most of the time a timer of the kernel is waited for.
+const THREADS: u32 = 6;
+
 pub fn every_connection_comes_back() {
-    let config =
-        Config { cases: CASES, failure_persistence: None, max_shrink_iters: 20, ..Config::default() };
-    TestRunner::new(config)
-        .run(&cases(), |(case, as_bytes, moves)| {
-            let mut ends = Ends::of(case);
-            for _ in 0..moves {
-                let connection = through_bytes(ends.take(), as_bytes);
-                let restored = ends.restore(&connection).unwrap();
-                assert_same(&connection, &save_again(&restored, ends.remote));
-                ends.resume(restored);
-            }
-            ends.finish();
-            Ok(())
-        })
-        .unwrap();
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let config = Config {
+                    cases: CASES / THREADS,
+                    failure_persistence: None,
+                    max_shrink_iters: 20,
+                    ..Config::default()
+                };
+                TestRunner::new(config).run(&cases(), carry).unwrap();
+            });
+        }
+    });
+}
+
+fn carry((case, as_bytes, moves): (Case, bool, usize)) -> Result<(), TestCaseError> {
+    let mut ends = Ends::of(case);
+    for _ in 0..moves {
+        let connection = through_bytes(ends.take(), as_bytes);
+        let restored = ends.restore(&connection).unwrap();
+        assert_same(&connection, &save_again(&restored, ends.remote));
+        ends.resume(restored);
+    }
+    ends.finish();
+    Ok(())
 }
