@@ -31,7 +31,9 @@ impl Arguments {
                     None => bail!("--plots wants a directory"),
                 },
                 option if option.starts_with('-') => {
-                    bail!("{option}: unknown; known are --json, --full, --plots DIRECTORY and names of scenarios")
+                    bail!(
+                        "{option}: unknown; known are --json, --full, --plots DIRECTORY and names of scenarios"
+                    )
                 }
                 name => parsed.names.push(name.to_owned()),
             }

@@ -35,13 +35,15 @@ pub(crate) fn budget(full: bool) -> Duration {
 
 /// Every state with every queue that it can have, over IPv4.
 pub(crate) fn cases() -> impl Iterator<Item = (String, Case)> {
-    STATES.into_iter().flat_map(|(state, name)| {
-        QUEUES.into_iter().map(move |(queue, received, unsent)| {
-            let case = Case { family: Family::V4, state, received, sent: 0, unsent };
-            (format!("{name}, {queue}"), case)
+    STATES
+        .into_iter()
+        .flat_map(|(state, name)| {
+            QUEUES.into_iter().map(move |(queue, received, unsent)| {
+                let case = Case { family: Family::V4, state, received, sent: 0, unsent };
+                (format!("{name}, {queue}"), case)
+            })
         })
-    })
-    .filter(|(_, case)| case.is_possible())
+        .filter(|(_, case)| case.is_possible())
 }
 
 /// Makes a connection, our end in the calling thread's namespace `pair.a`.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! save      SO_REUSEADDR, TCP_REPAIR = 1
-//!           TCP_INFO, SO_SNDBUF, SO_RCVBUF, SO_BUF_LOCK, getsockname, getpeername, F_GETFL
+//!           TCP_INFO, SO_MEMINFO, SO_BUF_LOCK, getsockname, getpeername, F_GETFL
 //!           queue RECV: TCP_QUEUE_SEQ, SIOCINQ, recv(MSG_PEEK) where there is something
 //!           queue SEND: TCP_QUEUE_SEQ, SIOCOUTQ, SIOCOUTQNSD, recv(MSG_PEEK) where there is something
 //!           TCP_MAXSEG, TCP_TIMESTAMP, TCP_REPAIR_WINDOW, queue NONE
@@ -69,8 +69,7 @@ pub(crate) fn save(fd: BorrowedFd<'_>, scratch: &mut [u8]) {
     sys::set(fd, IPPROTO_TCP, TCP_REPAIR, &[1]);
     let mut info = [0; 256];
     sys::get(fd, IPPROTO_TCP, TCP_INFO, &mut info);
-    sys::get_int(fd, SOL_SOCKET, SO_SNDBUF);
-    sys::get_int(fd, SOL_SOCKET, SO_RCVBUF);
+    sys::get(fd, SOL_SOCKET, SO_MEMINFO, &mut [0; 36]);
     sys::get_int(fd, SOL_SOCKET, SO_BUF_LOCK);
     std::hint::black_box(sys::names(fd));
     sys::flags(fd);
@@ -126,7 +125,7 @@ pub(crate) struct Restorer<'a> {
     options: Vec<u32>,
     fin: Vec<u8>,
     ack: Vec<u8>,
-    raw: OwnedFd,
+    raw: Option<OwnedFd>,
 }
 
 impl<'a> Restorer<'a> {
@@ -154,7 +153,7 @@ impl<'a> Restorer<'a> {
             options,
             fin: segment(control.rcv_nxt.wrapping_sub(1), first_unacknowledged(connection), 0x11),
             ack: segment(control.rcv_nxt, control.write_seq, 0x10),
-            raw: sys::raw_socket(),
+            raw: (control.state != State::Established).then(sys::raw_socket),
         }
     }
 
@@ -212,7 +211,8 @@ impl<'a> Restorer<'a> {
             queue(fd, SEND);
             sys::shutdown(fd);
         };
-        let inject = |packet| sys::inject(self.raw.as_fd(), packet, self.local);
+        let raw = self.raw.as_ref().expect("opened for such a state").as_fd();
+        let inject = |packet| sys::inject(raw, packet, self.local);
         if matches!(control.state, FinWait1 | FinWait2 | Closing) {
             shutdown();
         }
@@ -257,7 +257,8 @@ fn segment(connection: &Connection, [from, to]: [SocketAddrV4; 2], seq: u32, ack
     }
     tcp[16..18].copy_from_slice(&(!sum as u16).to_be_bytes());
     // The kernel fills in what is zero: identification and checksum.
-    let ip = [&[0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0][..], &from.ip().octets(), &to.ip().octets()].concat();
+    let ip =
+        [&[0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0][..], &from.ip().octets(), &to.ip().octets()].concat();
     [ip, tcp].concat()
 }
 

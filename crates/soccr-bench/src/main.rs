@@ -14,6 +14,7 @@
 mod arguments;
 mod connections;
 mod floor;
+mod idle;
 mod machine;
 mod report;
 mod scenario;

@@ -61,6 +61,7 @@ pub(crate) struct Report {
     machine: Machine,
     json: bool,
     rows: Vec<Row>,
+    notes: Vec<String>,
 }
 
 const WIDTHS: [usize; 2] = [8, 44];
@@ -75,7 +76,7 @@ impl Report {
                 "scenario", "", "n", "median", "p99", "max", "floor", "ratio"
             );
         }
-        Self { machine, json, rows: Vec::new() }
+        Self { machine, json, rows: Vec::new(), notes: Vec::new() }
     }
 
     pub(crate) fn add(&mut self, row: Row) {
@@ -85,12 +86,22 @@ impl Report {
         self.rows.push(row);
     }
 
+    /// What could not be measured, and why.
+    pub(crate) fn note(&mut self, note: String) {
+        if !self.json {
+            println!("{note}");
+        }
+        self.notes.push(note);
+    }
+
     pub(crate) fn finish(self) {
         if self.json {
             let rows: Vec<Value> = self.rows.iter().map(Row::json).collect();
-            println!("{}", json!({ "machine": self.machine.json(), "results": rows }));
+            println!("{}", json!({ "machine": self.machine.json(), "results": rows, "notes": self.notes }));
         } else {
-            println!("\nfloor: the same bare system calls, interleaved in the same run; ratio: of the medians");
+            println!(
+                "\nfloor: the same bare system calls, interleaved in the same run; ratio: of the medians"
+            );
         }
     }
 }

@@ -64,8 +64,10 @@ pub(crate) fn peek(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> usize {
 
 /// Fresh memory, filled by a peek: as a caller without memory of its own would.
 pub(crate) fn peek_fresh(fd: BorrowedFd<'_>, length: usize) {
-    // SAFETY: the memory is as long as it says, and freed at once.
+    // SAFETY: the memory is as long as it says, and freed at once; the option is a number.
     unsafe {
+        // Without it the second call would get the memory of the first.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
         let memory = libc::malloc(length);
         assert!(!memory.is_null());
         let read = libc::recv(fd.as_raw_fd(), memory, length, libc::MSG_PEEK | libc::MSG_DONTWAIT);
@@ -164,4 +166,11 @@ pub(crate) fn inject(raw: BorrowedFd<'_>, packet: &[u8], destination: SocketAddr
         libc::sendto(raw.as_raw_fd(), bytes, count, libc::MSG_NOSIGNAL, (&raw const address).cast(), length)
     };
     assert_eq!(sent, packet.len() as isize, "sendto: {}", std::io::Error::last_os_error());
+}
+
+/// Gives the calling thread a table of descriptors of its own.
+pub(crate) fn own_descriptors() {
+    // SAFETY: this thread uses no descriptor that another one opens or closes later.
+    let result = unsafe { libc::unshare(libc::CLONE_FILES) };
+    assert_eq!(result, 0, "unshare(CLONE_FILES): {}", std::io::Error::last_os_error());
 }

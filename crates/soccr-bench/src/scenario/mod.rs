@@ -1,5 +1,7 @@
 //! The scenarios, one file each.
 
+mod lock;
+mod moves;
 mod restore;
 mod save;
 
@@ -11,4 +13,5 @@ use crate::report::Report;
 type Run = fn(&Arguments, &mut Report) -> Result<()>;
 
 /// In the order in which they run.
-pub(crate) const ALL: &[(&str, Run)] = &[("save", save::run), ("restore", restore::run)];
+pub(crate) const ALL: &[(&str, Run)] =
+    &[("save", save::run), ("restore", restore::run), ("lock", lock::run), ("moves", moves::run)];

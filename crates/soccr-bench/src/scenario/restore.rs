@@ -19,7 +19,8 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     let pair = Pair::new()?;
     for (name, case) in cases() {
         let connection = take(&pair, &case)?;
-        let plain = Connection { settings: Settings::default(), path: None, buffers: None, ..connection.clone() };
+        let plain =
+            Connection { settings: Settings::default(), path: None, buffers: None, ..connection.clone() };
         let budget = budget(arguments.full);
         pair.a.run(|| one(&format!("{name}, plain"), &plain, budget, report))?;
         if (case.state, case.received, case.unsent) == (State::Established, 0, 0) {

@@ -46,8 +46,7 @@ fn one(pair: &Pair, name: &str, case: &Case, budget: Duration, report: &mut Repo
 /// What reusing memory is good for: against `malloc`, `recv`, `free`.
 fn fresh_memory(pair: &Pair, budget: Duration, report: &mut Report) -> Result<()> {
     let length = 1 << 20;
-    let case =
-        Case { family: Family::V4, state: State::Established, received: length, sent: 0, unsent: 0 };
+    let case = Case { family: Family::V4, state: State::Established, received: length, sent: 0, unsent: 0 };
     let (made, _) = make(pair, &case);
     let paused = soccr::pause(&made.socket)?;
     let mut memory = vec![0; length];
