@@ -26,7 +26,7 @@ const PORT: u16 = 8000;
 pub(crate) struct Ends {
     pub(crate) streams: Vec<TcpStream>,
     /// In the middle of a move.
-    pub(crate) restored: Vec<Option<Restored>>,
+    pub(crate) restored: Vec<(usize, Restored)>,
 }
 
 type Job = Box<dyn FnOnce(&mut Ends) + Send>;

@@ -25,13 +25,11 @@
 //!
 //! let mut restored = Vec::new();
 //! bulk::restore(connections, |index, outcome| match outcome {
-//!     Ok(socket) => restored.push(socket),
+//!     Ok(socket) => restored.push((index, socket)),
 //!     Err(error) => eprintln!("connection {index} is lost: {error}"),
 //! });
 //! lock.release()?; // one transaction again
-//! for socket in restored {
-//!     socket.resume()?;
-//! }
+//! bulk::resume(restored, |index, outcome| println!("connection {index} goes on: {outcome:?}"));
 //! # Ok(()) }
 //! ```
 //!
@@ -40,6 +38,7 @@
 mod pool;
 mod room;
 
+use std::net::TcpStream;
 use std::os::fd::AsFd;
 
 use crate::connection::Connection;
@@ -91,4 +90,14 @@ pub fn restore<K: Send>(
     };
     let work = |(key, connection): (K, Connection)| (key, connection.restore());
     pool::run(connections, cost, work, |(key, restored)| each(key, restored));
+}
+
+/// [Resumes](Restored::resume) restored connections on as many threads as there are processors: each sends packets, and
+/// the kernel takes in the answers. Gives each to `each` under its key, in any order.
+pub fn resume<K: Send>(
+    restored: impl IntoIterator<Item = (K, Restored)>,
+    mut each: impl FnMut(K, Result<TcpStream>) + Send,
+) {
+    let work = |(key, restored): (K, Restored)| (key, restored.resume());
+    pool::run(restored, |_| 0, work, |(key, resumed)| each(key, resumed));
 }

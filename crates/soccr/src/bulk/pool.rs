@@ -46,7 +46,7 @@ pub(super) fn run<T: Send, R>(
         for item in items {
             let Some(waiting) = queue.put(cost(&item), item) else { return };
             if threads == 0 || (threads < most && waiting > WORTH_A_THREAD) {
-                let named = thread::Builder::new().name("soccr-restore".into());
+                let named = thread::Builder::new().name("soccr-bulk".into());
                 match named.spawn_scoped(scope, serve) {
                     Ok(_) => threads += 1,
                     // Slower, but it goes on.
