@@ -53,6 +53,7 @@
 
 mod bpf;
 mod buffers;
+pub mod bulk;
 mod congestion;
 pub mod connection;
 pub mod diag;

@@ -42,7 +42,8 @@ const OPEN_WINDOW: u32 = 65535;
 pub struct Restore<'fd> {
     fd: BorrowedFd<'fd>,
     control: ControlBlock,
-    buffers: Buffers,
+    /// What is left to be done about the buffers once the queues are filled.
+    buffers: Option<Buffers>,
     flow: Option<Flow>,
     reuse_address: bool,
     report: Report,
@@ -88,17 +89,27 @@ impl<'fd> Restore<'fd> {
         buffers: Option<Buffers>,
         spare: u32,
     ) -> Result<Self> {
-        let current = buffers::read(fd)?;
-        let buffers = buffers.unwrap_or(current);
+        let filled = control.inq_len > 0 || control.outq_len > 0;
+        let mut report = Report::default();
         tcp::set_repair(fd, Repair::On)?;
-        // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
-        buffers::write(fd, current, Buffers { lock: 0, ..buffers })?;
+        let mut later = None;
+        if filled || buffers.is_some() {
+            let current = buffers::read(fd)?.buffers;
+            let wanted = buffers.unwrap_or(current);
+            // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
+            let lock = if filled { 0 } else { wanted.lock };
+            let now = buffers::write(fd, current, Buffers { lock, ..wanted })?;
+            if filled {
+                later = Some(wanted);
+            } else {
+                report.buffers(wanted, now);
+            }
+        }
         // connect() derives the MSS from it; without, the connection would stay at 524 bytes.
         tcp::set_max_segment(fd, u32::from(control.options.mss_clamp).min(MAX_SEGMENT_LIMIT))?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
-        tcp::select_queue(fd, None)?;
-        Ok(Self { fd, control, buffers, flow: None, reuse_address: false, report: Report::default() })
+        Ok(Self { fd, control, buffers: later, flow: None, reuse_address: false, report })
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated.
@@ -196,6 +207,9 @@ impl<'fd> Restore<'fd> {
     }
 
     fn fill_send_queue(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
         tcp::select_queue(self.fd, Queue::Send)?;
         queue::fill_send(self.fd, sent)?;
@@ -225,7 +239,6 @@ impl<'fd> Restore<'fd> {
             }
             tcp::set_window(self.fd, &wanted)?;
         }
-        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
         self.verify()
     }
@@ -320,23 +333,21 @@ impl<'fd> Restore<'fd> {
 
     /// The buffers as saved, but never smaller than what lies in them.
     fn restore_buffers(&mut self) -> Result<()> {
-        let current = buffers::read(self.fd)?;
-        let mut wanted = self.buffers;
+        let Some(saved) = self.buffers else { return Ok(()) };
+        let mut wanted = saved;
+        let memory = buffers::read(self.fd)?;
         if self.control.inq_len > 0 {
             // The kernel drops whatever arrives while the queue takes more memory than the buffer may.
-            let memory = sockopt::get::<[u32; 9]>(self.fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
-                .map_err(|error| Error::system("SO_MEMINFO", error))?;
             let expected = if self.window_is_closed() { 2 * OPEN_WINDOW } else { 0 };
-            wanted.receive = wanted.receive.max(memory[0] + expected);
+            wanted.receive = wanted.receive.max(memory.receive_queue + expected);
         }
-        buffers::write(self.fd, current, wanted)?;
-        let restored = if current == wanted { current } else { buffers::read(self.fd)? };
-        self.report.buffers(self.buffers, restored);
+        let restored = buffers::write(self.fd, memory.buffers, wanted)?;
+        self.report.buffers(saved, restored);
         Ok(())
     }
 
     fn verify(&self) -> Result<()> {
-        let state = save::state(self.fd)?;
+        let state = self.state()?;
         if state != self.control.state {
             return Err(Error::refused(
                 format!("the socket came back in {state}, not in {}", self.control.state),
@@ -344,6 +355,7 @@ impl<'fd> Restore<'fd> {
                  mark 0xC114 pass the firewall",
             ));
         }
+        tcp::select_queue(self.fd, Queue::Receive)?;
         if save::is_unchanged(self.fd, &self.control)? {
             return Ok(());
         }
@@ -351,6 +363,15 @@ impl<'fd> Restore<'fd> {
             "a socket that differs from its connection",
             "a segment of the peer came in between: lock the traffic first",
         ))
+    }
+
+    /// The state of the socket. `TCP_INFO` costs as much as five other calls; a socket that is not to have seen a FIN
+    /// can only have been reset, and then the kernel forgets the peer.
+    fn state(&self) -> Result<State> {
+        match rustix::net::getpeername(self.fd) {
+            Ok(Some(_)) if self.control.state == State::Established => Ok(State::Established),
+            _ => save::state(self.fd),
+        }
     }
 
     fn flow(&self) -> Result<Flow> {

@@ -120,6 +120,7 @@ fn name(call: Call) -> Option<&'static str> {
         },
         libc::SYS_ioctl => match call.args[1] {
             0x541B => "SIOCINQ",
+            0x8905 => "SIOCATMARK",
             0x5411 => "SIOCOUTQ",
             0x894B => "SIOCOUTQNSD",
             other => panic!("an error about an ioctl {other:#x}"),
