@@ -55,6 +55,7 @@ mod bpf;
 mod buffers;
 mod congestion;
 pub mod connection;
+mod conntrack;
 pub mod diag;
 mod error;
 mod fin;
