@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use crate::connection::{ControlBlock, Flow};
+use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::save;
 use crate::segment::{Segment, flags};
@@ -12,7 +13,10 @@ use crate::sys::raw::{Injector, Via};
 use crate::sys::tcp::{self, Queue};
 
 /// How long a segment may take through `lo`: far longer than it does, unless the machine is very busy.
-const ARRIVAL: Duration = Duration::from_millis(100);
+pub(crate) const ARRIVAL: Duration = Duration::from_millis(100);
+
+/// How long it may take where there is another way to try.
+pub(crate) const FIRST_ARRIVAL: Duration = Duration::from_millis(5);
 
 /// The FIN of the peer arrives.
 pub(crate) fn inject_fin(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {
@@ -99,10 +103,17 @@ pub(crate) fn inject(
     segment: &Segment<'_>,
     arrived: impl Fn() -> Result<bool>,
 ) -> Result<()> {
+    let routed = Via::routed(segment.destination.ip());
+    let flow = Flow { local: segment.destination, remote: segment.source };
     let mut refusal = None;
-    for via in [Via::routed(segment.destination.ip()), Via::Loopback] {
+    for (via, unknown) in [(routed, false), (routed, true), (Via::Loopback, false)] {
+        // A firewall may let only established connections pass, and not know that this is one.
+        if unknown && conntrack::enter(fd, flow).is_err() {
+            continue;
+        }
+        let limit = if via == routed && !unknown { FIRST_ARRIVAL } else { ARRIVAL };
         match send(fd, segment, via) {
-            Ok(()) if wait_for(&arrived)? => return Ok(()),
+            Ok(()) if wait_for(limit, &arrived)? => return Ok(()),
             Ok(()) => {}
             Err(error) => refusal = Some(error),
         }
@@ -121,8 +132,8 @@ fn send(fd: BorrowedFd<'_>, segment: &Segment<'_>, via: Via) -> Result<()> {
 }
 
 /// On an idle machine the segment has arrived before the call that sent it returns.
-fn wait_for(arrived: &impl Fn() -> Result<bool>) -> Result<bool> {
-    let deadline = Instant::now() + ARRIVAL;
+pub(crate) fn wait_for(limit: Duration, arrived: &impl Fn() -> Result<bool>) -> Result<bool> {
+    let deadline = Instant::now() + limit;
     loop {
         if arrived()? {
             return Ok(true);
