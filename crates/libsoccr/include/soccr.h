@@ -170,6 +170,27 @@ int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, struct libsoccr_sk_data *da
  */
 const char *libsoccr_last_error(const struct libsoccr_sk *sk);
 
+/* A connection, by its two addresses. */
+struct libsoccr_flow {
+	union libsoccr_addr self;
+	union libsoccr_addr peer;
+};
+
+/* What arrives meanwhile is delivered by libsoccr_unlock(), instead of being dropped. A thread collects it. */
+#define SOCCR_LOCK_HOLD 0x1
+
+/* A lock, which ends with the process at the latest. */
+struct libsoccr_lock;
+
+/*
+ * Keeps the network of the calling thread quiet around connections, in both directions: lock, pause, save, close,
+ * restore, unlock, resume. Without SOCCR_LOCK_HOLD packets are dropped, and sent again when a timer of the peer runs out.
+ */
+struct libsoccr_lock *libsoccr_lock(const struct libsoccr_flow *flows, unsigned count, unsigned flags);
+
+/* Unlocks the connections and frees the lock, whether it returns 0 or -1. */
+int libsoccr_unlock(struct libsoccr_lock *lock);
+
 /* The version of the library, such as "1.0.0". */
 const char *libsoccr_version(void);
 

@@ -1,12 +1,12 @@
 //! The tests in C: each function of each program is one test, in a network of its own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use soccr_lab::{Test, harness};
 
 mod common;
-use common::{Library, build_library, compile, run};
+use common::{build_library, include, run};
 
 /// The programs in `tests/c`.
 const PROGRAMS: [&str; 4] = ["connections", "staged", "border", "lessons"];
@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     let libraries = build_library();
     let mut tests = Vec::new();
     for name in PROGRAMS {
-        let program = compile(name, &[name, "kit"], &[], &Library::Static(&libraries));
+        let program = compile(name, &libraries.join("libsoccr.a"));
         for function in functions(&program) {
             if function.starts_with("memory_") {
                 tests.extend(memory_test(&program, name, &function));
@@ -27,6 +27,17 @@ fn main() -> ExitCode {
         }
     }
     harness(tests)
+}
+
+fn compile(name: &str, library: &Path) -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c");
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-D_GNU_SOURCE"]);
+    cc.arg("-I").arg(include()).arg("-o").arg(&program);
+    cc.args([name, "kit"].map(|file| sources.join(file).with_extension("c")));
+    run(cc.arg(library));
+    program
 }
 
 /// The names that a program tells.

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
-use crate::{completions, criu, exit, inspect, list, lock, receive, restore, save, send};
+use crate::{completions, criu, demo, exit, inspect, list, lock, receive, restore, save, send};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -35,6 +35,10 @@ enum Command {
     Completions(completions::Completions),
     #[command(hide = true)]
     Man(completions::Man),
+    Demo(demo::Demo),
+    /// A program of the demonstration
+    #[command(hide = true)]
+    DemoProgram,
 }
 
 impl Cli {
@@ -51,6 +55,8 @@ impl Cli {
             Command::Unlock(unlock) => unlock.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),
+            Command::Demo(demo) => demo.run(),
+            Command::DemoProgram => demo::worker::run(),
         }
     }
 }

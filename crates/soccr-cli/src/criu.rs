@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
+use rustix::net::{AddressFamily, SocketType};
 use serde_json::{Value as Json, json};
 use soccr_image::AddressMap;
 use soccr_image::criu::{Directory, Protocol, Socket};
@@ -70,7 +71,15 @@ impl Criu {
             }
             Action::Extract { directory, id, output } => {
                 let images = Directory::open(directory)?;
-                soccr_image::save_file(output, &images.extract(images.socket(*id)?)?)?;
+                let mut socket = images.socket(*id)?.clone();
+                if let Some(interface) = &socket.interface {
+                    // CRIU keeps the name of the interface; the scope of an address is its number here.
+                    let any = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+                    let index = rustix::net::netdevice::name_to_index(&any, interface)
+                        .with_context(|| format!("the interface {interface} of socket {id}"))?;
+                    socket.set_scope(index);
+                }
+                soccr_image::save_file(output, &images.extract(&socket)?)?;
                 Ok(Exit::Done)
             }
             Action::Rewrite { directory, map } => match Directory::open(directory)?.rewrite(map)? {

@@ -7,6 +7,7 @@ mod captive;
 mod cli;
 mod completions;
 mod criu;
+mod demo;
 mod describe;
 mod exit;
 mod handover;

@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use anyhow::{Context, Result, anyhow, bail};
 use soccr::connection::Flow;
 use soccr::lock::{Held, Locker, Mode};
-use soccr::{Connection, Lock, Restored};
+use soccr::{Connection, Fidelity, Lock, Restored};
 use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Reader, Writer};
 
@@ -161,8 +161,8 @@ impl Target<'_> {
         let flow = connection.flow();
         let lock = self.locker.lock(&[flow])?;
         let restored = connection.restore()?;
-        for skipped in restored.skipped() {
-            exit::complain(&format!("not brought back: {skipped}"));
+        for lost in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
+            exit::complain(&format!("not brought back: {lost}"));
         }
         self.waiting.insert(id, Waiting { restored, lock, flow, held: Vec::new() });
         self.silent.push(flow);

@@ -5,8 +5,8 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use soccr::Connection;
 use soccr::lock::{Locker, Mode};
+use soccr::{Connection, Fidelity};
 use soccr_image::AddressMap;
 
 use crate::exit::Exit;
@@ -53,8 +53,8 @@ impl Restore {
         network::enter(self.netns.as_deref())?;
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;
-        for skipped in restored.skipped() {
-            exit::complain(&format!("not brought back: {skipped}"));
+        for lost in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
+            exit::complain(&format!("not brought back: {lost}"));
         }
         silence::lift(&[connection.flow()])?;
         lock.release()?;

@@ -25,6 +25,9 @@ impl std::fmt::Debug for Test {
     }
 }
 
+/// How many tests run at once, unless `--test-threads` says otherwise.
+const PARALLEL: usize = 8;
+
 /// Runs tests in parallel, each in a fresh network namespace, so that all of them can use the same ports. To be called
 /// from the `main` of a test with `harness = false`; takes the arguments that `cargo test` passes on.
 ///
@@ -33,7 +36,9 @@ impl std::fmt::Debug for Test {
 pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
     // The main thread is still the only one here.
     let unavailable = enter().err().map(|reason| reason.to_string());
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // Tests of networks wait for timers of the kernel more than they compute.
+    arguments.test_threads.get_or_insert(PARALLEL);
     if let Some(reason) = &unavailable {
         eprintln!("\nEVERY TEST IS SKIPPED: {reason}\n");
     }

@@ -74,13 +74,24 @@ impl std::fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
+/// Does what the first restore of a process would do while a connection is locked: loads the program that brings
+/// congestion windows and ECN back, which takes some 20 ms.
+///
+/// Whoever moves connections calls it before the first lock. Its outcome, good or bad, is kept for the process.
+///
+/// # Errors
+/// [`Unavailable`], as every [report](crate::Report) will say then: connections are restored without them.
+pub fn prepare() -> Result<(), Unavailable> {
+    Writer::get().map(drop)
+}
+
 /// Writes the congestion window, the slow start threshold and ECN of a connected socket, and leaves it with
 /// `algorithm`.
 ///
 /// The RTT should be seeded before: bbr derives its pacing from both. bbr keeps the window, not the threshold.
 ///
 /// # Errors
-/// [`Unavailable`]; the socket then has the algorithm that it had.
+/// [`Unavailable`]; the socket then has the algorithm that it had, or reno where that one has become unavailable.
 pub(crate) fn restore(
     fd: BorrowedFd<'_>,
     path: &Path,
@@ -95,7 +106,10 @@ pub(crate) fn restore(
     let value: Vec<u8> = value.iter().flat_map(|word| word.to_ne_bytes()).collect();
     writer.values.update(&key, &value).map_err(Unavailable::at("BPF_MAP_UPDATE_ELEM"))?;
     let set = |name| sockopt::set_bytes(fd, SOL_TCP, libc::TCP_CONGESTION, name);
-    let outcome = set(&writer.name).and_then(|()| set(algorithm));
+    let outcome = set(&writer.name).and_then(|()| {
+        // Ours never changes the window: no socket may be left with it. Every kernel has reno.
+        set(algorithm).or_else(|_| set(algorithm)).or_else(|error| set(b"reno").and(Err(error)))
+    });
     // The kernel frees it with the socket, too; it is of no more use.
     let _ = writer.values.delete(&key);
     outcome.map_err(Unavailable::at("TCP_CONGESTION"))

@@ -167,7 +167,7 @@ pub struct Path {
     pub rtt: Duration,
     /// Its mean deviation.
     pub rttvar: Duration,
-    /// The retransmission timeout.
+    /// The retransmission timeout, not doubled by losses in a row.
     pub rto: Duration,
     /// Bytes per segment we send.
     pub snd_mss: u32,

@@ -68,7 +68,7 @@ pub(crate) fn send_ack(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -
     send(fd, &segment, Via::routed(flow.remote.ip()))
 }
 
-fn from_peer<'a>(
+pub(crate) fn from_peer<'a>(
     flow: Flow,
     control: &ControlBlock,
     seq: u32,
@@ -94,7 +94,11 @@ fn from_peer<'a>(
 }
 
 /// Tries one injector after the other until the segment has arrived.
-fn inject(fd: BorrowedFd<'_>, segment: &Segment<'_>, arrived: impl Fn() -> Result<bool>) -> Result<()> {
+pub(crate) fn inject(
+    fd: BorrowedFd<'_>,
+    segment: &Segment<'_>,
+    arrived: impl Fn() -> Result<bool>,
+) -> Result<()> {
     let mut refusal = None;
     for via in [Via::routed(segment.destination.ip()), Via::Loopback] {
         match send(fd, segment, via) {

@@ -51,10 +51,9 @@
 //!
 //! Who calls this for a socket of another process (`pidfd_getfd(2)`) must stop that process between `pause` and `detach`.
 
-#![allow(dead_code)]
-
 mod bpf;
 mod buffers;
+pub mod bulk;
 mod congestion;
 pub mod connection;
 pub mod diag;
@@ -63,15 +62,21 @@ mod fin;
 pub mod lock;
 mod pause;
 mod queue;
+mod report;
 mod restore;
+mod resume;
+mod rtt;
 mod save;
 mod segment;
 pub mod settings;
 mod sys;
 
+pub use congestion::{Unavailable, prepare};
 pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
 pub use lock::Lock;
 pub use pause::{Paused, pause};
-pub use restore::{Restore, Restored};
+pub use report::{Entry, Fidelity, Report};
+pub use restore::Restore;
+pub use resume::Restored;
 pub use sys::tcp::Queue;

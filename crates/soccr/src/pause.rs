@@ -168,9 +168,7 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// Refused: a socket whose peer the kernel has forgotten, without [`with_peer`](Self::with_peer).
     pub fn peer_address(&self) -> Result<SocketAddr> {
-        save::state(self.fd)
-            .and_then(|state| save::remote_address(self.fd, state, self.peer))
-            .map_err(|error| error.at("save"))
+        save::remote_address(self.fd, self.peer).map_err(|error| error.at("save"))
     }
 
     /// Begins to restore a connection onto this socket, if it is fresh: step 1 of [`Restore`], with `SO_REUSEADDR` as

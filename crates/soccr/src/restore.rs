@@ -10,19 +10,19 @@
 //!  6 finish         FINs, windows; then everything is verified
 //! ```
 
-use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+mod whole;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::buffers;
-use crate::connection::{Buffers, Connection, ControlBlock, Flow, State, Urgent, Window, after};
+use crate::connection::{Buffers, ControlBlock, Flow, State, Urgent, Window, after};
 use crate::error::{Error, Result};
 use crate::fin;
-use crate::pause::set_reuse_address;
 use crate::queue;
+use crate::report::Report;
+use crate::resume::{Restored, start_handshake};
 use crate::save;
-use crate::settings::{self, Skipped, Stage, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
 
@@ -31,56 +31,6 @@ const MAX_SEGMENT_LIMIT: u32 = 32767;
 
 /// Room for a peer that may fill the window it once saw, where ours has closed meanwhile.
 const OPEN_WINDOW: u32 = 65535;
-
-impl Connection {
-    /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
-    /// and silent until [`Restored::resume`]. The old socket must be closed or [detached](crate::Paused::detach).
-    ///
-    /// Everything is [validated](Self::validate) before the first system call; `self` is not changed, and can be
-    /// restored again.
-    ///
-    /// # Errors
-    /// - Invalid: values that contradict each other.
-    /// - System: the option that the kernel refused. `EADDRNOTAVAIL` where the local address is not configured here,
-    ///   or another socket has the same pair of addresses. Nothing has been sent, and nothing is left behind.
-    /// - Refused: the socket did not reach the state of the connection, because a firewall or a loopback interface
-    ///   that is down swallowed the segment that plays the peer's FIN or ACK.
-    pub fn restore(&self) -> Result<Restored> {
-        self.validate().and_then(|()| self.restore_socket()).map_err(|error| error.at("restore"))
-    }
-
-    fn restore_socket(&self) -> Result<Restored> {
-        let family = if self.local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|error| Error::system("socket", error))?;
-        let fd = socket.as_fd();
-        let mut skipped = Vec::new();
-        let mut apply = |stage| self.settings.apply(fd, stage, self.local, &mut skipped);
-        if self.control.state == State::SynSent {
-            apply(Stage::BeforeBind);
-            bind(fd, self.local)?;
-            [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last].into_iter().for_each(apply);
-        } else {
-            let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
-            apply(Stage::BeforeBind);
-            bind(fd, self.local)?;
-            apply(Stage::BeforeConnect);
-            connect(fd, self.remote)?;
-            steps.set_options(self.flow())?;
-            apply(Stage::InRepair);
-            steps.fill_receive_queue(&self.receive_queue, self.urgent)?;
-            steps.fill_send_queue(&self.send_queue)?;
-            steps.complete()?;
-            apply(Stage::Injected);
-            apply(Stage::Last);
-        }
-        if self.nonblocking {
-            set_nonblocking(fd, true)?;
-        }
-        let reuse_address = self.settings.get(settings::REUSEADDR) == Some(&Value::Number(1));
-        Ok(Restored { control: self.control.clone(), flow: self.flow(), reuse_address, skipped, socket })
-    }
-}
 
 /// The staged form of [`Connection::restore`], for callers who bind and connect a socket of their own.
 ///
@@ -92,9 +42,11 @@ impl Connection {
 pub struct Restore<'fd> {
     fd: BorrowedFd<'fd>,
     control: ControlBlock,
-    buffers: Buffers,
+    /// What is left to be done about the buffers once the queues are filled.
+    buffers: Option<Buffers>,
     flow: Option<Flow>,
     reuse_address: bool,
+    report: Report,
 }
 
 impl<'fd> Restore<'fd> {
@@ -127,21 +79,37 @@ impl<'fd> Restore<'fd> {
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }
-        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers)? })
+        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers, 0)? })
     }
 
-    fn start(fd: BorrowedFd<'fd>, control: ControlBlock, buffers: Option<Buffers>) -> Result<Self> {
-        let current = buffers::read(fd)?;
-        let buffers = buffers.unwrap_or(current);
+    /// Step 1, with so many sequence numbers to spare in front of the send queue.
+    fn start(
+        fd: BorrowedFd<'fd>,
+        control: ControlBlock,
+        buffers: Option<Buffers>,
+        spare: u32,
+    ) -> Result<Self> {
+        let filled = control.inq_len > 0 || control.outq_len > 0;
+        let mut report = Report::default();
         tcp::set_repair(fd, Repair::On)?;
-        // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
-        buffers::write(fd, current, Buffers { lock: 0, ..buffers })?;
+        let mut later = None;
+        if filled || buffers.is_some() {
+            let current = buffers::read(fd)?.buffers;
+            let wanted = buffers.unwrap_or(current);
+            // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
+            let lock = if filled { 0 } else { wanted.lock };
+            let now = buffers::write(fd, current, Buffers { lock, ..wanted })?;
+            if filled {
+                later = Some(wanted);
+            } else {
+                report.buffers(wanted, now);
+            }
+        }
         // connect() derives the MSS from it; without, the connection would stay at 524 bytes.
         tcp::set_max_segment(fd, u32::from(control.options.mss_clamp).min(MAX_SEGMENT_LIMIT))?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
-        tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged())?;
-        tcp::select_queue(fd, None)?;
-        Ok(Self { fd, control, buffers, flow: None, reuse_address: false })
+        tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
+        Ok(Self { fd, control, buffers: later, flow: None, reuse_address: false, report })
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated.
@@ -194,21 +162,18 @@ impl<'fd> Restore<'fd> {
     /// Refused: the state was not reached. System: the option.
     pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
         let flow = self.complete().and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
-        let Self { fd, control, reuse_address, .. } = self;
-        Ok(Restored { control, flow, reuse_address, skipped: Vec::new(), socket: fd })
+        let Self { fd, control, reuse_address, report, .. } = self;
+        Ok(Restored { control, flow, reuse_address, report, socket: fd })
     }
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {
         let options = &self.control.options;
-        let mut list = [[0; 2]; 4];
+        let mut list = [[0; 2]; 3];
         let mut length = 0;
         let mut add = |kind, value| {
             list[length] = [kind, value];
             length += 1;
         };
-        if options.sack {
-            add(option_kind::SACK_PERMITTED, 0);
-        }
         if let Some(scale) = options.window_scale {
             add(option_kind::WINDOW_SCALE, u32::from(scale.snd) | u32::from(scale.rcv) << 16);
         }
@@ -242,6 +207,9 @@ impl<'fd> Restore<'fd> {
     }
 
     fn fill_send_queue(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
         tcp::select_queue(self.fd, Queue::Send)?;
         queue::fill_send(self.fd, sent)?;
@@ -254,14 +222,23 @@ impl<'fd> Restore<'fd> {
     }
 
     fn complete(&mut self) -> Result<()> {
+        if self.control.options.sack {
+            // With it a sender probes for a lost tail after two round-trip times, and with unsent bytes if there are any:
+            // had it been permitted when the send queue was filled, it would not stay silent until it is resumed.
+            tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
+        }
         if self.control.state != State::Established {
             self.restore_fins()?;
         }
         if let Some(window) = self.control.window {
-            let window = if self.window_is_closed() { opened(window, self.control.rcv_nxt) } else { window };
-            tcp::set_window(self.fd, &window)?;
+            let mut wanted = window;
+            if self.window_is_closed() {
+                wanted = opened(window, self.control.rcv_nxt);
+                let reason = "it was closed: opened, or what is on its way would be dropped";
+                self.report.approximate("rcv_wnd", [window.rcv_wnd.into(), wanted.rcv_wnd.into()], reason);
+            }
+            tcp::set_window(self.fd, &wanted)?;
         }
-        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
         self.verify()
     }
@@ -271,12 +248,12 @@ impl<'fd> Restore<'fd> {
         use State::{Close, CloseWait, Closing, FinWait1, FinWait2, LastAck};
         let flow = self.flow()?;
         let state = self.control.state;
-        self.open_window()?;
         if matches!(state, FinWait1 | FinWait2 | Closing) {
             self.queue_fin()?;
         }
+        let seen = self.seen_from_peer()?;
         if state.fin_received() {
-            fin::inject_fin(self.fd, flow, &self.control)?;
+            fin::inject_fin(self.fd, flow, &seen)?;
         }
         if matches!(state, LastAck | Close) {
             self.queue_fin()?;
@@ -286,6 +263,19 @@ impl<'fd> Restore<'fd> {
         }
         debug_assert!(matches!(state, FinWait1 | FinWait2 | Closing | CloseWait | LastAck | Close));
         Ok(())
+    }
+
+    /// Makes room for the segments that are injected, and says what they have to tell. An ACK sets free what has never
+    /// been sent, so the peer's window seems closed meanwhile.
+    fn seen_from_peer(&self) -> Result<ControlBlock> {
+        let mut seen = self.control.clone();
+        let window = self.open_window()?;
+        if let Some(window) = window.filter(|_| seen.unsq_len > 0 || seen.fin_unsent) {
+            let closed = Window { snd_wnd: 0, ..window };
+            tcp::set_window(self.fd, &closed)?;
+            seen.window = Some(closed);
+        }
+        Ok(seen)
     }
 
     /// Our own FIN: sent before or still to be sent.
@@ -342,21 +332,22 @@ impl<'fd> Restore<'fd> {
     }
 
     /// The buffers as saved, but never smaller than what lies in them.
-    fn restore_buffers(&self) -> Result<()> {
-        let current = buffers::read(self.fd)?;
-        let mut wanted = self.buffers;
+    fn restore_buffers(&mut self) -> Result<()> {
+        let Some(saved) = self.buffers else { return Ok(()) };
+        let mut wanted = saved;
+        let memory = buffers::read(self.fd)?;
         if self.control.inq_len > 0 {
             // The kernel drops whatever arrives while the queue takes more memory than the buffer may.
-            let memory = sockopt::get::<[u32; 9]>(self.fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
-                .map_err(|error| Error::system("SO_MEMINFO", error))?;
             let expected = if self.window_is_closed() { 2 * OPEN_WINDOW } else { 0 };
-            wanted.receive = wanted.receive.max(memory[0] + expected);
+            wanted.receive = wanted.receive.max(memory.receive_queue + expected);
         }
-        buffers::write(self.fd, current, wanted)
+        let restored = buffers::write(self.fd, memory.buffers, wanted)?;
+        self.report.buffers(saved, restored);
+        Ok(())
     }
 
     fn verify(&self) -> Result<()> {
-        let state = save::state(self.fd)?;
+        let state = self.state()?;
         if state != self.control.state {
             return Err(Error::refused(
                 format!("the socket came back in {state}, not in {}", self.control.state),
@@ -364,6 +355,7 @@ impl<'fd> Restore<'fd> {
                  mark 0xC114 pass the firewall",
             ));
         }
+        tcp::select_queue(self.fd, Queue::Receive)?;
         if save::is_unchanged(self.fd, &self.control)? {
             return Ok(());
         }
@@ -373,94 +365,23 @@ impl<'fd> Restore<'fd> {
         ))
     }
 
+    /// The state of the socket. `TCP_INFO` costs as much as five other calls; a socket that is not to have seen a FIN
+    /// can only have been reset, and then the kernel forgets the peer.
+    fn state(&self) -> Result<State> {
+        match rustix::net::getpeername(self.fd) {
+            Ok(Some(_)) if self.control.state == State::Established => Ok(State::Established),
+            _ => save::state(self.fd),
+        }
+    }
+
     fn flow(&self) -> Result<Flow> {
         self.flow.ok_or_else(|| Error::invalid("the socket was not connected before its queues were filled"))
-    }
-}
-
-/// A socket in repair mode that holds a restored connection. Dropping it closes it silently, where the socket is its
-/// own; one that was borrowed stays in repair mode.
-#[derive(Debug)]
-#[must_use = "dropping it closes the connection, silently: the peer would wait for ever"]
-pub struct Restored<Fd = OwnedFd> {
-    control: ControlBlock,
-    flow: Flow,
-    reuse_address: bool,
-    skipped: Vec<Skipped>,
-    socket: Fd,
-}
-
-impl Restored {
-    /// Ends repair mode: the connection lives. The peer hears of it, so that both ends learn what they may have
-    /// missed: a window probe of the kernel in ESTABLISHED, and an ACK with our window in every state. A connection
-    /// in SYN_SENT starts its handshake anew here.
-    ///
-    /// Packets must be able to flow: release the lock before, or right after.
-    ///
-    /// # Errors
-    /// System: the option that failed. The socket is closed silently.
-    pub fn resume(self) -> Result<TcpStream> {
-        self.turn_on().map_err(|error| error.at("resume"))?;
-        Ok(TcpStream::from(self.socket))
-    }
-
-    /// The socket options that could not be brought back, and why.
-    pub fn skipped(&self) -> &[Skipped] {
-        &self.skipped
-    }
-
-    /// Gives the socket away in repair mode: silent when closed, and its new owner turns the mode off.
-    pub fn release(self) -> OwnedFd {
-        self.socket
-    }
-}
-
-impl Restored<BorrowedFd<'_>> {
-    /// Like [`resume`](Restored::resume) of a socket of its own.
-    ///
-    /// # Errors
-    /// System: the option that failed.
-    pub fn resume(self) -> Result<()> {
-        self.turn_on().map_err(|error| error.at("resume"))
-    }
-}
-
-impl<Fd: AsFd> Restored<Fd> {
-    fn turn_on(&self) -> Result<()> {
-        let fd = self.socket.as_fd();
-        if self.control.state == State::SynSent {
-            return start_handshake(fd, self.flow.remote);
-        }
-        tcp::set_repair(fd, Repair::Off)?;
-        if self.reuse_address {
-            set_reuse_address(fd, true)?;
-        }
-        if self.control.unsq_len > 0 || self.control.fin_unsent {
-            push(fd)?;
-        }
-        // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
-        let _ = fin::send_ack(fd, self.flow, &self.control);
-        Ok(())
-    }
-}
-
-impl<Fd: AsFd> AsFd for Restored<Fd> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 
 /// A window in which the peer may use as much as it was once allowed.
 fn opened(window: Window, rcv_nxt: u32) -> Window {
     Window { rcv_wup: rcv_nxt, rcv_wnd: window.rcv_wnd.max(OPEN_WINDOW), ..window }
-}
-
-/// Sends what is queued and may be sent, at once: switching Nagle's algorithm off does that.
-fn push(fd: BorrowedFd<'_>) -> Result<()> {
-    let no_delay = |value| tcp::set_int(fd, tcp::SOL_TCP, libc::TCP_NODELAY, "TCP_NODELAY", value);
-    let before = tcp::get_int(fd, tcp::SOL_TCP, libc::TCP_NODELAY, "TCP_NODELAY")?;
-    no_delay(1)?;
-    no_delay(before)
 }
 
 fn check(holds: bool, what: &str) -> Result<()> {
@@ -481,28 +402,4 @@ pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.
 fn connect(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
     rustix::net::connect(fd, &address).map_err(|error| Error::system("connect", error))
-}
-
-/// Begins to connect without waiting for it, whatever the descriptor does otherwise.
-fn start_handshake(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
-    let blocking = set_nonblocking(fd, true)?;
-    let started = match rustix::net::connect(fd, &remote) {
-        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
-        Err(error) => Err(Error::system("connect", error)),
-    };
-    if blocking {
-        set_nonblocking(fd, false)?;
-    }
-    started
-}
-
-/// Sets or clears `O_NONBLOCK` alone; true where that changed it.
-fn set_nonblocking(fd: BorrowedFd<'_>, on: bool) -> Result<bool> {
-    let before = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
-    let mut flags = before;
-    flags.set(rustix::fs::OFlags::NONBLOCK, on);
-    if flags != before {
-        rustix::fs::fcntl_setfl(fd, flags).map_err(|error| Error::system("fcntl(F_SETFL)", error))?;
-    }
-    Ok(flags != before)
 }

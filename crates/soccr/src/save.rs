@@ -9,9 +9,10 @@ use rustix::net::{getpeername, getsockname};
 
 use crate::buffers;
 use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
+use crate::diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
-use crate::settings::{self, Settings, Value};
+use crate::settings::{self, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 
@@ -22,7 +23,7 @@ impl Flow {
     /// Refused where the socket is not TCP over IP, or where the kernel does not tell the peer: in SYN_SENT, in CLOSE.
     pub fn of<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Self> {
         let fd = socket.as_fd();
-        Ok(Self { local: local_address(fd)?, remote: remote_address(fd, state(fd)?, None)? })
+        Ok(Self { local: local_address(fd)?, remote: remote_address(fd, None)? })
     }
 }
 
@@ -38,9 +39,14 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
         attempts += 1;
     }
     connection.local = local_address(fd)?;
-    connection.remote = remote_address(fd, connection.control.state, peer)?;
-    connection.settings = Settings::read(fd, connection.local);
-    connection.buffers = Some(buffers::read(fd)?);
+    connection.remote = remote_address(fd, peer)?;
+    let memory = buffers::read(fd)?;
+    connection.buffers = Some(memory.buffers);
+    connection.settings.read_into(fd, connection.local);
+    // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
+    if memory.options > 0 {
+        connection.settings.read_keys(fd, connection.local, connection.remote)?;
+    }
     connection.nonblocking = rustix::fs::fcntl_getfl(fd)
         .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
         .contains(rustix::fs::OFlags::NONBLOCK);
@@ -50,8 +56,8 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
 /// Everything that moves with the traffic, verified to have stood still meanwhile.
 fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
     let (control, urgent, path) = control_block(fd)?;
-    queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
     queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
+    queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
     if !is_unchanged(fd, &control)? {
         return Err(changed());
     }
@@ -61,8 +67,10 @@ fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
     Ok(())
 }
 
-/// Reads everything but the queues' bytes and the addresses.
+/// Reads everything but the queues' bytes and the addresses. Leaves the receive queue selected, for
+/// [`is_unchanged`]: beside fifty reads of options every call counts.
 pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Path)> {
+    let write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let info = tcp::info(fd)?;
     let state = kernel_state(&info)?;
@@ -75,8 +83,6 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
     let fin_unsent = fin.min(unsent);
     let options = options(fd, &info)?;
     let window = tcp::window(fd)?;
-    let write_seq = tcp::queue_seq(fd, Queue::Send)?;
-    tcp::select_queue(fd, None)?;
     let control = ControlBlock {
         state,
         rcv_nxt,
@@ -91,9 +97,9 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
     Ok((control, urgent, path(&info)))
 }
 
-/// Compares the sequence numbers of the socket with those of a control block.
+/// Compares the sequence numbers of the socket, whose receive queue is selected, with those of a control block.
 pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, control: &ControlBlock) -> Result<bool> {
-    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
+    let rcv_nxt = tcp::selected_seq(fd)?;
     let unacknowledged = tcp::unacknowledged(fd)?;
     tcp::select_queue(fd, None)?;
     let handshake = control.state == State::SynSent;
@@ -137,7 +143,8 @@ fn path(info: &TcpInfo) -> Path {
     Path {
         rtt: microseconds(info.rtt),
         rttvar: microseconds(info.rttvar),
-        rto: microseconds(info.rto),
+        // Doubled while nothing comes back, as behind a lock.
+        rto: microseconds(info.rto.checked_shr(info.backoff.into()).unwrap_or_default()),
         snd_mss: info.snd_mss,
         snd_cwnd: info.snd_cwnd,
         snd_ssthresh: info.snd_ssthresh,
@@ -200,24 +207,34 @@ pub(crate) fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
         .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried"))
 }
 
-pub(crate) fn remote_address(
-    fd: BorrowedFd<'_>,
-    state: State,
-    peer: Option<SocketAddr>,
-) -> Result<SocketAddr> {
+pub(crate) fn remote_address(fd: BorrowedFd<'_>, peer: Option<SocketAddr>) -> Result<SocketAddr> {
     let address = getpeername(fd);
     match address {
         Ok(Some(address)) => SocketAddr::try_from(address)
             .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried")),
-        Err(rustix::io::Errno::NOTCONN) | Ok(None) => match peer {
-            Some(peer) => Ok(peer),
-            None => Err(Error::refused(
-                format!("a connection in {state} without its peer's address"),
-                "the kernel has forgotten it: tell it by Paused::with_peer",
-            )),
-        },
+        Err(rustix::io::Errno::NOTCONN) | Ok(None) => {
+            let state = state(fd)?;
+            match peer.map_or_else(|| peer_of_handshake(fd, state), |peer| Ok(Some(peer)))? {
+                Some(peer) => Ok(peer),
+                None => Err(Error::refused(
+                    format!("a connection in {state} without its peer's address"),
+                    "the kernel has forgotten it: tell it by Paused::with_peer",
+                )),
+            }
+        }
         Err(error) => Err(Error::system("getpeername", error)),
     }
+}
+
+/// Of a connection in SYN_SENT the kernel knows the peer, but tells it only to others.
+fn peer_of_handshake(fd: BorrowedFd<'_>, state: State) -> Result<Option<SocketAddr>> {
+    if state != State::SynSent {
+        return Ok(None);
+    }
+    let local = local_address(fd)?;
+    let cookie = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
+        .map_err(|error| Error::system("SO_COOKIE", error))?;
+    diag::beside(fd, |diag| diag.peer_of_handshake(local, cookie))
 }
 
 /// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.

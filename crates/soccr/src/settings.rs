@@ -17,6 +17,7 @@
 mod md5;
 mod table;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -99,10 +100,12 @@ impl Settings {
     }
 
     /// Reads everything that the table lists and the kernel has, except what only `sock_diag` tells and what
-    /// repair mode has destroyed.
-    pub(crate) fn read(fd: BorrowedFd<'_>, local: SocketAddr) -> Self {
+    /// repair mode has destroyed. The memory is reused.
+    pub(crate) fn read_into(&mut self, fd: BorrowedFd<'_>, local: SocketAddr) {
         let mut buffer = [0; table::LONGEST];
-        let mut settings = Vec::with_capacity(24);
+        let settings = &mut self.0;
+        settings.clear();
+        settings.reserve(24);
         for (place, row) in TABLE.iter().enumerate().filter(|(_, row)| row.applies(local)) {
             match row.read(fd, &mut buffer) {
                 Ok(Some(value)) => settings.push((Name::Known(place as u8), value)),
@@ -114,7 +117,6 @@ impl Settings {
                 Ok(None) | Err(_) => {}
             }
         }
-        Self(settings)
     }
 
     /// Adds the keys of TCP MD5, which `getsockopt` does not tell. Most connections have none, and this costs as
@@ -156,7 +158,11 @@ impl Settings {
                 Name::Unknown(_) => Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT)),
             };
             if let Err(error) = outcome {
-                skipped.push(Skipped { name: name.as_str().into(), error });
+                let name = match name {
+                    Name::Known(place) => TABLE[usize::from(*place)].name.into(),
+                    Name::Unknown(name) => name.to_string().into(),
+                };
+                skipped.push(Skipped { name, error });
             }
         }
     }
@@ -170,26 +176,19 @@ impl fmt::Debug for Settings {
 
 /// A socket option that could not be brought back.
 #[derive(Debug)]
-pub struct Skipped {
-    name: Box<str>,
+pub(crate) struct Skipped {
+    pub(crate) name: Cow<'static, str>,
     error: io::Error,
 }
 
 impl Skipped {
-    /// The kernel name of the option.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Why: `ENOPROTOOPT` where this kernel or this version does not know the option.
-    pub fn error(&self) -> &io::Error {
-        &self.error
-    }
-}
-
-impl fmt::Display for Skipped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.name, self.error)
+    /// Why, and what to do about it.
+    pub(crate) fn reason(&self) -> Cow<'static, str> {
+        match self.error.raw_os_error() {
+            Some(libc::ENOPROTOOPT) => "neither this kernel nor this version of soccr can set it".into(),
+            Some(libc::EPERM) => format!("{}: needs CAP_NET_ADMIN, or more", self.error).into(),
+            _ => self.error.to_string().into(),
+        }
     }
 }
 

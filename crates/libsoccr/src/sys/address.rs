@@ -36,9 +36,7 @@ pub(crate) unsafe fn from_c(address: *const Address) -> Result<SocketAddr> {
             let (ip, flow) = (v6.sin6_addr.s6_addr.into(), u32::from_be(v6.sin6_flowinfo));
             Ok(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), flow, v6.sin6_scope_id).into())
         }
-        other => {
-            Err(Failure::new(format!("restore: {other} is no address family of TCP (AF_INET, AF_INET6)")))
-        }
+        other => Err(Failure::new(format!("{other} is no address family of TCP (AF_INET, AF_INET6)"))),
     }
 }
 

@@ -6,5 +6,6 @@ mod border;
 pub(crate) mod claim;
 mod exports;
 mod exports_2016;
+mod exports_lock;
 mod log;
 pub(crate) mod memory;

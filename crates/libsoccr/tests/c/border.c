@@ -193,7 +193,7 @@ static void memory_that_is_set(void)
 
 	kit_send(pair.there, "unread", 6);
 	kit_wait_unread(pair.here, 6);
-	saved = kit_save(pair.here);
+	saved = kit_save(&pair);
 	close(pair.here);
 	sk = kit_fresh(&pair);
 	*address = pair.self;
@@ -216,6 +216,7 @@ static void memory_that_is_set(void)
 	SAME(libsoccr_restore(sk, &saved.data, sizeof(saved.data)), 0);
 	free(saved.receive_queue);
 	free(saved.send_queue);
+	kit_unlock(&pair);
 	libsoccr_resume(sk);
 	kit_expect(pair.here, "unread", 6);
 	kit_talk(&pair);
@@ -246,7 +247,7 @@ static void a_handle_may_be_left_behind(void)
 
 		kit_send(pair.there, "unread", 6);
 		kit_wait_unread(pair.here, 6);
-		saved = kit_save(pair.here);
+		saved = kit_save(&pair);
 		close(pair.here);
 		kit_restore(&pair, &saved);
 		kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
@@ -309,7 +310,7 @@ static void a_mistake_with_one_handle_spares_the_others(void)
 static void an_error_says_step_option_errno_and_remedy(void)
 {
 	struct pair pair = kit_connect(IPV4), elsewhere = pair;
-	struct saved saved = kit_save(pair.here);
+	struct saved saved = kit_save(&pair);
 	struct libsoccr_sk *sk;
 
 	elsewhere.self.v4.sin_addr.s_addr = htonl(0xc0000201);

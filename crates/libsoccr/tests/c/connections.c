@@ -150,7 +150,7 @@ static void a_closed_connection_moves_with_what_is_unread(void)
 static void syn_sent_connects_anew(void)
 {
 	struct pair pair = kit_pair(IPV4, TCP_SYN_SENT);
-	struct saved saved = kit_save(pair.here);
+	struct saved saved = kit_save(&pair);
 	int listener = pair.there;
 
 	SAME(saved.data.state, TCP_SYN_SENT);
@@ -197,7 +197,7 @@ static void a_connection_is_complete_without_resume(void)
 	kit_send(pair.there, "unread", 6);
 	filled = kit_fill(pair.here);
 	kit_wait_unread(pair.here, 6);
-	saved = kit_save(pair.here);
+	saved = kit_save(&pair);
 	CHECK(saved.data.unsq_len > 0);
 	close(pair.here);
 	kit_restore(&pair, &saved);
@@ -251,12 +251,101 @@ static void a_forgotten_peer_is_asked_for(void)
 static void a_released_socket_is_silent_and_free_at_once(void)
 {
 	struct pair pair = kit_connect(IPV4);
-	struct saved saved = kit_save(pair.here);
+	struct saved saved = kit_save(&pair);
 
 	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
 	close(pair.here);
 	SAME(kit_state(pair.there), TCP_ESTABLISHED);
 	libsoccr_resume(kit_restore(&pair, &saved));
+	kit_talk(&pair);
+}
+
+/* What CRIU 4.2 had dumped of six connections, in the order of the structure. */
+static const struct {
+	struct libsoccr_sk_data data;
+	const char *address;
+	int ports[2];
+} dumped_by_criu[] = {
+	{ { TCP_ESTABLISHED, 0, 2707353212, 0, 1667434012, 0, 7, 65495, 0, 10, 4032107198, 1, 2707353211, 16384, 16384, 65536,
+	    2707353212 }, "127.0.0.1", { 39274, 7100 } },
+	{ { TCP_ESTABLISHED, 5000, 689526990, 0, 4022507683, 0, 7, 65495, 0, 10, 714701476, 1, 689521990, 16384, 16384,
+	    107520, 689526990 }, "127.0.0.1", { 57370, 7101 } },
+	{ { TCP_ESTABLISHED, 0, 3146224666, 106496, 231203830, 106496, 7, 65495, 0, 10, 3684514232, 1, 3146224666, 0, 16384,
+	    65536, 3146224666 }, "127.0.0.1", { 37746, 7102 } },
+	{ { TCP_CLOSE_WAIT, 0, 2814034785, 0, 187334778, 0, 7, 65495, 0, 10, 3532430694, 1, 2814034784, 16384, 16384, 65536,
+	    2814034785 }, "127.0.0.1", { 35520, 7103 } },
+	{ { TCP_ESTABLISHED, 0, 2703248045, 0, 1864954076, 0, 7, 65476, 0, 10, 2192425978, 1, 2703248045, 16381, 16384, 65536,
+	    2703248045 }, "::1", { 54402, 7104 } },
+	{ { TCP_FIN_WAIT2, 0, 3995470303, 0, 1558582550, 0, 7, 65495, 0, 10, 1630527910, 1, 3995470303, 16383, 16384, 65536,
+	    3995470303 }, "127.0.0.1", { 44702, 7105 } },
+};
+
+static void what_criu_has_dumped_comes_back(void)
+{
+	for (size_t i = 0; i < sizeof(dumped_by_criu) / sizeof(*dumped_by_criu); i++) {
+		struct libsoccr_sk_data data = dumped_by_criu[i].data, after;
+		struct pair pair;
+		struct saved saved;
+
+		pair.self = kit_address(dumped_by_criu[i].address, dumped_by_criu[i].ports[0]);
+		pair.peer = kit_address(dumped_by_criu[i].address, dumped_by_criu[i].ports[1]);
+		saved.data = data;
+		saved.receive_queue = calloc(1, data.inq_len + 1);
+		saved.send_queue = calloc(1, data.outq_len + 1);
+		pair.lock = NULL;
+		libsoccr_release(kit_restore(&pair, &saved));
+		after = kit_read(pair.here).data;
+		SAME(after.state, data.state);
+		SAME(after.inq_len, data.inq_len);
+		SAME(after.inq_seq, data.inq_seq);
+		SAME(after.outq_len, data.outq_len);
+		SAME(after.outq_seq, data.outq_seq);
+		SAME(after.unsq_len, data.unsq_len);
+		SAME(after.opt_mask, data.opt_mask);
+		SAME(after.mss_clamp, data.mss_clamp);
+		SAME(after.snd_wscale, data.snd_wscale);
+		SAME(after.rcv_wscale, data.rcv_wscale);
+		SAME(after.snd_wnd, data.snd_wnd);
+		SAME(after.rcv_wnd, data.rcv_wnd);
+		close(pair.here);
+	}
+}
+
+static void a_lock_keeps_what_arrives(void)
+{
+	static const unsigned flags[] = { 0, SOCCR_LOCK_HOLD };
+
+	for (int i = 0; i < 2; i++) {
+		struct pair pair = kit_connect(IPV4);
+		struct libsoccr_flow flow = { pair.self, pair.peer };
+		struct libsoccr_lock *lock = libsoccr_lock(&flow, 1, flags[i]);
+		struct libsoccr_sk *sk;
+		struct saved saved;
+
+		CHECK(lock);
+		saved = kit_read(pair.here);
+		kit_send(pair.there, "meanwhile", 9);
+		close(pair.here);
+		sk = kit_restore(&pair, &saved);
+		SAME(libsoccr_unlock(lock), 0);
+		libsoccr_resume(sk);
+		kit_expect(pair.here, "meanwhile", 9);
+		kit_talk(&pair);
+	}
+}
+
+static void a_lock_checks_its_arguments(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_flow flow = { pair.self, pair.peer };
+
+	CHECK(!libsoccr_lock(NULL, 1, 0));
+	CHECK(!libsoccr_lock(&flow, 1, 2));
+	kit_error_has(NULL, "SOCCR_LOCK_HOLD");
+	flow.peer.sa.sa_family = AF_UNIX;
+	CHECK(!libsoccr_lock(&flow, 1, 0));
+	kit_error_has(NULL, "address family");
+	SAME(libsoccr_unlock(NULL), -1);
 	kit_talk(&pair);
 }
 
@@ -278,6 +367,9 @@ static const struct test tests[] = {
 	TEST(addresses_are_told),
 	TEST(a_forgotten_peer_is_asked_for),
 	TEST(a_released_socket_is_silent_and_free_at_once),
+	TEST(what_criu_has_dumped_comes_back),
+	TEST(a_lock_keeps_what_arrives),
+	TEST(a_lock_checks_its_arguments),
 };
 
 KIT_MAIN(tests)

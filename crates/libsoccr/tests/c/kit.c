@@ -98,6 +98,7 @@ struct pair kit_connect_to(const char *text)
 	socklen_t length = sizeof(pair.self);
 	int listener;
 
+	pair.lock = NULL;
 	pair.peer = kit_address(text, 0);
 	listener = kit_listen(&pair.peer);
 	pair.here = kit_socket(&pair.peer);
@@ -121,6 +122,7 @@ static struct pair connecting(enum family family)
 	struct pair pair;
 	socklen_t length = sizeof(pair.self);
 
+	pair.lock = NULL;
 	pair.peer = kit_address(family == IPV4 ? "127.0.0.1" : family == IPV6 ? "::1" : "::ffff:127.0.0.1", 0);
 	pair.there = kit_listen(&pair.peer);
 	kit_deafen(pair.there);
@@ -320,7 +322,28 @@ void kit_expect_filling(int fd, size_t length)
 	}
 }
 
-struct saved kit_save(int fd)
+void kit_lock(struct pair *pair)
+{
+	struct libsoccr_flow flow = { pair->self, pair->peer };
+
+	pair->lock = libsoccr_lock(&flow, 1, 0);
+	CHECK(pair->lock);
+}
+
+void kit_unlock(struct pair *pair)
+{
+	if (pair->lock)
+		SAME(libsoccr_unlock(pair->lock), 0);
+	pair->lock = NULL;
+}
+
+struct saved kit_save(struct pair *pair)
+{
+	kit_lock(pair);
+	return kit_read(pair->here);
+}
+
+struct saved kit_read(int fd)
 {
 	struct libsoccr_sk *sk = libsoccr_pause(fd);
 	struct saved saved;
@@ -353,12 +376,13 @@ struct libsoccr_sk *kit_restore(struct pair *pair, struct saved *saved)
 	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved->receive_queue, SOCCR_MEM_EXCL), 0);
 	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved->send_queue, SOCCR_MEM_EXCL), 0);
 	SAME(libsoccr_restore(sk, &saved->data, sizeof(saved->data)), 0);
+	kit_unlock(pair);
 	return sk;
 }
 
 struct saved kit_move(struct pair *pair)
 {
-	struct saved saved = kit_save(pair->here);
+	struct saved saved = kit_save(pair);
 	struct libsoccr_sk *sk;
 
 	close(pair->here);

@@ -50,6 +50,8 @@ struct pair {
 	int there;
 	union libsoccr_addr self;
 	union libsoccr_addr peer;
+	/* While it is being moved. */
+	struct libsoccr_lock *lock;
 };
 
 enum family { IPV4, IPV6, MAPPED };
@@ -95,11 +97,16 @@ struct saved {
 	char *send_queue;
 };
 
+/* Keeps the network quiet around a connection. */
+void kit_lock(struct pair *pair);
+void kit_unlock(struct pair *pair);
 /* Saves a connection, and leaves its socket in repair mode. */
-struct saved kit_save(int fd);
+struct saved kit_read(int fd);
+/* Locks and saves it. */
+struct saved kit_save(struct pair *pair);
 /* Pauses pair->here, a fresh socket from now on, and sets its addresses. */
 struct libsoccr_sk *kit_fresh(struct pair *pair);
-/* Restores a connection onto pair->here; the queues are given away. */
+/* Restores a connection onto pair->here, and unlocks it; the queues are given away. */
 struct libsoccr_sk *kit_restore(struct pair *pair, struct saved *saved);
 /* Moves the connection to another socket, and resumes it there. */
 struct saved kit_move(struct pair *pair);

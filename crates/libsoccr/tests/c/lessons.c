@@ -49,7 +49,7 @@ static void lengths_are_checked_against_each_other(void)
 
 	kit_deafen(pair.there);
 	kit_send(pair.here, "sent", 4);
-	good = kit_save(pair.here).data;
+	good = kit_save(&pair).data;
 	close(pair.here);
 #define BAD(change, error)                                                                                 \
 	do {                                                                                               \
@@ -83,7 +83,7 @@ static void a_queue_that_is_missing_is_an_error_up_front(void)
 
 	kit_send(pair.there, "unread", 6);
 	kit_wait_unread(pair.here, 6);
-	data = kit_save(pair.here).data;
+	data = kit_save(&pair).data;
 	close(pair.here);
 	refused_up_front(&pair, kit_fresh(&pair), &data, "inq_len is 6");
 	sk = kit_fresh(&pair);
@@ -95,7 +95,7 @@ static void a_queue_that_is_missing_is_an_error_up_front(void)
 static void addresses_are_checked_up_front(void)
 {
 	struct pair pair = kit_connect(IPV4);
-	struct libsoccr_sk_data data = kit_save(pair.here).data;
+	struct libsoccr_sk_data data = kit_save(&pair).data;
 	struct libsoccr_sk *sk;
 	union libsoccr_addr other;
 
@@ -115,7 +115,7 @@ static void addresses_are_checked_up_front(void)
 static void a_link_local_address_has_a_scope(void)
 {
 	struct pair pair = kit_connect(IPV6);
-	struct libsoccr_sk_data data = kit_save(pair.here).data;
+	struct libsoccr_sk_data data = kit_save(&pair).data;
 	struct libsoccr_sk *sk;
 	union libsoccr_addr link_local = kit_address("fe80::1", 7);
 
@@ -156,7 +156,7 @@ static void what_was_not_sent_is_sent_once(void)
 	size_t filled = kit_fill(pair.here);
 	int unsent;
 
-	saved = kit_save(pair.here);
+	saved = kit_save(&pair);
 	CHECK(saved.data.unsq_len > 0 && saved.data.unsq_len <= saved.data.outq_len);
 	close(pair.here);
 	libsoccr_release(kit_restore(&pair, &saved));
@@ -240,7 +240,7 @@ static void one_image_can_be_restored_again(void)
 
 	kit_deafen(pair.there);
 	kit_send(pair.here, "unacknowledged", 14);
-	saved = before = kit_save(pair.here);
+	saved = before = kit_save(&pair);
 	close(pair.here);
 	for (int i = 0; i < 2; i++) {
 		struct libsoccr_sk *sk = kit_fresh(&pair);
@@ -255,6 +255,7 @@ static void one_image_can_be_restored_again(void)
 			close(pair.here);
 		} else {
 			kit_hear(pair.there);
+			kit_unlock(&pair);
 			libsoccr_resume(sk);
 		}
 	}
@@ -266,7 +267,7 @@ static void one_image_can_be_restored_again(void)
 static void a_fin_that_does_not_arrive_is_a_failure(void)
 {
 	struct pair pair = kit_pair(IPV4, TCP_CLOSE_WAIT);
-	struct saved saved = kit_save(pair.here);
+	struct saved saved = kit_save(&pair);
 	struct libsoccr_sk *sk;
 
 	close(pair.here);
@@ -289,7 +290,7 @@ static void a_failure_behind_the_unsent_bytes_does_not_reset_the_peer(void)
 {
 	struct pair pair = kit_pair(IPV4, TCP_CLOSE_WAIT);
 	size_t filled = kit_fill(pair.here);
-	struct saved saved = kit_save(pair.here);
+	struct saved saved = kit_save(&pair);
 	struct libsoccr_sk *sk;
 
 	CHECK(saved.data.unsq_len > 0);
@@ -309,7 +310,7 @@ static void a_failure_behind_the_unsent_bytes_does_not_reset_the_peer(void)
 static void the_fin_of_the_peer_carries_its_window(void)
 {
 	struct pair pair = kit_pair(IPV4, TCP_CLOSE_WAIT);
-	struct saved saved = kit_save(pair.here);
+	struct saved saved = kit_save(&pair);
 	struct tcp_repair_window window;
 	socklen_t length = sizeof(window);
 
@@ -351,7 +352,7 @@ static void a_fin_is_not_sent_while_it_is_restored(void)
 	kit_deafen(pair.there);
 	shutdown(pair.here, SHUT_WR);
 	kit_wait_state(pair.here, TCP_FIN_WAIT1);
-	saved = kit_save(pair.here);
+	saved = kit_save(&pair);
 	close(pair.here);
 	kit_hear(pair.there);
 	sk = kit_restore(&pair, &saved);
@@ -390,7 +391,7 @@ static void segments_stay_as_large_and_buffers_as_free(void)
 static void the_timestamp_clock_goes_on(void)
 {
 	struct pair pair = kit_connect(IPV4);
-	struct saved first = kit_move(&pair), second = kit_save(pair.here);
+	struct saved first = kit_move(&pair), second = kit_save(&pair);
 	int step = (int)(second.data.timestamp - first.data.timestamp);
 
 	CHECK(first.data.opt_mask & TCPI_OPT_TIMESTAMPS);
@@ -419,7 +420,7 @@ static void reuseaddr_survives(void)
 		kit_set_option(pair.here, SOL_SOCKET, SO_REUSEADDR, on);
 		libsoccr_resume(libsoccr_pause(pair.here));
 		SAME(kit_option(pair.here, SOL_SOCKET, SO_REUSEADDR), on);
-		saved = kit_save(pair.here);
+		saved = kit_save(&pair);
 		close(pair.here);
 		pair.here = kit_socket(&pair.self);
 		kit_set_option(pair.here, SOL_SOCKET, SO_REUSEADDR, on);
@@ -427,6 +428,7 @@ static void reuseaddr_survives(void)
 		SAME(libsoccr_set_addr(sk, 1, &pair.self, 0), 0);
 		SAME(libsoccr_set_addr(sk, 0, &pair.peer, 0), 0);
 		SAME(libsoccr_restore(sk, &saved.data, sizeof(saved.data)), 0);
+		kit_unlock(&pair);
 		libsoccr_resume(sk);
 		SAME(kit_option(pair.here, SOL_SOCKET, SO_REUSEADDR), on);
 		kit_talk(&pair);
@@ -442,13 +444,14 @@ static void a_small_send_buffer_does_not_hang(void)
 	size_t filled;
 
 	filled = kit_fill(pair.here);
-	saved = kit_save(pair.here);
+	saved = kit_save(&pair);
 	CHECK(saved.data.outq_len > 100000);
 	close(pair.here);
 	sk = kit_fresh(&pair);
 	kit_set_option(pair.here, SOL_SOCKET, SO_SNDBUF, 4096);
 	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved.send_queue, SOCCR_MEM_EXCL), 0);
 	if (libsoccr_restore(sk, &saved.data, sizeof(saved.data)) == 0) {
+		kit_unlock(&pair);
 		libsoccr_resume(sk);
 		kit_expect_filling(pair.there, filled);
 		kit_talk(&pair);
@@ -463,7 +466,7 @@ static void a_descriptor_keeps_its_flags(void)
 {
 	for (int flag = 0; flag <= O_NONBLOCK; flag += O_NONBLOCK) {
 		struct pair pair = kit_pair(IPV4, TCP_SYN_SENT);
-		struct saved saved = kit_save(pair.here);
+		struct saved saved = kit_save(&pair);
 		struct libsoccr_sk *sk;
 
 		close(pair.here);

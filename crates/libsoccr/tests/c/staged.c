@@ -2,18 +2,20 @@
 #define SOCCR_API_2016
 #include "kit.h"
 
-static struct saved save(int fd)
+static struct saved save(struct pair *pair)
 {
-	struct libsoccr_sk *sk = libsoccr_pause(fd);
+	struct libsoccr_sk *sk;
 	struct saved saved;
 
+	kit_lock(pair);
+	sk = libsoccr_pause(pair->here);
 	CHECK(sk);
 	SAME(libsoccr_get_sk_data(sk, &saved.data, sizeof(saved.data)), sizeof(saved.data));
 	saved.receive_queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 1);
 	saved.send_queue = libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, 1);
 	CHECK(saved.receive_queue && saved.send_queue);
 	libsoccr_release(sk);
-	close(fd);
+	close(pair->here);
 	return saved;
 }
 
@@ -42,6 +44,7 @@ static void end(struct pair *pair, struct libsoccr_sk *sk, struct saved *saved)
 {
 	SAME(kit_state(pair->here), saved->data.state);
 	SAME(kit_option(pair->here, IPPROTO_TCP, TCP_REPAIR), 1);
+	kit_unlock(pair);
 	libsoccr_resume(sk);
 	SAME(kit_option(pair->here, IPPROTO_TCP, TCP_REPAIR), 0);
 	free(saved->receive_queue);
@@ -70,7 +73,7 @@ static void queues_come_before_the_last_stage(void)
 {
 	size_t filled;
 	struct pair pair = full_pair(IPV4, &filled);
-	struct saved saved = save(pair.here);
+	struct saved saved = save(&pair);
 	struct libsoccr_sk *sk = begin(&pair, &saved);
 
 	SAME(libsoccr_set_sk_data_noq(sk, &saved.data, sizeof(saved.data)), 0);
@@ -85,7 +88,7 @@ static void queues_come_after_the_last_stage(void)
 {
 	size_t filled;
 	struct pair pair = full_pair(IPV6, &filled);
-	struct saved saved = save(pair.here);
+	struct saved saved = save(&pair);
 	struct libsoccr_sk *sk = begin(&pair, &saved);
 
 	SAME(libsoccr_set_sk_data(sk, &saved.data, sizeof(saved.data)), 0);
@@ -99,7 +102,7 @@ static void empty_queues_may_be_left_out_or_set(void)
 {
 	for (int set = 0; set <= 1; set++) {
 		struct pair pair = kit_connect(MAPPED);
-		struct saved saved = save(pair.here);
+		struct saved saved = save(&pair);
 		struct libsoccr_sk *sk = begin(&pair, &saved);
 
 		SAME(libsoccr_set_sk_data(sk, &saved.data, sizeof(saved.data)), 0);
@@ -118,7 +121,7 @@ static void every_state_can_be_staged(void)
 
 	for (size_t i = 0; i < sizeof(states) / sizeof(*states); i++) {
 		struct pair pair = kit_pair(IPV4, states[i]);
-		struct saved saved = save(pair.here);
+		struct saved saved = save(&pair);
 		struct libsoccr_sk *sk = begin(&pair, &saved);
 
 		SAME(libsoccr_set_sk_data_noq(sk, &saved.data, sizeof(saved.data)), 0);
@@ -133,7 +136,7 @@ static void the_rest_can_be_left_to_restore(void)
 {
 	size_t filled;
 	struct pair pair = full_pair(IPV4, &filled);
-	struct saved saved = save(pair.here);
+	struct saved saved = save(&pair);
 	struct libsoccr_sk *sk = begin(&pair, &saved);
 
 	SAME(fill(sk, &saved, TCP_RECV_QUEUE), 0);
@@ -147,7 +150,7 @@ static void a_mistake_can_be_mended(void)
 {
 	size_t filled;
 	struct pair pair = full_pair(IPV4, &filled);
-	struct saved saved = save(pair.here);
+	struct saved saved = save(&pair);
 	struct libsoccr_sk *sk = begin(&pair, &saved);
 	struct libsoccr_sk_data wrong = saved.data;
 
@@ -168,7 +171,7 @@ static void the_order_is_enforced(void)
 {
 	size_t filled;
 	struct pair pair = full_pair(IPV4, &filled);
-	struct saved saved = save(pair.here);
+	struct saved saved = save(&pair);
 	struct libsoccr_sk *sk;
 	int fresh = kit_socket(&pair.self);
 
@@ -189,7 +192,7 @@ static void resuming_half_a_connection_is_refused(void)
 {
 	size_t filled;
 	struct pair pair = full_pair(IPV4, &filled);
-	struct saved saved = save(pair.here);
+	struct saved saved = save(&pair);
 	struct libsoccr_sk *sk = begin(&pair, &saved);
 
 	SAME(libsoccr_set_sk_data(sk, &saved.data, sizeof(saved.data)), 0);

@@ -1,15 +1,7 @@
-//! The library as a C program gets it, and the C compiler.
+//! The library as a C program gets it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-/// How a program is linked.
-pub enum Library<'a> {
-    /// With `libsoccr.a` of this folder.
-    Static(&'a Path),
-    /// With `libsoccr.so` of this folder.
-    Shared(&'a Path),
-}
 
 /// Builds both libraries and returns their folder: cargo builds none for the tests of its package.
 pub fn build_library() -> PathBuf {
@@ -18,25 +10,6 @@ pub fn build_library() -> PathBuf {
     cargo.args(["build", "--quiet", "--lib", "--package", "libsoccr", "--target-dir"]).arg(target);
     run(&mut cargo);
     target.join("debug")
-}
-
-/// Compiles C files of `tests/c` to a program.
-pub fn compile(name: &str, files: &[&str], flags: &[&str], library: &Library<'_>) -> PathBuf {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c");
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let mut cc = Command::new("cc");
-    cc.args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-D_GNU_SOURCE"])
-        .args(flags);
-    cc.arg("-I").arg(include()).arg("-o").arg(&program);
-    cc.args(files.iter().map(|file| sources.join(file).with_extension("c")));
-    match library {
-        Library::Static(folder) => cc.arg(folder.join("libsoccr.a")),
-        Library::Shared(folder) => {
-            cc.arg(folder.join("libsoccr.so")).arg(format!("-Wl,-rpath,{}", folder.display()))
-        }
-    };
-    run(&mut cc);
-    program
 }
 
 /// The folder of the header.

@@ -17,20 +17,20 @@ mod pattern;
 mod peer;
 mod report;
 mod wire;
-pub mod worker;
-
-use std::process::ExitCode;
+pub(crate) mod worker;
 
 use anyhow::{Context, Result};
 use soccr_lab::Lab;
+
+use crate::exit::Exit;
 
 use mover::Mover;
 use peer::Peer;
 use report::{Report, Summary};
 
-/// What a move is asked for.
+/// Watch a connection move between two hosts while data flows both ways
 #[derive(clap::Args, Debug)]
-pub struct Demo {
+pub(crate) struct Demo {
     /// How often the connection moves to the other host
     #[arg(long, default_value_t = 20, value_name = "N")]
     moves: u32,
@@ -39,24 +39,26 @@ pub struct Demo {
     json: bool,
 }
 
-/// Runs the demonstration. Fails where a byte was lost or a reset was seen.
-pub fn run(demo: &Demo) -> Result<ExitCode> {
-    // Before any thread starts, and before the report looks at the terminal.
-    soccr_lab::enter()?;
-    let lab = Lab::new().context("the private network")?;
-    let mut report = Report::new(demo.json);
-    report.network(&lab);
-    let mut mover = Mover::start(&lab)?;
-    let peer = Peer::connect(&lab.peer, mover.address())?;
-    mover.accept()?;
-    for number in 1..=demo.moves {
+impl Demo {
+    /// Runs the demonstration. Fails where a byte was lost or a reset was seen.
+    pub(crate) fn run(self) -> Result<Exit> {
+        // Before any thread starts, and before the report looks at the terminal.
+        soccr_lab::enter()?;
+        let lab = Lab::new().context("the private network")?;
+        let mut report = Report::new(self.json);
+        report.network(&lab);
+        let mut mover = Mover::start(&lab)?;
+        let peer = Peer::connect(&lab.peer, mover.address())?;
+        mover.accept()?;
+        for number in 1..=self.moves {
+            peer.wait_for_traffic()?;
+            let moved = mover.move_once(&peer)?;
+            report.moved(number, &moved);
+        }
         peer.wait_for_traffic()?;
-        let moved = mover.move_once(&peer)?;
-        report.moved(number, &moved);
+        let ends = mover.finish(peer)?;
+        let summary = Summary::new(&lab, report.moves(), &ends);
+        report.summary(&summary);
+        Ok(if summary.is_clean() { Exit::Done } else { Exit::Lost })
     }
-    peer.wait_for_traffic()?;
-    let ends = mover.finish(peer)?;
-    let summary = Summary::new(&lab, report.moves(), &ends);
-    report.summary(&summary);
-    Ok(if summary.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

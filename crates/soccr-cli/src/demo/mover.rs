@@ -15,7 +15,7 @@ const PORT: u16 = 8080;
 
 /// Has the program that owns the connection, and the lab in which it moves.
 #[derive(Debug)]
-pub struct Mover<'lab> {
+pub(crate) struct Mover<'lab> {
     lab: &'lab Lab,
     side: Side,
     owner: Program,
@@ -25,43 +25,43 @@ pub struct Mover<'lab> {
 
 /// One move, as it went.
 #[derive(Clone, Copy, Debug)]
-pub struct Move {
+pub(crate) struct Move {
     /// Where it went.
-    pub to: Side,
+    pub(crate) to: Side,
     /// From the first lock to the last unlock.
-    pub lock: Duration,
+    pub(crate) lock: Duration,
     /// The longest time without a byte, of both directions.
-    pub silence: Duration,
+    pub(crate) silence: Duration,
     /// Bytes in the receive queue that moved.
-    pub unread: u32,
+    pub(crate) unread: u32,
     /// Bytes in the send queue that moved.
-    pub unacknowledged: u32,
+    pub(crate) unacknowledged: u32,
 }
 
 /// What both ends have counted.
 #[derive(Clone, Copy, Debug)]
-pub struct Ends {
-    pub peer: Counts,
-    pub program: Progress,
-    pub mss_before: u32,
-    pub mss_after: u32,
+pub(crate) struct Ends {
+    pub(crate) peer: Counts,
+    pub(crate) program: Progress,
+    pub(crate) mss_before: u32,
+    pub(crate) mss_after: u32,
 }
 
 impl<'lab> Mover<'lab> {
     /// Starts the first program, which listens on host A.
-    pub fn start(lab: &'lab Lab) -> Result<Self> {
+    pub(crate) fn start(lab: &'lab Lab) -> Result<Self> {
         let mut owner = Program::start(lab.host(Side::A))?;
         owner.order(&Order::Listen { port: PORT }, &[])?;
         Ok(Self { lab, side: Side::A, owner, mss_before: 0, mss_after: 0 })
     }
 
     /// The address that the hosts share.
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         (self.lab.a.v4, PORT).into()
     }
 
     /// Lets the first program accept the connection.
-    pub fn accept(&mut self) -> Result<()> {
+    pub(crate) fn accept(&mut self) -> Result<()> {
         match self.owner.order(&Order::Accept, &[])?.0 {
             Answer::Connected { mss } => (self.mss_before, self.mss_after) = (mss, mss),
             other => bail!("unexpected answer {other:?}"),
@@ -70,7 +70,7 @@ impl<'lab> Mover<'lab> {
     }
 
     /// Moves the connection to a new program on the other host.
-    pub fn move_once(&mut self, peer: &Peer) -> Result<Move> {
+    pub(crate) fn move_once(&mut self, peer: &Peer) -> Result<Move> {
         let to = self.side.other();
         let mut next = Program::start(self.lab.host(to))?;
         next.order(&Order::Expect { local: self.address(), remote: peer.address()? }, &[])?;
@@ -104,7 +104,7 @@ impl<'lab> Mover<'lab> {
     }
 
     /// Ends both streams and counts.
-    pub fn finish(mut self, peer: Peer) -> Result<Ends> {
+    pub(crate) fn finish(mut self, peer: Peer) -> Result<Ends> {
         peer.stop_writing();
         let (finished, _) = self.owner.order(&Order::Finish, &[])?;
         let Answer::Finished { progress } = finished else { bail!("unexpected answer {finished:?}") };

@@ -9,19 +9,19 @@ const PERIOD: usize = 1_000_003;
 const RATE: f64 = 64e6;
 
 /// Bytes of one write.
-pub const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 
 /// How long a writer rests that is ahead of the rate.
-pub const TICK: Duration = Duration::from_millis(1);
+pub(crate) const TICK: Duration = Duration::from_millis(1);
 
 /// How far a stream may have come that began at `start` and goes at the demonstration's rate.
-pub fn allowance(start: Instant) -> u64 {
+pub(crate) fn allowance(start: Instant) -> u64 {
     (start.elapsed().as_secs_f64() * RATE) as u64
 }
 
 /// The two directions.
 #[derive(Clone, Copy, Debug)]
-pub enum Direction {
+pub(crate) enum Direction {
     /// From the peer to the program that moves.
     ToProgram,
     /// From the program to the peer.
@@ -30,13 +30,13 @@ pub enum Direction {
 
 /// An endless stream of bytes.
 #[derive(Debug)]
-pub struct Pattern {
+pub(crate) struct Pattern {
     // Twice the period, so that up to a period can be read from any place in it.
     bytes: Vec<u8>,
 }
 
 impl Pattern {
-    pub fn new(direction: Direction) -> Self {
+    pub(crate) fn new(direction: Direction) -> Self {
         let mut state: u64 = match direction {
             Direction::ToProgram => 0x9e37_79b9_7f4a_7c15,
             Direction::ToPeer => 0xd1b5_4a32_d192_ed03,
@@ -53,13 +53,13 @@ impl Pattern {
     }
 
     /// The bytes from `offset` on, many of them.
-    pub fn at(&self, offset: u64) -> &[u8] {
+    pub(crate) fn at(&self, offset: u64) -> &[u8] {
         let start = (offset % PERIOD as u64) as usize;
         &self.bytes[start..start + PERIOD]
     }
 
     /// How many of `bytes` are not those that belong at `offset`.
-    pub fn differences(&self, offset: u64, bytes: &[u8]) -> u64 {
+    pub(crate) fn differences(&self, offset: u64, bytes: &[u8]) -> u64 {
         let expected = &self.at(offset)[..bytes.len()];
         if expected == bytes {
             return 0;

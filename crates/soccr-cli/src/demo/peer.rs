@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The end of the connection that never moves.
 #[derive(Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     stream: TcpStream,
     shared: Arc<Shared>,
     reader: JoinHandle<Result<()>>,
@@ -40,15 +40,15 @@ struct Shared {
 
 /// What the peer has counted in the end.
 #[derive(Clone, Copy, Debug)]
-pub struct Counts {
-    pub read: u64,
-    pub written: u64,
-    pub differences: u64,
+pub(crate) struct Counts {
+    pub(crate) read: u64,
+    pub(crate) written: u64,
+    pub(crate) differences: u64,
 }
 
 impl Peer {
     /// Connects from the peer's host and starts the two streams.
-    pub fn connect(host: &Host, address: SocketAddr) -> Result<Self> {
+    pub(crate) fn connect(host: &Host, address: SocketAddr) -> Result<Self> {
         let stream = host.run(|| TcpStream::connect(address)).context("the peer connects")?;
         let shared = Arc::new(Shared::default());
         let (input, output) = (stream.try_clone()?, stream.try_clone()?);
@@ -64,12 +64,12 @@ impl Peer {
     }
 
     /// The peer's own address.
-    pub fn address(&self) -> Result<SocketAddr> {
+    pub(crate) fn address(&self) -> Result<SocketAddr> {
         Ok(self.stream.local_addr()?)
     }
 
     /// Waits until enough bytes have flowed both ways since the call.
-    pub fn wait_for_traffic(&self) -> Result<()> {
+    pub(crate) fn wait_for_traffic(&self) -> Result<()> {
         let goals = [&self.shared.read, &self.shared.written]
             .map(|count| (count, count.load(Relaxed) + BETWEEN_MOVES));
         let deadline = Instant::now() + PATIENCE;
@@ -86,7 +86,7 @@ impl Peer {
     }
 
     /// Waits until the peer has read something after this time.
-    pub fn wait_for_byte(&self, after: u64) -> Result<()> {
+    pub(crate) fn wait_for_byte(&self, after: u64) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while self.shared.last_read_at.load(Relaxed) <= after {
             if self.reader.is_finished() || Instant::now() > deadline {
@@ -98,23 +98,23 @@ impl Peer {
     }
 
     /// Forgets the silences so far.
-    pub fn watch(&self) {
+    pub(crate) fn watch(&self) {
         self.shared.longest_silence.store(0, Relaxed);
     }
 
     /// The longest time without a byte for the peer since [`watch`](Self::watch).
-    pub fn longest_silence(&self) -> Duration {
+    pub(crate) fn longest_silence(&self) -> Duration {
         let open = now().saturating_sub(self.shared.last_read_at.load(Relaxed));
         Duration::from_nanos(self.shared.longest_silence.load(Relaxed).max(open))
     }
 
     /// Stops writing; the program reads the end of the stream.
-    pub fn stop_writing(&self) {
+    pub(crate) fn stop_writing(&self) {
         self.shared.finish.store(true, Relaxed);
     }
 
     /// Waits for the end of both streams.
-    pub fn finish(self) -> Result<Counts> {
+    pub(crate) fn finish(self) -> Result<Counts> {
         for thread in [self.reader, self.writer] {
             thread.join().map_err(|_| anyhow::anyhow!("a thread of the peer has panicked"))??;
         }

@@ -19,22 +19,22 @@ const ROWS: u32 = 40;
 
 /// Collects the moves, and prints them unless the account is for a machine.
 #[derive(Debug)]
-pub struct Report {
+pub(crate) struct Report {
     json: bool,
     moves: Vec<Move>,
 }
 
 impl Report {
-    pub fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Self {
         Self { json, moves: Vec::new() }
     }
 
-    pub fn moves(&self) -> &[Move] {
+    pub(crate) fn moves(&self) -> &[Move] {
         &self.moves
     }
 
     /// Draws the network.
-    pub fn network(&self, lab: &Lab) {
+    pub(crate) fn network(&self, lab: &Lab) {
         if self.json {
             return;
         }
@@ -51,7 +51,7 @@ impl Report {
     }
 
     /// One move more.
-    pub fn moved(&mut self, number: u32, moved: &Move) {
+    pub(crate) fn moved(&mut self, number: u32, moved: &Move) {
         self.moves.push(*moved);
         if self.json || (number > ROWS && !number.is_multiple_of(50)) {
             return;
@@ -67,7 +67,7 @@ impl Report {
     }
 
     /// What it came to.
-    pub fn summary(&self, summary: &Summary) {
+    pub(crate) fn summary(&self, summary: &Summary) {
         if self.json {
             // A struct of numbers cannot fail to become JSON.
             say(format_args!("{}", serde_json::to_string(summary).unwrap_or_default()));
@@ -90,7 +90,7 @@ impl Report {
 
 /// The result.
 #[derive(Debug, Serialize)]
-pub struct Summary {
+pub(crate) struct Summary {
     moves: usize,
     bytes: u64,
     bytes_lost: u64,
@@ -104,7 +104,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    pub fn new(lab: &Lab, moves: &[Move], ends: &Ends) -> Self {
+    pub(crate) fn new(lab: &Lab, moves: &[Move], ends: &Ends) -> Self {
         let Ends { peer, program, mss_before, mss_after } = *ends;
         let lost = [peer.written.abs_diff(program.read), program.written.abs_diff(peer.read)];
         let (locks, stalls) = (sorted(moves, |moved| moved.lock), sorted(moves, |moved| moved.silence));
@@ -123,7 +123,7 @@ impl Summary {
     }
 
     /// Nothing was lost and nobody was reset.
-    pub fn is_clean(&self) -> bool {
+    pub(crate) fn is_clean(&self) -> bool {
         self.bytes_lost == 0 && self.resets == 0
     }
 }

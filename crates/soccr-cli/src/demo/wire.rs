@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// To a program.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Order {
+pub(crate) enum Order {
     /// Listen at this port of any address.
     Listen { port: u16 },
     /// Accept the connection and begin.
@@ -28,7 +28,7 @@ pub enum Order {
 
 /// From a program.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// Done.
     Done,
     /// The connection is this one.
@@ -47,15 +47,15 @@ pub enum Answer {
 
 /// How far the program has come in its two streams.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub struct Progress {
-    pub read: u64,
-    pub written: u64,
+pub(crate) struct Progress {
+    pub(crate) read: u64,
+    pub(crate) written: u64,
     /// Bytes that were not the expected ones.
-    pub differences: u64,
+    pub(crate) differences: u64,
 }
 
 /// Sends a message and the bytes that belong to it.
-pub fn send(pipe: &mut impl Write, message: &impl Serialize, bytes: &[u8]) -> Result<()> {
+pub(crate) fn send(pipe: &mut impl Write, message: &impl Serialize, bytes: &[u8]) -> Result<()> {
     let mut frame = serde_json::to_vec(&(message, bytes.len()))?;
     frame.push(b'\n');
     frame.extend_from_slice(bytes);
@@ -65,7 +65,7 @@ pub fn send(pipe: &mut impl Write, message: &impl Serialize, bytes: &[u8]) -> Re
 }
 
 /// Receives a message and its bytes.
-pub fn receive<T: for<'de> Deserialize<'de>>(pipe: &mut impl BufRead) -> Result<(T, Vec<u8>)> {
+pub(crate) fn receive<T: for<'de> Deserialize<'de>>(pipe: &mut impl BufRead) -> Result<(T, Vec<u8>)> {
     let mut line = String::new();
     if pipe.read_line(&mut line)? == 0 {
         bail!("the other process has ended");
@@ -78,7 +78,7 @@ pub fn receive<T: for<'de> Deserialize<'de>>(pipe: &mut impl BufRead) -> Result<
 }
 
 /// Nanoseconds of a clock that all processes of this machine share.
-pub fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

@@ -7,15 +7,19 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use soccr::Flow;
 use soccr::Restored;
-use soccr::connection::Flow;
 use soccr::lock::{Held, Lock, Locker, Mode};
+
+use crate::exit::Exit;
 
 use super::pattern::{CHUNK, Direction, Pattern, TICK, allowance};
 use super::wire::{Answer, Order, Progress, now, receive, send};
 
 /// Runs a program of the demonstration: orders come in on standard input, answers go out on standard output.
-pub fn run() -> Result<()> {
+pub(crate) fn run() -> Result<Exit> {
+    // Before anything is locked; without the privilege the demonstration goes on all the same.
+    let _ = soccr::prepare();
     Worker {
         orders: BufReader::new(std::io::stdin()),
         listener: None,
@@ -31,7 +35,8 @@ pub fn run() -> Result<()> {
         last_read_at: 0,
         awaited: None,
     }
-    .serve()
+    .serve()?;
+    Ok(Exit::Done)
 }
 
 struct Worker {

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use crate::connection::Flow;
 use crate::error::Result;
-use crate::segment::{Checksum, PACKET_LIMIT, Parsed, flags};
+use crate::segment::{Checksum, Parsed, flags};
 use crate::sys::raw::{Injector, Via};
 
 /// What the peer of a connection sent while the connection was locked: plain data, which travels with the
@@ -20,7 +20,8 @@ pub struct Held {
 impl Held {
     /// Hands the packets to the connection as if they had just arrived, in their order. Returns how many.
     ///
-    /// `socket` is the restored connection, best before it is [resumed](crate::Restored::resume). Packets that are
+    /// `socket` is the restored connection, best before it is [resumed](crate::Restored::resume). It must not be locked
+    /// (any more): its answers have to reach the peer. Packets that are
     /// damaged, or no TCP segments of that address family, are left out: the peer sends again what is missing.
     /// Replaying twice does no harm.
     ///
@@ -70,11 +71,6 @@ impl Replay {
         self.flow
     }
 
-    /// Nothing has been replayed.
-    pub(super) fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
     /// Injects a packet, unless it is damaged.
     pub(super) fn packet(&mut self, injector: &Injector, packet: &[u8]) -> Result<()> {
         let Some(mut parsed) = Parsed::new(packet) else { return Ok(()) };
@@ -100,7 +96,7 @@ impl Replay {
     }
 
     fn remember(&mut self, mut parsed: Parsed, packet: &[u8]) {
-        let fin = parsed.flags & flags::FIN & if parsed.truncated { 0 } else { !0 };
+        let fin = if parsed.missing == 0 { parsed.flags & flags::FIN } else { 0 };
         let length = parsed.payload.len() as u32;
         let end = parsed.seq.wrapping_add(length).wrapping_add((fin != 0).into());
         let behind = |newest: &Newest| (end.wrapping_sub(newest.end) as i32) < 0;
@@ -112,16 +108,19 @@ impl Replay {
         bytes.extend(packet[parsed.payload.clone()].last());
         parsed.payload = parsed.payload.start..bytes.len();
         parsed.seq = parsed.seq.wrapping_add(length.saturating_sub(1));
-        parsed.truncated = false;
+        parsed.missing = 0;
         self.newest = Some(Newest { bytes, parsed, end });
     }
 
     fn inject(&mut self, injector: &Injector, parsed: &Parsed, packet: &[u8]) -> Result<()> {
+        /// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
+        /// and the peer's window allows for no such waste.
+        const LONGEST: usize = 65_000;
         /// What every link can carry (RFC 8200 §5).
         const SMALLEST_MTU: usize = 1280;
         let mut send =
             |limit| parsed.rewrite(packet, limit, &mut self.scratch, |p| injector.send(p, self.flow.local));
-        match send(PACKET_LIMIT) {
+        match send(LONGEST) {
             Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
             other => other,
         }

@@ -119,7 +119,8 @@ pub(crate) const TABLE: &[Row] = rows! {
         IP_TOS BeforeConnect ZERO;
         IP_TTL BeforeConnect TUNED;
         IP_MTU_DISCOVER BeforeConnect TUNED;
-        IP_OPTIONS BeforeConnect IP_HEADER;
+        // Behind the connect, which an MSS of loopback's size has to compute anew without any.
+        IP_OPTIONS InRepair IP_HEADER;
         IP_UNICAST_IF BeforeConnect ZERO;
         IP_MINTTL Last ZERO;
         IP_RECVERR Last ZERO;

@@ -60,7 +60,7 @@ pub(crate) struct TcpInfo {
     ca_state: u8,
     retransmits: u8,
     probes: u8,
-    backoff: u8,
+    pub(crate) backoff: u8,
     /// `TCPI_OPT_*`.
     pub(crate) options: u8,
     /// `snd_wscale` in the low four bits, `rcv_wscale` in the high ones.
@@ -130,6 +130,11 @@ pub(crate) fn select_queue(fd: BorrowedFd<'_>, queue: impl Into<Option<Queue>>) 
 /// `rcv_nxt` or `write_seq`; leaves the queue selected.
 pub(crate) fn queue_seq(fd: BorrowedFd<'_>, queue: Queue) -> Result<u32> {
     select_queue(fd, queue)?;
+    selected_seq(fd)
+}
+
+/// `rcv_nxt` or `write_seq`, of the queue that is selected.
+pub(crate) fn selected_seq(fd: BorrowedFd<'_>) -> Result<u32> {
     named("TCP_QUEUE_SEQ", sockopt::get(fd, SOL_TCP, TCP_QUEUE_SEQ))
 }
 
@@ -202,6 +207,13 @@ pub(crate) fn set_window(fd: BorrowedFd<'_>, window: &Window) -> Result<()> {
     named("TCP_REPAIR_WINDOW", sockopt::set(fd, SOL_TCP, TCP_REPAIR_WINDOW, &values))
 }
 
+/// The name of the congestion control algorithm.
+pub(crate) fn congestion(fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
+    let mut name = [0; 16];
+    let length = named("TCP_CONGESTION", sockopt::get_bytes(fd, SOL_TCP, libc::TCP_CONGESTION, &mut name))?;
+    Ok(name[..length].split(|byte| *byte == 0).next().unwrap_or_default().to_vec())
+}
+
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
     named("TCP_INFO", sockopt::get(fd, SOL_TCP, libc::TCP_INFO))
 }
@@ -209,6 +221,11 @@ pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
 /// Bytes that the application can read, up to an urgent mark.
 pub(crate) fn unread(fd: BorrowedFd<'_>) -> Result<u32> {
     named("SIOCINQ", sockopt::ioctl_int::<0x541B>(fd)).map(|bytes| bytes as u32)
+}
+
+/// The next byte that the application can read is an urgent one, consumed or not.
+pub(crate) fn at_mark(fd: BorrowedFd<'_>) -> Result<bool> {
+    named("SIOCATMARK", sockopt::ioctl_int::<0x8905>(fd)).map(|answer| answer != 0)
 }
 
 /// `write_seq − snd_una`: a FIN counts.

@@ -1,22 +1,27 @@
 //! Two ends of a connection on two hosts, brought into the state that a test is about.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::LazyLock;
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::sockopt::{set_socket_oobinline, set_socket_recv_buffer_size};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
-use soccr::connection::{Connection, State};
+use soccr::connection::{Connection, Path, Window};
 use soccr::settings::Value;
 use soccr::{Restored, pause};
-use soccr_lab::{Family, Flags, Pair, Sniffer, wait_until};
+use soccr_lab::{Case, Family, Flags, Made, Pair, Sniffer, State, TcpInfo, wait_until};
 
 use crate::sys;
 
 /// The port of the peer.
 pub const PORT: u16 = 5000;
+
+/// The Ethernet addresses of host `a`, and of none.
+const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const NOBODY: [u8; 6] = [2, 0, 0, 0, 0, 99];
 
 /// How long a read or a write may take before its test fails.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -25,14 +30,16 @@ const LIMIT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Ends {
     pub pair: Pair,
-    pub family: Family,
     pub ours: TcpStream,
     pub peer: TcpStream,
+    /// The address of the peer, as our socket names it.
+    pub remote: SocketAddr,
+    /// Our address, as it is in packets.
+    local: IpAddr,
     /// Everything our end has written and the peer has not read.
     pub to_peer: Vec<u8>,
     /// Everything the peer has written and our end has not read.
     pub to_us: Vec<u8>,
-    deaf: bool,
     resets: Sniffer,
 }
 
@@ -49,22 +56,32 @@ impl Ends {
         prepare_peer: impl FnOnce(&TcpListener),
     ) -> Self {
         let pair = Pair::new().unwrap();
-        let resets = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::RST).unwrap();
         let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, PORT))).unwrap();
         prepare_peer(&listener);
         let ours = pair.a.run(|| unconnected(family));
         prepare_ours(&ours);
-        rustix::net::connect(&ours, &pair.a.address_of(&pair.b, family, PORT)).unwrap();
+        let remote = pair.a.address_of(&pair.b, family, PORT);
+        rustix::net::connect(&ours, &remote).unwrap();
         let (peer, _) = listener.accept().unwrap();
-        wait_until("the peer is established", || state(&peer) == State::Established);
-        peer.set_read_timeout(Some(LIMIT)).unwrap();
-        peer.set_write_timeout(Some(LIMIT)).unwrap();
-        Self { pair, family, ours, peer, to_peer: Vec::new(), to_us: Vec::new(), deaf: false, resets }
+        wait_until("the peer is established", || info(&peer).state == State::Established);
+        Self::between(pair, ours, peer, remote)
     }
 
-    /// The address of the peer, as our socket names it.
-    pub fn peer_address(&self) -> SocketAddr {
-        self.pair.a.address_of(&self.pair.b, self.family, PORT)
+    /// A connection in any state that a socket can have once it is connected.
+    pub fn of(case: Case) -> Self {
+        let pair = Pair::new().unwrap();
+        let Made { socket, remote, peer, incoming, outgoing, .. } = case.make(&pair.a, &pair.b);
+        let ends = Self::between(pair, socket, peer.into_stream().unwrap(), remote);
+        Self { to_us: incoming, to_peer: outgoing, ..ends }
+    }
+
+    /// What there is between two hosts, with nothing in its queues.
+    pub fn between(pair: Pair, ours: TcpStream, peer: TcpStream, remote: SocketAddr) -> Self {
+        peer.set_read_timeout(Some(LIMIT)).unwrap();
+        peer.set_write_timeout(Some(LIMIT)).unwrap();
+        let resets = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::RST).unwrap();
+        let local = ours.local_addr().unwrap().ip().to_canonical();
+        Self { pair, ours, peer, remote, local, to_peer: Vec::new(), to_us: Vec::new(), resets }
     }
 
     /// The peer writes, and all of it lies in our receive queue.
@@ -72,7 +89,7 @@ impl Ends {
         let bytes = pattern(self.to_us.len(), length);
         self.peer.write_all(&bytes).unwrap();
         self.to_us.extend(bytes);
-        wait_until("all has arrived", || unacknowledged(&self.peer) == 0);
+        wait_until("all has arrived", || info(&self.peer).unacknowledged == 0);
     }
 
     /// The peer writes one urgent byte, and it lies in our receive queue.
@@ -80,7 +97,7 @@ impl Ends {
         let byte = pattern(self.to_us.len(), 1);
         assert_eq!(send(&self.peer, &byte, SendFlags::OOB), Ok(1));
         self.to_us.extend(byte);
-        wait_until("the urgent byte has arrived", || unacknowledged(&self.peer) == 0);
+        wait_until("the urgent byte has arrived", || info(&self.peer).unacknowledged == 0);
     }
 
     /// We write, and the peer, who must be [deaf](Self::deafen), does not acknowledge.
@@ -99,22 +116,30 @@ impl Ends {
             if let Ok(written) = self.ours.write(&bytes) {
                 self.to_peer.extend(&bytes[..written]);
             }
-            unsent(&self.ours) > 0
-                && unsent(&self.ours) == unacknowledged(&self.ours)
-                && window(&self.ours) == 0
+            let info = info(&self.ours);
+            info.unsent > 0 && info.unsent == info.unacknowledged && info.snd_wnd == 0
         });
         self.ours.set_nonblocking(false).unwrap();
     }
 
     /// From now on the peer hears nothing.
-    pub fn deafen(&mut self) {
+    pub fn deafen(&self) {
         sys::set_deaf(&self.peer, true).unwrap();
-        self.deaf = true;
     }
 
-    /// Saves the connection and makes our socket forget it.
+    /// The peer hears again, if it did not.
+    pub fn undeafen(&self) {
+        match sys::set_deaf(&self.peer, false) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            other => other.unwrap(),
+        }
+    }
+
+    /// Saves the connection and makes our socket forget it. From now on nothing reaches our host, which would reset the
+    /// peer, until [`resume`](Self::resume); what our host sends reaches the peer.
     pub fn take(&self) -> Connection {
-        let paused = pause(&self.ours).unwrap().with_peer(self.peer_address());
+        self.name_neighbour(NOBODY);
+        let paused = pause(&self.ours).unwrap().with_peer(self.remote);
         let connection = paused.save().unwrap();
         paused.detach().unwrap();
         connection
@@ -125,21 +150,35 @@ impl Ends {
         self.pair.a.run(|| connection.restore())
     }
 
+    /// Goes on with a restored connection.
+    pub fn resume(&mut self, restored: Restored) {
+        self.name_neighbour(OUR_MAC);
+        self.ours = restored.resume().unwrap();
+    }
+
+    /// Restores a connection and goes on with it.
+    pub fn restore_and_resume(&mut self, connection: &Connection) {
+        self.resume(self.restore(connection).unwrap());
+    }
+
+    /// Tells the peer's host to which Ethernet address to send what is for us.
+    fn name_neighbour(&self, mac: [u8; 6]) {
+        self.pair.b.namespace.rtnetlink().unwrap().neighbour("eth0", self.local, mac).unwrap();
+    }
+
     /// Moves the connection to another socket of our host.
     pub fn move_once(&mut self) -> Connection {
         let connection = self.take();
-        self.ours = self.restore(&connection).unwrap().resume().unwrap();
+        self.restore_and_resume(&connection);
         connection
     }
 
     /// Whatever is still possible happens: each end writes, ends, and reads to the end of the other. All bytes are
     /// equal, both ends are closed, and no reset was seen.
     pub fn finish(mut self) {
-        if self.deaf {
-            sys::set_deaf(&self.peer, false).unwrap();
-        }
+        self.undeafen();
         let rest = |end: &TcpStream, written: &[u8]| {
-            let open = matches!(state(end), State::Established | State::CloseWait);
+            let open = matches!(info(end).state, State::Established | State::CloseWait);
             open.then(|| pattern(written.len(), 3000)).unwrap_or_default()
         };
         let our_rest = rest(&self.ours, &self.to_peer);
@@ -147,8 +186,6 @@ impl Ends {
         self.to_peer.extend(&our_rest);
         self.to_us.extend(&peer_rest);
         self.ours.set_nonblocking(false).unwrap();
-        // An urgent byte is a byte of the stream, too.
-        set_socket_oobinline(&self.ours, true).unwrap();
         self.ours.set_read_timeout(Some(LIMIT)).unwrap();
         self.ours.set_write_timeout(Some(LIMIT)).unwrap();
         thread::scope(|scope| {
@@ -168,7 +205,7 @@ impl Ends {
                 });
             }
         });
-        let closed = |end: &TcpStream| state(end) == State::Close;
+        let closed = |end: &TcpStream| info(end).state == State::Close;
         wait_until("both ends are closed", || closed(&self.ours) && closed(&self.peer));
         self.assert_no_reset();
     }
@@ -192,70 +229,31 @@ pub fn small_window(listener: &TcpListener) {
 
 /// Bytes that differ wherever they are taken from the stream.
 pub fn pattern(start: usize, length: usize) -> Vec<u8> {
-    (start..start + length).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect()
+    // A prime number of them, so that no power of two is a period.
+    const PERIOD: usize = 65_521;
+    static BYTES: LazyLock<Vec<u8>> =
+        LazyLock::new(|| (0..PERIOD).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect());
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        let at = (start + bytes.len()) % PERIOD;
+        bytes.extend(&BYTES[at..PERIOD.min(at + length - bytes.len())]);
+    }
+    bytes
 }
 
 /// Fails with where two streams differ, not with both of them.
 #[track_caller]
 pub fn assert_same_bytes(left: &[u8], right: &[u8]) {
+    if left == right {
+        return;
+    }
     let same = left.iter().zip(right).take_while(|(left, right)| left == right).count();
-    assert!(
-        left.len() == right.len() && same == left.len(),
-        "{} bytes, {} expected; equal until {same}",
-        left.len(),
-        right.len()
-    );
+    panic!("{} bytes, {} expected; equal until {same}", left.len(), right.len());
 }
 
-/// `struct tcp_info`, as long as this kernel's.
-fn info(fd: impl AsFd) -> [u8; 512] {
-    let mut info = [0; 512];
-    sys::get_option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
-    info
-}
-
-fn info_u32(fd: impl AsFd, offset: usize) -> u32 {
-    u32::from_ne_bytes(*info(fd)[offset..].first_chunk().unwrap())
-}
-
-/// The state, as the kernel tells it.
-pub fn state(fd: impl AsFd) -> State {
-    State::from_kernel(info(fd)[0]).unwrap()
-}
-
-/// `tcpi_rto`, in microseconds.
-pub fn rto(fd: impl AsFd) -> u32 {
-    info_u32(fd, 8)
-}
-
-/// `tcpi_snd_mss`, in bytes.
-pub fn mss(fd: impl AsFd) -> u32 {
-    info_u32(fd, 16)
-}
-
-/// `tcpi_total_retrans`, in segments.
-pub fn retransmissions(fd: impl AsFd) -> u32 {
-    info_u32(fd, 100)
-}
-
-/// `tcpi_snd_wnd`, in bytes (Linux 5.4).
-pub fn window(fd: impl AsFd) -> u32 {
-    info_u32(fd, 228)
-}
-
-/// `SIOCINQ`.
-pub fn unread(fd: impl AsFd) -> u32 {
-    sys::ioctl_int::<0x541B>(fd).unwrap()
-}
-
-/// `SIOCOUTQ`.
-pub fn unacknowledged(fd: impl AsFd) -> u32 {
-    sys::ioctl_int::<0x5411>(fd).unwrap()
-}
-
-/// `SIOCOUTQNSD`.
-pub fn unsent(fd: impl AsFd) -> u32 {
-    sys::ioctl_int::<0x894B>(fd).unwrap()
+/// What the kernel tells of a connection.
+pub fn info(end: &TcpStream) -> TcpInfo {
+    TcpInfo::of(end).unwrap()
 }
 
 /// Reads an integer option.
@@ -274,6 +272,13 @@ pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: i32) {
 #[track_caller]
 pub fn assert_same(first: &Connection, second: &Connection) {
     assert_eq!(comparable(first), comparable(second));
+    if let (Some(before), Some(after)) = (first.control.window, second.control.window) {
+        let edge = |window: &Window| window.rcv_wup.wrapping_add(window.rcv_wnd);
+        // A delayed acknowledgement may have told the peer a new window in between, but never less.
+        let told = after.rcv_wup.wrapping_sub(before.rcv_wup);
+        let gained = edge(&after).wrapping_sub(edge(&before));
+        assert!(if told == 0 { gained == 0 } else { gained < 1 << 30 }, "{before:?}, then {after:?}");
+    }
     assert_same_bytes(&second.receive_queue, &first.receive_queue);
     assert_same_bytes(&second.send_queue, &first.send_queue);
     if let (Some(before), Some(after)) = (first.control.options.timestamps, second.control.options.timestamps)
@@ -289,12 +294,28 @@ pub fn comparable(connection: &Connection) -> Connection {
     if let Some(window) = &mut same.control.window {
         // The segment that last changed the window may be an injected one.
         window.snd_wl1 = 0;
+        (window.rcv_wup, window.rcv_wnd) = (0, 0);
     }
     if connection.local.is_ipv6() && connection.local.ip().to_canonical().is_ipv6() {
         // Binding to an IPv6 address sets it for good; connecting does not.
         same.settings.set("IPV6_V6ONLY", Value::Number(1));
     }
-    same.path =
-        connection.path.map(|path| soccr::connection::Path { snd_mss: path.snd_mss, ..Default::default() });
+    same.path = connection.path.map(|path| Path { snd_mss: path.snd_mss, ..Default::default() });
     same
+}
+
+fn info_bytes(end: &TcpStream) -> [u8; 512] {
+    let mut info = [0; 512];
+    sys::get_option(end, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
+    info
+}
+
+/// `tcpi_rto`: how long the retransmission timer runs now.
+pub fn rto(end: &TcpStream) -> Duration {
+    Duration::from_micros(u32::from_ne_bytes(*info_bytes(end)[8..].first_chunk().unwrap()).into())
+}
+
+/// `tcpi_total_rto`: how often that timer has run out (Linux 6.7).
+pub fn timeouts(end: &TcpStream) -> u16 {
+    u16::from_ne_bytes(*info_bytes(end)[240..].first_chunk().unwrap())
 }

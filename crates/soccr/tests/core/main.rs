@@ -5,8 +5,14 @@ use std::process::ExitCode;
 use soccr_lab::Test;
 
 mod ends;
+mod errors;
 mod faults;
+mod full;
+mod lessons;
+mod property;
+mod states;
 mod sys;
+mod urgent;
 
 /// The named functions of a module as tests.
 macro_rules! tests {
@@ -16,7 +22,45 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
-    soccr_lab::harness(tests! {
+    let mut tests = tests! {
+        errors: a_pause_without_capabilities
+            a_restore_without_capabilities
+            a_restore_where_the_old_socket_lives
+            a_restore_where_the_address_is_not
+            what_is_no_socket;
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent;
-    })
+        lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
+            what_arrives_during_a_save_is_carried_whole_or_told
+            a_reset_connection_is_refused
+            a_socket_that_was_never_connected_is_refused
+            a_listener_is_refused
+            an_mptcp_socket_is_refused
+            an_upper_layer_protocol_is_refused
+            a_second_pause_of_one_socket_is_refused
+            one_connection_restores_twice
+            a_listener_on_the_port_is_no_hindrance
+            a_save_consumes_nothing
+            a_fin_that_cannot_arrive_is_an_error
+            the_first_send_after_close_wait_reaches_the_peer_at_once
+            an_address_that_only_looks_mapped_is_ipv6
+            a_link_local_address_without_its_link_is_refused
+            the_segment_size_comes_back
+            reuse_address_survives
+            the_offset_of_a_peek_survives
+            a_descriptor_waits_as_before
+            a_blocking_socket_with_tiny_buffers_does_not_hang
+            tuning_of_the_buffers_goes_on
+            a_blocked_connect_goes_on
+            a_detached_socket_is_silent_for_ever
+            a_restored_socket_that_is_dropped_is_silent;
+        full: both_sides_full_on_ipv4_then_drained_25_times
+            both_sides_full_on_ipv6_then_drained_25_times
+            queues_of_64_mib;
+        property: every_connection_comes_back;
+        urgent: a_mark_that_has_been_read_past_is_none;
+        states: a_handshake_that_the_peer_has_answered_goes_on;
+    };
+    tests.extend(states::tests());
+    tests.extend(urgent::tests());
+    soccr_lab::harness(tests)
 }

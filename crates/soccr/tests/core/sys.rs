@@ -45,19 +45,10 @@ pub fn set_deaf(fd: impl AsFd, deaf: bool) -> io::Result<()> {
     let mut drop_all = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
     let program = libc::sock_fprog { len: 1, filter: &raw mut drop_all };
     let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    let (fd, level, name) = (fd.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER);
     // SAFETY: `program` points to one instruction, and outlives the call, which copies it.
-    check(
-        unsafe {
-            libc::setsockopt(
-                fd.as_fd().as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_FILTER,
-                (&raw const program).cast(),
-                length,
-            )
-        }
-        .into(),
-    )?;
+    let result = unsafe { libc::setsockopt(fd, level, name, (&raw const program).cast(), length) };
+    check(result.into())?;
     Ok(())
 }
 

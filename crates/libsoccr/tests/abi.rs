@@ -1,0 +1,141 @@
+//! What a C program sees of the library before it runs: header, symbols, soname, installed files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+mod common;
+use common::{build_library, include, run};
+
+/// The functions that `libsoccr.map` exports.
+fn exported() -> Vec<String> {
+    let map = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("libsoccr.map")).unwrap();
+    let names = map.lines().filter_map(|line| line.trim().strip_suffix(';'));
+    names.filter(|name| name.starts_with("libsoccr_")).map(str::to_owned).collect()
+}
+
+/// The names of symbols that `nm` prints in its last column, without their version.
+fn symbols(nm: &mut Command) -> Vec<String> {
+    let name =
+        |line: &str| line.split_whitespace().last().map(|name| name.split('@').next().unwrap().to_owned());
+    let mut names: Vec<String> = run(nm).lines().filter_map(name).collect();
+    names.retain(|name| name.starts_with("libsoccr_"));
+    names.sort();
+    names
+}
+
+fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c").join(name)
+}
+
+fn temporary(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+#[test]
+fn the_header_compiles_alone_in_every_dialect() {
+    // As of a C library that knows nothing of repair mode.
+    let poor = temporary("poor-libc");
+    fs::create_dir_all(poor.join("netinet")).unwrap();
+    fs::write(
+        poor.join("netinet/tcp.h"),
+        "#define TCP_NODELAY 1\nenum { TCP_NO_QUEUE, TCP_RECV_QUEUE, TCP_SEND_QUEUE };\n",
+    )
+    .unwrap();
+    for (compiler, language, standard) in [
+        ("cc", "c", "c99"),
+        ("cc", "c", "gnu99"),
+        ("cc", "c", "c17"),
+        ("c++", "c++", "c++98"),
+        ("c++", "c++", "gnu++98"),
+        ("c++", "c++", "c++17"),
+    ] {
+        for definition in ["-DNOTHING", "-DSOCCR_API_2016", "-D_GNU_SOURCE"] {
+            for before in [None, Some("netinet/tcp.h"), Some("linux/tcp.h")] {
+                let mut command = Command::new(compiler);
+                command.args(["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-pedantic", definition]);
+                command.args(["-x", language, &format!("-std={standard}"), "-I"]).arg(include());
+                command.args(before.iter().flat_map(|header| ["-include", header]));
+                run(command.arg(source("header.c")));
+            }
+        }
+    }
+    let mut command = Command::new("cc");
+    command.args(["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-pedantic", "-std=gnu99", "-I"]).arg(poor);
+    run(command.arg("-I").arg(include()).arg(source("header.c")));
+}
+
+#[test]
+fn the_header_declares_what_the_library_exports() {
+    let mut header = fs::read_to_string(include().join("soccr.h")).unwrap();
+    header = header.replace(
+        "#define libsoccr_set_queue_bytes libsoccr_set_queue_bytes_2016",
+        "libsoccr_set_queue_bytes_2016(",
+    );
+    for name in exported() {
+        assert!(header.contains(&format!("{name}(")), "{name}");
+    }
+    let library = build_library();
+    assert_eq!(
+        symbols(Command::new("nm").args(["-D", "--defined-only"]).arg(library.join("libsoccr.so"))),
+        exported()
+    );
+    let dynamic = run(Command::new("readelf").args(["-dW"]).arg(library.join("libsoccr.so")));
+    assert!(dynamic.contains("soname: [libsoccr.so.1]"), "{dynamic}");
+}
+
+#[test]
+fn the_installed_library_needs_nothing_but_libc() {
+    build_library();
+    let root = temporary("installed");
+    let _ = fs::remove_dir_all(&root);
+    let mut make = Command::new("make");
+    make.args(["--silent", "-C", env!("CARGO_MANIFEST_DIR"), "install", "PROFILE=dev", "PREFIX=/opt/soccr"]);
+    make.arg(format!("DESTDIR={}", root.display())).env("CARGO", env!("CARGO")).env_remove("MAKEFLAGS");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    run(make.env("CARGO_TARGET_DIR", target));
+
+    let lib = root.join("opt/soccr/lib");
+    let shared = lib.join("libsoccr.so");
+    assert_eq!(fs::canonicalize(&shared).unwrap().file_name().unwrap(), "libsoccr.so.1.0.0");
+    assert_eq!(fs::read_link(&shared).unwrap(), Path::new("libsoccr.so.1"));
+    let versioned = run(Command::new("nm").args(["-D", "--defined-only"]).arg(&shared));
+    for name in exported() {
+        assert!(versioned.contains(&format!("{name}@@LIBSOCCR_1.0")), "{versioned}");
+    }
+    let dynamic = run(Command::new("readelf").arg("-dW").arg(&shared));
+    for line in dynamic.lines().filter(|line| line.contains("(NEEDED)")) {
+        let known = ["libc.so", "libgcc_s.so", "ld-linux"].iter().any(|known| line.contains(known));
+        assert!(known, "{line}");
+    }
+
+    // Nothing else is visible, so that two libraries written in Rust can go into one program.
+    let archive = lib.join("libsoccr.a");
+    let globals = run(Command::new("nm").args(["-g", "--defined-only", "--format=posix"]).arg(&archive));
+    assert_eq!(
+        globals.lines().filter(|line| line.split(' ').count() > 1).count(),
+        exported().len(),
+        "{globals}"
+    );
+    for page in ["man7/soccr.7", "man3/libsoccr_pause.3"] {
+        assert!(root.join("opt/soccr/share/man").join(page).exists(), "{page}");
+    }
+
+    let pkg_config = |argument: &str| {
+        let mut command = Command::new("pkg-config");
+        command.env("PKG_CONFIG_SYSROOT_DIR", &root).env("PKG_CONFIG_LIBDIR", lib.join("pkgconfig"));
+        let flags = run(command.args([argument, "--cflags", "--libs", "libsoccr"]));
+        flags.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    for (linking, argument) in [("-pie", "--shared"), ("-static", "--static")] {
+        let program = temporary("linked").with_extension(&linking[1..]);
+        let mut cc = Command::new("cc");
+        run(cc
+            .args(["-std=c11", linking, "-o"])
+            .arg(&program)
+            .arg(source("abi.c"))
+            .args(pkg_config(argument)));
+        let printed = run(Command::new(&program).env("LD_LIBRARY_PATH", &lib));
+        assert_eq!(printed, "pause: -1 is no descriptor\n");
+    }
+}

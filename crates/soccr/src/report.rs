@@ -1,0 +1,230 @@
+//! What came back of a connection, and what did not.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use crate::buffers;
+use crate::connection::{Buffers, Connection};
+use crate::error::{Error, Result};
+use crate::settings::Skipped;
+use crate::sys::tcp::{TcpInfo, info_option};
+
+/// How a restored socket compares with the connection that was saved, value by value.
+///
+/// Only what can differ is in it: state, sequence numbers, bytes and the options of the header come back exactly, or
+/// the restore fails. Values are named as the kernel names them: the fields of `struct tcp_info`, and socket options.
+///
+/// It prints as one line for each value that is not as it was, and as nothing where all are.
+///
+/// ```no_run
+/// # fn main() -> soccr::Result<()> {
+/// # let connection = soccr::Connection::empty();
+/// let restored = connection.restore()?;
+/// print!("{}", restored.report()); // snd_cwnd: 10 instead of 137 — BPF_BTF_LOAD: …
+/// restored.report().strict()?; // here, dropping the socket is silent still
+/// restored.resume().map(drop)
+/// # }
+/// ```
+#[derive(Debug, Default)]
+pub struct Report(Vec<Entry>);
+
+/// One value of a [`Report`].
+#[derive(Debug)]
+pub struct Entry {
+    name: Cow<'static, str>,
+    fidelity: Fidelity,
+    values: Option<[u64; 2]>,
+    reason: Cow<'static, str>,
+    is_option: bool,
+}
+
+/// How well a value came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fidelity {
+    /// As it was; what the kernel estimates (`rtt`, `rto`, `rcv_ssthresh`), to a twentieth.
+    Exact,
+    /// Near to what it was, or changed for a reason.
+    Approximate,
+    /// Not at all.
+    Missing,
+}
+
+impl Entry {
+    /// The kernel's name of the value.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How well it came back.
+    pub fn fidelity(&self) -> Fidelity {
+        self.fidelity
+    }
+
+    /// The value before and after, where it is a number: bytes, segments, microseconds.
+    pub fn values(&self) -> Option<[u64; 2]> {
+        self.values
+    }
+
+    /// Why it is not as it was. Empty where there is nothing to say.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.name)?;
+        match (self.fidelity, self.values) {
+            (Fidelity::Exact, Some([_, after])) => write!(f, "{after}, as before")?,
+            (Fidelity::Exact, None) => f.write_str("as before")?,
+            (_, Some([before, after])) => write!(f, "{after} instead of {before}")?,
+            (Fidelity::Approximate, None) => f.write_str("changed")?,
+            (Fidelity::Missing, None) => f.write_str("missing")?,
+        }
+        if self.reason.is_empty() { Ok(()) } else { write!(f, " — {}", self.reason) }
+    }
+}
+
+impl Report {
+    /// Every value that was compared.
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.0.iter()
+    }
+
+    /// The value with this name, where the connection had one.
+    pub fn get(&self, name: &str) -> Option<&Entry> {
+        self.iter().find(|entry| entry.name == name)
+    }
+
+    /// Everything is as it was.
+    pub fn is_exact(&self) -> bool {
+        self.iter().all(|entry| entry.fidelity == Fidelity::Exact)
+    }
+
+    /// Insists on the socket options of the application. What costs nothing but speed is not insisted on.
+    ///
+    /// # Errors
+    /// Refused: the first socket option that is missing, and why.
+    pub fn strict(&self) -> Result<()> {
+        match self.iter().find(|entry| entry.is_option && entry.fidelity == Fidelity::Missing) {
+            None => Ok(()),
+            Some(entry) => Err(Error::refused(entry.name.clone(), entry.reason.clone()).at("restore")),
+        }
+    }
+
+    /// Notes a number that came back for better or worse.
+    pub(crate) fn approximate(&mut self, name: &'static str, values: [u64; 2], reason: &'static str) {
+        self.number(name, values, Fidelity::Approximate, reason);
+    }
+
+    fn number(
+        &mut self,
+        name: &'static str,
+        values: [u64; 2],
+        fidelity: Fidelity,
+        reason: impl Into<Cow<'static, str>>,
+    ) {
+        let is_estimate = matches!(name, "rtt" | "rto" | "rcv_ssthresh");
+        let tolerated = if is_estimate { values[0] / 20 } else { 0 };
+        let is_exact = values[0].abs_diff(values[1]) <= tolerated;
+        let (fidelity, reason) =
+            if is_exact { (Fidelity::Exact, "".into()) } else { (fidelity, reason.into()) };
+        self.0.push(Entry { name: name.into(), fidelity, values: Some(values), reason, is_option: false });
+    }
+
+    pub(crate) fn buffers(&mut self, saved: Buffers, restored: Buffers) {
+        for (name, saved, restored) in
+            [("SO_SNDBUF", saved.send, restored.send), ("SO_RCVBUF", saved.receive, restored.receive)]
+        {
+            // The kernel doubles what it is given.
+            let saved = saved & !1;
+            let reason = if restored > saved { "grown for the queue in it" } else { buffers::LIMITED };
+            self.approximate(name, [saved.into(), restored.into()], reason);
+        }
+    }
+
+    pub(crate) fn skipped(&mut self, skipped: Vec<Skipped>) {
+        self.0.extend(skipped.into_iter().map(|skipped| Entry {
+            reason: skipped.reason(),
+            name: skipped.name,
+            fidelity: Fidelity::Missing,
+            values: None,
+            is_option: true,
+        }));
+    }
+
+    /// Compares the speed of the connection: `untimed` and `unwritten` say what kept the round-trip time and the
+    /// congestion window from coming back.
+    pub(crate) fn speed(
+        &mut self,
+        connection: &Connection,
+        info: &TcpInfo,
+        untimed: Option<String>,
+        unwritten: Option<String>,
+    ) {
+        let options = &connection.control.options;
+        let judged = |reason: &Option<String>| match reason {
+            Some(reason) => (Fidelity::Missing, Cow::Owned(reason.clone())),
+            None => (Fidelity::Approximate, Cow::Borrowed("")),
+        };
+        if let Some(path) = &connection.path {
+            self.approximate(
+                "snd_mss",
+                [path.snd_mss.into(), info.snd_mss.into()],
+                if options.mss_clamp > i16::MAX as u16 && !connection.flow().is_ipv4() {
+                    "over IPv6 the kernel cannot be told more than 32767"
+                } else {
+                    "another route, or another MTU"
+                },
+            );
+            if !path.rtt.is_zero() {
+                for (name, before, after) in [("rtt", path.rtt, info.rtt), ("rto", path.rto, info.rto)] {
+                    let (fidelity, reason) = judged(&untimed);
+                    self.number(name, [before.as_micros() as u64, after.into()], fidelity, reason);
+                }
+            }
+            for (name, before, after) in [
+                ("snd_cwnd", path.snd_cwnd, info.snd_cwnd),
+                ("snd_ssthresh", path.snd_ssthresh, info.snd_ssthresh),
+            ] {
+                let (fidelity, reason) = judged(&unwritten);
+                self.number(name, [before.into(), after.into()], fidelity, reason);
+            }
+            self.approximate("rcv_ssthresh", [path.rcv_ssthresh.into(), info.rcv_ssthresh.into()], "");
+        }
+        if options.ecn {
+            let back = info.options & info_option::ECN != 0;
+            let (fidelity, reason) = if back { (Fidelity::Exact, "".into()) } else { judged(&unwritten) };
+            self.0.push(Entry { name: "ecn".into(), fidelity, values: None, reason, is_option: false });
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.iter()
+            .filter(|entry| entry.fidelity != Fidelity::Exact)
+            .try_for_each(|entry| writeln!(f, "{entry}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_prints_what_differs() {
+        let mut report = Report::default();
+        report.number("snd_mss", [1448, 1448], Fidelity::Approximate, "never said");
+        report.number("snd_cwnd", [137, 10], Fidelity::Missing, "no BPF");
+        report.approximate("rto", [220_000, 244_000], "");
+        report.approximate("rtt", [20_600, 20_650], "");
+        assert_eq!(
+            report.to_string(),
+            "snd_cwnd: 10 instead of 137 — no BPF\nrto: 244000 instead of 220000\n"
+        );
+        assert_eq!(report.get("snd_mss").unwrap().to_string(), "snd_mss: 1448, as before");
+        assert!(!report.is_exact());
+        report.strict().unwrap();
+    }
+}

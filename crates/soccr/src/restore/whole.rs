@@ -1,0 +1,146 @@
+//! [`Connection::restore`]: all steps in their order, and what makes the connection as fast as it was.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use super::{Restore, bind, connect};
+use crate::congestion;
+use crate::connection::{Connection, State};
+use crate::error::{Error, Result};
+use crate::report::Report;
+use crate::resume::{Restored, set_nonblocking};
+use crate::rtt::Seed;
+use crate::settings::{self, Skipped, Stage, Value};
+use crate::sys::tcp::{self, Queue, Repair, info_option};
+
+impl Connection {
+    /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
+    /// and silent until [`Restored::resume`]. The old socket must be closed or [detached](crate::Paused::detach).
+    ///
+    /// Everything is [validated](Self::validate) before the first system call; `self` is not changed, and can be
+    /// restored again.
+    ///
+    /// What the connection had learned about its path comes back as well, as far as this kernel and this user can do
+    /// that, and [`Restored::report`] tells how far. Without a [`path`](Self::path), without ECN and without
+    /// [`settings`](Self::settings) nothing of that is tried: the quickest restore there is.
+    ///
+    /// # Errors
+    /// - Invalid: values that contradict each other.
+    /// - System: the option that the kernel refused. `EADDRNOTAVAIL` where the local address is not configured here,
+    ///   or another socket has the same pair of addresses. Nothing has been sent, and nothing is left behind.
+    /// - Refused: the socket did not reach the state of the connection, because a firewall or a loopback interface
+    ///   that is down swallowed the segment that plays the peer's FIN or ACK.
+    pub fn restore(&self) -> Result<Restored> {
+        self.validate().and_then(|()| self.restore_socket()).map_err(|error| error.at("restore"))
+    }
+
+    fn restore_socket(&self) -> Result<Restored> {
+        let mut socket = open(self.local)?;
+        let mut skipped = Vec::new();
+        let report = if self.control.state == State::SynSent {
+            self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
+            bind(socket.as_fd(), self.local)?;
+            // The same SYN once more. A peer that has answered the first one refuses the connection for good, if it gets
+            // another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
+            tcp::set_repair(socket.as_fd(), Repair::On)?;
+            tcp::set_queue_seq(socket.as_fd(), Queue::Send, self.control.write_seq.wrapping_sub(1))?;
+            tcp::set_repair(socket.as_fd(), Repair::OffNoProbe)?;
+            for stage in [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last] {
+                self.apply(socket.as_fd(), stage, &mut skipped);
+            }
+            Report::default()
+        } else {
+            let (seed, mut untimed) = match Seed::new(self, socket.as_fd()) {
+                Ok(seed) => (seed, None),
+                Err(reason) => (None, Some(reason.to_owned())),
+            };
+            let mut steps = self.connect(socket.as_fd(), seed, &mut skipped)?;
+            if let Some(seed) = seed {
+                steps.open_window()?;
+                if let Err(error) = seed.sow(socket.as_fd(), self) {
+                    untimed = Some(error.to_string());
+                    skipped.clear();
+                    socket = open(self.local)?;
+                    steps = self.connect(socket.as_fd(), None, &mut skipped)?;
+                }
+            }
+            steps.fill_receive_queue(&self.receive_queue, self.urgent)?;
+            steps.fill_send_queue(&self.send_queue)?;
+            steps.complete()?;
+            let mut report = steps.report;
+            let fd = socket.as_fd();
+            let unwritten = self.restore_congestion(fd).err();
+            self.apply(fd, Stage::Injected, &mut skipped);
+            self.apply(fd, Stage::Last, &mut skipped);
+            if !self.control.state.fin_acknowledged() && (self.path.is_some() || self.control.options.ecn) {
+                report.speed(self, &tcp::info(fd)?, untimed, unwritten);
+            }
+            report
+        };
+        if self.nonblocking {
+            set_nonblocking(socket.as_fd(), true)?;
+        }
+        let mut restored = Restored {
+            control: self.control.clone(),
+            flow: self.flow(),
+            reuse_address: self.settings.get(settings::REUSEADDR) == Some(&Value::Number(1)),
+            report,
+            socket,
+        };
+        restored.report.skipped(skipped);
+        Ok(restored)
+    }
+
+    /// Steps 1 to 3.
+    fn connect<'fd>(
+        &self,
+        fd: BorrowedFd<'fd>,
+        seed: Option<Seed>,
+        skipped: &mut Vec<Skipped>,
+    ) -> Result<Restore<'fd>> {
+        let spare = seed.map_or(0, |seed| seed.samples());
+        let mut steps = Restore::start(fd, self.control.clone(), self.buffers, spare)?;
+        self.apply(fd, Stage::BeforeBind, skipped);
+        bind(fd, self.local)?;
+        self.apply(fd, Stage::BeforeConnect, skipped);
+        connect(fd, self.remote)?;
+        steps.set_options(self.flow())?;
+        self.apply(fd, Stage::InRepair, skipped);
+        Ok(steps)
+    }
+
+    /// Congestion window, threshold and ECN, where they differ from those of the socket.
+    ///
+    /// # Errors
+    /// Why they could not be brought back.
+    fn restore_congestion(&self, fd: BorrowedFd<'_>) -> std::result::Result<(), String> {
+        let path = self.path.unwrap_or_default();
+        let options = &self.control.options;
+        if self.path.is_none() && !options.ecn || self.control.state.fin_acknowledged() {
+            return Ok(());
+        }
+        let info = tcp::info(fd).map_err(|error| error.to_string())?;
+        let is_back = (info.options & info_option::ECN != 0) == options.ecn
+            && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
+                .iter()
+                .all(|(now, before)| now == before || *before == 0);
+        if is_back {
+            return Ok(());
+        }
+        let algorithm = tcp::congestion(fd).map_err(|error| error.to_string())?;
+        congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
+            .map_err(|reason| reason.to_string())
+    }
+
+    fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {
+        self.settings.apply(fd, stage, self.local, skipped);
+    }
+}
+
+fn open(local: SocketAddr) -> Result<OwnedFd> {
+    let family = if local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(|error| Error::system("socket", error))
+}

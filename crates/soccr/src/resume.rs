@@ -1,0 +1,115 @@
+//! The last step: a restored socket leaves repair mode.
+
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::connection::{ControlBlock, Flow, State};
+use crate::error::{Error, Result};
+use crate::fin;
+use crate::pause::set_reuse_address;
+use crate::report::Report;
+use crate::sys::tcp::{self, Repair};
+
+/// A socket in repair mode that holds a restored connection. Dropping it closes it silently, where the socket is its
+/// own; one that was borrowed stays in repair mode.
+#[derive(Debug)]
+#[must_use = "dropping it closes the connection, silently: the peer would wait for ever"]
+pub struct Restored<Fd = OwnedFd> {
+    pub(crate) control: ControlBlock,
+    pub(crate) flow: Flow,
+    pub(crate) reuse_address: bool,
+    pub(crate) report: Report,
+    pub(crate) socket: Fd,
+}
+
+impl Restored {
+    /// Ends repair mode: the connection lives. The peer hears of it, so that both ends learn what they may have
+    /// missed: a window probe of the kernel in ESTABLISHED, and an ACK with our window in every state. A connection
+    /// in SYN_SENT starts its handshake anew here.
+    ///
+    /// Packets must be able to flow: release the lock before, or right after.
+    ///
+    /// # Errors
+    /// System: the option that failed. The socket is closed silently.
+    pub fn resume(self) -> Result<TcpStream> {
+        self.turn_on().map_err(|error| error.at("resume"))?;
+        Ok(TcpStream::from(self.socket))
+    }
+
+    /// Gives the socket away in repair mode: silent when closed, and its new owner turns the mode off.
+    pub fn release(self) -> OwnedFd {
+        self.socket
+    }
+}
+
+impl Restored<BorrowedFd<'_>> {
+    /// Like [`resume`](Restored::resume) of a socket of its own.
+    ///
+    /// # Errors
+    /// System: the option that failed.
+    pub fn resume(self) -> Result<()> {
+        self.turn_on().map_err(|error| error.at("resume"))
+    }
+}
+
+impl<Fd: AsFd> Restored<Fd> {
+    /// What came back exactly, what approximately, what not and why.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    fn turn_on(&self) -> Result<()> {
+        let fd = self.socket.as_fd();
+        if self.control.state == State::SynSent {
+            return start_handshake(fd, self.flow.remote);
+        }
+        tcp::set_repair(fd, Repair::Off)?;
+        if self.reuse_address {
+            set_reuse_address(fd, true)?;
+        }
+        if self.control.unsq_len > 0 || self.control.fin_unsent {
+            push(fd)?;
+        }
+        // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
+        let _ = fin::send_ack(fd, self.flow, &self.control);
+        Ok(())
+    }
+}
+
+impl<Fd: AsFd> AsFd for Restored<Fd> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Sends what is queued and may be sent, at once: switching Nagle's algorithm off does that.
+fn push(fd: BorrowedFd<'_>) -> Result<()> {
+    let no_delay = |value| tcp::set_int(fd, tcp::SOL_TCP, libc::TCP_NODELAY, "TCP_NODELAY", value);
+    let before = tcp::get_int(fd, tcp::SOL_TCP, libc::TCP_NODELAY, "TCP_NODELAY")?;
+    no_delay(1)?;
+    no_delay(before)
+}
+
+/// Begins to connect without waiting for it, whatever the descriptor does otherwise.
+pub(crate) fn start_handshake(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
+    let blocking = set_nonblocking(fd, true)?;
+    let started = match rustix::net::connect(fd, &remote) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(()),
+        Err(error) => Err(Error::system("connect", error)),
+    };
+    if blocking {
+        set_nonblocking(fd, false)?;
+    }
+    started
+}
+
+/// Sets or clears `O_NONBLOCK` alone; true where that changed it.
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, on: bool) -> Result<bool> {
+    let before = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
+    let mut flags = before;
+    flags.set(rustix::fs::OFlags::NONBLOCK, on);
+    if flags != before {
+        rustix::fs::fcntl_setfl(fd, flags).map_err(|error| Error::system("fcntl(F_SETFL)", error))?;
+    }
+    Ok(flags != before)
+}

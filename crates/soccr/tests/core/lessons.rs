@@ -1,0 +1,410 @@
+//! What went wrong in systems before this one, each as what must hold.
+
+use std::io::{ErrorKind as IoErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::sockopt::{
+    set_socket_linger, set_socket_recv_buffer_size, set_socket_reuseaddr, set_socket_send_buffer_size,
+    socket_error, socket_reuseaddr,
+};
+use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
+use soccr::connection::{Buffers, Connection, Urgent, Window};
+use soccr::{Error, ErrorKind, Paused, pause};
+use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
+
+use crate::ends::{Ends, PORT, assert_same, info, option, pattern, set_option, unconnected};
+use crate::faults::supervised;
+use crate::sys;
+
+fn assert_refused<T: std::fmt::Debug>(
+    result: soccr::Result<T>,
+    step: &str,
+    what: &str,
+    remedy: &str,
+) -> Error {
+    let error = result.unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Refused, step), "{error}");
+    assert!(error.what().contains(what) && error.remedy().contains(remedy), "{error}");
+    error
+}
+
+fn save(socket: impl AsFd) -> soccr::Result<Connection> {
+    pause(&socket)?.save()
+}
+
+/// An ESTABLISHED connection with something in each queue.
+fn busy() -> Ends {
+    Ends::of(Case { family: Family::V4, state: State::Established, received: 5000, sent: 5000, unsent: 3000 })
+}
+
+pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call() {
+    let ends = busy();
+    let connection = ends.take();
+    let damage: [(&str, fn(&mut Connection)); 12] = [
+        ("unsq_len", |connection| connection.control.unsq_len = connection.control.outq_len + 1),
+        ("outq_len", |connection| connection.control.outq_len += 1),
+        ("outq_len", |connection| connection.control.outq_len = u32::MAX),
+        ("inq_len", |connection| connection.control.inq_len += 1),
+        ("inq_len", |connection| connection.receive_queue.clear()),
+        ("outq_len", |connection| connection.send_queue.clear()),
+        ("fin_unsent", |connection| connection.control.fin_unsent = true),
+        ("urgent", |connection| connection.urgent = Some(Urgent { offset: 5000, consumed: false })),
+        ("rcv_wup", |connection| {
+            edit(connection, |window, rcv_nxt| window.rcv_wup = rcv_nxt.wrapping_add(1))
+        }),
+        ("snd_wnd", |connection| edit(connection, |window, _| window.snd_wnd = window.max_window + 1)),
+        ("famil", |connection| connection.remote = "[2001:db8::2]:5000".parse().unwrap()),
+        ("port", |connection| connection.local.set_port(0)),
+    ];
+    supervised(|faults| {
+        for (what, damage) in damage {
+            let mut damaged = connection.clone();
+            damage(&mut damaged);
+            faults.arm(0, libc::EIO);
+            let error = damaged.restore().unwrap_err();
+            assert_eq!(faults.disarm(), None, "{error}");
+            assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, "restore"), "{error}");
+            assert!(error.what().contains(what), "{error}");
+        }
+    });
+}
+
+fn edit(connection: &mut Connection, change: fn(&mut Window, u32)) {
+    let rcv_nxt = connection.control.rcv_nxt;
+    change(connection.control.window.as_mut().unwrap(), rcv_nxt);
+}
+
+pub fn what_arrives_during_a_save_is_carried_whole_or_told() {
+    let ends = Ends::new(Family::V4);
+    let expected = pattern(0, 40_000);
+    ends.peer.set_nodelay(true).unwrap();
+    thread::scope(|scope| {
+        let writer =
+            scope.spawn(|| expected.chunks(40).for_each(|piece| (&ends.peer).write_all(piece).unwrap()));
+        while !writer.is_finished() {
+            match save(&ends.ours) {
+                Ok(saved) => assert!(expected.starts_with(&saved.receive_queue)),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+                    assert!(error.remedy().contains("lock"), "{error}");
+                }
+            }
+        }
+    });
+    wait_until("all has arrived", || info(&ends.ours).unread == expected.len());
+    assert_eq!(save(&ends.ours).unwrap().receive_queue, expected);
+}
+
+pub fn a_reset_connection_is_refused() {
+    let Ends { ours, peer, .. } = Ends::new(Family::V4);
+    set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
+    drop(peer);
+    wait_until("the reset has arrived", || info(&ours).state == State::Close);
+    for _ in 0..2 {
+        assert_refused(save(&ours), "save", "pending error", "SO_ERROR");
+    }
+    // The application still learns of it.
+    assert_eq!(socket_error(&ours), Ok(Err(rustix::io::Errno::CONNRESET)));
+}
+
+pub fn a_socket_that_was_never_connected_is_refused() {
+    for family in [Family::V4, Family::V6] {
+        assert_refused(save(unconnected(family)), "save", "not connected", "no connection");
+    }
+}
+
+pub fn a_listener_is_refused() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    set_socket_reuseaddr(&listener, true).unwrap();
+    assert_refused(save(&listener), "pause", "listening", "accept");
+    TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    listener.accept().unwrap();
+    assert_eq!(socket_reuseaddr(&listener), Ok(true));
+}
+
+pub fn an_mptcp_socket_is_refused() {
+    let mptcp = Protocol::from_raw(rustix::net::RawProtocol::new(262).unwrap());
+    match socket(AddressFamily::INET, SocketType::STREAM, Some(mptcp)) {
+        Ok(socket) => drop(assert_refused(save(socket), "pause", "MPTCP", "multipathtcp=0")),
+        Err(error) => eprintln!("skipped: no MPTCP here: {error}"),
+    }
+}
+
+pub fn an_upper_layer_protocol_is_refused() {
+    let ends = Ends::new(Family::V4);
+    match sys::set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls\0") {
+        Ok(()) => drop(assert_refused(save(&ends.ours), "save", "kTLS", "keys")),
+        Err(error) => eprintln!("skipped: no kTLS here: {error}"),
+    }
+}
+
+pub fn a_second_pause_of_one_socket_is_refused() {
+    let ends = busy();
+    let duplicate = ends.ours.try_clone().unwrap();
+    let first = pause(&ends.ours).unwrap();
+    assert_refused(save(&duplicate), "pause", "repair mode already", "resume");
+    let connection = first.save().unwrap();
+    assert_refused(save(&duplicate), "pause", "repair mode already", "resume");
+    assert_same(&connection, &first.save().unwrap());
+    first.resume().unwrap();
+    assert_same(&connection, &save(&duplicate).unwrap());
+    ends.finish();
+}
+
+pub fn one_connection_restores_twice() {
+    let mut ends = busy();
+    let connection = ends.take();
+    let copy = connection.clone();
+    for _ in 0..3 {
+        let restored = ends.restore(&connection).unwrap();
+        let paused = Paused::take_over(restored.as_fd()).unwrap();
+        assert_same(&connection, &paused.save().unwrap());
+        paused.release();
+    }
+    assert_eq!(connection, copy);
+    ends.restore_and_resume(&connection);
+    ends.finish();
+}
+
+pub fn a_listener_on_the_port_is_no_hindrance() {
+    let mut ends = busy();
+    let connection = ends.take();
+    let listener = ends.pair.a.run(|| TcpListener::bind(connection.local)).unwrap();
+    ends.restore_and_resume(&connection);
+    drop(listener);
+    ends.finish();
+}
+
+pub fn a_save_consumes_nothing() {
+    let ends = busy();
+    let first = save(&ends.ours).unwrap();
+    assert_same(&first, &save(&ends.ours).unwrap());
+    ends.finish();
+}
+
+pub fn a_fin_that_cannot_arrive_is_an_error() {
+    for family in [Family::V4, Family::V6, Family::Mapped] {
+        let mut ends = Ends::of(Case { family, state: State::CloseWait, received: 3000, sent: 0, unsent: 0 });
+        let connection = ends.take();
+        let mut control = ends.pair.a.namespace.rtnetlink().unwrap();
+        control.down("lo").unwrap();
+        let mut wire = Sniffer::on(&ends.pair.b.namespace, "eth0").unwrap();
+        assert_refused(ends.restore(&connection), "restore", "did not arrive", "bring `lo` up");
+        assert_eq!(wire.segments().unwrap(), []);
+        control.up("lo").unwrap();
+        ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
+
+pub fn the_first_send_after_close_wait_reaches_the_peer_at_once() {
+    for family in Family::ALL {
+        let mut ends = Ends::of(Case { family, state: State::CloseWait, received: 0, sent: 0, unsent: 0 });
+        let window = info(&ends.ours).snd_wnd;
+        ends.move_once();
+        assert_eq!(info(&ends.ours).snd_wnd, window);
+        ends.send(8000);
+        // A window that seems closed would keep it here until a timer runs.
+        assert_eq!(info(&ends.ours).unsent, 0, "{family:?}");
+        wait_until("it has arrived", || info(&ends.ours).unacknowledged == 0);
+        assert_eq!(info(&ends.ours).total_retrans, 0, "{family:?}");
+        ends.finish();
+    }
+}
+
+pub fn an_address_that_only_looks_mapped_is_ipv6() {
+    let pair = Pair::new().unwrap();
+    let addresses: [IpAddr; 2] = ["fd00::ffff:1:1", "fd00::ffff:1:2"].map(|text| text.parse().unwrap());
+    for (host, address) in [&pair.a, &pair.b].into_iter().zip(addresses) {
+        host.namespace.rtnetlink().unwrap().add_address("eth0", address, 64).unwrap();
+    }
+    let remote = SocketAddr::from((addresses[1], PORT));
+    let listener = pair.b.run(|| TcpListener::bind(remote)).unwrap();
+    let ours = pair.a.run(|| TcpStream::connect(remote)).unwrap();
+    let mut ends = Ends::between(pair, ours, listener.accept().unwrap().0, remote);
+    ends.receive(3000);
+    ends.peer.shutdown(Shutdown::Write).unwrap();
+    wait_until("the FIN has arrived", || info(&ends.ours).state == State::CloseWait);
+    ends.move_once();
+    assert_eq!(info(&ends.ours).state, State::CloseWait);
+    ends.finish();
+}
+
+pub fn a_link_local_address_without_its_link_is_refused() {
+    let ends = Ends::new(Family::LinkLocal);
+    let mut connection = ends.take();
+    for address in [&mut connection.local, &mut connection.remote] {
+        let SocketAddr::V6(address) = address else { panic!("{address}") };
+        assert_eq!(address.scope_id(), ends.pair.a.scope);
+        address.set_scope_id(0);
+    }
+    assert_eq!(ends.restore(&connection).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+pub fn the_segment_size_comes_back() {
+    for family in Family::ALL {
+        let mut ends = Ends::new(family);
+        let mss = info(&ends.ours).snd_mss;
+        for _ in 0..3 {
+            ends.move_once();
+            assert_eq!(info(&ends.ours).snd_mss, mss, "{family:?}");
+        }
+        let mut wire = Sniffer::on(&ends.pair.b.namespace, "eth0").unwrap();
+        ends.send(3 * mss as usize);
+        wait_until("it has arrived", || info(&ends.ours).unacknowledged == 0);
+        // Several may travel as one, which is a multiple of it.
+        let full = |length: usize| length > 0 && length % mss as usize == 0;
+        let lengths: Vec<_> = wire.segments().unwrap().iter().map(|segment| segment.payload_len).collect();
+        assert!(lengths.iter().any(|length| full(*length)), "{family:?}: {lengths:?}, not {mss}");
+        ends.finish();
+    }
+}
+
+pub fn reuse_address_survives() {
+    for on in [false, true] {
+        let mut ends = Ends::new(Family::V6);
+        set_socket_reuseaddr(&ends.ours, on).unwrap();
+        pause(&ends.ours).unwrap().resume().unwrap();
+        assert_eq!(socket_reuseaddr(&ends.ours), Ok(on), "after resume()");
+        drop(pause(&ends.ours).unwrap());
+        assert_eq!(socket_reuseaddr(&ends.ours), Ok(on), "after drop");
+        ends.move_once();
+        assert_eq!(socket_reuseaddr(&ends.ours), Ok(on), "after a restore");
+        ends.finish();
+    }
+}
+
+pub fn the_offset_of_a_peek_survives() {
+    let mut ends = busy();
+    for offset in [0, 1000] {
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset);
+        let connection = save(&ends.ours).unwrap();
+        assert_eq!(option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap(), offset);
+        assert_eq!(connection.receive_queue, ends.to_us);
+    }
+    ends.move_once();
+    assert_eq!(option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap(), 1000);
+    let mut byte = [0];
+    ends.ours.peek(&mut byte).unwrap();
+    assert_eq!(byte[0], ends.to_us[1000]);
+    ends.finish();
+}
+
+pub fn a_descriptor_waits_as_before() {
+    for nonblocking in [false, true] {
+        let mut ends = Ends::new(Family::V4);
+        ends.ours.set_nonblocking(nonblocking).unwrap();
+        ends.move_once();
+        let flags = rustix::fs::fcntl_getfl(&ends.ours).unwrap();
+        assert_eq!(flags.contains(rustix::fs::OFlags::NONBLOCK), nonblocking);
+        if nonblocking {
+            assert_eq!((&ends.ours).read(&mut [0]).unwrap_err().kind(), IoErrorKind::WouldBlock);
+        }
+        ends.finish();
+    }
+}
+
+/// A connection whose buffers are as small as the kernel allows, and full of as much as fits, in both directions.
+fn tiny(fix: impl Fn(&TcpStream)) -> Ends {
+    let mut ends = Ends::with(Family::V4, fix, |listener| set_socket_recv_buffer_size(listener, 1).unwrap());
+    ends.ours.set_nonblocking(true).unwrap();
+    ends.peer.set_nonblocking(true).unwrap();
+    for (mut end, bytes) in [(&ends.ours, &mut ends.to_peer), (&ends.peer, &mut ends.to_us)] {
+        wait_until("no more fits", || {
+            let piece = pattern(bytes.len(), 512);
+            match end.write(&piece) {
+                Ok(written) => bytes.extend(&piece[..written]),
+                Err(error) => return error.kind() == IoErrorKind::WouldBlock && info(end).snd_wnd < 2048,
+            }
+            false
+        });
+    }
+    ends.ours.set_nonblocking(false).unwrap();
+    ends.peer.set_nonblocking(false).unwrap();
+    ends
+}
+
+pub fn a_blocking_socket_with_tiny_buffers_does_not_hang() {
+    let mut ends = tiny(|ours| {
+        set_socket_send_buffer_size(ours, 1).unwrap();
+        set_socket_recv_buffer_size(ours, 1).unwrap();
+    });
+    let connection = ends.move_once();
+    assert!(connection.control.inq_len > 0 && connection.control.outq_len > 0, "{connection:?}");
+    ends.finish();
+}
+
+pub fn tuning_of_the_buffers_goes_on() {
+    const BOTH: u32 = 3;
+    let fixed = |ours: &TcpStream| {
+        set_socket_send_buffer_size(ours, 50_000).unwrap();
+        set_socket_recv_buffer_size(ours, 50_000).unwrap();
+    };
+    for (lock, prepare) in [(0, (|_| {}) as fn(&TcpStream)), (BOTH, fixed)] {
+        let mut ends = Ends::with(Family::V4, prepare, |_| {});
+        ends.receive(20_000);
+        let first = ends.move_once();
+        assert_eq!(first.buffers.map(|buffers| buffers.lock), Some(lock));
+        if lock == BOTH {
+            assert_eq!(first.buffers, Some(Buffers { send: 100_000, receive: 100_000, lock }));
+        }
+        assert_eq!(save(&ends.ours).unwrap().buffers, first.buffers);
+        ends.finish();
+    }
+}
+
+pub fn a_blocked_connect_goes_on() {
+    let pair = Pair::new().unwrap();
+    let mut wire = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::SYN).unwrap();
+    let listener = pair.b.run(|| TcpListener::bind(pair.b.address(Family::V4, PORT))).unwrap();
+    sys::set_deaf(&listener, true).unwrap();
+    let remote = pair.a.address_of(&pair.b, Family::V4, PORT);
+    let socket = pair.a.run(|| unconnected(Family::V4));
+    let connection = thread::scope(|scope| {
+        let blocked = scope.spawn(|| connect(&socket, &remote));
+        wait_until("the SYN is lost", || !wire.segments().unwrap().is_empty());
+        let paused = pause(&socket).unwrap().with_peer(remote);
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        blocked.join().unwrap().unwrap_err();
+        connection
+    });
+    let restored = pair.a.run(|| connection.restore()).unwrap();
+    // Nobody answers, and nobody waits for that.
+    let ours = restored.resume().unwrap();
+    assert_eq!(info(&ours).state, State::SynSent);
+    assert!(!rustix::fs::fcntl_getfl(&ours).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+    sys::set_deaf(&listener, false).unwrap();
+    wait_until("the handshake is over", || info(&ours).state == State::Established);
+    let (peer, _) = listener.accept().unwrap();
+    Ends::between(pair, ours, peer, remote).finish();
+}
+
+pub fn a_detached_socket_is_silent_for_ever() {
+    let mut ends = busy();
+    let mut wire = Sniffer::flagged(&ends.pair.b.namespace, "eth0", Flags::FIN | Flags::RST).unwrap();
+    let connection = ends.take();
+    let old = ends.ours.try_clone().unwrap();
+    ends.restore_and_resume(&connection);
+    (&old).write(b"nobody").unwrap_err();
+    let _ = old.shutdown(Shutdown::Both);
+    drop(old);
+    assert_eq!(wire.segments().unwrap(), []);
+    ends.finish();
+}
+
+pub fn a_restored_socket_that_is_dropped_is_silent() {
+    for state in [State::Established, State::CloseWait, State::FinWait1, State::LastAck, State::Closing] {
+        let mut ends = Ends::of(Case { family: Family::V4, state, received: 3000, sent: 3000, unsent: 3000 });
+        let connection = ends.take();
+        let mut wire = Sniffer::flagged(&ends.pair.b.namespace, "eth0", Flags::FIN | Flags::RST).unwrap();
+        drop(ends.restore(&connection).unwrap());
+        let from_us = |segment: &soccr_lab::Segment| segment.source == connection.local;
+        assert!(!wire.segments().unwrap().iter().any(from_us), "{state:?}");
+        ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
