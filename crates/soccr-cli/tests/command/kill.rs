@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Barrier;
 use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -123,9 +124,12 @@ fn hand_over(moving: &Move, victim: End, boundary: Boundary) -> std::process::Ex
     );
     let mut source = moving.send(&["--all", "--via", &via]).spawn().unwrap();
     let source_pid = source.id();
+    // Whoever is killed has opened its ends, or the others would wait for that for ever.
+    let connected = Barrier::new(2);
     thread::scope(|scope| {
         scope.spawn(|| {
             let (from, to) = (open(&path("from-source")), create(&path("to-target")));
+            connected.wait();
             relay(from, to, |kind| {
                 if boundary == Boundary(End::Source, kind) {
                     kill(victim, source_pid, &path("pid"));
@@ -134,6 +138,7 @@ fn hand_over(moving: &Move, victim: End, boundary: Boundary) -> std::process::Ex
         });
         scope.spawn(|| {
             let (from, to) = (open(&path("from-target")), create(&path("to-source")));
+            connected.wait();
             relay(from, to, |kind| {
                 if boundary == Boundary(End::Target, kind) {
                     kill(victim, source_pid, &path("pid"));

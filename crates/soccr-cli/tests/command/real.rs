@@ -71,7 +71,7 @@ fn redis_gives_a_connection_away() {
     assert_eq!(ping(&mut connect(([127, 0, 0, 1], 7))), "+PONG\r\n");
 }
 
-const NGINX: &str = "daemon off; master_process off; pid nginx.pid; error_log stderr; events {} \
+const NGINX: &str = "daemon off; user root root; master_process off; pid nginx.pid; error_log stderr; events {} \
 http { access_log off; client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f; uwsgi_temp_path u; \
 scgi_temp_path s; server { listen 127.0.0.1:7; return 200 ok; } }";
 

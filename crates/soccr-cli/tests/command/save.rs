@@ -49,7 +49,7 @@ fn a_list_says_whose_and_whether() {
     // Both ends are in this network: the other one belongs to this test.
     assert_eq!(json(&["list", "--json", "--port", &port]).len(), 2);
     let table = String::from_utf8(succeed(&["list", "--port", &port])).unwrap();
-    assert!(table.starts_with(" ") && table.contains("  SAVE\n") && !table.contains('\x1b'), "{table}");
+    assert!(table.contains("  SAVE\n") && table.contains("  yes\n") && !table.contains('\x1b'), "{table}");
 }
 
 fn a_list_stops_quietly_when_nobody_reads() {
