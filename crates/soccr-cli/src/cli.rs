@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
-use crate::{completions, criu, demo, exit, inspect, list, lock, receive, restore, save, send};
+use crate::{completions, criu, demo, exit, inspect, list, lock, receive, restore, resume, save, send};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -26,6 +26,7 @@ enum Command {
     List(list::List),
     Save(save::Save),
     Restore(restore::Restore),
+    Resume(resume::Resume),
     Send(send::Send),
     Receive(receive::Receive),
     Inspect(inspect::Inspect),
@@ -33,7 +34,6 @@ enum Command {
     Lock(lock::Lock),
     Unlock(lock::Unlock),
     Completions(completions::Completions),
-    #[command(hide = true)]
     Man(completions::Man),
     Demo(demo::Demo),
     /// A program of the demonstration
@@ -47,6 +47,7 @@ impl Cli {
             Command::List(list) => list.run(),
             Command::Save(save) => save.run(),
             Command::Restore(restore) => restore.run(),
+            Command::Resume(resume) => resume.run(),
             Command::Send(send) => send.run(),
             Command::Receive(receive) => receive.run(),
             Command::Inspect(inspect) => inspect.run(),

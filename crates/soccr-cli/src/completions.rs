@@ -23,6 +23,9 @@ pub(crate) struct Completions {
 
 /// Write the man pages into a directory: soccr.1, and a page for each subcommand
 #[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Example:
+  soccr man /usr/share/man/man1")]
 pub(crate) struct Man {
     /// Where to; it is made where it is missing
     directory: PathBuf,

@@ -1,8 +1,11 @@
 //! How a program gets connections: as descriptors from 3 on, as standard input and output, or through a socket.
 
-use std::io::IoSlice;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{IoSlice, Read};
 use std::net::TcpStream;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +16,9 @@ use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::exit::{Coded, Exit};
-use crate::{lifeline, sys};
+use crate::rescue::rescue;
+use crate::signals::Deaf;
+use crate::{descriptors, lifeline, sys};
 
 /// Who gets the connections
 #[derive(clap::Args, Debug)]
@@ -68,12 +73,25 @@ fn find_program(name: &str) -> Result<PathBuf> {
     };
     let is_program = |path: &&PathBuf| path.is_file() && access(path.as_path(), Access::EXEC_OK).is_ok();
     if let Some(program) = candidates.iter().find(is_program) {
+        if let Some(interpreter) = interpreter(program).filter(|path| !is_program(&path)) {
+            let missing = interpreter.display();
+            bail!(Coded(Exit::NotStarted, format!("{name}: its interpreter {missing} cannot be executed")));
+        }
         return Ok(program.clone());
     }
     if candidates.iter().any(|path| Path::exists(path)) {
         bail!(Coded(Exit::NotStarted, format!("{name}: it is no program that may be executed")));
     }
     bail!(Coded(Exit::NotFound, format!("{name}: there is no such program")))
+}
+
+/// What the `#!` line of a script names.
+fn interpreter(script: &Path) -> Option<PathBuf> {
+    let mut start = Vec::new();
+    File::open(script).ok()?.take(256).read_to_end(&mut start).ok()?;
+    let line = start.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
+    let name = line.split(|byte| b" \t".contains(byte)).find(|word| !word.is_empty())?;
+    Some(OsStr::from_bytes(name).into())
 }
 
 impl Recipient {
@@ -85,24 +103,23 @@ impl Recipient {
         }
     }
 
-    /// Gives the connections away. Where that is a program, this one becomes it.
-    pub(crate) fn give(self, connections: Vec<TcpStream>) -> Result<Exit> {
-        match self {
-            Self::Socket(socket) => send(&socket, &connections).map(|()| Exit::Done),
+    /// Gives the connections away. Where that is a program, this one becomes it, and heeds signals again. What cannot be
+    /// given is [rescued](rescue).
+    pub(crate) fn give(self, mut connections: Vec<TcpStream>, deaf: Deaf) -> Result<Exit> {
+        let given = match self {
+            Self::Socket(socket) => send(&socket, &mut connections).map(|()| Exit::Done),
             Self::Program { path, arguments, stdio } => {
-                for connection in &connections {
-                    // As systemd and inetd give them. A program that wants another mode sets it.
-                    let flags = fcntl_getfl(connection).context("fcntl(F_GETFL)")?;
-                    fcntl_setfl(connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
-                }
-                execute(&path, &arguments, stdio, connections)
+                execute(&path, &arguments, stdio, &mut connections, deaf)
             }
-        }
+        };
+        given.map_err(|error| rescue(&connections, &error))
     }
 }
 
-fn send(socket: &UnixStream, connections: &[TcpStream]) -> Result<()> {
-    for batch in connections.chunks(BATCH) {
+/// What has been sent is taken out of `connections`.
+fn send(socket: &UnixStream, connections: &mut Vec<TcpStream>) -> Result<()> {
+    while !connections.is_empty() {
+        let batch = &connections[..connections.len().min(BATCH)];
         let mut text = String::new();
         for connection in batch {
             text += &format!("{} {}\n", connection.local_addr()?, connection.peer_addr()?);
@@ -112,24 +129,39 @@ fn send(socket: &UnixStream, connections: &[TcpStream]) -> Result<()> {
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&fds));
         let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)
-            .context("sendmsg(SCM_RIGHTS)")?;
+            .context("--send-fd: sendmsg(SCM_RIGHTS)")?;
         // The descriptors went with the first byte; the rest of the text may follow.
-        std::io::Write::write_all(&mut &*socket, &text.as_bytes()[sent..])?;
+        let mut rest = &text.as_bytes()[sent..];
+        while !rest.is_empty() {
+            let sent = rustix::net::send(socket, rest, SendFlags::NOSIGNAL).context("--send-fd: send")?;
+            rest = &rest[sent..];
+        }
+        let batch = fds.len();
+        connections.drain(..batch);
     }
     Ok(())
 }
 
-fn execute(path: &Path, arguments: &[String], stdio: bool, connections: Vec<TcpStream>) -> Result<Exit> {
+fn execute(
+    path: &Path,
+    arguments: &[String],
+    stdio: bool,
+    connections: &mut [TcpStream],
+    deaf: Deaf,
+) -> Result<Exit> {
     let mut command = Command::new(path);
     lifeline::hide(&mut command);
+    descriptors::keep_limit_from(&mut command);
     command.arg0(&arguments[0]).args(&arguments[1..]);
     let end = FIRST + connections.len() as RawFd;
-    // Beyond the numbers that they will have, so that none is in the way of another.
-    let connections = connections
-        .into_iter()
-        .map(|connection| rustix::io::fcntl_dupfd_cloexec(connection, end))
-        .collect::<Result<Vec<OwnedFd>, _>>()
-        .context("fcntl(F_DUPFD_CLOEXEC): see RLIMIT_NOFILE (ulimit -n)")?;
+    for connection in &mut *connections {
+        // As systemd and inetd give them. A program that wants another mode sets it.
+        let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
+        fcntl_setfl(&*connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
+        // Beyond the numbers that they will have, so that none is in the way of another.
+        let beyond = rustix::io::fcntl_dupfd_cloexec(&*connection, end);
+        *connection = beyond.context("fcntl(F_DUPFD_CLOEXEC): see RLIMIT_NOFILE (ulimit -n)")?.into();
+    }
     match stdio {
         true => {
             let connection = connections.first().context("there is no connection to give")?;
@@ -137,13 +169,15 @@ fn execute(path: &Path, arguments: &[String], stdio: bool, connections: Vec<TcpS
             rustix::stdio::dup2_stdout(connection).context("dup2")?;
         }
         false => {
-            sys::place(&connections, FIRST).context("dup2")?;
+            sys::place(connections, FIRST).context("dup2")?;
             command
                 .env("LISTEN_FDS", connections.len().to_string())
                 .env("LISTEN_PID", std::process::id().to_string())
                 .env("LISTEN_FDNAMES", vec!["connection"; connections.len()].join(":"));
         }
     }
+    // The program inherits what is ignored.
+    drop(deaf);
     let error = command.exec();
-    bail!(Coded(Exit::NotStarted, format!("{}: {error}; the connection is closed", path.display())))
+    bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
 }

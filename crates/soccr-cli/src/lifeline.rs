@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg, socketpair,
 };
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
@@ -27,6 +27,8 @@ const VARIABLE: &str = "SOCCR_LIFELINE";
 const LIMIT: Duration = Duration::from_secs(2);
 
 /// The end of the source.
+///
+/// A target that has ended may have given its connections away before: only one that has not taken any has none.
 #[derive(Debug)]
 pub(crate) struct Lifeline {
     socket: OwnedFd,
@@ -47,7 +49,7 @@ impl Lifeline {
         Ok((Self { socket: ours, target: None }, started))
     }
 
-    /// Whether the target is known to have ended. Waits a moment for it.
+    /// Whether the target is known to have ended without a connection. Waits a moment for it.
     pub(crate) fn is_cut(&mut self) -> bool {
         if self.target.is_none() {
             self.target = self.receive();
@@ -55,7 +57,12 @@ impl Lifeline {
         let Some(target) = &self.target else { return false };
         let limit = LIMIT.try_into().expect("seconds fit");
         let mut ended = [PollFd::new(target, PollFlags::IN)];
-        poll(&mut ended, Some(&limit)).is_ok_and(|count| count > 0)
+        poll(&mut ended, Some(&limit)).is_ok_and(|count| count > 0) && !self.has_taken()
+    }
+
+    fn has_taken(&self) -> bool {
+        let mut byte = [0];
+        recv(&self.socket, &mut byte, RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0)
     }
 
     fn receive(&self) -> Option<OwnedFd> {
@@ -71,12 +78,25 @@ impl Lifeline {
     }
 }
 
+/// The end of the target.
+#[derive(Debug)]
+pub(crate) struct Claim(Option<OwnedFd>);
+
+impl Claim {
+    /// Tells the source that connections are here, before the first one is.
+    pub(crate) fn has_taken(&mut self) {
+        if let Some(socket) = self.0.take() {
+            let _ = send(&socket, b"+", SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        }
+    }
+}
+
 /// Tells the source who its target is, where there is a lifeline to it. To be called once, before the first thread.
-pub(crate) fn claim() -> Result<()> {
+pub(crate) fn claim() -> Result<Claim> {
     let Some(number) = std::env::var(VARIABLE).ok().and_then(|number| number.parse().ok()) else {
-        return Ok(());
+        return Ok(Claim(None));
     };
-    let Some(socket) = sys::inherited_socket(number) else { return Ok(()) };
+    let Some(socket) = sys::inherited_socket(number) else { return Ok(Claim(None)) };
     let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).context("pidfd_open")?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -84,7 +104,7 @@ pub(crate) fn claim() -> Result<()> {
     control.push(SendAncillaryMessage::ScmRights(&fds));
     // Where it is something else altogether, there simply is no lifeline.
     let _ = sendmsg(&socket, &[IoSlice::new(b"!")], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
-    Ok(())
+    Ok(Claim(Some(socket)))
 }
 
 /// The program that gets the connections has no use for it.

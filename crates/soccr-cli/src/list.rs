@@ -3,22 +3,25 @@
 use std::collections::HashMap;
 use std::io::{BufWriter, Write};
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::Result;
 use rustix::process::Pid;
 use serde::Serialize;
+use soccr::Paused;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
 
 use crate::exit::Exit;
-use crate::process::{self, Holder, parse_pid};
+use crate::process::{self, Holder, Process, parse_pid};
 use crate::table::{Align, Table, printable};
 use crate::{exit, network};
 
 /// List TCP sockets, and say which can be saved
 ///
-/// All states, including those that belong to no process any longer. SAVE says "yes", or why not.
+/// All states, including those that belong to no process any longer. SAVE says "yes", or why not; "paused" is a socket that
+/// somebody has left in repair mode.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -133,8 +136,15 @@ fn why_not(socket: &Socket<'_>, held: &[Holder]) -> Option<&'static str> {
         _ if socket.is_mptcp() => Some("MPTCP: the kernel cannot repair it"),
         _ if socket.inode == 0 => Some("orphan: its process has closed it, or not accepted it yet"),
         _ if held.is_empty() => Some("its process is not visible: run as root"),
+        _ if is_paused(held[0]) => Some("paused: soccr resume"),
         _ => None,
     }
+}
+
+/// In repair mode, as far as this process may look: nothing else tells it.
+fn is_paused(holder: Holder) -> bool {
+    let socket = Process::open(holder.pid).and_then(|process| process.descriptor(holder.fd));
+    socket.is_ok_and(|socket| Paused::take_over(socket.as_fd()).map(Paused::release).is_ok())
 }
 
 impl Path {

@@ -16,7 +16,8 @@ use crate::table::{Align, Table};
 /// Keep connections silent on this host: their packets are dropped, in both directions
 ///
 /// The lock stays when the command has ended, until its time is over or `soccr unlock` removes it. It is a table of its own
-/// (nft list table inet soccr-persistent-NAME); the rules of others are not touched.
+/// (nft list table inet soccr-persistent-NAME); the rules of others are not touched. `soccr restore` and `soccr receive` leave it
+/// alone, and only say that a connection is still locked by it.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -27,7 +28,8 @@ pub(crate) struct Lock {
     #[arg(long, required_unless_present = "list")]
     name: Option<String>,
     /// After how many seconds the lock ends by itself
-    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=86400))]
     seconds: u64,
     /// The locks that are there
     #[arg(long, conflicts_with_all = ["name", "connections"])]
@@ -78,7 +80,7 @@ impl Lock {
     pub(crate) fn run(&self) -> Result<Exit> {
         network::enter(self.netns.as_deref())?;
         if let (false, Some(name)) = (self.list, &self.name) {
-            PersistentLock::create(name, &self.connections, Some(Duration::from_secs(self.seconds.max(1))))?;
+            PersistentLock::create(name, &self.connections, Some(Duration::from_secs(self.seconds)))?;
             return Ok(Exit::Done);
         }
         let mut locks = PersistentLock::list()?;

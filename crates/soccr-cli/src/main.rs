@@ -1,7 +1,7 @@
 //! The `soccr` command.
 //!
 //! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`network`],
-//! [`captive`], [`silence`], [`handover`], [`describe`], [`table`], [`exit`].
+//! [`captive`], [`silence`], [`handover`], [`rescue`], [`signals`], [`describe`], [`table`], [`exit`].
 
 mod captive;
 mod cli;
@@ -9,6 +9,7 @@ mod completions;
 mod criu;
 mod demo;
 mod describe;
+mod descriptors;
 mod exit;
 mod handover;
 mod inspect;
@@ -19,9 +20,12 @@ mod network;
 mod process;
 mod progress;
 mod receive;
+mod rescue;
 mod restore;
+mod resume;
 mod save;
 mod send;
+mod signals;
 mod silence;
 mod source;
 mod stop;

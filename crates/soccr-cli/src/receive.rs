@@ -14,8 +14,9 @@ use soccr_image::stream::{Message, Reader, Writer};
 
 use crate::exit::{Coded, Exit};
 use crate::handover::Handover;
-use crate::send::raise_descriptor_limit;
-use crate::{exit, lifeline, network, silence};
+use crate::lifeline::Claim;
+use crate::signals::Deaf;
+use crate::{descriptors, exit, lifeline, network, silence};
 
 /// Receive connections from `soccr send`, and give them to a program
 ///
@@ -44,12 +45,16 @@ pub(crate) struct Receive {
 
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
-        lifeline::claim()?;
+        let claim = lifeline::claim()?;
         let recipient = self.handover.find()?;
         network::enter(self.netns.as_deref())?;
-        raise_descriptor_limit();
+        descriptors::raise_limit();
         let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
+        // Not while the connections wait for it. What cannot be had the reports tell.
+        let _ = soccr::prepare();
         let mut target = Target {
+            claim,
+            deaf: None,
             locker: Locker::new(Mode::HOLD)?,
             maps: &self.map,
             room: recipient.capacity(),
@@ -61,9 +66,9 @@ impl Receive {
             lost: 0,
         };
         let broken = target.listen(BufReader::new(input)).err();
-        let Target { taken, answers, waiting, failed, lost, .. } = target;
+        let Target { taken, answers, waiting, failed, lost, deaf, locker, .. } = target;
         // What the source has not let go of is closed, silently.
-        drop(waiting);
+        drop((waiting, locker));
         if let Some(error) = &broken {
             exit::complain(&exit::line(error));
         }
@@ -79,7 +84,7 @@ impl Receive {
             0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if failed > 0 || broken.is_some() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
-            _ => recipient.give(taken.into_values().collect()),
+            _ => recipient.give(taken.into_values().collect(), deaf.unwrap_or_else(Deaf::begin)),
         }
     }
 }
@@ -101,6 +106,9 @@ struct Waiting {
 }
 
 struct Target<'a> {
+    claim: Claim,
+    /// Since the source may have let go of a connection.
+    deaf: Option<Deaf>,
     locker: Locker,
     maps: &'a [AddressMap],
     /// How many more connections the recipient can take.
@@ -135,11 +143,14 @@ impl Target<'_> {
                 }
                 Message::Begin { .. } => {}
                 Message::Connection { id, name, connection } => match self.restore(id, connection) {
-                    Ok(()) => self.answer(&Message::Ready { connection: id }),
+                    Ok(()) => {
+                        self.deaf.get_or_insert_with(Deaf::begin);
+                        self.answer(&Message::Ready { connection: id });
+                    }
                     Err(error) => self.refuse(id, &error.context(name)),
                 },
                 Message::Held { connection, packets } => self.keep(connection, packets),
-                Message::Commit { connection } => self.take(connection)?,
+                Message::Commit { connection } => self.take(connection),
                 Message::Abort { connection, .. } => {
                     if self.waiting.remove(&connection).is_some() {
                         self.room += 1;
@@ -177,11 +188,14 @@ impl Target<'_> {
     }
 
     /// The connection is ours.
-    fn take(&mut self, id: u32) -> Result<()> {
-        let Some(waiting) = self.waiting.remove(&id) else { return Ok(()) };
+    fn take(&mut self, id: u32) {
+        let Some(waiting) = self.waiting.remove(&id) else { return };
+        self.claim.has_taken();
         if !self.silent.is_empty() {
             // They may have left this host not long ago. Our own locks keep them silent from here on.
-            silence::lift(&std::mem::take(&mut self.silent))?;
+            if let Err(error) = silence::lift(&std::mem::take(&mut self.silent)) {
+                exit::complain(&exit::line(&error));
+            }
         }
         self.answer(&Message::Taken { connection: id });
         match waiting.resume() {
@@ -193,7 +207,6 @@ impl Target<'_> {
                 exit::complain(&format!("connection {id}: lost: {}", exit::line(&error)));
             }
         }
-        Ok(())
     }
 
     fn refuse(&mut self, id: u32, error: &anyhow::Error) {

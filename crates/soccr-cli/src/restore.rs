@@ -11,6 +11,7 @@ use soccr_image::AddressMap;
 
 use crate::exit::Exit;
 use crate::handover::Handover;
+use crate::signals::Deaf;
 use crate::{exit, network, silence};
 
 /// Give a saved connection to a program
@@ -51,14 +52,18 @@ impl Restore {
         let mut connection = read(self.file.as_deref())?;
         AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
+        // What cannot be had the report tells.
+        let _ = soccr::prepare();
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;
+        // From here on the image is not all that there is.
+        let deaf = Deaf::begin();
         for lost in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
             exit::complain(&format!("not brought back: {lost}"));
         }
         silence::lift(&[connection.flow()])?;
         lock.release()?;
-        recipient.give(vec![restored.resume()?])
+        recipient.give(vec![restored.resume()?], deaf)
     }
 }
 

@@ -1,22 +1,26 @@
 //! `soccr save`: a connection out of a running process, into a file.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use clap::value_parser;
 use rustix::process::Pid;
 use soccr::Connection;
 use soccr::lock::{Locker, Mode};
+use soccr_image::AtomicFile;
 
 use crate::captive::Captive;
 use crate::exit::Exit;
-use crate::process::{self, Process, parse_pid};
+use crate::network;
+use crate::process::{Process, parse_pid};
+use crate::signals::Deaf;
 use crate::silence::Silence;
 use crate::stop::Stopper;
-use crate::{exit, network};
+use crate::via::Output;
 
 /// Save a connection of a running process in a file
 ///
@@ -41,8 +45,12 @@ pub(crate) struct Save {
     /// Leave the connection where it is: it goes on
     #[arg(long)]
     keep: bool,
+    /// How many seconds the reader of standard output may take to read on; then the connection stays where it is
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400))]
+    timeout: u64,
     /// For how many seconds this host stays silent about the connection that has left it
-    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(), conflicts_with = "keep")]
+    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
+        value_parser = value_parser!(u64).range(..=86400), conflicts_with = "keep")]
     silence: u64,
     /// The address of the peer, for a connection that both ends have closed
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -55,7 +63,7 @@ impl Save {
             bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
         }
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
-        let mut stopper = Stopper::seize(&process::sharing(&[captive.inode])?)?;
+        let mut stopper = Stopper::seize(vec![captive.inode])?;
         network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
         let flow = captive.flow()?;
         let locker = Locker::new(Mode::HOLD)?;
@@ -65,22 +73,40 @@ impl Save {
         if self.keep {
             lock.release()?;
             drop(stopper);
-            return self.write(&connection);
-        }
-        let written = self.write(&connection)?;
-        let silence = Silence::begin(lock, Duration::from_secs(self.silence))?;
-        captive.let_go(&connection.control)?;
-        silence.stay();
-        Ok(written)
-    }
-
-    fn write(&self, connection: &Connection) -> Result<Exit> {
-        if let Some(path) = &self.output {
-            soccr_image::save_file(path, connection)?;
+            self.write(&connection)?.map_or(Ok(()), |image| self.publish(image))?;
             return Ok(Exit::Done);
         }
-        let mut stdout = std::io::stdout().lock();
-        soccr_image::write(&mut stdout, connection)?;
-        exit::written(stdout.flush())
+        let image = self.write(&connection)?;
+        let silence = Silence::begin(lock, Duration::from_secs(self.silence))?;
+        // Between the two the connection is in a file without a name.
+        let _deaf = Deaf::begin();
+        let last = captive.let_go(&connection.control)?;
+        if let Some(image) = image
+            && let Err(error) = self.publish(image)
+        {
+            captive.take_back(&last)?;
+            return Err(error);
+        }
+        silence.stay();
+        Ok(Exit::Done)
+    }
+
+    /// Writes the image, whole and durable. A file has yet to get its name.
+    fn write(&self, connection: &Connection) -> Result<Option<AtomicFile>> {
+        let Some(path) = &self.output else {
+            let stdout = rustix::stdio::stdout().try_clone_to_owned().context("standard output")?;
+            let mut output = Output::new(stdout, Duration::from_secs(self.timeout));
+            soccr_image::write(&mut output, connection)?;
+            return Ok(None);
+        };
+        let at = || path.display().to_string();
+        let mut file = AtomicFile::create(path).with_context(at)?;
+        soccr_image::write(&mut file, connection).with_context(at)?;
+        file.sync().with_context(at)?;
+        Ok(Some(file))
+    }
+
+    fn publish(&self, image: AtomicFile) -> Result<()> {
+        image.commit().with_context(|| self.output.clone().unwrap_or_default().display().to_string())
     }
 }

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, RawFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, setrlimit};
+use clap::value_parser;
+use rustix::process::Pid;
 
 use crate::captive::Captive;
 use crate::exit::Exit;
@@ -14,7 +15,7 @@ use crate::network::{self, Identity};
 use crate::process::{self, Holder, Process, parse_pid};
 use crate::source::{Limits, Source};
 use crate::stop::Stopper;
-use crate::{exit, via};
+use crate::{descriptors, exit, via};
 
 /// Move connections of running processes through a pipe
 ///
@@ -48,11 +49,12 @@ pub(crate) struct Send {
     /// Run this command of the shell as the target, with both its ends connected
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
-    /// How many seconds the target may take to answer
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, requires = "via")]
+    /// How many seconds the target may take to answer, and to read on
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,
     /// For how many seconds this host stays silent about connections that have left it
-    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
+        value_parser = value_parser!(u64).range(..=86400))]
     silence: u64,
 }
 
@@ -61,7 +63,7 @@ impl Send {
         if self.via.is_none() && std::io::stdout().is_terminal() {
             bail!("connections are not for a terminal: pipe them into `soccr receive`, or name it by --via");
         }
-        raise_descriptor_limit();
+        descriptors::raise_limit();
         let limits =
             Limits { answer: Duration::from_secs(self.timeout), silence: Duration::from_secs(self.silence) };
         let mut failed = 0;
@@ -74,7 +76,7 @@ impl Send {
             bail!("there is no connection to send");
         }
         let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
-        let stopper = Stopper::seize(&process::sharing(&inodes)?)?;
+        let stopper = Stopper::seize(inodes)?;
         let first = Identity::of_socket(captives[0].socket().as_fd())?;
         captives.retain(|captive| match Identity::of_socket(captive.socket().as_fd()) {
             Ok(identity) if identity == first => true,
@@ -95,7 +97,7 @@ impl Send {
         let outcome = match via {
             Some((via, output)) => Source::new(captives, stopper, limits)?.hand_over(via, output)?,
             None => {
-                let output = via::Output::new(rustix::stdio::stdout().try_clone_to_owned()?, None);
+                let output = via::Output::new(rustix::stdio::stdout().try_clone_to_owned()?, limits.answer);
                 Source::new(captives, stopper, limits)?.push(output)?
             }
         };
@@ -153,11 +155,4 @@ impl Send {
                 self.port.iter().any(|port| flow.local.port() == *port || flow.remote.port() == *port)
             })
     }
-}
-
-/// Every connection takes a descriptor here.
-pub(crate) fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    // Where it stays, the call that needs more says so.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }

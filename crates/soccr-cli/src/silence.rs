@@ -8,6 +8,8 @@ use soccr::Lock;
 use soccr::connection::Flow;
 use soccr::lock::PersistentLock;
 
+use crate::exit;
+
 /// Locks that outlive this process, for a limited time. Dropping it removes them, until they are told to [stay](Self::stay).
 #[derive(Debug)]
 pub(crate) struct Silence {
@@ -64,22 +66,31 @@ impl Drop for Silence {
     }
 }
 
-/// Ends the silence about connections that are back. To be called in their network namespace.
+/// Ends the silence about connections that are back. To be called in their network namespace. Locks that people have made
+/// stay: they have their reasons.
 pub(crate) fn lift(back: &[Flow]) -> Result<()> {
     for lock in PersistentLock::list()? {
-        if lock.flows.iter().any(|flow| back.contains(flow)) {
-            lock.remove()?;
-            let others: Vec<Flow> = lock.flows.iter().filter(|flow| !back.contains(flow)).copied().collect();
-            if !others.is_empty() {
-                PersistentLock::create(&lock.name, &others, lock.remaining)?;
-            }
+        let held: Vec<Flow> = lock.flows.iter().filter(|flow| back.contains(flow)).copied().collect();
+        if held.is_empty() {
+            continue;
+        }
+        if lock.name.starts_with(PREFIX) {
+            lock.unlock(&held)?;
+            continue;
+        }
+        for flow in held {
+            let (local, remote, name) = (flow.local, flow.remote, &lock.name);
+            exit::complain(&format!("{local} {remote}: still locked: see `soccr unlock {name}`"));
         }
     }
     Ok(())
 }
 
+/// Of the locks that this command leaves by itself.
+const PREFIX: &str = "left-";
+
 /// A name that no other lock of this host has as long as it stays.
 fn name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("left-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!("{PREFIX}{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }

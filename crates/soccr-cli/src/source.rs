@@ -16,6 +16,7 @@ use soccr_image::stream::{Message, Writer};
 use crate::captive::Captive;
 use crate::exit;
 use crate::progress::Progress;
+use crate::signals::Deaf;
 use crate::silence::Silence;
 use crate::stop::Stopper;
 use crate::via::{Answer, Output, Via};
@@ -76,6 +77,8 @@ pub(crate) struct Source {
     lock: Lock,
     limits: Limits,
     silences: Vec<Silence>,
+    /// Since the first connection has left.
+    deaf: Option<Deaf>,
     /// Continues the processes when everything else is done.
     _stopper: Stopper,
 }
@@ -92,7 +95,7 @@ impl Source {
         stopper.stop()?;
         let flows: Vec<Flow> = items.iter().map(|item| item.flow).collect();
         let lock = locker.lock(&flows)?;
-        Ok(Self { items, lock, limits, silences: Vec::new(), _stopper: stopper })
+        Ok(Self { items, lock, limits, silences: Vec::new(), deaf: None, _stopper: stopper })
     }
 
     /// Moves the connections to a target that answers.
@@ -104,7 +107,9 @@ impl Source {
         }
         let certain = broken.is_some() && self.has_left() && via.target_has_ended();
         let reason = broken.unwrap_or_else(|| anyhow!("the target did not say what became of it"));
-        self.settle(&exit::line(&reason), certain)
+        let outcome = self.settle(&exit::line(&reason), certain);
+        via.part();
+        Ok(outcome)
     }
 
     fn talk(&mut self, via: &mut Via, output: Output) -> Result<()> {
@@ -160,6 +165,8 @@ impl Source {
 
     /// Lets the connections go that the target has ready.
     fn commit(&mut self, window: std::ops::Range<usize>, writer: &mut Writer<Output>) -> Result<()> {
+        // What has left lives in this process until the target has it.
+        self.deaf.get_or_insert_with(Deaf::begin);
         self.collect()?;
         let is_ready = |item: &&Item| matches!(item.stage, Stage::Ready(_));
         let flows: Vec<Flow> =
@@ -177,8 +184,12 @@ impl Source {
     /// Writes the connections to a target that cannot answer.
     pub(crate) fn push(mut self, output: Output) -> Result<Outcome> {
         let broken = self.push_all(output).err();
+        if broken.is_some() {
+            // What has been written may not have been read.
+            self.items.iter_mut().for_each(Item::doubt);
+        }
         let reason = broken.unwrap_or_else(|| anyhow!("it was not sent"));
-        self.settle(&exit::line(&reason), false)
+        Ok(self.settle(&exit::line(&reason), false))
     }
 
     fn push_all(&mut self, output: Output) -> Result<()> {
@@ -213,7 +224,7 @@ impl Source {
 
     /// Brings every connection to rest: what has not left stays, and goes on where it was. What has left without an answer
     /// comes back where it is `certain` that nobody has it.
-    fn settle(mut self, reason: &str, certain: bool) -> Result<Outcome> {
+    fn settle(mut self, reason: &str, certain: bool) -> Outcome {
         let mut outcome = Outcome::default();
         for item in &mut self.items {
             item.settle(reason, certain);
@@ -233,10 +244,14 @@ impl Source {
             }
         }
         for silence in self.silences {
-            silence.stay_without(&staying)?;
+            if let Err(error) = silence.stay_without(&staying) {
+                exit::complain(&exit::line(&error));
+            }
         }
-        self.lock.release()?;
-        Ok(outcome)
+        if let Err(error) = self.lock.release() {
+            exit::complain(&error.to_string());
+        }
+        outcome
     }
 }
 
@@ -314,6 +329,14 @@ impl Item {
         }
         self.stage = Stage::Left(Box::new(connection));
         Ok(())
+    }
+
+    /// Nobody can tell any longer that it has arrived.
+    fn doubt(&mut self) {
+        if let Stage::Gone = self.stage {
+            exit::complain(&format!("{}: the target has it, or it is lost", self.captive.name));
+            self.stage = Stage::Lost;
+        }
     }
 
     fn settle(&mut self, reason: &str, certain: bool) {

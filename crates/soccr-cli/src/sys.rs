@@ -3,8 +3,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Resource, Rlimit, setrlimit};
 
 /// The network namespace of a socket (`SIOCGSKNS`).
 pub(crate) fn namespace_of_socket(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
@@ -30,7 +32,7 @@ fn descriptor_by_ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<O
 
 /// Gives descriptors the numbers from `first` on, where a program to be executed expects them; they are none of these
 /// numbers themselves. To be called when this thread has nothing left to do but to execute it.
-pub(crate) fn place(fds: &[OwnedFd], first: RawFd) -> io::Result<()> {
+pub(crate) fn place(fds: &[impl AsRawFd], first: RawFd) -> io::Result<()> {
     // SAFETY: this thread gets numbers of its own, so that other threads, which may still use or close whatever had the
     // numbers in question, are not concerned; the caller uses none of them any longer.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }?;
@@ -50,6 +52,30 @@ pub(crate) fn inherited_socket(number: RawFd) -> Option<OwnedFd> {
     let socket = rustix::io::fcntl_dupfd_cloexec(fd, 3).ok()?;
     rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).ok()?;
     Some(socket)
+}
+
+/// Sets the limit on descriptors for a program just before it is executed: those that are open already stay.
+pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
+    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(move || Ok(setrlimit(Resource::Nofile, limit)?)) };
+}
+
+/// Signals that end a process, sent on behalf of people.
+pub(crate) const ENDING: [libc::c_int; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
+
+/// What a signal does: the default, nothing, or the address of a handler.
+pub(crate) type Disposition = libc::sighandler_t;
+
+/// Ignores a signal from now on; what it did before.
+pub(crate) fn ignore(signal: libc::c_int) -> Disposition {
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(signal, libc::SIG_IGN) }
+}
+
+/// Gives a signal back what it did before.
+pub(crate) fn heed(signal: libc::c_int, before: Disposition) {
+    // SAFETY: the disposition is one that the signal had; this program has no handlers.
+    unsafe { libc::signal(signal, before) };
 }
 
 /// `PTRACE_SEIZE`: this thread becomes the tracer of a thread, which goes on running.

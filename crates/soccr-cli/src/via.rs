@@ -2,38 +2,43 @@
 
 use std::io::{self, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use soccr_image::stream::{Message, Reader};
 
 use crate::lifeline::Lifeline;
+use crate::{descriptors, exit};
 
 /// The most that a pipe takes without waiting once it is writable (`PIPE_BUF`).
 const PIECE: usize = 4096;
+
+/// How long to watch a command that has what it needs.
+const PARTING: Duration = Duration::from_millis(200);
 
 /// A pipe to write to, which does not wait for its reader for ever.
 #[derive(Debug)]
 pub(crate) struct Output {
     fd: OwnedFd,
-    limit: Option<Duration>,
+    limit: Duration,
 }
 
 impl Output {
-    /// Without a limit, a write waits as long as it takes.
-    pub(crate) fn new(fd: OwnedFd, limit: Option<Duration>) -> Self {
+    /// Every piece is to be read within the limit.
+    pub(crate) fn new(fd: OwnedFd, limit: Duration) -> Self {
         Self { fd, limit }
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let limit = self.limit.map(|limit| limit.try_into().expect("a time limit fits"));
+        let limit = self.limit.try_into().expect("a time limit fits");
         let mut writable = [PollFd::new(&self.fd, PollFlags::OUT)];
-        if poll(&mut writable, limit.as_ref())? == 0 {
+        if poll(&mut writable, Some(&limit))? == 0 {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end does not read"));
         }
         Ok(rustix::io::write(&self.fd, &bytes[..bytes.len().min(PIECE)])?)
@@ -62,6 +67,7 @@ pub(crate) enum Answer {
 pub(crate) struct Via {
     answers: Receiver<Answer>,
     lifeline: Lifeline,
+    child: Child,
 }
 
 impl Via {
@@ -69,6 +75,7 @@ impl Via {
     pub(crate) fn start(line: &str, limit: Duration) -> Result<(Self, Output)> {
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(line).stdin(Stdio::piped()).stdout(Stdio::piped());
+        descriptors::keep_limit_from(&mut command);
         let (lifeline, mut child) =
             Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
@@ -84,7 +91,7 @@ impl Via {
             });
         })?;
         let stdin = stdin.as_fd().try_clone_to_owned().context("fcntl(F_DUPFD_CLOEXEC)")?;
-        Ok((Self { answers, lifeline }, Output::new(stdin, Some(limit))))
+        Ok((Self { answers, lifeline, child }, Output::new(stdin, limit)))
     }
 
     /// Waits for an answer, until this instant.
@@ -93,6 +100,19 @@ impl Via {
             Ok(answer) => answer,
             Err(RecvTimeoutError::Timeout) => Answer::Late,
             Err(RecvTimeoutError::Disconnected) => Answer::Gone("it has ended".into()),
+        }
+    }
+
+    /// Says so where the command fails after all is settled: a program that does not start does so at once.
+    pub(crate) fn part(mut self) {
+        let limit = PARTING.try_into().expect("a time limit fits");
+        let pid = Pid::from_child(&self.child);
+        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+        let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit));
+        if let Ok(Some(status)) = self.child.try_wait()
+            && !status.success()
+        {
+            exit::complain(&format!("--via: the command has ended: {status}"));
         }
     }
 

@@ -42,7 +42,7 @@ fn pause_fd(fd: BorrowedFd<'_>) -> Result<Paused<'_>> {
         Ok(true) => {
             return refuse(
                 "a socket that is in repair mode already",
-                "another guard or process has paused it: resume that one first, or take the socket over",
+                "another guard or process has paused it: resume that one first, or take the socket over (`soccr resume`)",
             );
         }
         Ok(false) => {}

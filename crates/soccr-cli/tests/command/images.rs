@@ -130,7 +130,7 @@ fn a_lock_stays_until_it_is_removed() {
 fn every_subcommand_has_a_page_and_completions() {
     let directory = tempfile::tempdir().unwrap();
     succeed(&["man", directory.path().to_str().unwrap()]);
-    let pages = ["list", "save", "restore", "send", "receive", "inspect", "criu", "lock", "unlock"];
+    let pages = ["list", "save", "restore", "resume", "send", "receive", "inspect", "criu", "lock", "unlock"];
     for page in pages {
         let text = fs::read_to_string(directory.path().join(format!("soccr-{page}.1"))).unwrap();
         assert!(text.contains("Example"), "{page}");
@@ -139,6 +139,6 @@ fn every_subcommand_has_a_page_and_completions() {
     assert!(main.contains("126") && main.contains("unknown"), "exit codes: {main}");
     for shell in ["bash", "zsh", "fish"] {
         let completions = String::from_utf8(succeed(&["completions", shell])).unwrap();
-        assert!(pages[..6].iter().all(|name| completions.contains(name)), "{shell}");
+        assert!(pages[..7].iter().all(|name| completions.contains(name)), "{shell}");
     }
 }

@@ -1,4 +1,4 @@
-//! Either end of a hand-over killed, at every boundary between two records: the connection lives on exactly one side.
+//! Either end of a hand-over killed, or asked to end, at every boundary between two records: the connection lives on exactly one side.
 //!
 //! The test is the pipe between the two ends. It passes one record after the other, and kills an end when the record
 //! that is a boundary has been written and before it is read.
@@ -16,7 +16,12 @@ use soccr_lab::{Side, wait_until};
 use crate::programs::{HEIR, SOCCR, assert_runs, assert_unlocked, installed, json};
 use crate::transfer::Move;
 
-crate::tests![a_killed_source_leaves_one_connection, a_killed_target_leaves_one_connection];
+crate::tests![
+    a_killed_source_leaves_one_connection,
+    a_killed_target_leaves_one_connection,
+    a_source_that_is_asked_to_end_finishes_what_it_has_begun,
+    a_target_that_is_asked_to_end_finishes_what_it_has_begun,
+];
 
 /// The kinds of records, by their numbers in the stream.
 const PREAMBLE: u16 = 0;
@@ -56,7 +61,7 @@ fn a_killed_source_leaves_one_connection() {
     for boundary in BOUNDARIES {
         let mut moving = Move::new(1);
         eprintln!("the source dies at {boundary:?}");
-        let status = hand_over(&moving, End::Source, boundary);
+        let status = hand_over(&moving, End::Source, boundary, Signal::KILL);
         assert_eq!(status.code(), None, "{boundary:?}: killed");
         let stays = [PREAMBLE, BEGIN, CONNECTION, READY].contains(&boundary.1);
         if stays {
@@ -79,7 +84,7 @@ fn a_killed_target_leaves_one_connection() {
     for boundary in BOUNDARIES {
         let mut moving = Move::new(1);
         eprintln!("the target dies at {boundary:?}");
-        let status = hand_over(&moving, End::Target, boundary);
+        let status = hand_over(&moving, End::Target, boundary, Signal::KILL);
         let was_taken = matches!(boundary, Boundary(_, TAKEN | END));
         assert_nobody_has_it(&moving);
         if was_taken {
@@ -99,6 +104,54 @@ fn a_killed_target_leaves_one_connection() {
     }
 }
 
+fn a_source_that_is_asked_to_end_finishes_what_it_has_begun() {
+    if !installed("python3") {
+        return;
+    }
+    for boundary in BOUNDARIES {
+        let mut moving = Move::new(1);
+        eprintln!("the source is asked to end at {boundary:?}");
+        let status = hand_over(&moving, End::Source, boundary, Signal::TERM);
+        if [PREAMBLE, BEGIN, CONNECTION, READY].contains(&boundary.1) {
+            assert_eq!(status.code(), None, "{boundary:?}: killed");
+            assert_runs(&moving.old.pid());
+            moving.lab.a.run(assert_unlocked);
+            moving.assert_lives_at(Side::A, "old ");
+            assert_nobody_has_it(&moving);
+        } else if boundary == Boundary(End::Target, END) {
+            // All is settled; it may have come before the end of the command or after.
+            moving.assert_lives_at(Side::B, "new ");
+            moving.end();
+        } else {
+            assert_eq!(status.code(), Some(0), "{boundary:?}");
+            moving.assert_lives_at(Side::B, "new ");
+            moving.end();
+        }
+    }
+}
+
+fn a_target_that_is_asked_to_end_finishes_what_it_has_begun() {
+    if !installed("python3") {
+        return;
+    }
+    // After its END it is the program already.
+    for boundary in BOUNDARIES.into_iter().filter(|boundary| *boundary != Boundary(End::Target, END)) {
+        let mut moving = Move::new(1);
+        eprintln!("the target is asked to end at {boundary:?}");
+        let status = hand_over(&moving, End::Target, boundary, Signal::TERM);
+        if [PREAMBLE, BEGIN, CONNECTION].contains(&boundary.1) {
+            assert_eq!(status.code(), Some(1), "{boundary:?}");
+            assert_nobody_has_it(&moving);
+            assert_runs(&moving.old.pid());
+            moving.assert_lives_at(Side::A, "old ");
+        } else {
+            assert_eq!(status.code(), Some(0), "{boundary:?}");
+            moving.assert_lives_at(Side::B, "new ");
+            moving.end();
+        }
+    }
+}
+
 /// On the host to which the connection did not go.
 fn assert_nobody_has_it(moving: &Move) {
     let pid = moving.beside.pid();
@@ -108,7 +161,7 @@ fn assert_nobody_has_it(moving: &Move) {
 }
 
 /// Hands the connection over, and kills one end at a boundary. How the source ends.
-fn hand_over(moving: &Move, victim: End, boundary: Boundary) -> std::process::ExitStatus {
+fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> std::process::ExitStatus {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     for name in ["from-source", "to-target", "from-target", "to-source"] {
@@ -132,7 +185,7 @@ fn hand_over(moving: &Move, victim: End, boundary: Boundary) -> std::process::Ex
             connected.wait();
             relay(from, to, |kind| {
                 if boundary == Boundary(End::Source, kind) {
-                    kill(victim, source_pid, &path("pid"));
+                    kill(victim, signal, source_pid, &path("pid"));
                 }
             });
         });
@@ -141,7 +194,7 @@ fn hand_over(moving: &Move, victim: End, boundary: Boundary) -> std::process::Ex
             connected.wait();
             relay(from, to, |kind| {
                 if boundary == Boundary(End::Target, kind) {
-                    kill(victim, source_pid, &path("pid"));
+                    kill(victim, signal, source_pid, &path("pid"));
                 }
             });
         });
@@ -179,7 +232,7 @@ fn relay(mut from: File, mut to: File, mut boundary: impl FnMut(u16)) {
     }
 }
 
-fn kill(victim: End, source: u32, target: &Path) {
+fn kill(victim: End, signal: Signal, source: u32, target: &Path) {
     let pid = match victim {
         End::Source => source as i32,
         End::Target => {
@@ -187,7 +240,11 @@ fn kill(victim: End, source: u32, target: &Path) {
             std::fs::read_to_string(target).unwrap().trim().parse().unwrap()
         }
     };
-    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+    if signal != Signal::KILL {
+        // It may well live on; where it does not, it never gets to see the record.
+        return;
+    }
     wait_until("it is dead", || match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat.rsplit(')').next().unwrap().trim_start().starts_with(['Z', 'X']),
         Err(_) => true,

@@ -4,11 +4,13 @@ mod images;
 mod kill;
 mod programs;
 mod real;
+mod rescue;
 mod save;
 mod transfer;
 
 fn main() -> std::process::ExitCode {
-    let tests = [images::tests(), save::tests(), transfer::tests(), kill::tests(), real::tests()];
+    let tests =
+        [images::tests(), save::tests(), transfer::tests(), kill::tests(), real::tests(), rescue::tests()];
     soccr_lab::harness(tests.into_iter().flatten())
 }
 

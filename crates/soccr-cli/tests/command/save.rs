@@ -218,6 +218,18 @@ fn both_ends_move_to_other_addresses() {
     };
     let a = pair.a.run(|| Program::start(&mut restore(path("client"))));
     let b = pair.b.run(|| Program::start(&mut restore(path("server"))));
+    // A lock that people have made is theirs.
+    for host in [&pair.a, &pair.b] {
+        wait_until("it is restored", || {
+            let sockets = host.run(|| json(&["list", "--json"]));
+            sockets
+                .iter()
+                .any(|socket| socket["state"] != "CLOSE" && socket["why_not"] != "paused: soccr resume")
+        });
+    }
+    for host in [&pair.a, &pair.b] {
+        host.run(|| succeed(&["unlock", "coming"]));
+    }
     assert_eq!((a.output().as_str(), b.output().starts_with("unread")), ("hello\n", true));
 }
 

@@ -1,5 +1,6 @@
 //! Locks that stay when the process ends.
 
+use std::io;
 use std::time::Duration;
 
 use soccr_netlink::{Batch, Family, Socket};
@@ -59,6 +60,15 @@ impl PersistentLock {
     pub fn remove(&self) -> Result<()> {
         open().and_then(|mut socket| remove(&mut socket, &self.name)).map_err(|error| error.at("unlock"))
     }
+
+    /// Unlocks some of its connections, in the network namespace of the calling thread. The others stay locked all the
+    /// time. Connections that it no longer locks are passed over.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn unlock(&self, flows: &[Flow]) -> Result<()> {
+        open().and_then(|mut socket| unlock(&mut socket, self, flows)).map_err(|error| error.at("unlock"))
+    }
 }
 
 /// Makes a persistent lock in the namespace of `socket`.
@@ -110,6 +120,30 @@ fn remove(socket: &mut Socket, name: &str) -> Result<()> {
     let mut transaction = Transaction::begin(&mut batch, &table);
     transaction.remove();
     transaction.commit(socket).map_err(|error| Error::system("nft delete table", error))
+}
+
+fn unlock(socket: &mut Socket, lock: &PersistentLock, flows: &[Flow]) -> Result<()> {
+    let table = format!("{PREFIX}{}", lock.name);
+    let mut batch = Batch::new();
+    // One by one: the time of any may be over by now, and a transaction happens as a whole or not at all.
+    for flow in flows {
+        let mut transaction = Transaction::begin(&mut batch, &table);
+        transaction.delete(&[*flow]);
+        tolerate_absence(transaction.commit(socket), "nft delete element")?;
+    }
+    if lock.flows.iter().all(|flow| flows.contains(flow)) {
+        let mut transaction = Transaction::begin(&mut batch, &table);
+        transaction.remove();
+        tolerate_absence(transaction.commit(socket), "nft delete table")?;
+    }
+    Ok(())
+}
+
+fn tolerate_absence(result: io::Result<()>, what: &'static str) -> Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other.map_err(|error| Error::system(what, error)),
+    }
 }
 
 fn open() -> Result<Socket> {

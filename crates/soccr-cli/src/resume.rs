@@ -1,0 +1,41 @@
+//! `soccr resume`: a socket that somebody has paused and left goes on.
+
+use std::os::fd::{AsFd, RawFd};
+
+use anyhow::{Context, Result};
+use rustix::process::Pid;
+use soccr::Paused;
+
+use crate::captive::Captive;
+use crate::exit::Exit;
+use crate::network;
+use crate::process::{Process, parse_pid};
+
+/// Let a connection go on that was left paused
+///
+/// A program that is killed while it saves a connection leaves the socket in repair mode: silent, and of no use to its process
+/// (`soccr list` says "paused"). Not for a socket that another program is just about to move.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Example:
+  soccr resume --pid 4711 --fd 5")]
+pub(crate) struct Resume {
+    /// The process that has the connection
+    #[arg(long, value_name = "PID", value_parser = parse_pid)]
+    pid: Pid,
+    /// The number of the descriptor there (see `soccr list`)
+    #[arg(long, value_name = "FD")]
+    fd: RawFd,
+}
+
+impl Resume {
+    pub(crate) fn run(&self) -> Result<Exit> {
+        let captive = Captive::new(&Process::open(self.pid)?, self.fd)?;
+        let resume = || -> Result<()> {
+            network::enter_of(captive.socket().as_fd())?;
+            Ok(Paused::take_over(captive.socket().as_fd())?.resume()?)
+        };
+        resume().with_context(|| captive.name.clone())?;
+        Ok(Exit::Done)
+    }
+}
