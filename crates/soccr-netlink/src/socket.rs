@@ -1,8 +1,10 @@
 //! The socket that carries a batch to the kernel and its answers back.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{
     AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with,
@@ -50,7 +52,15 @@ impl Socket {
     pub fn open(family: Family) -> io::Result<Self> {
         let fd =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
-        bind(&fd, &SocketAddrNetlink::new(0, 0))?;
+        // The kernel would choose the same number again while it still removes what the last socket with it has owned,
+        // and would remove what this one owns too. Numbers from 2³¹ on are no process ids.
+        let mut port = random() | 1 << 31;
+        while let Err(error) = bind(&fd, &SocketAddrNetlink::new(port, 0)) {
+            if error != Errno::ADDRINUSE {
+                return Err(error.into());
+            }
+            port = random() | 1 << 31;
+        }
         Ok(Self { fd, buffer: vec![0; 256 << 10] })
     }
 
@@ -153,6 +163,11 @@ impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The seed of a hash map, which is another one each time.
+fn random() -> u32 {
+    RandomState::new().hash_one(()) as u32
 }
 
 /// An `NLMSG_ERROR` carries the negated errno, or zero for an acknowledgement.
