@@ -60,6 +60,16 @@ impl<Fd: AsFd> Restored<Fd> {
 
     fn turn_on(&self) -> Result<()> {
         let fd = self.socket.as_fd();
+        let turned_on = self.turn_repair_off();
+        if turned_on.is_err() {
+            // Out of repair mode the socket would reset the peer when it is closed.
+            let _ = tcp::set_repair(fd, Repair::On);
+        }
+        turned_on
+    }
+
+    fn turn_repair_off(&self) -> Result<()> {
+        let fd = self.socket.as_fd();
         if self.control.state == State::SynSent {
             return start_handshake(fd, self.flow.remote);
         }

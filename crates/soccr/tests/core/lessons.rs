@@ -40,10 +40,13 @@ fn busy() -> Ends {
     Ends::of(Case { family: Family::V4, state: State::Established, received: 5000, sent: 5000, unsent: 3000 })
 }
 
+/// Makes a connection contradict itself.
+type Damage = fn(&mut Connection);
+
 pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call() {
     let ends = busy();
     let connection = ends.take();
-    let damage: [(&str, fn(&mut Connection)); 12] = [
+    let damage: [(&str, Damage); 12] = [
         ("unsq_len", |connection| connection.control.unsq_len = connection.control.outq_len + 1),
         ("outq_len", |connection| connection.control.outq_len += 1),
         ("outq_len", |connection| connection.control.outq_len = u32::MAX),
@@ -256,7 +259,7 @@ pub fn the_segment_size_comes_back() {
         ends.send(3 * mss as usize);
         wait_until("it has arrived", || info(&ends.ours).unacknowledged == 0);
         // Several may travel as one, which is a multiple of it.
-        let full = |length: usize| length > 0 && length % mss as usize == 0;
+        let full = |length: usize| length > 0 && length.is_multiple_of(mss as usize);
         let lengths: Vec<_> = wire.segments().unwrap().iter().map(|segment| segment.payload_len).collect();
         assert!(lengths.iter().any(|length| full(*length)), "{family:?}: {lengths:?}, not {mss}");
         ends.finish();

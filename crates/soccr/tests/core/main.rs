@@ -28,7 +28,9 @@ fn main() -> ExitCode {
             a_restore_where_the_old_socket_lives
             a_restore_where_the_address_is_not
             what_is_no_socket;
-        faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent;
+        faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
+            every_fault_of_a_resume_is_told_and_silent
+            a_resume_or_detach_that_fails_can_be_tried_again;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
             a_reset_connection_is_refused
