@@ -104,6 +104,12 @@ pub(crate) fn restore(
     outcome.map_err(Unavailable::at("TCP_CONGESTION"))
 }
 
+/// Does what takes milliseconds and is done once.
+pub(crate) fn prepare() {
+    // Whoever restores is told the reason.
+    let _ = Writer::get();
+}
+
 /// The algorithm, registered with the kernel as long as this process lives.
 struct Writer {
     values: Map,
