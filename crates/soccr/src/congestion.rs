@@ -104,9 +104,11 @@ pub(crate) fn restore(
     outcome.map_err(Unavailable::at("TCP_CONGESTION"))
 }
 
-/// Does what takes milliseconds and is done once.
-pub(crate) fn prepare() {
-    // Whoever restores is told the reason.
+/// Does in advance what the first [`restore`](crate::Connection::restore) of a process takes about 20 ms for, while
+/// packets wait: loading the BPF programs that bring the congestion window back.
+///
+/// Where that is not allowed, nothing happens, and the [`Report`](crate::Report) of each connection says why.
+pub fn prepare() {
     let _ = Writer::get();
 }
 

@@ -18,6 +18,7 @@ use super::wire::{Answer, Order, Progress, now, receive, send};
 
 /// Runs a program of the demonstration: orders come in on standard input, answers go out on standard output.
 pub(crate) fn run() -> Result<Exit> {
+    soccr::prepare();
     Worker {
         orders: BufReader::new(std::io::stdin()),
         listener: None,
