@@ -53,10 +53,8 @@
 
 mod bpf;
 mod buffers;
-pub mod bulk;
 mod congestion;
 pub mod connection;
-mod conntrack;
 pub mod diag;
 mod error;
 mod fin;
@@ -72,7 +70,7 @@ mod segment;
 pub mod settings;
 mod sys;
 
-pub use congestion::{Unavailable, prepare};
+pub use congestion::prepare;
 pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
 pub use lock::Lock;

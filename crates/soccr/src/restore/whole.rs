@@ -19,6 +19,9 @@ impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
     /// and silent until [`Restored::resume`]. The old socket must be closed or [detached](crate::Paused::detach).
     ///
+    /// Do not wait long before that: after a retransmission timeout, 200 ms at least, the kernel repeats what the peer
+    /// has not acknowledged, and takes it for lost.
+    ///
     /// Everything is [validated](Self::validate) before the first system call; `self` is not changed, and can be
     /// restored again.
     ///
@@ -37,6 +40,10 @@ impl Connection {
     }
 
     fn restore_socket(&self) -> Result<Restored> {
+        if self.has_congestion() {
+            // The first time it takes long, and from here on the timers of a socket run.
+            congestion::prepare();
+        }
         let mut socket = open(self.local)?;
         let mut skipped = Vec::new();
         let report = if self.control.state == State::SynSent {
@@ -69,7 +76,7 @@ impl Connection {
             let unwritten = self.restore_congestion(fd).err();
             self.apply(fd, Stage::Injected, &mut skipped);
             self.apply(fd, Stage::Last, &mut skipped);
-            if !self.control.state.fin_acknowledged() && (self.path.is_some() || self.control.options.ecn) {
+            if self.has_congestion() {
                 report.speed(self, &tcp::info(fd)?, untimed, unwritten);
             }
             report
@@ -106,6 +113,11 @@ impl Connection {
         Ok(steps)
     }
 
+    /// There is something to control: it may send again, and what it knew about that was saved.
+    fn has_congestion(&self) -> bool {
+        (self.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
+    }
+
     /// Congestion window, threshold and ECN, where they differ from those of the socket.
     ///
     /// # Errors
@@ -113,7 +125,7 @@ impl Connection {
     fn restore_congestion(&self, fd: BorrowedFd<'_>) -> std::result::Result<(), String> {
         let path = self.path.unwrap_or_default();
         let options = &self.control.options;
-        if self.path.is_none() && !options.ecn || self.control.state.fin_acknowledged() {
+        if !self.has_congestion() {
             return Ok(());
         }
         let info = tcp::info(fd).map_err(|error| error.to_string())?;
