@@ -53,8 +53,10 @@
 
 mod bpf;
 mod buffers;
+pub mod bulk;
 mod congestion;
 pub mod connection;
+mod conntrack;
 pub mod diag;
 mod error;
 mod fin;
