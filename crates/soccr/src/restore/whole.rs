@@ -64,6 +64,9 @@ impl Connection {
                 if let Err(error) = seed.sow(socket.as_fd(), self) {
                     untimed = Some(error.to_string());
                     skipped.clear();
+                    // Closing it would not free the addresses while a process that is just being started has a copy.
+                    rustix::net::connect_unspec(&socket)
+                        .map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
                     socket = open(self.local)?;
                     steps = self.connect(socket.as_fd(), None, &mut skipped)?;
                 }
