@@ -18,6 +18,8 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
+    // Not in the middle of a test, whose peers would repeat segments meanwhile.
+    soccr::prepare();
     let mut tests = tests! {
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
