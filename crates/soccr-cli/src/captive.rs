@@ -126,7 +126,7 @@ impl Captive {
     }
 
     fn restore(&self, connection: &Connection) -> Result<()> {
-        let mut steps = soccr::Restore::unbound(&self.socket, &connection.control, connection.buffers)?;
+        let mut steps = soccr::pause(&self.socket)?.restore(&connection.control, connection.buffers)?;
         let bound = rustix::net::getsockname(&self.socket).ok().and_then(|address| address.try_into().ok());
         // A socket that was bound to its port by name has stayed so.
         if bound != Some(connection.local) {

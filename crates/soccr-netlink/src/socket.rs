@@ -48,9 +48,20 @@ impl Socket {
     /// # Errors
     /// `EPROTONOSUPPORT` where the kernel has no such family; `EMFILE`.
     pub fn open(family: Family) -> io::Result<Self> {
+        Self::open_at(family, 0)
+    }
+
+    /// Opens a socket with a port of the caller's choice; zero leaves the choice to the kernel.
+    ///
+    /// What the kernel removes when a socket is closed, it removes by port, and a moment after the port can be used
+    /// again: who owns such things chooses a port that nobody else has had.
+    ///
+    /// # Errors
+    /// `EADDRINUSE` where another socket has the port; those of [`open`](Self::open).
+    pub fn open_at(family: Family, port: u32) -> io::Result<Self> {
         let fd =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
-        bind(&fd, &SocketAddrNetlink::new(0, 0))?;
+        bind(&fd, &SocketAddrNetlink::new(port, 0))?;
         Ok(Self { fd, buffer: vec![0; 256 << 10] })
     }
 

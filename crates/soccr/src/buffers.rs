@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::connection::Buffers;
 use crate::error::{Error, Result};
-use crate::sys::tcp;
+use crate::sys::{sockopt, tcp};
 
 /// Why a buffer is smaller than it was.
 pub(crate) const LIMITED: &str = "limited by net.core.wmem_max and rmem_max: raise them, or run with CAP_NET_ADMIN in the initial user namespace";
@@ -48,24 +48,41 @@ impl Buffer {
     }
 }
 
-pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Buffers> {
+/// What a socket may use and uses (`SO_MEMINFO`, Linux 4.12): in bytes, overhead included.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    pub(crate) buffers: Buffers,
+    /// What the receive queue takes.
+    pub(crate) receive_queue: u32,
+    /// What options take: packet filters and keys of TCP MD5 do.
+    pub(crate) options: u32,
+}
+
+pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Memory> {
+    let [receive_queue, receive, _, send, _, _, options, _, _]: [u32; 9] =
+        sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
+            .map_err(|error| Error::system("SO_MEMINFO", error))?;
     let lock = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK") {
         // Linux 5.14; older kernels do not tell, and then tuning stays on.
         Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => 0,
         bits => bits? as u32,
     };
-    Ok(Buffers { send: Buffer::Send.size(fd)?, receive: Buffer::Receive.size(fd)?, lock })
+    Ok(Memory { buffers: Buffers { send, receive, lock }, receive_queue, options })
 }
 
-/// Sizes, then the locks: setting a size locks it.
-pub(crate) fn write(fd: BorrowedFd<'_>, current: Buffers, wanted: Buffers) -> Result<()> {
+/// Sizes, then the locks: setting a size locks it. Returns what has come of it.
+pub(crate) fn write(fd: BorrowedFd<'_>, current: Buffers, wanted: Buffers) -> Result<Buffers> {
+    if wanted == current {
+        return Ok(current);
+    }
     if wanted.send != current.send {
         Buffer::Send.set_size(fd, wanted.send)?;
     }
     if wanted.receive != current.receive {
         Buffer::Receive.set_size(fd, wanted.receive)?;
     }
-    if wanted == current { Ok(()) } else { lock(fd, wanted.lock) }
+    lock(fd, wanted.lock)?;
+    Ok(read(fd)?.buffers)
 }
 
 /// Doubles a buffer that is too small for the queue it once held: packed otherwise, the bytes take more memory.
@@ -88,5 +105,8 @@ pub(crate) fn grow(fd: BorrowedFd<'_>, buffer: Buffer) -> Result<()> {
 }
 
 fn lock(fd: BorrowedFd<'_>, bits: u32) -> Result<()> {
-    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK", bits as i32)
+    match tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK", bits as i32) {
+        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => Ok(()),
+        other => other,
+    }
 }

@@ -28,25 +28,27 @@
 mod capture;
 mod held;
 mod persistent;
+mod reader;
+mod rule;
 mod table;
+mod transaction;
 
-use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::net::sockopt;
-use soccr_netlink::{Batch, Family, Socket};
+use soccr_netlink::{Family, Socket};
 
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::sys::namespace;
 use crate::sys::raw::{Injector, Via};
 use capture::Capture;
-use table::{CAPACITY, Kind, Transaction};
+use reader::Reader;
+use table::Table;
 
 pub use held::Held;
 pub use persistent::{PersistentLock, SILENCE};
@@ -86,24 +88,6 @@ struct Shared {
     reader: Option<Arc<Reader>>,
 }
 
-#[derive(Debug)]
-struct Table {
-    socket: Socket,
-    name: String,
-    batch: Batch,
-    locked: HashSet<Flow>,
-    /// How many of them are IPv6, IPv4.
-    counts: [u32; 2],
-}
-
-/// What the thread that reads captured packets shares with the locks.
-#[derive(Debug)]
-struct Reader {
-    capture: Mutex<Capture>,
-    readable: OwnedFd,
-    stop: OwnedFd,
-}
-
 impl Locker {
     /// A locker for the network namespace of the calling thread.
     ///
@@ -127,7 +111,7 @@ impl Locker {
     }
 
     fn start(sockets: Sockets, mode: Mode) -> Result<Self> {
-        let Sockets { mut table, log, injectors } = sockets;
+        let Sockets { port, table, log, injectors } = sockets;
         let capture = match (mode, log) {
             (Mode::Hold { limit }, Some(log)) => {
                 let capture = Capture::open(log, injectors, limit);
@@ -135,28 +119,9 @@ impl Locker {
             }
             _ => None,
         };
-        let port = rustix::net::getsockname(&table)
-            .and_then(rustix::net::netlink::SocketAddrNetlink::try_from)
-            .map_err(|error| Error::system("getsockname", error))?
-            .pid();
-        table.set_send_buffer(LONGEST_BATCH).map_err(|error| Error::system("SO_SNDBUF", error))?;
-        let mut batch = Batch::new();
-        let kind = Kind::Owned(capture.as_ref().map(Capture::group));
-        // No other living socket of this namespace has the number, but the table of a dead one may still be there.
-        let mut attempt = 0;
-        let name = loop {
-            let name = format!("soccr-{port}-{attempt}");
-            let mut transaction = Transaction::begin(&mut batch, &name);
-            transaction.create(kind);
-            match transaction.commit(&mut table) {
-                Ok(()) => break name,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => attempt += 1,
-                Err(error) => return Err(Error::system("nft add table", error).advise(NEEDS)),
-            }
-        };
+        let table = Table::create(table, format!("soccr-{port:08x}"), capture.as_ref().map(Capture::group))?;
         let reader =
             capture.map(Reader::start).transpose().map_err(|error| Error::system("thread", error))?;
-        let table = Table { socket: table, name, batch, locked: HashSet::new(), counts: [0; 2] };
         Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader }) })
     }
 
@@ -282,33 +247,21 @@ impl Shared {
     fn lock(&self, flows: &[Flow]) -> Result<()> {
         flows.iter().try_for_each(validate)?;
         self.with_table(|table| table.reserve(flows))?;
-        if let Some(reader) = &self.reader {
-            reader.capture().hold(flows);
-        }
-        let added = self.with_table(|table| {
-            table.transact(flows, |transaction, flows| transaction.add(flows, None)).map_err(|error| {
-                // Of several transactions the first ones may have succeeded.
-                let _ = table.transact(flows, |transaction, flows| transaction.delete(flows));
-                table.forget(flows);
-                Error::system("nft add element", error)
-            })
-        });
-        if let (Some(reader), Err(_)) = (&self.reader, &added) {
+        let Some(reader) = &self.reader else { return self.with_table(|table| table.add(flows)) };
+        reader.capture().hold(flows);
+        let added = self.with_table(|table| table.add(flows));
+        if added.is_err() {
             reader.capture().forget(flows);
         }
         added
     }
 
     fn delete(&self, flows: &[Flow]) -> Result<()> {
-        self.with_table(|table| {
-            table.forget(flows);
-            let deleted = table.transact(flows, |transaction, flows| transaction.delete(flows));
-            deleted.map_err(|error| Error::system("nft delete element", error))
-        })
+        self.with_table(|table| table.delete(flows))
     }
 
     fn persist(&self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
-        self.with_table(|table| persistent::create(&mut table.socket, name, flows, limit))?;
+        self.with_table(|table| persistent::create(table.socket(), name, flows, limit))?;
         if let Some(reader) = &self.reader {
             reader.capture().discard(flows);
         }
@@ -324,8 +277,7 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         if let Some(reader) = &self.reader {
-            // An event counter that is written once cannot be full.
-            let _ = rustix::io::write(&reader.stop, &1u64.to_ne_bytes());
+            reader.stop();
         }
         let table = self.table.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         // The kernel takes milliseconds to remove a table: not while connections wait to be resumed.
@@ -333,79 +285,10 @@ impl Drop for Shared {
     }
 }
 
-impl Table {
-    /// Adds or deletes elements: in one transaction, where the kernel lets us send one that long.
-    fn transact(&mut self, flows: &[Flow], fill: impl Fn(&mut Transaction<'_>, &[Flow])) -> io::Result<()> {
-        let longest = sockopt::socket_send_buffer_size(&self.socket)?;
-        for flows in flows.chunks(table::most_elements(longest)) {
-            let mut transaction = Transaction::begin(&mut self.batch, &self.name);
-            fill(&mut transaction, flows);
-            transaction.commit(&mut self.socket)?;
-        }
-        Ok(())
-    }
-
-    /// Enters connections as locked, or none of them.
-    fn reserve(&mut self, flows: &[Flow]) -> Result<()> {
-        for (index, flow) in flows.iter().enumerate() {
-            let count = &mut self.counts[usize::from(flow.is_ipv4())];
-            let refused = if *count == CAPACITY {
-                Err(Error::refused("more than 65536 connections", "make another Locker for the rest"))
-            } else if !self.locked.insert(canonical(flow)) {
-                let what = format!("{} to {}, which is locked already", flow.local, flow.remote);
-                Err(Error::refused(what, "release the lock that it is in"))
-            } else {
-                *count += 1;
-                Ok(())
-            };
-            if refused.is_err() {
-                self.forget(&flows[..index]);
-                return refused;
-            }
-        }
-        Ok(())
-    }
-
-    fn forget(&mut self, flows: &[Flow]) {
-        for flow in flows {
-            let removed = self.locked.remove(&canonical(flow));
-            self.counts[usize::from(flow.is_ipv4())] -= u32::from(removed);
-        }
-    }
-}
-
-impl Reader {
-    /// Starts the thread. It ends when it is told to stop.
-    fn start(capture: Capture) -> io::Result<Arc<Self>> {
-        let readable = capture.socket().as_fd().try_clone_to_owned()?;
-        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
-        let reader = Arc::new(Self { capture: Mutex::new(capture), readable, stop });
-        let thread = Arc::clone(&reader);
-        std::thread::Builder::new().name("soccr-hold".into()).spawn(move || thread.run())?;
-        Ok(reader)
-    }
-
-    fn run(&self) {
-        loop {
-            let mut events =
-                [PollFd::new(&self.readable, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
-            match poll(&mut events, None) {
-                Ok(_) if events[1].revents().is_empty() => {}
-                Err(rustix::io::Errno::INTR) => continue,
-                _ => return,
-            }
-            // Whoever takes or releases reads too, and reports.
-            let _ = self.capture().read();
-        }
-    }
-
-    fn capture(&self) -> MutexGuard<'_, Capture> {
-        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// Everything that has to be opened in the right namespace.
 struct Sockets {
+    /// The netlink port of `table`.
+    port: u32,
     table: Socket,
     log: Option<Socket>,
     injectors: [Option<Injector>; 2],
@@ -413,9 +296,14 @@ struct Sockets {
 
 impl Sockets {
     fn open(mode: Mode) -> io::Result<Self> {
-        let table = Socket::open(Family::Netfilter)?;
+        // Tables and groups vanish with the port of their owner: no other socket may ever have it.
+        let own = || {
+            let port = RandomState::new().hash_one(std::process::id()) as u32;
+            Socket::open_at(Family::Netfilter, port).map(|socket| (port, socket))
+        };
+        let (port, table) = own()?;
         if mode == Mode::Drop {
-            return Ok(Self { table, log: None, injectors: [None, None] });
+            return Ok(Self { port, table, log: None, injectors: [None, None] });
         }
         // A kernel without one of the families has no connections of it either.
         let injector = |via| match Injector::open(via) {
@@ -423,7 +311,7 @@ impl Sockets {
             other => other.map(Some),
         };
         let injectors = [injector(Via::Ipv4)?, injector(Via::Ipv6)?];
-        Ok(Self { table, log: Some(Socket::open(Family::Netfilter)?), injectors })
+        Ok(Self { port, table, log: Some(own()?.1), injectors })
     }
 }
 
@@ -432,9 +320,6 @@ impl AsFd for Sockets {
         self.table.as_fd()
     }
 }
-
-/// Enough to lock as many connections at once as a table can: an ordinary user may get less.
-const LONGEST_BATCH: usize = 8 << 20;
 
 const NEEDS: &str = "needs nftables: Linux 5.12 with CONFIG_NF_TABLES_INET, and to hold packets CONFIG_NFT_LOG and \
                      CONFIG_NETFILTER_NETLINK_LOG; CAP_NET_ADMIN and CAP_NET_RAW, as root or under `unshare -Urn`";

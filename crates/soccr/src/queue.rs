@@ -20,17 +20,21 @@ const NO_PEEK_OFFSET: i32 = -1;
 ///
 /// `SIOCINQ` stops at an urgent mark, unless urgent data is read in line: so it is asked both ways.
 pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Urgent>)> {
+    let first = tcp::unread(fd)?;
+    if first == 0 && !tcp::at_mark(fd)? {
+        return Ok((0, None));
+    }
     let inline = get_inline(fd)?;
-    let lengths = both_lengths(fd, inline);
+    let lengths = both_lengths(fd, inline, first);
     set_inline(fd, inline)?;
     let (to_mark, whole, unread_mark) = lengths?;
     let urgent = (to_mark < whole).then_some(Urgent { offset: to_mark, consumed: !unread_mark });
     Ok((whole, urgent))
 }
 
-/// `SIOCINQ` up to the mark and altogether, and whether the urgent byte can still be read out of band.
-fn both_lengths(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, u32, bool)> {
-    let first = tcp::unread(fd)?;
+/// `SIOCINQ` up to the mark and altogether, and whether the urgent byte can still be read out of band; `first` is
+/// what it says without further ado.
+fn both_lengths(fd: BorrowedFd<'_>, inline: bool, first: u32) -> Result<(u32, u32, bool)> {
     set_inline(fd, !inline)?;
     let second = tcp::unread(fd)?;
     let (to_mark, whole) = if inline { (second, first) } else { (first, second) };
@@ -46,7 +50,8 @@ fn both_lengths(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, u32, bool)> {
     }
 }
 
-/// Copies the receive queue, or the send queue, to where `bytes` begins.
+/// Copies the receive queue, or the send queue, to where `bytes` begins. The receive queue is selected afterwards, where
+/// it was before.
 ///
 /// # Errors
 /// [`changed`] where the queue has another length by now.
@@ -69,7 +74,10 @@ pub(crate) fn peek(
     match queue {
         Queue::Receive if marked => peek_across_mark(fd, bytes, length)?,
         Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, bytes))?,
-        Queue::Send => peek_once(fd, bytes)?,
+        Queue::Send => {
+            peek_once(fd, bytes)?;
+            tcp::select_queue(fd, Queue::Receive)?;
+        }
     }
     if bytes.len() == length as usize { Ok(()) } else { Err(changed()) }
 }
@@ -162,6 +170,9 @@ pub(crate) fn set_inline(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
 
 /// Puts bytes into the receive queue of a socket in repair mode.
 pub(crate) fn fill_receive(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
     tcp::select_queue(fd, Queue::Receive)?;
     fill(fd, bytes, RECEIVE_CHUNK, Buffer::Receive, "the receive queue")
 }

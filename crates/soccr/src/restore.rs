@@ -22,9 +22,12 @@ use crate::fin;
 use crate::queue;
 use crate::report::Report;
 use crate::resume::{Restored, start_handshake};
-use crate::save;
+use crate::save::{self, Position};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
+
+/// The kernel takes no smaller `TCP_MAXSEG`, though a peer may have announced less.
+const MIN_SEGMENT_LIMIT: u32 = 88;
 
 /// The kernel takes no larger `TCP_MAXSEG`, though loopback connections have a larger MSS.
 const MAX_SEGMENT_LIMIT: u32 = 32767;
@@ -42,7 +45,8 @@ const OPEN_WINDOW: u32 = 65535;
 pub struct Restore<'fd> {
     fd: BorrowedFd<'fd>,
     control: ControlBlock,
-    buffers: Buffers,
+    /// What is left to be done about the buffers once the queues are filled.
+    buffers: Option<Buffers>,
     flow: Option<Flow>,
     reuse_address: bool,
     report: Report,
@@ -78,6 +82,9 @@ impl<'fd> Restore<'fd> {
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }
+        if save::state(fd)? != State::Close {
+            return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
+        }
         Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers, 0)? })
     }
 
@@ -88,17 +95,30 @@ impl<'fd> Restore<'fd> {
         buffers: Option<Buffers>,
         spare: u32,
     ) -> Result<Self> {
-        let current = buffers::read(fd)?;
-        let buffers = buffers.unwrap_or(current);
+        let filled = control.inq_len > 0 || control.outq_len > 0;
+        let mut report = Report::default();
         tcp::set_repair(fd, Repair::On)?;
-        // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
-        buffers::write(fd, current, Buffers { lock: 0, ..buffers })?;
+        let mut later = None;
+        if filled || buffers.is_some() {
+            let current = buffers::read(fd)?.buffers;
+            let wanted = buffers.unwrap_or(current);
+            // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
+            let lock = if filled { 0 } else { wanted.lock };
+            let now = buffers::write(fd, current, Buffers { lock, ..wanted })?;
+            if filled {
+                later = Some(wanted);
+            } else {
+                report.buffers(wanted, now);
+            }
+        }
         // connect() derives the MSS from it; without, the connection would stay at 524 bytes.
-        tcp::set_max_segment(fd, u32::from(control.options.mss_clamp).min(MAX_SEGMENT_LIMIT))?;
+        tcp::set_max_segment(
+            fd,
+            u32::from(control.options.mss_clamp).clamp(MIN_SEGMENT_LIMIT, MAX_SEGMENT_LIMIT),
+        )?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
-        tcp::select_queue(fd, None)?;
-        Ok(Self { fd, control, buffers, flow: None, reuse_address: false, report: Report::default() })
+        Ok(Self { fd, control, buffers: later, flow: None, reuse_address: false, report })
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated.
@@ -196,6 +216,9 @@ impl<'fd> Restore<'fd> {
     }
 
     fn fill_send_queue(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
         tcp::select_queue(self.fd, Queue::Send)?;
         queue::fill_send(self.fd, sent)?;
@@ -225,7 +248,6 @@ impl<'fd> Restore<'fd> {
             }
             tcp::set_window(self.fd, &wanted)?;
         }
-        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
         self.verify()
     }
@@ -286,15 +308,15 @@ impl<'fd> Restore<'fd> {
         };
         tcp::set_window(self.fd, &Window { snd_wnd: 0, ..window })?;
         // Out of repair mode it may be limited to what TCP_NOTSENT_LOWAT allows.
-        let limit = |value: i32| {
-            tcp::set_int(self.fd, tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT", value)
-        };
+        let (level, name, text) = (tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT");
+        let limit = |value| tcp::set_int(self.fd, level, name, text, value);
+        let before = tcp::get_int(self.fd, level, name, text)?;
         limit(i32::MAX)?;
         tcp::set_repair(self.fd, Repair::OffNoProbe)?;
         let written = write(self.fd);
         // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
         tcp::set_repair(self.fd, Repair::On).or_else(|_| tcp::set_repair(self.fd, Repair::On))?;
-        limit(0)?;
+        limit(before)?;
         tcp::set_window(self.fd, &window)?;
         written
     }
@@ -320,23 +342,21 @@ impl<'fd> Restore<'fd> {
 
     /// The buffers as saved, but never smaller than what lies in them.
     fn restore_buffers(&mut self) -> Result<()> {
-        let current = buffers::read(self.fd)?;
-        let mut wanted = self.buffers;
+        let Some(saved) = self.buffers else { return Ok(()) };
+        let mut wanted = saved;
+        let memory = buffers::read(self.fd)?;
         if self.control.inq_len > 0 {
             // The kernel drops whatever arrives while the queue takes more memory than the buffer may.
-            let memory = sockopt::get::<[u32; 9]>(self.fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
-                .map_err(|error| Error::system("SO_MEMINFO", error))?;
             let expected = if self.window_is_closed() { 2 * OPEN_WINDOW } else { 0 };
-            wanted.receive = wanted.receive.max(memory[0] + expected);
+            wanted.receive = wanted.receive.max(memory.receive_queue + expected);
         }
-        buffers::write(self.fd, current, wanted)?;
-        let restored = if current == wanted { current } else { buffers::read(self.fd)? };
-        self.report.buffers(self.buffers, restored);
+        let restored = buffers::write(self.fd, memory.buffers, wanted)?;
+        self.report.buffers(saved, restored);
         Ok(())
     }
 
     fn verify(&self) -> Result<()> {
-        let state = save::state(self.fd)?;
+        let state = self.state()?;
         if state != self.control.state {
             return Err(Error::refused(
                 format!("the socket came back in {state}, not in {}", self.control.state),
@@ -344,13 +364,23 @@ impl<'fd> Restore<'fd> {
                  mark 0xC114 pass the firewall",
             ));
         }
-        if save::is_unchanged(self.fd, &self.control)? {
+        tcp::select_queue(self.fd, Queue::Receive)?;
+        if save::is_unchanged(self.fd, Position::of(&self.control))? {
             return Ok(());
         }
         Err(Error::refused(
             "a socket that differs from its connection",
             "a segment of the peer came in between: lock the traffic first",
         ))
+    }
+
+    /// The state of the socket. `TCP_INFO` costs as much as five other calls; a socket that is not to have seen a FIN
+    /// can only have been reset, and then the kernel forgets the peer.
+    fn state(&self) -> Result<State> {
+        match rustix::net::getpeername(self.fd) {
+            Ok(Some(_)) if self.control.state == State::Established => Ok(State::Established),
+            _ => save::state(self.fd),
+        }
     }
 
     fn flow(&self) -> Result<Flow> {
@@ -372,10 +402,19 @@ fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
 }
 
 /// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
-pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
-    bind(fd, flow.local)?;
-    tcp::set_repair(fd, Repair::OffNoProbe)?;
+pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Result<()> {
+    bind_anew(fd, flow.local, write_seq)?;
     start_handshake(fd, flow.remote)
+}
+
+/// Readies a fresh socket for the same SYN once more. A peer that has answered the first one refuses the connection for
+/// good, if it gets another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
+pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -> Result<()> {
+    // In repair mode no other socket is in the way: the old one may still hold the port.
+    tcp::set_repair(fd, Repair::On)?;
+    bind(fd, local)?;
+    tcp::set_queue_seq(fd, Queue::Send, write_seq.wrapping_sub(1))?;
+    tcp::set_repair(fd, Repair::OffNoProbe)
 }
 
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.

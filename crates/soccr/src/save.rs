@@ -12,7 +12,7 @@ use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Ur
 use crate::diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
-use crate::settings::{self, Settings, Value};
+use crate::settings::{self, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 
@@ -23,7 +23,7 @@ impl Flow {
     /// Refused where the socket is not TCP over IP, or where the kernel does not tell the peer: in SYN_SENT, in CLOSE.
     pub fn of<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Self> {
         let fd = socket.as_fd();
-        Ok(Self { local: local_address(fd)?, remote: remote_address(fd, state(fd)?, None)? })
+        Ok(Self { local: local_address(fd)?, remote: remote_address(fd, None)? })
     }
 }
 
@@ -39,12 +39,14 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
         attempts += 1;
     }
     connection.local = local_address(fd)?;
-    connection.remote = remote_address(fd, connection.control.state, peer)?;
-    connection.settings = Settings::read(fd, connection.local);
-    if option_memory(fd)? > 0 {
+    connection.remote = remote_address(fd, peer)?;
+    let memory = buffers::read(fd)?;
+    connection.buffers = Some(memory.buffers);
+    connection.settings.read_into(fd, connection.local);
+    // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
+    if memory.options > 0 {
         connection.settings.read_keys(fd, connection.local, connection.remote)?;
     }
-    connection.buffers = Some(buffers::read(fd)?);
     connection.nonblocking = rustix::fs::fcntl_getfl(fd)
         .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
         .contains(rustix::fs::OFlags::NONBLOCK);
@@ -54,9 +56,9 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
 /// Everything that moves with the traffic, verified to have stood still meanwhile.
 fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
     let (control, urgent, path) = control_block(fd)?;
-    queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
     queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
-    if !is_unchanged(fd, &control)? {
+    queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
+    if !is_unchanged(fd, Position::of(&control))? {
         return Err(changed());
     }
     connection.urgent = urgent;
@@ -65,8 +67,10 @@ fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
     Ok(())
 }
 
-/// Reads everything but the queues' bytes and the addresses.
+/// Reads everything but the queues' bytes and the addresses. Leaves the receive queue selected, for
+/// [`is_unchanged`]: beside fifty reads of options every call counts.
 pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Path)> {
+    let write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let info = tcp::info(fd)?;
     let state = kernel_state(&info)?;
@@ -79,8 +83,6 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
     let fin_unsent = fin.min(unsent);
     let options = options(fd, &info)?;
     let window = tcp::window(fd)?;
-    let write_seq = tcp::queue_seq(fd, Queue::Send)?;
-    tcp::select_queue(fd, None)?;
     let control = ControlBlock {
         state,
         rcv_nxt,
@@ -95,14 +97,35 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
     Ok((control, urgent, path(&info)))
 }
 
-/// Compares the sequence numbers of the socket with those of a control block.
-pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, control: &ControlBlock) -> Result<bool> {
-    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
-    let unacknowledged = tcp::unacknowledged(fd)?;
+/// Where a connection stands: what every segment that is received, acknowledged or sent moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    rcv_nxt: u32,
+    unacknowledged: u32,
+    unsent: u32,
+}
+
+impl Position {
+    pub(crate) fn of(control: &ControlBlock) -> Self {
+        // The kernel reports no lengths before the handshake is over.
+        let handshake = control.state == State::SynSent;
+        Self {
+            rcv_nxt: control.rcv_nxt,
+            unacknowledged: if handshake { 0 } else { control.write_seq.wrapping_sub(control.snd_una()) },
+            unsent: control.unsq_len + u32::from(control.fin_unsent),
+        }
+    }
+}
+
+/// Compares the socket, whose receive queue is selected, with what was read from it.
+pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, before: Position) -> Result<bool> {
+    let now = Position {
+        rcv_nxt: tcp::selected_seq(fd)?,
+        unacknowledged: tcp::unacknowledged(fd)?,
+        unsent: tcp::unsent(fd)?,
+    };
     tcp::select_queue(fd, None)?;
-    let handshake = control.state == State::SynSent;
-    Ok(rcv_nxt == control.rcv_nxt
-        && (handshake || unacknowledged == control.write_seq.wrapping_sub(control.snd_una())))
+    Ok(now == before)
 }
 
 fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
@@ -148,14 +171,6 @@ fn path(info: &TcpInfo) -> Path {
         snd_ssthresh: info.snd_ssthresh,
         rcv_ssthresh: info.rcv_ssthresh,
     }
-}
-
-/// Memory that options of the socket take. Keys of TCP MD5 do, whereas looking for them would take longer than all else.
-fn option_memory(fd: BorrowedFd<'_>) -> Result<u32> {
-    const OPTIONS: usize = 6;
-    let memory: [u32; 9] = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
-        .map_err(|error| Error::system("SO_MEMINFO", error))?;
-    Ok(memory[OPTIONS])
 }
 
 /// Refuses what cannot be carried without loss, whatever a dump would return.
@@ -213,16 +228,13 @@ pub(crate) fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
         .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried"))
 }
 
-pub(crate) fn remote_address(
-    fd: BorrowedFd<'_>,
-    state: State,
-    peer: Option<SocketAddr>,
-) -> Result<SocketAddr> {
+pub(crate) fn remote_address(fd: BorrowedFd<'_>, peer: Option<SocketAddr>) -> Result<SocketAddr> {
     let address = getpeername(fd);
     match address {
         Ok(Some(address)) => SocketAddr::try_from(address)
             .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried")),
         Err(rustix::io::Errno::NOTCONN) | Ok(None) => {
+            let state = state(fd)?;
             match peer.map_or_else(|| peer_of_handshake(fd, state), |peer| Ok(Some(peer)))? {
                 Some(peer) => Ok(peer),
                 None => Err(Error::refused(

@@ -108,8 +108,8 @@ pub(crate) struct Parsed {
     pub(crate) header: Range<usize>,
     /// The data behind it, as far as captured.
     pub(crate) payload: Range<usize>,
-    /// The packet was longer than what has been captured of it.
-    pub(crate) truncated: bool,
+    /// How many bytes of the packet have not been captured, at least.
+    pub(crate) missing: usize,
 }
 
 impl Parsed {
@@ -137,7 +137,10 @@ impl Parsed {
             _ => return None,
         };
         // A stated length of zero is that of a packet over 64 KiB (BIG TCP): what has been captured is known.
-        let truncated = stated > packet.len() || (stated == 0 && packet.len() <= PACKET_LIMIT);
+        let missing = match stated {
+            0 => usize::from(packet.len() <= PACKET_LIMIT),
+            _ => stated.saturating_sub(packet.len()),
+        };
         let end = if stated == 0 { packet.len() } else { stated.min(packet.len()) };
         let fixed = packet.get(tcp..end)?.get(..TCP_HEADER)?;
         let length = usize::from(fixed[12] >> 4) * 4;
@@ -154,7 +157,7 @@ impl Parsed {
             checksum: Checksum::Wrong,
             header: tcp..tcp + length,
             payload: tcp + length..end,
-            truncated,
+            missing,
         };
         parsed.checksum = parsed.check(packet, whole);
         Some(parsed)
@@ -205,7 +208,7 @@ impl Parsed {
             scratch[ip + 2..ip + 4].copy_from_slice(&self.destination.port().to_be_bytes());
             let seq = self.seq.wrapping_add(offset as u32);
             scratch[ip + 4..ip + 8].copy_from_slice(&seq.to_be_bytes());
-            if next < payload.len() || self.truncated {
+            if next < payload.len() || self.missing > 0 {
                 scratch[ip + 13] &= !(flags::FIN | flags::PSH);
             }
             if offset > 0 {
@@ -228,7 +231,7 @@ impl Parsed {
         if stated == fold(pseudo) {
             return Checksum::Partial;
         }
-        if !self.truncated && fold(pseudo + sum(segment)) == 0xffff {
+        if self.missing == 0 && fold(pseudo + sum(segment)) == 0xffff {
             return Checksum::Full;
         }
         Checksum::Wrong
@@ -414,7 +417,7 @@ mod tests {
             assert_eq!(parsed.destination.ip(), segment.destination.ip().to_canonical());
             assert_eq!((parsed.source.port(), parsed.destination.port()), (4000, 80));
             assert_eq!((parsed.seq, parsed.ack, parsed.flags), (segment.seq, segment.ack, segment.flags));
-            assert_eq!((parsed.checksum, parsed.truncated), (Checksum::Full, false));
+            assert_eq!((parsed.checksum, parsed.missing), (Checksum::Full, 0));
             assert_eq!(&packet[parsed.payload.clone()], b"hello");
             assert!(!parsed.is_pure_ack());
         }
@@ -470,7 +473,7 @@ mod tests {
         long.flags |= flags::FIN;
         let whole = packet(&long);
         let cut = &whole[..900];
-        assert!(Parsed::new(cut).unwrap().truncated);
+        assert_eq!(Parsed::new(cut).unwrap().missing, whole.len() - 900);
         let (flags, _, data) = read(&rewritten(cut, PACKET_LIMIT)[0]);
         assert_eq!((flags & flags::FIN, data.len()), (0, 900 - 52));
     }

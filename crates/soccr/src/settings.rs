@@ -100,10 +100,12 @@ impl Settings {
     }
 
     /// Reads everything that the table lists and the kernel has, except what only `sock_diag` tells and what
-    /// repair mode has destroyed.
-    pub(crate) fn read(fd: BorrowedFd<'_>, local: SocketAddr) -> Self {
+    /// repair mode has destroyed. The memory is reused.
+    pub(crate) fn read_into(&mut self, fd: BorrowedFd<'_>, local: SocketAddr) {
         let mut buffer = [0; table::LONGEST];
-        let mut settings = Vec::with_capacity(24);
+        let settings = &mut self.0;
+        settings.clear();
+        settings.reserve(24);
         for (place, row) in TABLE.iter().enumerate().filter(|(_, row)| row.applies(local)) {
             match row.read(fd, &mut buffer) {
                 Ok(Some(value)) => settings.push((Name::Known(place as u8), value)),
@@ -115,7 +117,6 @@ impl Settings {
                 Ok(None) | Err(_) => {}
             }
         }
-        Self(settings)
     }
 
     /// Adds the keys of TCP MD5, which `getsockopt` does not tell. Most connections have none, and this costs as

@@ -1,1 +1,195 @@
-crate::tests![];
+//! Either end of a hand-over killed, at every boundary between two records: the connection lives on exactly one side.
+//!
+//! The test is the pipe between the two ends. It passes one record after the other, and kills an end when the record
+//! that is a boundary has been written and before it is read.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Barrier;
+use std::thread;
+
+use rustix::process::{Pid, Signal, kill_process};
+use soccr_lab::{Side, wait_until};
+
+use crate::programs::{HEIR, SOCCR, assert_runs, assert_unlocked, installed, json};
+use crate::transfer::Move;
+
+crate::tests![a_killed_source_leaves_one_connection, a_killed_target_leaves_one_connection];
+
+/// The kinds of records, by their numbers in the stream.
+const PREAMBLE: u16 = 0;
+const CONNECTION: u16 = 1;
+const BEGIN: u16 = 3;
+const COMMIT: u16 = 4;
+const READY: u16 = 6;
+const TAKEN: u16 = 8;
+const END: u16 = 9;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Source,
+    Target,
+}
+
+/// A record that is written by one of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Boundary(End, u16);
+
+const BOUNDARIES: [Boundary; 9] = [
+    Boundary(End::Source, PREAMBLE),
+    Boundary(End::Source, BEGIN),
+    Boundary(End::Source, CONNECTION),
+    Boundary(End::Source, COMMIT),
+    Boundary(End::Source, END),
+    Boundary(End::Target, PREAMBLE),
+    Boundary(End::Target, READY),
+    Boundary(End::Target, TAKEN),
+    Boundary(End::Target, END),
+];
+
+fn a_killed_source_leaves_one_connection() {
+    if !installed("python3") {
+        return;
+    }
+    for boundary in BOUNDARIES {
+        let mut moving = Move::new(1);
+        eprintln!("the source dies at {boundary:?}");
+        let status = hand_over(&moving, End::Source, boundary);
+        assert_eq!(status.code(), None, "{boundary:?}: killed");
+        let stays = [PREAMBLE, BEGIN, CONNECTION, READY].contains(&boundary.1);
+        if stays {
+            assert_runs(&moving.old.pid());
+            moving.lab.a.run(assert_unlocked);
+            moving.assert_lives_at(Side::A, "old ");
+            assert_nobody_has_it(&moving);
+        } else {
+            moving.assert_lives_at(Side::B, "new ");
+            moving.clients.clear();
+            assert_eq!(moving.old.output(), "errno 103\n", "{boundary:?}");
+        }
+    }
+}
+
+fn a_killed_target_leaves_one_connection() {
+    if !installed("python3") {
+        return;
+    }
+    for boundary in BOUNDARIES {
+        let mut moving = Move::new(1);
+        eprintln!("the target dies at {boundary:?}");
+        let status = hand_over(&moving, End::Target, boundary);
+        let was_taken = matches!(boundary, Boundary(_, TAKEN | END));
+        assert_nobody_has_it(&moving);
+        if was_taken {
+            assert_eq!(status.code(), Some(0), "{boundary:?}");
+            // It was the target's, and ends with it like any connection of a process that is killed.
+            moving.lab.steer(Side::B).unwrap();
+            let mut client = moving.clients.remove(0);
+            let _ = client.write_all(b"more");
+            assert!(!matches!(client.read(&mut [0]), Ok(1..)), "{boundary:?}");
+            assert_eq!(moving.old.output(), "errno 103\n", "{boundary:?}");
+        } else {
+            assert_eq!(status.code(), Some(1), "{boundary:?}");
+            assert_runs(&moving.old.pid());
+            moving.lab.a.run(assert_unlocked);
+            moving.assert_lives_at(Side::A, "old ");
+        }
+    }
+}
+
+/// On the host to which the connection did not go.
+fn assert_nobody_has_it(moving: &Move) {
+    let pid = moving.beside.pid();
+    wait_until("the target has given up", || {
+        json(&["list", "--json", "--netns", &pid]).iter().all(|socket| socket["savable"] == false)
+    });
+}
+
+/// Hands the connection over, and kills one end at a boundary. How the source ends.
+fn hand_over(moving: &Move, victim: End, boundary: Boundary) -> std::process::ExitStatus {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    for name in ["from-source", "to-target", "from-target", "to-source"] {
+        let made = Command::new("mkfifo").arg(path(name)).status().unwrap();
+        assert!(made.success());
+    }
+    // The target inherits the lifeline, as it does without pipes between.
+    let via = format!(
+        "d={}; {SOCCR} receive --netns {} -- python3 -c '{HEIR}' 'new ' < $d/to-target > $d/from-target & \
+         echo $! > $d/pid.new; mv $d/pid.new $d/pid; cat $d/to-source & exec cat > $d/from-source",
+        directory.path().display(),
+        moving.beside.pid()
+    );
+    let mut source = moving.send(&["--all", "--via", &via]).spawn().unwrap();
+    let source_pid = source.id();
+    // Whoever is killed has opened its ends, or the others would wait for that for ever.
+    let connected = Barrier::new(2);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (from, to) = (open(&path("from-source")), create(&path("to-target")));
+            connected.wait();
+            relay(from, to, |kind| {
+                if boundary == Boundary(End::Source, kind) {
+                    kill(victim, source_pid, &path("pid"));
+                }
+            });
+        });
+        scope.spawn(|| {
+            let (from, to) = (open(&path("from-target")), create(&path("to-source")));
+            connected.wait();
+            relay(from, to, |kind| {
+                if boundary == Boundary(End::Target, kind) {
+                    kill(victim, source_pid, &path("pid"));
+                }
+            });
+        });
+        // A killed process that nobody has waited for is as dead as any other.
+        source.wait().unwrap()
+    })
+}
+
+fn open(path: &Path) -> File {
+    File::open(path).unwrap()
+}
+
+fn create(path: &Path) -> File {
+    OpenOptions::new().write(true).open(path).unwrap()
+}
+
+/// Passes records on until one side is gone.
+fn relay(mut from: File, mut to: File, mut boundary: impl FnMut(u16)) {
+    let mut record = vec![0; 16];
+    let mut kind = PREAMBLE;
+    while from.read_exact(&mut record[..16]).is_ok() {
+        if kind != PREAMBLE || record[..8] != *b"\x89SOCCR\r\n" {
+            kind = u16::from_le_bytes([record[0], record[1]]);
+            let length = u32::from_le_bytes([record[8], record[9], record[10], record[11]]) as usize;
+            record.resize(16 + length + 4, 0);
+            if from.read_exact(&mut record[16..]).is_err() {
+                return;
+            }
+        }
+        boundary(kind);
+        if to.write_all(&record).is_err() {
+            return;
+        }
+        record.resize(16, 0);
+    }
+}
+
+fn kill(victim: End, source: u32, target: &Path) {
+    let pid = match victim {
+        End::Source => source as i32,
+        End::Target => {
+            wait_until("the target has a number", || target.exists());
+            std::fs::read_to_string(target).unwrap().trim().parse().unwrap()
+        }
+    };
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    wait_until("it is dead", || match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.rsplit(')').next().unwrap().trim_start().starts_with(['Z', 'X']),
+        Err(_) => true,
+    });
+}

@@ -104,6 +104,12 @@ fn a_connection_moves_through_a_one_way_pipe() {
     let target =
         Program::start(shell.args(["-c", &format!("exec {receive}")]).stdin(source.stdout.take().unwrap()));
     assert!(source.wait().unwrap().success());
+    // The source cannot know when they have arrived; the network must not lead there before.
+    let pid = moving.beside.pid();
+    wait_until("they have arrived", || {
+        let sockets = json(&["list", "--json", "--netns", &pid]);
+        sockets.iter().filter(|socket| socket["savable"] == true).count() == 2
+    });
     moving.assert_lives_at(Side::B, "new ");
     drop(target);
 }

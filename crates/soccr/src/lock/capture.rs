@@ -7,13 +7,16 @@
 //! # References
 //! `linux/netfilter/nfnetlink_log.h`.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::time::{Duration, Instant};
 
 use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 
 use super::canonical;
 use super::held::{Held, Replay};
+use super::rule::{LOG_LIMIT, TAIL};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::Parsed;
@@ -35,6 +38,8 @@ pub(super) struct Capture {
 #[derive(Debug)]
 struct Packets {
     flows: HashMap<Flow, Fate>,
+    /// Those that were discarded, and when.
+    discarded: VecDeque<(Instant, Flow)>,
     injectors: [Option<Injector>; 2],
     bytes: usize,
     limit: usize,
@@ -72,7 +77,14 @@ impl Capture {
             let group = first.wrapping_add(attempt.wrapping_mul(251)).max(1);
             match bind(&mut socket, group) {
                 Ok(()) => {
-                    let packets = Packets { flows: HashMap::new(), injectors, bytes: 0, limit, dropped: 0 };
+                    let packets = Packets {
+                        flows: HashMap::new(),
+                        discarded: VecDeque::new(),
+                        injectors,
+                        bytes: 0,
+                        limit,
+                        dropped: 0,
+                    };
                     return Ok(Self { socket, group, packets, next: 0 });
                 }
                 // Another socket has this group.
@@ -125,15 +137,26 @@ impl Capture {
     /// These connections are not locked after all.
     pub(super) fn forget(&mut self, flows: &[Flow]) {
         for flow in flows {
-            self.packets.forget(flow);
+            self.packets.take(flow);
+            self.packets.flows.remove(&canonical(flow));
         }
     }
 
     /// From now on the packets of these connections are thrown away.
     pub(super) fn discard(&mut self, flows: &[Flow]) {
+        /// Until then the last packet has left the rule.
+        const STRAGGLING: Duration = Duration::from_secs(10);
+        let packets = &mut self.packets;
+        while packets.discarded.front().is_some_and(|(since, _)| since.elapsed() > STRAGGLING) {
+            let Some((_, flow)) = packets.discarded.pop_front() else { break };
+            if matches!(packets.flows.get(&flow), Some(Fate::Discarded)) {
+                packets.flows.remove(&flow);
+            }
+        }
         for flow in flows {
-            self.packets.take(flow);
-            self.packets.flows.insert(canonical(flow), Fate::Discarded);
+            packets.take(flow);
+            packets.flows.insert(canonical(flow), Fate::Discarded);
+            packets.discarded.push_back((Instant::now(), canonical(flow)));
         }
     }
 
@@ -143,32 +166,45 @@ impl Capture {
     /// # Errors
     /// The first error. Everything is tried nevertheless.
     pub(super) fn release(&mut self, flows: &[Flow], unlock: impl FnOnce() -> Result<()>) -> Result<usize> {
-        let read = |capture: &mut Self| capture.read().map_err(|error| Error::system("NFLOG", error));
-        let mut outcome = read(self);
+        /// A peer that gets no answer stops within its window; one that never stops must not keep us here.
+        const ROUNDS: usize = 8;
         let mut replays = HashMap::new();
-        for flow in flows {
-            let held = self.packets.take(flow);
-            if !held.is_empty() {
-                let mut replay = Replay::new(*flow);
-                outcome = outcome.and(self.packets.replay(&mut replay, &held));
-                replays.insert(*flow, replay);
+        let mut outcome = Ok(());
+        for _ in 0..ROUNDS {
+            outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
+            if self.packets.bytes == 0 {
+                break;
             }
+            outcome = outcome.and(self.replay(flows, &mut replays));
         }
-        outcome = outcome.and(unlock()).and(read(self));
+        // Now little can come in between, and be overtaken by what arrives by itself.
+        outcome = outcome.and(unlock());
+        outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
+        outcome = outcome.and(self.replay(flows, &mut replays));
+        self.forget(flows);
         let mut count = 0;
-        for flow in flows {
-            let held = self.packets.forget(flow);
-            if held.is_empty() && replays.is_empty() {
-                continue;
-            }
-            let mut replay = replays.remove(flow).unwrap_or_else(|| Replay::new(*flow));
-            outcome = outcome.and(self.packets.replay(&mut replay, &held));
+        for replay in replays.into_values() {
             match self.packets.finish(replay) {
                 Ok(replayed) => count += replayed,
                 Err(error) => outcome = outcome.and(Err(error)),
             }
         }
         outcome.map(|()| count)
+    }
+
+    fn replay(&mut self, flows: &[Flow], replays: &mut HashMap<Flow, Replay>) -> Result<()> {
+        let mut outcome = Ok(());
+        for flow in flows {
+            if self.packets.bytes == 0 {
+                break;
+            }
+            let held = self.packets.take(flow);
+            if !held.is_empty() {
+                let replay = replays.entry(*flow).or_insert_with(|| Replay::new(*flow));
+                outcome = outcome.and(self.packets.replay(replay, &held));
+            }
+        }
+        outcome
     }
 
     /// Takes in what the kernel has queued.
@@ -179,18 +215,24 @@ impl Capture {
                 if kind != PACKET {
                     return;
                 }
-                let mut packet = None;
+                let (mut packet, mut ethernet, mut tail_saved) = (&[][..], &[][..], false);
                 for (kind, value) in attributes(payload.get(HEADER..).unwrap_or_default()) {
                     match (kind, value.first_chunk().map(|n| u32::from_be_bytes(*n))) {
                         (ATTRIBUTE_SEQUENCE, Some(number)) => {
                             packets.dropped += u64::from(number.wrapping_sub(*next));
                             *next = number.wrapping_add(1);
                         }
-                        (ATTRIBUTE_PAYLOAD, _) => packet = Some(value),
+                        (ATTRIBUTE_PAYLOAD, _) => packet = value,
+                        (ATTRIBUTE_HARDWARE_HEADER, _) => ethernet = value,
+                        (ATTRIBUTE_PREFIX, _) => tail_saved = true,
                         _ => {}
                     }
                 }
-                packets.push(packet.unwrap_or_default());
+                if tail_saved {
+                    packets.push(&with_tail(packet, ethernet));
+                } else {
+                    packets.push(packet);
+                }
             });
             match more {
                 Ok(true) => {}
@@ -253,30 +295,17 @@ impl Packets {
         packets.into_iter().map(|packet| packet.bytes).collect()
     }
 
-    /// Takes the packets of a connection that is not locked any more.
-    fn forget(&mut self, flow: &Flow) -> Vec<Vec<u8>> {
-        let packets = self.take(flow);
-        self.flows.remove(&canonical(flow));
-        packets
-    }
-
     fn replay(&self, replay: &mut Replay, packets: &[impl AsRef<[u8]>]) -> Result<()> {
+        let injector = self.injector(&replay.flow())?;
         let mut outcome = Ok(());
-        if !packets.is_empty() {
-            let injector = self.injector(&replay.flow())?;
-            for packet in packets {
-                outcome = outcome.and(replay.packet(injector, packet.as_ref()));
-            }
+        for packet in packets {
+            outcome = outcome.and(replay.packet(injector, packet.as_ref()));
         }
         outcome
     }
 
     fn finish(&self, replay: Replay) -> Result<usize> {
-        match self.injector(&replay.flow()) {
-            Ok(injector) => replay.finish(injector),
-            Err(_) if replay.is_empty() => Ok(0),
-            Err(error) => Err(error),
-        }
+        self.injector(&replay.flow()).and_then(|injector| replay.finish(injector))
     }
 
     fn injector(&self, flow: &Flow) -> Result<&Injector> {
@@ -296,14 +325,26 @@ impl Packet {
     }
 }
 
+/// The whole of a packet of which the kernel could copy only the first part: the rule has written the rest where
+/// its Ethernet header was.
+fn with_tail<'a>(packet: &'a [u8], ethernet: &[u8]) -> Cow<'a, [u8]> {
+    let ipv6 = packet.first().is_some_and(|first| first >> 4 == 6);
+    let tail = ethernet.get(..TAIL[usize::from(ipv6)]);
+    match (Parsed::new(packet), tail) {
+        (Some(parsed), Some(tail)) if packet.len() == LOG_LIMIT && parsed.missing == tail.len() => {
+            Cow::Owned([packet, tail].concat())
+        }
+        _ => Cow::Borrowed(packet),
+    }
+}
+
 fn bind(socket: &mut Socket, group: u16) -> io::Result<()> {
     let mut batch = Batch::new();
     batch.message(CONFIG, REQUEST | ACK, |m| {
         let [high, low] = group.to_be_bytes();
         m.bytes(&[0, 0, high, low]);
         m.attribute(CONFIG_COMMAND, &[COMMAND_BIND]);
-        // Whole packets: the first four bytes are the most of each, the largest possible number here.
-        m.attribute(CONFIG_MODE, &[0, 0, 0xff, 0xff, COPY_PACKET, 0]);
+        m.attribute(CONFIG_MODE, &[0, 0, 0xff, 0xff, COPY_PACKET, 0]); // as much as can be
         m.be32(CONFIG_THRESHOLD, 1);
         m.attribute(CONFIG_FLAGS, &NUMBERED.to_be_bytes());
     });
@@ -323,4 +364,78 @@ const CONFIG_THRESHOLD: u16 = 5;
 const CONFIG_FLAGS: u16 = 6;
 const NUMBERED: u16 = 1;
 const ATTRIBUTE_PAYLOAD: u16 = 9;
+const ATTRIBUTE_PREFIX: u16 = 10;
 const ATTRIBUTE_SEQUENCE: u16 = 12;
+const ATTRIBUTE_HARDWARE_HEADER: u16 = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment::{Segment, flags};
+
+    fn flow() -> Flow {
+        Flow { local: "192.0.2.1:80".parse().unwrap(), remote: "198.51.100.7:4000".parse().unwrap() }
+    }
+
+    fn packet(seq: u32, payload: &[u8]) -> Vec<u8> {
+        let segment = Segment {
+            source: flow().remote,
+            destination: flow().local,
+            seq,
+            ack: 1,
+            flags: flags::ACK,
+            window: 1,
+            timestamps: None,
+            urgent: 0,
+            payload,
+        };
+        let mut packet = Vec::new();
+        segment.write(&mut packet);
+        packet
+    }
+
+    fn packets(limit: usize) -> Packets {
+        let queue = VecDeque::new();
+        Packets {
+            flows: [(flow(), Fate::Held { queue, acks: 0 })].into(),
+            discarded: VecDeque::new(),
+            injectors: [None, None],
+            bytes: 0,
+            limit,
+            dropped: 0,
+        }
+    }
+
+    #[test]
+    fn acknowledgements_give_way_to_data() {
+        let acks: Vec<_> = (0..10).map(|seq| packet(seq, &[])).collect();
+        let data = packet(10, &[7; 500]);
+        let mut packets = packets(10 * (40 + OVERHEAD) + 100);
+        acks.iter().chain([&data]).for_each(|packet| packets.push(packet));
+        assert_eq!(packets.dropped, 9);
+        assert_eq!(packets.take(&flow()), [acks[9].clone(), data]);
+        assert_eq!(packets.bytes, 0);
+    }
+
+    #[test]
+    fn over_the_limit_the_newest_go() {
+        let sent: Vec<_> = (0..4).map(|seq| packet(seq, &[7; 500])).collect();
+        let mut packets = packets(2 * (540 + OVERHEAD));
+        sent.iter().for_each(|packet| packets.push(packet));
+        assert_eq!(packets.dropped, 2);
+        assert_eq!(packets.take(&flow()), sent[..2]);
+        packets.push(&sent[3]);
+        assert_eq!(packets.take(&flow()), sent[3..]);
+    }
+
+    #[test]
+    fn the_tail_of_a_long_packet_is_put_back() {
+        let whole = packet(1, &vec![5; 65535 - 40]);
+        let (first, tail) = whole.split_at(LOG_LIMIT);
+        assert_eq!(*with_tail(first, &[tail, &[0; 10]].concat()), *whole);
+        for ethernet in [&[][..], &[1, 2, 3]] {
+            assert_eq!(*with_tail(first, ethernet), *first);
+        }
+        assert_eq!(*with_tail(&whole[..100], &[1; 14]), whole[..100]);
+    }
+}

@@ -1,11 +1,14 @@
 //! Packets that were held back, and how they reach the connection after all.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
-use crate::connection::Flow;
-use crate::error::Result;
-use crate::segment::{Checksum, PACKET_LIMIT, Parsed, flags};
+use crate::connection::{Flow, State};
+use crate::error::{Error, Result};
+use crate::segment::{Checksum, Parsed, flags};
 use crate::sys::raw::{Injector, Via};
+use crate::sys::sockopt;
+use crate::{conntrack, fin, save};
 
 /// What the peer of a connection sent while the connection was locked: plain data, which travels with the
 /// [`Connection`](crate::Connection) to another host and is replayed there.
@@ -20,27 +23,55 @@ pub struct Held {
 impl Held {
     /// Hands the packets to the connection as if they had just arrived, in their order. Returns how many.
     ///
-    /// `socket` is the restored connection, best before it is [resumed](crate::Restored::resume). Packets that are
+    /// `socket` is the restored connection, best before it is [resumed](crate::Restored::resume). It must not be locked
+    /// (any more): its answers have to reach the peer. Packets that are
     /// damaged, or no TCP segments of that address family, are left out: the peer sends again what is missing.
     /// Replaying twice does no harm.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_NET_RAW`, or where a firewall drops what the host sends to itself.
+    /// Refused: nothing arrived, because of a firewall. `EPERM` without `CAP_NET_RAW`, or where a firewall drops what the
+    /// host sends to itself. The peer sends again what it misses.
     pub fn replay(&self, socket: impl AsFd) -> Result<usize> {
         self.replay_into(socket.as_fd()).map_err(|error| error.at("replay"))
     }
 
-    fn replay_into(&self, socket: std::os::fd::BorrowedFd<'_>) -> Result<usize> {
-        if self.packets.is_empty() {
+    fn replay_into(&self, socket: BorrowedFd<'_>) -> Result<usize> {
+        // A connection that is over takes nothing more, and the packets would draw a reset.
+        if self.packets.is_empty() || save::state(socket)? == State::Close {
             return Ok(0);
         }
+        // A firewall may let only established connections pass, and not know that this is one.
+        self.inject_into(socket, fin::FIRST_ARRIVAL).or_else(|error| {
+            match conntrack::enter(socket, self.flow) {
+                Ok(()) => self.inject_into(socket, fin::ARRIVAL),
+                Err(_) => Err(error),
+            }
+        })
+    }
+
+    fn inject_into(&self, socket: BorrowedFd<'_>, limit: Duration) -> Result<usize> {
+        let before = segments_in(socket)?;
         let injector = Injector::for_socket(socket, Via::routed(self.flow.local.ip()))?;
         let mut replay = Replay::new(self.flow);
         for packet in &self.packets {
             replay.packet(&injector, packet)?;
         }
-        replay.finish(&injector)
+        let count = replay.finish(&injector)?;
+        if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
+            return Err(Error::refused(
+                "packets of the peer that did not arrive",
+                "let packets with the mark 0xC114 pass the firewall, from `lo` too",
+            ));
+        }
+        Ok(count)
     }
+}
+
+/// Segments that a socket has received (`tcpi_segs_in`, Linux 4.2).
+fn segments_in(socket: BorrowedFd<'_>) -> Result<u32> {
+    let info: [u32; 36] = sockopt::get(socket, libc::IPPROTO_TCP, libc::TCP_INFO)
+        .map_err(|error| Error::system("TCP_INFO", error))?;
+    Ok(info[35])
 }
 
 /// Packets on their way into a socket.
@@ -70,11 +101,6 @@ impl Replay {
         self.flow
     }
 
-    /// Nothing has been replayed.
-    pub(super) fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
     /// Injects a packet, unless it is damaged.
     pub(super) fn packet(&mut self, injector: &Injector, packet: &[u8]) -> Result<()> {
         let Some(mut parsed) = Parsed::new(packet) else { return Ok(()) };
@@ -100,7 +126,7 @@ impl Replay {
     }
 
     fn remember(&mut self, mut parsed: Parsed, packet: &[u8]) {
-        let fin = parsed.flags & flags::FIN & if parsed.truncated { 0 } else { !0 };
+        let fin = if parsed.missing == 0 { parsed.flags & flags::FIN } else { 0 };
         let length = parsed.payload.len() as u32;
         let end = parsed.seq.wrapping_add(length).wrapping_add((fin != 0).into());
         let behind = |newest: &Newest| (end.wrapping_sub(newest.end) as i32) < 0;
@@ -112,16 +138,19 @@ impl Replay {
         bytes.extend(packet[parsed.payload.clone()].last());
         parsed.payload = parsed.payload.start..bytes.len();
         parsed.seq = parsed.seq.wrapping_add(length.saturating_sub(1));
-        parsed.truncated = false;
+        parsed.missing = 0;
         self.newest = Some(Newest { bytes, parsed, end });
     }
 
     fn inject(&mut self, injector: &Injector, parsed: &Parsed, packet: &[u8]) -> Result<()> {
+        /// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
+        /// and the peer's window allows for no such waste.
+        const LONGEST: usize = 65_000;
         /// What every link can carry (RFC 8200 §5).
         const SMALLEST_MTU: usize = 1280;
         let mut send =
             |limit| parsed.rewrite(packet, limit, &mut self.scratch, |p| injector.send(p, self.flow.local));
-        match send(PACKET_LIMIT) {
+        match send(LONGEST) {
             Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
             other => other,
         }

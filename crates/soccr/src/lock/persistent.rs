@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use soccr_netlink::{Batch, Family, Socket};
 
-use super::table::{self, Kind, Transaction};
+use super::transaction::{self, Kind, Transaction};
 use super::validate;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -90,9 +90,9 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
 fn list(socket: &mut Socket) -> Result<Vec<PersistentLock>> {
     let failed = |error| Error::system("nft list", error);
     let mut locks = Vec::new();
-    for table in table::names(socket).map_err(failed)? {
+    for table in transaction::names(socket).map_err(failed)? {
         let Some(name) = table.strip_prefix(PREFIX) else { continue };
-        let contents = match table::contents(socket, &table) {
+        let contents = match transaction::contents(socket, &table) {
             // Removed since.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
             other => other.map_err(failed)?,

@@ -1,416 +1,102 @@
-//! The nftables table of a lock, as netlink messages.
-//!
-//! ```text
-//! table inet soccr-4711-0 {
-//!   set flows4 { type ipv4_addr . inet_service . ipv4_addr . inet_service }      # remote, local
-//!   set flows6 { type ipv6_addr . inet_service . ipv6_addr . inet_service }
-//!   chain in  { type filter hook prerouting priority raw        # before connection tracking and early demux
-//!     meta l4proto tcp ip  saddr . tcp sport . ip  daddr . tcp dport @flows4 mark != 0xc114 log group 1 drop
-//!     meta l4proto tcp ip6 saddr . tcp sport . ip6 daddr . tcp dport @flows6 mark != 0xc114 log group 1 drop }
-//!   chain out { type filter hook output priority raw
-//!     meta l4proto tcp ip  daddr . tcp dport . ip  saddr . tcp sport @flows4 mark != 0xc114 drop
-//!     meta l4proto tcp ip6 daddr . tcp dport . ip6 saddr . tcp sport @flows6 mark != 0xc114 drop } }
-//! ```
-//!
-//! One element locks both directions of a connection, and no rule is ever added for one. Sets without time
-//! limits have a fixed size, which halves the time to add to them.
-//!
-//! # References
-//! `linux/netfilter/nf_tables.h`; nft(8).
+//! The table of a [`Locker`](super::Locker): gone when its socket is closed.
 
+use std::collections::HashSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
 
-use soccr_netlink::{APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, Socket, attributes};
+use rustix::net::sockopt;
+use soccr_netlink::{Batch, Socket};
 
+use super::transaction::{CAPACITY, Kind, Log, Transaction, most_elements};
+use super::{NEEDS, canonical};
 use crate::connection::Flow;
-use crate::sys::raw::MARK;
+use crate::error::{Error, Result};
 
-/// The most connections of each address family that one table can lock.
-pub(super) const CAPACITY: u32 = 65536;
+/// Enough to lock as many connections at once as a table can: an ordinary user may get less.
+const LONGEST_BATCH: usize = 8 << 20;
 
-/// How many elements a transaction of `length` bytes has room for.
-pub(super) fn most_elements(length: usize) -> usize {
-    /// One IPv6 element with its time limit, and its share of the headers.
-    const ELEMENT: usize = 72;
-    (length / ELEMENT).saturating_sub(8).max(1)
+/// A table that the kernel removes when its socket is closed, and what is in it.
+#[derive(Debug)]
+pub(super) struct Table {
+    socket: Socket,
+    name: String,
+    batch: Batch,
+    locked: HashSet<Flow>,
+    /// How many of them are IPv6, IPv4.
+    counts: [u32; 2],
 }
 
-const SET4: &str = "flows4";
-const SET6: &str = "flows6";
-
-/// What distinguishes one table from another.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
-    /// The kernel removes it when the socket that made it is closed; incoming packets are copied to a group.
-    Owned(Option<u16>),
-    /// It stays, and its elements can have a time limit.
-    Persistent,
-}
-
-/// A netfilter transaction in the making: all of it happens, or nothing.
-pub(super) struct Transaction<'a> {
-    batch: &'a mut Batch,
-    table: &'a str,
-}
-
-impl<'a> Transaction<'a> {
-    /// Begins a transaction about the table of this name. What `batch` held is forgotten.
-    pub(super) fn begin(batch: &'a mut Batch, table: &'a str) -> Self {
-        batch.clear();
-        batch.message(BATCH_BEGIN, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
-        Self { batch, table }
-    }
-
-    /// Makes the table.
-    pub(super) fn create(&mut self, kind: Kind) {
-        let (owned, group) = match kind {
-            Kind::Owned(group) => (true, group),
-            Kind::Persistent => (false, None),
+impl Table {
+    /// Makes a table of this name in the namespace of the socket. Incoming packets are copied to the `group`.
+    pub(super) fn create(mut socket: Socket, name: String, group: Option<u16>) -> Result<Self> {
+        socket.set_send_buffer(LONGEST_BATCH).map_err(|error| Error::system("SO_SNDBUF", error))?;
+        let mut batch = Batch::new();
+        let mut create = |long| {
+            let mut transaction = Transaction::begin(&mut batch, &name);
+            transaction.create(Kind::Owned(group.map(|group| Log { group, long })));
+            transaction.commit(&mut socket)
         };
-        self.message(NEW_TABLE, CREATE | EXCLUSIVE, |m| m.be32(TABLE_FLAGS, u32::from(owned) * TABLE_OWNER));
-        for (set, id, address) in [(SET4, 1, IPV4), (SET6, 2, IPV6)] {
-            self.message(NEW_SET, CREATE, |m| {
-                m.string(SET_NAME, set);
-                m.be32(SET_FLAGS, if owned { SET_CONCATENATED } else { SET_CONCATENATED | SET_TIMEOUT });
-                m.be32(
-                    SET_KEY_TYPE,
-                    [address, PORT, address, PORT].iter().fold(0, |all, field| all << 6 | field.kind),
-                );
-                m.be32(SET_KEY_LENGTH, 2 * (address.registers() + PORT.registers()) * 4);
-                m.be32(SET_ID, id);
-                m.nested(SET_DESCRIPTION, |description| {
-                    if owned {
-                        description.be32(SET_SIZE, CAPACITY);
-                    }
-                    description.nested(SET_FIELDS, |fields| {
-                        for field in [address, PORT, address, PORT] {
-                            fields.nested(LIST_ELEMENT, |f| f.be32(FIELD_LENGTH, field.length));
-                        }
-                    });
-                });
-            });
-        }
-        for (chain, hook) in [("in", HOOK_PREROUTING), ("out", HOOK_OUTPUT)] {
-            self.message(NEW_CHAIN, CREATE, |m| {
-                m.string(CHAIN_NAME, chain);
-                m.nested(CHAIN_HOOK, |h| {
-                    h.be32(HOOK_NUMBER, hook);
-                    h.be32(HOOK_PRIORITY, PRIORITY_RAW as u32);
-                });
-                m.string(CHAIN_TYPE, "filter");
-            });
-            let incoming = hook == HOOK_PREROUTING;
-            for ipv6 in [false, true] {
-                self.message(NEW_RULE, CREATE | APPEND, |m| {
-                    m.string(RULE_CHAIN, chain);
-                    m.nested(RULE_EXPRESSIONS, |list| rule(list, incoming, ipv6, group.filter(|_| incoming)));
-                });
-            }
-        }
+        // Kernels before 6.12 cannot look that far into a packet.
+        create(true)
+            .or_else(
+                |error| if error.raw_os_error() == Some(libc::EPERM) { Err(error) } else { create(false) },
+            )
+            .map_err(|error| Error::system("nft add table", error).advise(NEEDS))?;
+        Ok(Self { socket, name, batch, locked: HashSet::new(), counts: [0; 2] })
     }
 
-    /// Locks connections, each for the time given.
-    pub(super) fn add(&mut self, flows: &[Flow], limit: Option<Duration>) {
-        self.elements(NEW_ELEMENTS, CREATE | EXCLUSIVE, flows, limit);
+    pub(super) fn socket(&mut self) -> &mut Socket {
+        &mut self.socket
+    }
+
+    /// Enters connections as locked, or none of them.
+    pub(super) fn reserve(&mut self, flows: &[Flow]) -> Result<()> {
+        for (index, flow) in flows.iter().enumerate() {
+            let refused = if self.counts[usize::from(flow.is_ipv4())] == CAPACITY {
+                Error::refused("more than 65536 connections", "make another Locker for the rest")
+            } else if !self.locked.insert(canonical(flow)) {
+                let what = format!("{} to {}, which is locked already", flow.local, flow.remote);
+                Error::refused(what, "release the lock that it is in")
+            } else {
+                self.counts[usize::from(flow.is_ipv4())] += 1;
+                continue;
+            };
+            self.forget(&flows[..index]);
+            return Err(refused);
+        }
+        Ok(())
+    }
+
+    /// Locks connections that have been entered. Where that fails they are neither locked nor entered.
+    pub(super) fn add(&mut self, flows: &[Flow]) -> Result<()> {
+        self.transact(flows, |transaction, flows| transaction.add(flows, None)).map_err(|error| {
+            // Of several transactions the first ones may have succeeded.
+            let _ = self.delete(flows);
+            Error::system("nft add element", error)
+        })
     }
 
     /// Unlocks connections.
-    pub(super) fn delete(&mut self, flows: &[Flow]) {
-        self.elements(DELETE_ELEMENTS, 0, flows, None);
+    pub(super) fn delete(&mut self, flows: &[Flow]) -> Result<()> {
+        self.forget(flows);
+        self.transact(flows, |transaction, flows| transaction.delete(flows))
+            .map_err(|error| Error::system("nft delete element", error))
     }
 
-    /// Removes the table.
-    pub(super) fn remove(&mut self) {
-        self.message(DELETE_TABLE, 0, |_| ());
-    }
-
-    /// Sends the transaction and waits for the kernel's verdict.
-    pub(super) fn commit(self, socket: &mut Socket) -> io::Result<()> {
-        self.batch.acknowledge_last();
-        self.batch.message(BATCH_END, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
-        socket.transact(self.batch)
-    }
-
-    fn elements(&mut self, kind: u16, flags: u16, flows: &[Flow], limit: Option<Duration>) {
-        /// As many as fit into one attribute, whose length has 16 bits, with keys of 40 bytes.
-        const AT_ONCE: usize = 900;
-        for (set, ipv4) in [(SET4, true), (SET6, false)] {
-            let mut family = flows.iter().filter(|flow| flow.is_ipv4() == ipv4).peekable();
-            while family.peek().is_some() {
-                self.message(kind, flags, |m| {
-                    m.string(ELEMENTS_SET, set);
-                    m.nested(ELEMENTS, |list| {
-                        for flow in family.by_ref().take(AT_ONCE) {
-                            list.nested(LIST_ELEMENT, |element| {
-                                element.nested(ELEMENT_KEY, |key| key.attribute(DATA_VALUE, &key_of(flow)));
-                                if let Some(limit) = limit {
-                                    let milliseconds = limit.as_millis().clamp(1, u64::MAX.into()) as u64;
-                                    element.attribute(ELEMENT_TIMEOUT, &milliseconds.to_be_bytes());
-                                }
-                            });
-                        }
-                    });
-                });
-            }
+    fn forget(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            let removed = self.locked.remove(&canonical(flow));
+            self.counts[usize::from(flow.is_ipv4())] -= u32::from(removed);
         }
     }
 
-    fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Message<'_>)) {
-        self.batch.message(SUBSYSTEM | kind, REQUEST | flags, |m| {
-            m.bytes(&header(INET, 0));
-            m.string(TABLE, self.table);
-            body(m);
-        });
-    }
-}
-
-/// The expressions of a rule: they load what the sets hold as keys, compare, and drop.
-fn rule(list: &mut Message<'_>, incoming: bool, ipv6: bool, group: Option<u16>) {
-    let (protocol, address, source, destination) =
-        if ipv6 { (NFPROTO_IPV6, IPV6, 8, 24) } else { (NFPROTO_IPV4, IPV4, 12, 16) };
-    let (remote, local) = if incoming { (source, destination) } else { (destination, source) };
-    let (remote_port, local_port) = if incoming { (0, 2) } else { (2, 0) };
-
-    meta(list, META_NFPROTO);
-    compare(list, COMPARE_EQUAL, &[protocol]);
-    meta(list, META_L4PROTO);
-    compare(list, COMPARE_EQUAL, &[libc::IPPROTO_TCP as u8]);
-    let mut register = FIRST_REGISTER;
-    for (base, offset, field) in [
-        (NETWORK_HEADER, remote, address),
-        (TRANSPORT_HEADER, remote_port, PORT),
-        (NETWORK_HEADER, local, address),
-        (TRANSPORT_HEADER, local_port, PORT),
-    ] {
-        expression(list, "payload", |data| {
-            data.be32(PAYLOAD_REGISTER, register);
-            data.be32(PAYLOAD_BASE, base);
-            data.be32(PAYLOAD_OFFSET, offset);
-            data.be32(PAYLOAD_LENGTH, field.length);
-        });
-        register += field.registers();
-    }
-    expression(list, "lookup", |data| {
-        data.string(LOOKUP_SET, if ipv6 { SET6 } else { SET4 });
-        data.be32(LOOKUP_REGISTER, FIRST_REGISTER);
-    });
-    meta(list, META_MARK);
-    compare(list, COMPARE_UNEQUAL, &MARK.to_ne_bytes());
-    if let Some(group) = group {
-        expression(list, "log", |data| {
-            data.attribute(LOG_GROUP, &group.to_be_bytes());
-            // Every packet is delivered at once, not with the next one.
-            data.attribute(LOG_THRESHOLD, &1u16.to_be_bytes());
-        });
-    }
-    expression(list, "immediate", |data| {
-        data.be32(IMMEDIATE_REGISTER, VERDICT_REGISTER);
-        data.nested(IMMEDIATE_DATA, |value| value.nested(DATA_VERDICT, |v| v.be32(VERDICT_CODE, NF_DROP)));
-    });
-}
-
-fn meta(list: &mut Message<'_>, key: u32) {
-    expression(list, "meta", |data| {
-        data.be32(META_KEY, key);
-        data.be32(META_REGISTER, FIRST_REGISTER);
-    });
-}
-
-fn compare(list: &mut Message<'_>, operation: u32, value: &[u8]) {
-    expression(list, "cmp", |data| {
-        data.be32(COMPARE_REGISTER, FIRST_REGISTER);
-        data.be32(COMPARE_OPERATION, operation);
-        data.nested(COMPARE_DATA, |d| d.attribute(DATA_VALUE, value));
-    });
-}
-
-fn expression(list: &mut Message<'_>, name: &str, data: impl FnOnce(&mut Message<'_>)) {
-    list.nested(LIST_ELEMENT, |element| {
-        element.string(EXPRESSION_NAME, name);
-        element.nested(EXPRESSION_DATA, data);
-    });
-}
-
-/// The names of all tables in the namespace of `socket`.
-pub(super) fn names(socket: &mut Socket) -> io::Result<Vec<String>> {
-    let mut batch = Batch::new();
-    batch.message(SUBSYSTEM | GET_TABLE, REQUEST | DUMP, |m| m.bytes(&header(INET, 0)));
-    let mut names = Vec::new();
-    socket.dump(&batch, |_, payload| {
-        let name = value(payload.get(HEADER..).unwrap_or_default(), TABLE);
-        names.extend(
-            name.and_then(|bytes| std::str::from_utf8(bytes.strip_suffix(&[0])?).ok()).map(str::to_owned),
-        );
-    })?;
-    Ok(names)
-}
-
-/// The connections that a table locks, and for how much longer.
-pub(super) fn contents(socket: &mut Socket, table: &str) -> io::Result<Vec<(Flow, Option<Duration>)>> {
-    let mut contents = Vec::new();
-    for set in [SET4, SET6] {
-        let mut batch = Batch::new();
-        batch.message(SUBSYSTEM | GET_ELEMENTS, REQUEST | DUMP, |m| {
-            m.bytes(&header(INET, 0));
-            m.string(TABLE, table);
-            m.string(ELEMENTS_SET, set);
-        });
-        socket.dump(&batch, |_, payload| {
-            let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
-            for (_, element) in attributes(list) {
-                let key = value(element, ELEMENT_KEY).and_then(|key| flow_of(value(key, DATA_VALUE)?));
-                let left = value(element, ELEMENT_EXPIRATION).and_then(<[u8]>::first_chunk);
-                let left = left.map(|left| Duration::from_millis(u64::from_be_bytes(*left)));
-                contents.extend(key.map(|flow| (flow, left)));
-            }
-        })?;
-    }
-    Ok(contents)
-}
-
-fn value(bytes: &[u8], kind: u16) -> Option<&[u8]> {
-    attributes(bytes).find(|attribute| attribute.0 == kind).map(|attribute| attribute.1)
-}
-
-/// The key of a connection in a set: remote and local address and port, each padded to four bytes.
-fn key_of(flow: &Flow) -> Vec<u8> {
-    let mut key = Vec::with_capacity(40);
-    for end in [flow.remote, flow.local] {
-        match end.ip().to_canonical() {
-            IpAddr::V4(address) => key.extend_from_slice(&address.octets()),
-            IpAddr::V6(address) => key.extend_from_slice(&address.octets()),
+    /// Adds or deletes elements: in one transaction, where the kernel lets us send one that long.
+    fn transact(&mut self, flows: &[Flow], fill: impl Fn(&mut Transaction<'_>, &[Flow])) -> io::Result<()> {
+        let longest = sockopt::socket_send_buffer_size(&self.socket)?;
+        for flows in flows.chunks(most_elements(longest)) {
+            let mut transaction = Transaction::begin(&mut self.batch, &self.name);
+            fill(&mut transaction, flows);
+            transaction.commit(&mut self.socket)?;
         }
-        key.extend_from_slice(&end.port().to_be_bytes());
-        key.extend_from_slice(&[0; 2]);
-    }
-    key
-}
-
-fn flow_of(key: &[u8]) -> Option<Flow> {
-    let end = |bytes: &[u8]| {
-        let (address, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-        let address = match address.len() {
-            4 => IpAddr::from(Ipv4Addr::from(*address.first_chunk()?)),
-            16 => IpAddr::from(Ipv6Addr::from(*address.first_chunk()?)),
-            _ => return None,
-        };
-        Some(SocketAddr::new(address, u16::from_be_bytes([port[0], port[1]])))
-    };
-    let (remote, local) = key.split_at(key.len() / 2);
-    Some(Flow { local: end(local)?, remote: end(remote)? })
-}
-
-/// `struct nfgenmsg`: the address family and a resource.
-fn header(family: u8, resource: u16) -> [u8; HEADER] {
-    let [high, low] = resource.to_be_bytes();
-    [family, 0, high, low]
-}
-
-/// A field of a set's key.
-#[derive(Clone, Copy)]
-struct Field {
-    /// nft's number for the type, by which it prints the set.
-    kind: u32,
-    /// In bytes.
-    length: u32,
-}
-
-impl Field {
-    /// Registers of four bytes that the field takes.
-    fn registers(self) -> u32 {
-        self.length.div_ceil(4)
+        Ok(())
     }
 }
-
-const IPV4: Field = Field { kind: 7, length: 4 };
-const IPV6: Field = Field { kind: 8, length: 16 };
-const PORT: Field = Field { kind: 13, length: 2 };
-
-// linux/netfilter.h, linux/netfilter_ipv4.h, linux/netfilter/nfnetlink.h
-const HEADER: usize = 4;
-const NFTABLES: u16 = 10;
-const SUBSYSTEM: u16 = NFTABLES << 8;
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
-const INET: u8 = 1;
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
-const HOOK_PREROUTING: u32 = 0;
-const HOOK_OUTPUT: u32 = 3;
-const PRIORITY_RAW: i32 = -300;
-const NF_DROP: u32 = 0;
-
-// linux/netfilter/nf_tables.h: message types
-const NEW_TABLE: u16 = 0;
-const GET_TABLE: u16 = 1;
-const DELETE_TABLE: u16 = 2;
-const NEW_CHAIN: u16 = 3;
-const NEW_RULE: u16 = 6;
-const NEW_SET: u16 = 9;
-const NEW_ELEMENTS: u16 = 12;
-const GET_ELEMENTS: u16 = 13;
-const DELETE_ELEMENTS: u16 = 14;
-
-// Attributes of every message
-const TABLE: u16 = 1;
-const LIST_ELEMENT: u16 = 1;
-
-// Attributes of one kind of message each
-const TABLE_FLAGS: u16 = 2;
-const TABLE_OWNER: u32 = 0x2;
-const CHAIN_NAME: u16 = 3;
-const CHAIN_HOOK: u16 = 4;
-const CHAIN_TYPE: u16 = 7;
-const HOOK_NUMBER: u16 = 1;
-const HOOK_PRIORITY: u16 = 2;
-const RULE_CHAIN: u16 = 2;
-const RULE_EXPRESSIONS: u16 = 4;
-const SET_NAME: u16 = 2;
-const SET_FLAGS: u16 = 3;
-const SET_TIMEOUT: u32 = 0x10;
-const SET_CONCATENATED: u32 = 0x80;
-const SET_KEY_TYPE: u16 = 4;
-const SET_KEY_LENGTH: u16 = 5;
-const SET_DESCRIPTION: u16 = 9;
-const SET_ID: u16 = 10;
-const SET_SIZE: u16 = 1;
-const SET_FIELDS: u16 = 2;
-const FIELD_LENGTH: u16 = 1;
-const ELEMENTS_SET: u16 = 2;
-const ELEMENTS: u16 = 3;
-const ELEMENT_KEY: u16 = 1;
-const ELEMENT_TIMEOUT: u16 = 4;
-const ELEMENT_EXPIRATION: u16 = 5;
-
-// Expressions
-const EXPRESSION_NAME: u16 = 1;
-const EXPRESSION_DATA: u16 = 2;
-const VERDICT_REGISTER: u32 = 0;
-const FIRST_REGISTER: u32 = 8;
-const DATA_VALUE: u16 = 1;
-const DATA_VERDICT: u16 = 2;
-const VERDICT_CODE: u16 = 1;
-const META_REGISTER: u16 = 1;
-const META_KEY: u16 = 2;
-const META_MARK: u32 = 3;
-const META_NFPROTO: u32 = 15;
-const META_L4PROTO: u32 = 16;
-const COMPARE_REGISTER: u16 = 1;
-const COMPARE_OPERATION: u16 = 2;
-const COMPARE_DATA: u16 = 3;
-const COMPARE_EQUAL: u32 = 0;
-const COMPARE_UNEQUAL: u32 = 1;
-const PAYLOAD_REGISTER: u16 = 1;
-const PAYLOAD_BASE: u16 = 2;
-const PAYLOAD_OFFSET: u16 = 3;
-const PAYLOAD_LENGTH: u16 = 4;
-const NETWORK_HEADER: u32 = 1;
-const TRANSPORT_HEADER: u32 = 2;
-const LOOKUP_SET: u16 = 1;
-const LOOKUP_REGISTER: u16 = 2;
-const LOG_GROUP: u16 = 1;
-const LOG_THRESHOLD: u16 = 4;
-const IMMEDIATE_REGISTER: u16 = 1;
-const IMMEDIATE_DATA: u16 = 2;

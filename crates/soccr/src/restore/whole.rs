@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::{Restore, bind, connect};
+use super::{Restore, bind, bind_anew, connect};
 use crate::congestion;
 use crate::connection::{Connection, State};
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
-use crate::sys::tcp::{self, Queue, Repair, info_option};
+use crate::sys::tcp::{self, info_option};
 
 impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
@@ -48,12 +48,7 @@ impl Connection {
         let mut skipped = Vec::new();
         let report = if self.control.state == State::SynSent {
             self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
-            bind(socket.as_fd(), self.local)?;
-            // The same SYN once more. A peer that has answered the first one refuses the connection for good, if it gets
-            // another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
-            tcp::set_repair(socket.as_fd(), Repair::On)?;
-            tcp::set_queue_seq(socket.as_fd(), Queue::Send, self.control.write_seq.wrapping_sub(1))?;
-            tcp::set_repair(socket.as_fd(), Repair::OffNoProbe)?;
+            bind_anew(socket.as_fd(), self.local, self.control.write_seq)?;
             for stage in [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last] {
                 self.apply(socket.as_fd(), stage, &mut skipped);
             }

@@ -100,7 +100,7 @@ fn carries_each(make: impl Fn(SocketAddr) -> (OwnedFd, Option<TcpStream>), first
             let value = value_of(row, &from);
             assert_ne!(value, before, "{local} {}", row.name);
 
-            let mut settings = Settings::read(from.as_fd(), local);
+            let mut settings = read(from.as_fd(), local);
             if row.name == REUSEADDR {
                 settings.set(row.name, value.clone().unwrap());
             }
@@ -115,6 +115,12 @@ fn carries_each(make: impl Fn(SocketAddr) -> (OwnedFd, Option<TcpStream>), first
 
 fn stage_of(skipped: &Skipped) -> Stage {
     TABLE[table::position(&skipped.name).unwrap()].stage
+}
+
+fn read(fd: BorrowedFd<'_>, local: SocketAddr) -> Settings {
+    let mut settings = Settings::default();
+    settings.read_into(fd, local);
+    settings
 }
 
 #[test]
@@ -159,7 +165,7 @@ fn md5_keys_are_carried_and_never_printed() {
     }
     let read = |socket: &TcpStream| {
         let (local, remote) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
-        let mut settings = Settings::read(socket.as_fd(), local);
+        let mut settings = read(socket.as_fd(), local);
         settings.read_keys(socket.as_fd(), local, remote).unwrap();
         settings
     };
@@ -219,7 +225,7 @@ fn an_ebpf_filter_is_reported() {
     let local = "127.0.0.1:1".parse().unwrap();
     let (from, to) = (new_socket(local), new_socket(local));
     sockopt::set(from.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &program.as_raw_fd()).unwrap();
-    let skipped = apply_all(&Settings::read(from.as_fd(), local), &to, local);
+    let skipped = apply_all(&read(from.as_fd(), local), &to, local);
     assert_eq!(skipped.iter().map(|skipped| &*skipped.name).collect::<Vec<_>>(), ["SO_ATTACH_BPF"]);
 }
 

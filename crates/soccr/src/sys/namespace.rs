@@ -1,26 +1,19 @@
 //! The network namespace of a socket, and work done inside it.
 
 use std::io;
-use std::mem::size_of_val;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::sys::sockopt;
 
 /// A number that no two network namespaces share while the machine runs (`SO_NETNS_COOKIE`, Linux 5.14).
 ///
 /// Zero on older kernels, where all sockets are taken to live in the caller's namespace.
 pub(crate) fn cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut value = 0u64;
-    let mut length = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes, the size of `value`; every bit pattern is a u64.
-    let result = unsafe {
-        let value = (&raw mut value).cast();
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, value, &mut length)
-    };
-    match io::Error::last_os_error() {
-        _ if result == 0 => Ok(value),
-        error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(0),
-        error => Err(error),
+    match sockopt::get(socket, libc::SOL_SOCKET, libc::SO_NETNS_COOKIE) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(0),
+        other => other,
     }
 }
 

@@ -5,9 +5,9 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::mem::{size_of, size_of_val};
+use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
@@ -16,7 +16,7 @@ use rustix::net::{
 };
 
 use crate::error::{Error, Result};
-use crate::sys::namespace;
+use crate::sys::{namespace, sockopt};
 
 /// The firewall mark (`SO_MARK`) of every packet sent here: a lock lets it pass.
 pub(crate) const MARK: u32 = 0xc114;
@@ -64,12 +64,8 @@ impl Injector {
             Via::Loopback => (AddressFamily::PACKET, SocketType::DGRAM, None::<Protocol>),
         };
         let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
-        // SAFETY: the option is an int, readable for its size.
-        let result = unsafe {
-            let (value, length) = (std::ptr::from_ref(&MARK).cast(), size_of_val(&MARK) as libc::socklen_t);
-            libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MARK, value, length)
-        };
-        if result == 0 { Ok(Self { fd, via }) } else { Err(io::Error::last_os_error()) }
+        sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
+        Ok(Self { fd, via })
     }
 
     /// The injector for the namespace of `socket`, opened where this thread has not just used it.

@@ -130,6 +130,11 @@ pub(crate) fn select_queue(fd: BorrowedFd<'_>, queue: impl Into<Option<Queue>>) 
 /// `rcv_nxt` or `write_seq`; leaves the queue selected.
 pub(crate) fn queue_seq(fd: BorrowedFd<'_>, queue: Queue) -> Result<u32> {
     select_queue(fd, queue)?;
+    selected_seq(fd)
+}
+
+/// `rcv_nxt` or `write_seq`, of the queue that is selected.
+pub(crate) fn selected_seq(fd: BorrowedFd<'_>) -> Result<u32> {
     named("TCP_QUEUE_SEQ", sockopt::get(fd, SOL_TCP, TCP_QUEUE_SEQ))
 }
 
@@ -216,6 +221,11 @@ pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
 /// Bytes that the application can read, up to an urgent mark.
 pub(crate) fn unread(fd: BorrowedFd<'_>) -> Result<u32> {
     named("SIOCINQ", sockopt::ioctl_int::<0x541B>(fd)).map(|bytes| bytes as u32)
+}
+
+/// The next byte that the application can read is an urgent one, consumed or not.
+pub(crate) fn at_mark(fd: BorrowedFd<'_>) -> Result<bool> {
+    named("SIOCATMARK", sockopt::ioctl_int::<0x8905>(fd)).map(|answer| answer != 0)
 }
 
 /// `write_seq − snd_una`: a FIN counts.

@@ -5,8 +5,6 @@ use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use rustix::ioctl::{Getter, Opcode, ioctl};
-
 /// The funnel from −1 to errno.
 fn check(result: i64) -> io::Result<i64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -29,14 +27,6 @@ pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Res
     Ok(())
 }
 
-/// Asks an ioctl of sockets that answers with one `int`.
-pub fn ioctl_int<const OPCODE: Opcode>(fd: impl AsFd) -> io::Result<u32> {
-    // SAFETY: this module's users name only ioctls that write one `int`.
-    let getter = unsafe { Getter::<OPCODE, i32>::new() };
-    // SAFETY: as above.
-    Ok(unsafe { ioctl(fd, getter) }? as u32)
-}
-
 /// Drops every segment that arrives for this socket, before the kernel has looked at it, or none.
 pub fn set_deaf(fd: impl AsFd, deaf: bool) -> io::Result<()> {
     if !deaf {
@@ -45,19 +35,10 @@ pub fn set_deaf(fd: impl AsFd, deaf: bool) -> io::Result<()> {
     let mut drop_all = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
     let program = libc::sock_fprog { len: 1, filter: &raw mut drop_all };
     let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    let (fd, level, name) = (fd.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER);
     // SAFETY: `program` points to one instruction, and outlives the call, which copies it.
-    check(
-        unsafe {
-            libc::setsockopt(
-                fd.as_fd().as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_FILTER,
-                (&raw const program).cast(),
-                length,
-            )
-        }
-        .into(),
-    )?;
+    let result = unsafe { libc::setsockopt(fd, level, name, (&raw const program).cast(), length) };
+    check(result.into())?;
     Ok(())
 }
 

@@ -1,0 +1,141 @@
+//! Many connections that nothing happens on.
+//!
+//! There may be more of them than one process may have descriptors, as on a host with many processes: so they are held
+//! by threads with a table of descriptors of their own.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Context, Result};
+use soccr::{Flow, Restored};
+use soccr_lab::{Host, Pair, sysctl};
+
+use crate::sys;
+
+/// How many connections a thread holds.
+const SHARD: usize = 10_000;
+/// How many wait to be accepted.
+const BACKLOG: usize = 64;
+const PORT: u16 = 8000;
+
+/// What a thread holds.
+#[derive(Debug, Default)]
+pub(crate) struct Ends {
+    pub(crate) streams: Vec<TcpStream>,
+    /// In the middle of a move.
+    pub(crate) restored: Vec<(usize, Restored)>,
+}
+
+type Job = Box<dyn FnOnce(&mut Ends) + Send>;
+
+/// A thread on a host, with descriptors of its own.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Shard {
+    fn on(pair: &Arc<Pair>, host: fn(&Pair) -> &Host) -> Self {
+        let (jobs, queue): (_, Receiver<Job>) = channel();
+        let pair = Arc::clone(pair);
+        let thread = thread::spawn(move || {
+            sys::own_descriptors();
+            host(&pair).namespace.enter().expect("setns");
+            let mut ends = Ends::default();
+            queue.into_iter().for_each(|job| job(&mut ends));
+        });
+        Self { jobs: Some(jobs), thread: Some(thread) }
+    }
+
+    /// Runs `job` there, and waits for it.
+    pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce(&mut Ends) -> T + Send + 'static) -> T {
+        let (sender, receiver) = channel();
+        let jobs = self.jobs.as_ref().expect("until the drop");
+        let sent = jobs.send(Box::new(move |ends| drop(sender.send(job(ends)))));
+        sent.ok().and_then(|()| receiver.recv().ok()).expect("the thread does not panic")
+    }
+}
+
+impl Drop for Shard {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // Thousands of descriptors are closed before anything else is measured.
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Connections between a server on host `a`, whose ends move, and clients on host `b`.
+#[derive(Debug)]
+pub(crate) struct Idle {
+    pub(crate) shards: Vec<Shard>,
+    peers: Vec<Shard>,
+    pub(crate) pair: Arc<Pair>,
+}
+
+impl Idle {
+    pub(crate) fn new(count: usize) -> Result<Self> {
+        let pair = Arc::new(Pair::new()?);
+        pair.b.run(|| sysctl("net/ipv4/ip_local_port_range", "10000 65000"))?;
+        let mut idle = Self { shards: Vec::new(), peers: Vec::new(), pair };
+        for start in (0..count).step_by(SHARD) {
+            // The kernel looks long for the last ephemeral ports towards a single one: so each shard has its own.
+            let address = (idle.pair.a.v4, PORT + idle.shards.len() as u16).into();
+            idle.shards.push(Shard::on(&idle.pair, |pair| &pair.a));
+            idle.peers.push(Shard::on(&idle.pair, |pair| &pair.b));
+            idle.connect(address, (count - start).min(SHARD))?;
+        }
+        Ok(idle)
+    }
+
+    fn connect(&self, address: SocketAddr, count: usize) -> Result<()> {
+        let (shard, peers) = (self.shards.last().context("a shard")?, self.peers.last().context("a shard")?);
+        let listener = Arc::new(shard.run(move |_| TcpListener::bind(address))?);
+        for start in (0..count).step_by(BACKLOG) {
+            let batch = (count - start).min(BACKLOG);
+            peers.run(move |peers| {
+                (0..batch).try_for_each(|_| TcpStream::connect(address).map(|peer| peers.streams.push(peer)))
+            })?;
+            let listener = Arc::clone(&listener);
+            shard.run(move |ends| {
+                (0..batch).try_for_each(|_| listener.accept().map(|(stream, _)| ends.streams.push(stream)))
+            })?;
+        }
+        // Its number means something there only.
+        shard.run(move |_| drop(listener));
+        Ok(())
+    }
+
+    pub(crate) fn flows(&self) -> soccr::Result<Vec<Flow>> {
+        let mut flows = Vec::new();
+        for shard in &self.shards {
+            flows.extend(
+                shard.run(|ends| ends.streams.iter().map(Flow::of).collect::<soccr::Result<Vec<_>>>())?,
+            );
+        }
+        Ok(flows)
+    }
+
+    /// Every connection is alive: of each that is looked at, both ends hear from the other.
+    pub(crate) fn check(&self) -> Result<()> {
+        type Talk = fn(&mut TcpStream) -> std::io::Result<()>;
+        let write: Talk = |stream| stream.write_all(b"hi");
+        let read: Talk = |stream| stream.read_exact(&mut [0; 2]);
+        let all = |shard: &Shard, talk: Talk| {
+            shard.run(move |ends| {
+                let step = ends.streams.len().div_ceil(50);
+                ends.streams.iter_mut().step_by(step).try_for_each(talk)
+            })
+        };
+        for (shard, peers) in self.shards.iter().zip(&self.peers) {
+            all(peers, write)?;
+            all(shard, read)?;
+            all(shard, write)?;
+            all(peers, read)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,130 @@
+//! The table, and the JSON object.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::machine::Machine;
+use crate::statistics::Samples;
+
+/// One line of the table.
+#[derive(Debug)]
+pub(crate) struct Row {
+    scenario: &'static str,
+    what: String,
+    samples: usize,
+    median: Duration,
+    p99: Duration,
+    max: Duration,
+    floor: Option<Duration>,
+    ratio: Option<f64>,
+}
+
+impl Row {
+    pub(crate) fn new(scenario: &'static str, what: impl Into<String>, samples: &Samples) -> Self {
+        Self {
+            scenario,
+            what: what.into(),
+            samples: samples.count(),
+            median: samples.median(),
+            p99: samples.p99(),
+            max: samples.max(),
+            floor: None,
+            ratio: None,
+        }
+    }
+
+    /// Beside the bare system calls.
+    pub(crate) fn against(self, floor: &Samples) -> Self {
+        let floor = floor.median();
+        Self { floor: Some(floor), ratio: Some(self.median.as_secs_f64() / floor.as_secs_f64()), ..self }
+    }
+
+    fn json(&self) -> Value {
+        let microseconds = |time: Duration| time.as_nanos() as f64 / 1e3;
+        json!({
+            "scenario": self.scenario,
+            "what": self.what,
+            "samples": self.samples,
+            "median_us": microseconds(self.median),
+            "p99_us": microseconds(self.p99),
+            "max_us": microseconds(self.max),
+            "floor_us": self.floor.map(microseconds),
+            "ratio": self.ratio,
+        })
+    }
+}
+
+/// Rows, printed as they come or all at once as JSON.
+#[derive(Debug)]
+pub(crate) struct Report {
+    machine: Machine,
+    json: bool,
+    rows: Vec<Row>,
+    notes: Vec<String>,
+}
+
+const WIDTHS: [usize; 2] = [8, 44];
+
+impl Report {
+    pub(crate) fn new(machine: Machine, json: bool) -> Self {
+        if !json {
+            println!("{machine}\n");
+            let [scenario, what] = WIDTHS;
+            println!(
+                "{:scenario$} {:what$} {:>6} {:>10} {:>10} {:>10} {:>10} {:>6}",
+                "scenario", "", "n", "median", "p99", "max", "floor", "ratio"
+            );
+        }
+        Self { machine, json, rows: Vec::new(), notes: Vec::new() }
+    }
+
+    pub(crate) fn add(&mut self, row: Row) {
+        if !self.json {
+            print(&row);
+        }
+        self.rows.push(row);
+    }
+
+    /// What could not be measured, and why.
+    pub(crate) fn note(&mut self, note: String) {
+        if !self.json {
+            println!("{note}");
+        }
+        self.notes.push(note);
+    }
+
+    pub(crate) fn finish(self) {
+        if self.json {
+            let rows: Vec<Value> = self.rows.iter().map(Row::json).collect();
+            println!("{}", json!({ "machine": self.machine.json(), "results": rows, "notes": self.notes }));
+        } else {
+            println!(
+                "\nfloor: the same bare system calls, interleaved in the same run; ratio: of the medians"
+            );
+        }
+    }
+}
+
+fn print(row: &Row) {
+    let [scenario, what] = WIDTHS;
+    println!(
+        "{:scenario$} {:what$} {:>6} {:>10} {:>10} {:>10} {:>10} {:>6}",
+        row.scenario,
+        row.what,
+        row.samples,
+        time(row.median),
+        time(row.p99),
+        time(row.max),
+        row.floor.map_or(String::new(), time),
+        row.ratio.map_or(String::new(), |ratio| format!("{ratio:.2}")),
+    );
+}
+
+fn time(time: Duration) -> String {
+    match time.as_nanos() as f64 {
+        nanoseconds if nanoseconds < 1e6 => format!("{:.1} µs", nanoseconds / 1e3),
+        nanoseconds if nanoseconds < 1e9 => format!("{:.2} ms", nanoseconds / 1e6),
+        nanoseconds => format!("{:.2} s", nanoseconds / 1e9),
+    }
+}

@@ -1,0 +1,165 @@
+//! Whole moves of idle connections: lock, save, stream, read, restore, unlock, resume.
+//!
+//! The floor does the same without lock and stream, without writing back the options, and one connection after the
+//! other: its system calls are those of [`floor`].
+
+use std::io::{BufReader, BufWriter, PipeReader, PipeWriter};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use soccr::bulk::{self, Saved};
+use soccr::lock::{Locker, Mode};
+use soccr::{Connection, Restored};
+use soccr_image::stream::{Message, Reader, Writer};
+
+use crate::arguments::Arguments;
+use crate::floor;
+use crate::idle::{Ends, Idle};
+use crate::report::{Report, Row};
+use crate::statistics::{Samples, repeat};
+
+const COUNTS: [usize; 5] = [1, 100, 1_000, 10_000, 50_000];
+
+/// The parts of a move. Saving and restoring are streamed, so they overlap.
+const PHASES: [&str; 4] = ["lock", "save, stream, restore", "unlock", "resume"];
+const BUFFER: usize = 64 << 10;
+
+pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
+    for count in COUNTS {
+        match Idle::new(count) {
+            Ok(idle) => one(idle, count, arguments, report)?,
+            Err(error) => report.note(format!("{count} connections cannot be made here: {error}")),
+        }
+    }
+    Ok(())
+}
+
+fn one(idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> Result<()> {
+    let locker = idle.pair.a.run(|| Locker::new(Mode::HOLD))?;
+    let budget = Duration::from_millis(if arguments.full { 20_000 } else { 1_500 });
+    let mut samples = Samples::default();
+    let mut phases: [Samples; PHASES.len()] = Default::default();
+    let mut bare = Samples::default();
+    repeat(budget, 3, |_| {
+        let start = Instant::now();
+        move_all(&idle, &locker, &mut phases)?;
+        samples.push(start.elapsed());
+        idle.check().context("after the move")?;
+        bare.push(move_bare(&idle, &locker)?);
+        idle.check().context("after the bare move")
+    })?;
+    report.add(Row::new("moves", format!("{count}"), &samples).against(&bare));
+    for (name, samples) in PHASES.iter().zip(&phases) {
+        report.add(Row::new("moves", format!("{count}: {name}"), samples));
+    }
+    Ok(())
+}
+
+fn move_all(idle: &Idle, locker: &Locker, phases: &mut [Samples; PHASES.len()]) -> Result<()> {
+    let [locking, moving, unlocking, resuming] = phases;
+    let lock = locking.time(|| locker.lock(&idle.flows()?))?;
+    moving.time(|| idle.shards.iter().try_for_each(|shard| shard.run(stream)))?;
+    unlocking.time(|| lock.release())?;
+    resuming.time(|| idle.shards.iter().try_for_each(|shard| shard.run(resume)))
+}
+
+/// Saves into a pipe, and restores from its other end, at the same time: as two programs do.
+fn stream(ends: &mut Ends) -> Result<()> {
+    let (reader, writer) = std::io::pipe()?;
+    let Ends { streams, restored } = ends;
+    restored.reserve(streams.len());
+    thread::scope(|scope| {
+        let source = scope.spawn(|| save(streams, writer));
+        restore(restored, reader)?;
+        source.join().expect("it does not panic")
+    })
+}
+
+fn save(streams: &mut Vec<TcpStream>, pipe: PipeWriter) -> Result<()> {
+    let mut stream = Writer::new(BufWriter::with_capacity(BUFFER, pipe))?;
+    bulk::save(&*streams, |index, saved| {
+        let Saved { connection, paused } = saved?;
+        paused.detach()?;
+        stream.connection(index as u32 + 1, "", connection)?;
+        Ok::<_, anyhow::Error>(())
+    })?;
+    streams.clear();
+    stream.finish()?;
+    Ok(())
+}
+
+fn restore(restored: &mut Vec<(usize, Restored)>, pipe: PipeReader) -> Result<()> {
+    let mut reader = Reader::new(BufReader::with_capacity(BUFFER, pipe))?;
+    let connections = std::iter::from_fn(|| match reader.receive() {
+        Ok(Some(Message::Connection { id, connection, .. })) => Some((id as usize - 1, connection)),
+        _ => None,
+    });
+    let mut failure = None;
+    bulk::restore(connections, |index, outcome| match outcome {
+        Ok(socket) => restored.push((index, socket)),
+        Err(error) => failure = Some(error),
+    });
+    match failure {
+        Some(error) => bail!(error),
+        None => Ok(()),
+    }
+}
+
+fn resume(ends: &mut Ends) -> Result<()> {
+    let mut streams: Vec<Option<TcpStream>> = Vec::new();
+    streams.resize_with(ends.restored.len(), || None);
+    let mut failure = None;
+    bulk::resume(ends.restored.drain(..), |index, outcome| match outcome {
+        Ok(stream) => streams[index] = Some(stream),
+        Err(error) => failure = Some(error),
+    });
+    if let Some(error) = failure {
+        bail!(error);
+    }
+    ends.streams = streams.into_iter().collect::<Option<_>>().context("a connection is missing")?;
+    Ok(())
+}
+
+/// The same by bare system calls, for the time that these take. It needs the lock nevertheless, or what the peers send
+/// would meet no socket.
+fn move_bare(idle: &Idle, locker: &Locker) -> Result<Duration> {
+    let lock = locker.lock(&idle.flows()?)?;
+    let mut time = Duration::ZERO;
+    for shard in &idle.shards {
+        time += shard.run(|ends| {
+            let values = values(ends)?;
+            let restorers: Vec<_> = values.iter().map(floor::Restorer::new).collect();
+            let start = Instant::now();
+            for socket in ends.streams.drain(..) {
+                floor::save(socket.as_fd(), &mut []);
+                floor::detach(socket.as_fd());
+            }
+            ends.streams = restorers.iter().map(|restorer| restorer.restore().into()).collect();
+            Ok::<_, anyhow::Error>(start.elapsed())
+        })?;
+    }
+    lock.release()?;
+    for shard in &idle.shards {
+        time += shard.run(|ends| {
+            let start = Instant::now();
+            ends.streams.iter().for_each(|socket| floor::resume(socket.as_fd()));
+            start.elapsed()
+        });
+    }
+    Ok(time)
+}
+
+fn values(ends: &Ends) -> Result<Vec<Connection>> {
+    let mut values = Vec::new();
+    bulk::save(&ends.streams, |_, saved| {
+        let Saved { connection, paused } = saved?;
+        values.push(connection.clone());
+        paused.release();
+        Ok::<_, soccr::Error>(())
+    })?;
+    ends.streams.iter().for_each(|socket| floor::unpause(socket.as_fd()));
+    Ok(values)
+}

@@ -1,0 +1,72 @@
+//! What people read when it does not work: the step, the option, the errno, and what to do.
+
+use std::thread;
+
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use soccr::{ErrorKind, pause};
+use soccr_lab::Family;
+
+use crate::ends::Ends;
+
+fn assert_line<T: std::fmt::Debug>(result: soccr::Result<T>, begins: &str, remedy: &str) {
+    let error = result.unwrap_err();
+    let line = error.to_string();
+    assert!(line.starts_with(begins), "{line}");
+    assert!(line.contains(" — ") && error.remedy().contains(remedy), "{line}");
+    assert_eq!(error.kind(), ErrorKind::System);
+    assert!(!line.contains('\n'));
+}
+
+/// Runs `body` on a thread without these capabilities.
+fn without<T: Send>(dropped: CapabilitySet, body: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let sets = capabilities(None).unwrap();
+            let effective = sets.effective - dropped;
+            set_capabilities(None, CapabilitySets { effective, ..sets }).unwrap();
+            body()
+        });
+        thread.join().unwrap()
+    })
+}
+
+pub fn a_pause_without_capabilities() {
+    let ends = Ends::new(Family::V4);
+    without(CapabilitySet::NET_ADMIN, || {
+        assert_line(pause(&ends.ours), "pause: TCP_REPAIR: EPERM", "CAP_NET_ADMIN");
+    });
+    ends.finish();
+}
+
+pub fn a_restore_without_capabilities() {
+    let mut ends = Ends::new(Family::V4);
+    let connection = ends.take();
+    without(CapabilitySet::NET_ADMIN, || {
+        assert_line(connection.restore(), "restore: TCP_REPAIR: EPERM", "CAP_NET_ADMIN");
+    });
+    ends.restore_and_resume(&connection);
+    ends.finish();
+}
+
+pub fn a_restore_where_the_old_socket_lives() {
+    let ends = Ends::new(Family::V4);
+    let connection = pause(&ends.ours).unwrap().save().unwrap();
+    assert_line(ends.restore(&connection), "restore: connect: EADDRNOTAVAIL", "detach the old one");
+    ends.finish();
+}
+
+pub fn a_restore_where_the_address_is_not() {
+    for family in [Family::V4, Family::V6] {
+        let mut ends = Ends::new(family);
+        let connection = ends.take();
+        let elsewhere = ends.pair.b.run(|| connection.restore());
+        assert_line(elsewhere, "restore: bind: EADDRNOTAVAIL", "not configured here");
+        ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
+
+pub fn what_is_no_socket() {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    assert_line(pause(&file), "pause: TCP_REPAIR: ENOTSOCK", "no socket");
+}
