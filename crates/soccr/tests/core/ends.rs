@@ -80,8 +80,6 @@ impl Ends {
 
     /// What there is between two hosts, with nothing in its queues.
     pub fn between(pair: Pair, ours: TcpStream, peer: TcpStream, remote: SocketAddr) -> Self {
-        // Not while nobody owns the addresses, for there is no lock.
-        soccr::prepare();
         peer.set_read_timeout(Some(LIMIT)).unwrap();
         peer.set_write_timeout(Some(LIMIT)).unwrap();
         let closing = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::FIN | Flags::RST).unwrap();

@@ -22,6 +22,8 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
+    // Not in the middle of a test, whose peers would repeat segments meanwhile.
+    soccr::prepare();
     let mut tests = tests! {
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
