@@ -12,25 +12,30 @@ pub struct Call {
 
 /// Runs a program, shows each system call of its first thread to `kill_at`, and kills it before the first for which that
 /// says so. Whether it was killed.
-pub fn run_and_kill(command: &mut Command, mut kill_at: impl FnMut(&Call) -> bool) -> bool {
+pub fn run_and_kill(command: &mut Command, kill_at: impl FnMut(&Call) -> bool) -> bool {
     let mut child = command.spawn().unwrap();
+    let killed = trace(&mut child, kill_at);
+    // The tracer has waited for it already.
+    let _ = child.wait();
+    killed
+}
+
+fn trace(child: &mut Child, mut kill_at: impl FnMut(&Call) -> bool) -> bool {
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
-    ptrace(libc::PTRACE_SEIZE, &child, options as usize).unwrap();
-    ptrace(libc::PTRACE_INTERRUPT, &child, 0).unwrap();
+    ptrace(libc::PTRACE_SEIZE, child, options as usize).unwrap();
+    ptrace(libc::PTRACE_INTERRUPT, child, 0).unwrap();
     let mut killed = false;
     let mut status = 0;
     loop {
         // SAFETY: the kernel writes one int.
         let waited = unsafe { libc::waitpid(child.id() as i32, &mut status, libc::__WALL) };
         if waited < 0 || !libc::WIFSTOPPED(status) {
-            // It has been waited for, and this only says so.
-            let _ = child.wait();
             return killed;
         }
         let mut signal = 0;
         match libc::WSTOPSIG(status) {
             at_call if at_call == libc::SIGTRAP | 0x80 => {
-                if !killed && entry(&child).is_some_and(|call| kill_at(&call)) {
+                if !killed && entry(child).is_some_and(|call| kill_at(&call)) {
                     child.kill().unwrap();
                     killed = true;
                 }
@@ -38,7 +43,7 @@ pub fn run_and_kill(command: &mut Command, mut kill_at: impl FnMut(&Call) -> boo
             _ if status >> 16 != 0 => {}
             other => signal = other,
         }
-        let _ = ptrace(libc::PTRACE_SYSCALL, &child, signal as usize);
+        let _ = ptrace(libc::PTRACE_SYSCALL, child, signal as usize);
     }
 }
 
