@@ -41,6 +41,7 @@ pub(crate) struct Receive {
 
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
+        soccr::prepare();
         lifeline::claim()?;
         let recipient = self.handover.find()?;
         network::enter(self.netns.as_deref())?;

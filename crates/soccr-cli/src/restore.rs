@@ -54,6 +54,7 @@ impl Restore {
         let mut connection = read(self.file.as_deref())?;
         AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
+        soccr::prepare();
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;
         let mut reports = self.demands.reports();

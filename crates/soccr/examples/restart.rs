@@ -95,7 +95,7 @@ fn save(directory: &Path, clients: &[Client]) -> Result<(), Box<dyn Error>> {
     if flows.is_empty() {
         return Ok(());
     }
-    let lock = Lock::drop_traffic(&flows)?;
+    let mut lock = Lock::drop_traffic(&flows)?;
     let mut all = Vec::new();
     for (number, client) in clients.iter().enumerate() {
         let paused = soccr::pause(&client.stream)?;

@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use crate::connection::{ControlBlock, Flow};
+use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::save;
 use crate::segment::{Segment, flags};
@@ -12,7 +13,10 @@ use crate::sys::raw::{Injector, Via};
 use crate::sys::tcp::{self, Queue};
 
 /// How long a segment may take through `lo`: far longer than it does, unless the machine is very busy.
-const ARRIVAL: Duration = Duration::from_millis(100);
+pub(crate) const ARRIVAL: Duration = Duration::from_millis(100);
+
+/// How long it may take where there is another way to try.
+pub(crate) const FIRST_ARRIVAL: Duration = Duration::from_millis(5);
 
 /// The FIN of the peer arrives.
 pub(crate) fn inject_fin(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {
@@ -45,27 +49,41 @@ pub(crate) fn inject_urgent(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlo
     inject(fd, &segment, arrived)
 }
 
-/// Tells the peer our acknowledgement and our window, which the kernel's own probe does not.
-pub(crate) fn send_ack(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {
-    let window = control.window.map_or(u32::from(u16::MAX), |window| window.rcv_wnd);
+/// Our acknowledgement and our window, which the kernel's own probe does not tell the peer. Read from a socket in repair
+/// mode: what a lock has held may have moved it on since it was restored.
+pub(crate) fn acknowledgement(
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    control: &ControlBlock,
+) -> Result<Segment<'static>> {
+    let snd_nxt = tcp::queue_seq(fd, Queue::Send)?.wrapping_sub(tcp::unsent(fd)?);
+    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
+    tcp::select_queue(fd, None)?;
+    let room = tcp::window(fd)?.map_or(i32::from(i16::MAX), |window| {
+        window.rcv_wup.wrapping_add(window.rcv_wnd).wrapping_sub(rcv_nxt) as i32
+    });
     let shift = control.options.window_scale.map_or(0, |scale| scale.rcv);
     let clock = match control.options.timestamps {
         // An echo of zero says nothing, and Linux takes no round-trip time from it.
         Some(_) => Some((tcp::timestamp(fd)?, 0)),
         None => None,
     };
-    let segment = Segment {
+    Ok(Segment {
         source: flow.local,
         destination: flow.remote,
-        seq: control.snd_nxt(),
-        ack: control.rcv_nxt,
+        seq: snd_nxt,
+        ack: rcv_nxt,
         flags: flags::ACK,
-        window: (window >> shift).min(u16::MAX.into()) as u16,
+        window: (room.max(0) as u32 >> shift).min(u16::MAX.into()) as u16,
         timestamps: clock,
         urgent: 0,
         payload: &[],
-    };
-    send(fd, &segment, Via::routed(flow.remote.ip()))
+    })
+}
+
+/// Sends a segment of ours to the peer.
+pub(crate) fn send_to_peer(fd: BorrowedFd<'_>, segment: &Segment<'_>) -> Result<()> {
+    send(fd, segment, Via::routed(segment.destination.ip()))
 }
 
 pub(crate) fn from_peer<'a>(
@@ -99,10 +117,17 @@ pub(crate) fn inject(
     segment: &Segment<'_>,
     arrived: impl Fn() -> Result<bool>,
 ) -> Result<()> {
+    let routed = Via::routed(segment.destination.ip());
+    let flow = Flow { local: segment.destination, remote: segment.source };
     let mut refusal = None;
-    for via in [Via::routed(segment.destination.ip()), Via::Loopback] {
+    for (via, unknown) in [(routed, false), (routed, true), (Via::Loopback, false)] {
+        // A firewall may let only established connections pass, and not know that this is one.
+        if unknown && conntrack::enter(fd, flow).is_err() {
+            continue;
+        }
+        let limit = if via == routed && !unknown { FIRST_ARRIVAL } else { ARRIVAL };
         match send(fd, segment, via) {
-            Ok(()) if wait_for(&arrived)? => return Ok(()),
+            Ok(()) if wait_for(limit, &arrived)? => return Ok(()),
             Ok(()) => {}
             Err(error) => refusal = Some(error),
         }
@@ -121,8 +146,8 @@ fn send(fd: BorrowedFd<'_>, segment: &Segment<'_>, via: Via) -> Result<()> {
 }
 
 /// On an idle machine the segment has arrived before the call that sent it returns.
-fn wait_for(arrived: &impl Fn() -> Result<bool>) -> Result<bool> {
-    let deadline = Instant::now() + ARRIVAL;
+pub(crate) fn wait_for(limit: Duration, arrived: &impl Fn() -> Result<bool>) -> Result<bool> {
+    let deadline = Instant::now() + limit;
     loop {
         if arrived()? {
             return Ok(true);

@@ -56,6 +56,7 @@ mod buffers;
 pub mod bulk;
 mod congestion;
 pub mod connection;
+mod conntrack;
 pub mod diag;
 mod error;
 mod fin;
@@ -71,7 +72,7 @@ mod segment;
 pub mod settings;
 mod sys;
 
-pub use congestion::{Unavailable, prepare};
+pub use congestion::prepare;
 pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
 pub use lock::Lock;

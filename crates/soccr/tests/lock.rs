@@ -1,7 +1,7 @@
 //! Locks on the real packet filter: what they stop, what they keep, and that nothing of them stays behind.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -9,9 +9,10 @@ use std::{env, fs, thread};
 
 use soccr::ErrorKind::Refused;
 use soccr::connection::Flow;
-use soccr::lock::{Locker, Mode, PersistentLock};
+use soccr::lock::{Locker, Mode, PersistentLock, SILENCE};
 use soccr::{Lock, pause};
 use soccr_lab::{Family, Lab, Namespace, Pair, Side, Test, harness, sysctl, wait_until};
+use soccr_netlink::{APPEND, Batch, CREATE, Message, REQUEST, Socket};
 
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
 const VICTIM: &str = "LOCK_AND_WAIT";
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
         a_dropping_lock_costs_a_retransmission,
         a_moved_connection_gets_what_was_held,
         held_packets_move_to_another_host,
+        a_strict_firewall_lets_a_moved_connection_pass,
+        a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass,
         the_longest_packets_are_held_whole,
         what_is_held_has_a_limit,
         dropping_the_guard_unlocks,
@@ -197,67 +200,98 @@ fn a_dropping_lock_costs_a_retransmission() {
 
 fn a_moved_connection_gets_what_was_held() {
     for family in Family::ALL {
-        let pair = Pair::new().unwrap();
-        be_patient(&pair.a.namespace);
-        let (mut peer, mut ours) = connect_in(&pair, family, 80);
-        let flow = Flow::of(&ours).unwrap();
-        let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
-        let baseline = Baseline::of(&pair.a.namespace);
-        let sent = bytes(20_000);
-        for _ in 0..3 {
-            transfer(&mut peer, &mut ours, b"received before");
-            let lock = locker.lock(&[flow]).unwrap();
-            let paused = pause(&ours).unwrap();
-            let connection = paused.save().unwrap();
-            let expected = sent.clone();
-            let mut writer = peer.try_clone().unwrap();
-            let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
-            wait_until("packets are held", || lock.held() > 0);
-            paused.detach().unwrap();
-            let restored = pair.b.run(|| connection.restore()).unwrap();
-            assert!(lock.release().unwrap() > 0);
-            ours = restored.resume().unwrap();
-            expect(&mut ours, &sent);
-            writing.join().unwrap();
-            transfer(&mut ours, &mut peer, b"and back");
-        }
-        baseline.assert_unchanged(family);
+        move_on_one_host(&Pair::new().unwrap(), family);
     }
+}
+
+fn a_strict_firewall_lets_a_moved_connection_pass() {
+    let pair = Pair::new().unwrap();
+    pair.b.run(let_established_connections_pass);
+    move_on_one_host(&pair, Family::V4);
+}
+
+fn move_on_one_host(pair: &Pair, family: Family) {
+    be_patient(&pair.a.namespace);
+    let (mut peer, mut ours) = connect_in(pair, family, 80);
+    let flow = Flow::of(&ours).unwrap();
+    let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
+    let baseline = Baseline::of(&pair.a.namespace);
+    let sent = bytes(20_000);
+    for _ in 0..3 {
+        transfer(&mut peer, &mut ours, b"received before");
+        let lock = locker.lock(&[flow]).unwrap();
+        let paused = pause(&ours).unwrap();
+        let connection = paused.save().unwrap();
+        let expected = sent.clone();
+        let mut writer = peer.try_clone().unwrap();
+        let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
+        wait_until("packets are held", || lock.held() > 0);
+        paused.detach().unwrap();
+        let restored = pair.b.run(|| connection.restore()).unwrap();
+        assert!(lock.release().unwrap() > 0);
+        ours = restored.resume().unwrap();
+        expect(&mut ours, &sent);
+        writing.join().unwrap();
+        transfer(&mut ours, &mut peer, b"and back");
+    }
+    baseline.assert_unchanged(family);
 }
 
 fn held_packets_move_to_another_host() {
     for family in [Family::V4, Family::V6, Family::Mapped] {
-        let lab = Lab::new().unwrap();
-        be_patient(&lab.peer.namespace);
-        let listener = lab.a.run(|| TcpListener::bind(lab.a.address(family, 80))).unwrap();
-        let mut peer = lab.peer.run(|| TcpStream::connect(lab.peer.address_of(&lab.a, family, 80))).unwrap();
-        let (mut ours, _) = listener.accept().unwrap();
-        let flow = Flow::of(&ours).unwrap();
-        transfer(&mut peer, &mut ours, b"received before");
-        let baseline = Baseline::of(&lab.peer.namespace);
+        move_to_another_host(&Lab::new().unwrap(), family, false);
+        move_to_another_host(&Lab::new().unwrap(), family, true);
+    }
+}
 
-        let lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
-        let paused = pause(&ours).unwrap();
-        let connection = paused.save().unwrap();
+fn a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass() {
+    for closing in [false, true] {
+        let lab = Lab::new().unwrap();
+        lab.b.run(let_established_connections_pass);
+        move_to_another_host(&lab, Family::V4, closing);
+    }
+}
+
+/// Moves a connection from `a` to `b`; the peer closes its side before (`closing`) or sends data meanwhile.
+fn move_to_another_host(lab: &Lab, family: Family, closing: bool) {
+    be_patient(&lab.peer.namespace);
+    let listener = lab.a.run(|| TcpListener::bind(lab.a.address(family, 80))).unwrap();
+    let mut peer = lab.peer.run(|| TcpStream::connect(lab.peer.address_of(&lab.a, family, 80))).unwrap();
+    let (mut ours, _) = listener.accept().unwrap();
+    let flow = Flow::of(&ours).unwrap();
+    transfer(&mut peer, &mut ours, b"received before");
+    if closing {
+        peer.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    }
+    let baseline = Baseline::of(&lab.peer.namespace);
+
+    let mut lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+    let paused = pause(&ours).unwrap();
+    let connection = paused.save().unwrap();
+    if !closing {
         peer.write_all(b"early").unwrap();
         wait_until("packets are held", || lock.held() > 0);
-        paused.detach().unwrap();
-        drop(ours);
-        lab.steer(Side::B).unwrap();
-        let held = lock.take().unwrap();
-        assert_eq!(lock.held(), 0);
-        lock.persist("gone", Some(soccr::lock::SILENCE)).unwrap();
+    }
+    paused.detach().unwrap();
+    drop(ours);
+    lab.steer(Side::B).unwrap();
+    let held = lock.take().unwrap();
+    assert_eq!(lock.held(), 0);
+    lock.persist("gone", Some(SILENCE)).unwrap();
 
-        let restored = lab.b.run(|| connection.restore()).unwrap();
-        for held in &held {
-            held.replay(&restored).unwrap();
-        }
-        let mut ours = restored.resume().unwrap();
+    let restored = lab.b.run(|| connection.restore()).unwrap();
+    for held in &held {
+        assert_eq!(held.replay(&restored).unwrap(), held.packets.len());
+    }
+    let mut ours = restored.resume().unwrap();
+    if !closing {
         expect(&mut ours, b"early");
         transfer(&mut peer, &mut ours, b"late");
-        transfer(&mut ours, &mut peer, b"and back");
-        baseline.assert_unchanged(family);
-
+    }
+    transfer(&mut ours, &mut peer, b"and back");
+    baseline.assert_unchanged((family, closing));
+    if !closing {
         // A late packet to the old host draws no reset.
         lab.steer(Side::A).unwrap();
         peer.write_all(b"astray").unwrap();
@@ -265,6 +299,75 @@ fn held_packets_move_to_another_host() {
         expect_nothing(&mut ours);
         transfer(&mut ours, &mut peer, b"still there");
     }
+}
+
+/// A firewall for the network of the calling thread: `policy drop; ct state established accept`, in both directions
+/// and on `lo` too; only what begins a connection passes besides.
+fn let_established_connections_pass() {
+    const SUBSYSTEM: u16 = 10 << 8;
+    let mut batch = Batch::new();
+    batch.message(0x10, REQUEST, |m| m.bytes(&[0, 0, 0, 10]));
+    let mut add = |kind: u16, body: &dyn Fn(&mut Message<'_>)| {
+        batch.message(SUBSYSTEM | kind, REQUEST | CREATE | APPEND, |m| {
+            m.bytes(&[1, 0, 0, 0]);
+            m.string(1, "strict");
+            body(m);
+        });
+    };
+    let expression = |list: &mut Message<'_>, name: &str, data: &dyn Fn(&mut Message<'_>)| {
+        list.nested(1, |element| {
+            element.string(1, name);
+            element.nested(2, data);
+        });
+    };
+    let accept_where = |list: &mut Message<'_>, value: &[u8]| {
+        expression(list, "cmp", &|d| {
+            d.be32(1, 8);
+            d.be32(2, 0);
+            d.nested(3, |v| v.attribute(1, value));
+        });
+        expression(list, "immediate", &|d| {
+            d.be32(1, 0);
+            d.nested(2, |v| v.nested(2, |verdict| verdict.be32(1, 1)));
+        });
+    };
+    add(0, &|_| ());
+    for (chain, hook) in [("in", 1), ("out", 3)] {
+        add(3, &|m| {
+            m.string(3, chain);
+            m.nested(4, |h| {
+                h.be32(1, hook);
+                h.be32(2, 0);
+            });
+            m.be32(5, 0); // policy drop
+            m.string(7, "filter");
+        });
+        add(6, &|m| {
+            m.string(2, chain);
+            m.nested(4, |list| {
+                expression(list, "ct", &|d| {
+                    d.be32(1, 8);
+                    d.be32(2, 0); // ct state
+                });
+                accept_where(list, &2u32.to_ne_bytes()); // established
+            });
+        });
+        add(6, &|m| {
+            m.string(2, chain);
+            m.nested(4, |list| {
+                expression(list, "payload", &|d| {
+                    d.be32(1, 8);
+                    d.be32(2, 2); // transport header
+                    d.be32(3, 13);
+                    d.be32(4, 1);
+                });
+                accept_where(list, &[2]); // a SYN and nothing else
+            });
+        });
+    }
+    batch.acknowledge_last();
+    batch.message(0x11, REQUEST, |m| m.bytes(&[0, 0, 0, 10]));
+    Socket::open(soccr_netlink::Family::Netfilter).unwrap().transact(&batch).unwrap();
 }
 
 fn the_longest_packets_are_held_whole() {
@@ -487,10 +590,14 @@ fn a_persistent_lock_ends_with_its_time() {
 
 fn a_lock_becomes_persistent() {
     let mut connected = connect(Family::V4);
-    let lock = connected.lock(Mode::HOLD);
+    let mut lock = connected.lock(Mode::HOLD);
     connected.peer.write_all(b"thrown away").unwrap();
     connected.settle();
+    lock.persist("no such name!", None).unwrap_err();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
     lock.persist("afterwards", None).unwrap();
+    drop(lock);
     connected.settle();
     expect_nothing(&mut connected.ours);
     let locks = connected.pair.b.run(PersistentLock::list).unwrap();

@@ -1,11 +1,14 @@
 //! Packets that were held back, and how they reach the connection after all.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
-use crate::connection::Flow;
-use crate::error::Result;
+use crate::connection::{Flow, State};
+use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, flags};
 use crate::sys::raw::{Injector, Via};
+use crate::sys::sockopt;
+use crate::{conntrack, fin, save};
 
 /// What the peer of a connection sent while the connection was locked: plain data, which travels with the
 /// [`Connection`](crate::Connection) to another host and is replayed there.
@@ -26,22 +29,49 @@ impl Held {
     /// Replaying twice does no harm.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_NET_RAW`, or where a firewall drops what the host sends to itself.
+    /// Refused: nothing arrived, because of a firewall. `EPERM` without `CAP_NET_RAW`, or where a firewall drops what the
+    /// host sends to itself. The peer sends again what it misses.
     pub fn replay(&self, socket: impl AsFd) -> Result<usize> {
         self.replay_into(socket.as_fd()).map_err(|error| error.at("replay"))
     }
 
-    fn replay_into(&self, socket: std::os::fd::BorrowedFd<'_>) -> Result<usize> {
-        if self.packets.is_empty() {
+    fn replay_into(&self, socket: BorrowedFd<'_>) -> Result<usize> {
+        // A connection that is over takes nothing more, and the packets would draw a reset.
+        if self.packets.is_empty() || save::state(socket)? == State::Close {
             return Ok(0);
         }
+        // A firewall may let only established connections pass, and not know that this is one.
+        self.inject_into(socket, fin::FIRST_ARRIVAL).or_else(|error| {
+            match conntrack::enter(socket, self.flow) {
+                Ok(()) => self.inject_into(socket, fin::ARRIVAL),
+                Err(_) => Err(error),
+            }
+        })
+    }
+
+    fn inject_into(&self, socket: BorrowedFd<'_>, limit: Duration) -> Result<usize> {
+        let before = segments_in(socket)?;
         let injector = Injector::for_socket(socket, Via::routed(self.flow.local.ip()))?;
         let mut replay = Replay::new(self.flow);
         for packet in &self.packets {
             replay.packet(&injector, packet)?;
         }
-        replay.finish(&injector)
+        let count = replay.finish(&injector)?;
+        if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
+            return Err(Error::refused(
+                "packets of the peer that did not arrive",
+                "let packets with the mark 0xC114 pass the firewall, from `lo` too",
+            ));
+        }
+        Ok(count)
     }
+}
+
+/// Segments that a socket has received (`tcpi_segs_in`, Linux 4.2).
+fn segments_in(socket: BorrowedFd<'_>) -> Result<u32> {
+    let info: [u32; 36] = sockopt::get(socket, libc::IPPROTO_TCP, libc::TCP_INFO)
+        .map_err(|error| Error::system("TCP_INFO", error))?;
+    Ok(info[35])
 }
 
 /// Packets on their way into a socket.
