@@ -18,7 +18,7 @@ pub(crate) struct Silence {
 
 impl Silence {
     /// Turns the lock of this process into one that stays for this time; none at all for zero.
-    pub(crate) fn begin(lock: Lock, limit: Duration) -> Result<Self> {
+    pub(crate) fn begin(mut lock: Lock, limit: Duration) -> Result<Self> {
         if limit.is_zero() {
             return Ok(Self { lock: None, _lock: Some(lock) });
         }

@@ -266,7 +266,7 @@ fn move_to_another_host(lab: &Lab, family: Family, closing: bool) {
     }
     let baseline = Baseline::of(&lab.peer.namespace);
 
-    let lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+    let mut lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
     let paused = pause(&ours).unwrap();
     let connection = paused.save().unwrap();
     if !closing {
@@ -590,10 +590,14 @@ fn a_persistent_lock_ends_with_its_time() {
 
 fn a_lock_becomes_persistent() {
     let mut connected = connect(Family::V4);
-    let lock = connected.lock(Mode::HOLD);
+    let mut lock = connected.lock(Mode::HOLD);
     connected.peer.write_all(b"thrown away").unwrap();
     connected.settle();
+    lock.persist("no such name!", None).unwrap_err();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
     lock.persist("afterwards", None).unwrap();
+    drop(lock);
     connected.settle();
     expect_nothing(&mut connected.ours);
     let locks = connected.pair.b.run(PersistentLock::list).unwrap();

@@ -367,3 +367,75 @@ const ATTRIBUTE_PAYLOAD: u16 = 9;
 const ATTRIBUTE_PREFIX: u16 = 10;
 const ATTRIBUTE_SEQUENCE: u16 = 12;
 const ATTRIBUTE_HARDWARE_HEADER: u16 = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment::{Segment, flags};
+
+    fn flow() -> Flow {
+        Flow { local: "192.0.2.1:80".parse().unwrap(), remote: "198.51.100.7:4000".parse().unwrap() }
+    }
+
+    fn packet(seq: u32, payload: &[u8]) -> Vec<u8> {
+        let segment = Segment {
+            source: flow().remote,
+            destination: flow().local,
+            seq,
+            ack: 1,
+            flags: flags::ACK,
+            window: 1,
+            timestamps: None,
+            urgent: 0,
+            payload,
+        };
+        let mut packet = Vec::new();
+        segment.write(&mut packet);
+        packet
+    }
+
+    fn packets(limit: usize) -> Packets {
+        let queue = VecDeque::new();
+        Packets {
+            flows: [(flow(), Fate::Held { queue, acks: 0 })].into(),
+            discarded: VecDeque::new(),
+            injectors: [None, None],
+            bytes: 0,
+            limit,
+            dropped: 0,
+        }
+    }
+
+    #[test]
+    fn acknowledgements_give_way_to_data() {
+        let acks: Vec<_> = (0..10).map(|seq| packet(seq, &[])).collect();
+        let data = packet(10, &[7; 500]);
+        let mut packets = packets(10 * (40 + OVERHEAD) + 100);
+        acks.iter().chain([&data]).for_each(|packet| packets.push(packet));
+        assert_eq!(packets.dropped, 9);
+        assert_eq!(packets.take(&flow()), [acks[9].clone(), data]);
+        assert_eq!(packets.bytes, 0);
+    }
+
+    #[test]
+    fn over_the_limit_the_newest_go() {
+        let sent: Vec<_> = (0..4).map(|seq| packet(seq, &[7; 500])).collect();
+        let mut packets = packets(2 * (540 + OVERHEAD));
+        sent.iter().for_each(|packet| packets.push(packet));
+        assert_eq!(packets.dropped, 2);
+        assert_eq!(packets.take(&flow()), sent[..2]);
+        packets.push(&sent[3]);
+        assert_eq!(packets.take(&flow()), sent[3..]);
+    }
+
+    #[test]
+    fn the_tail_of_a_long_packet_is_put_back() {
+        let whole = packet(1, &vec![5; 65535 - 40]);
+        let (first, tail) = whole.split_at(LOG_LIMIT);
+        assert_eq!(*with_tail(first, &[tail, &[0; 10]].concat()), *whole);
+        for ethernet in [&[][..], &[1, 2, 3]] {
+            assert_eq!(*with_tail(first, ethernet), *first);
+        }
+        assert_eq!(*with_tail(&whole[..100], &[1; 14]), whole[..100]);
+    }
+}

@@ -22,6 +22,8 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
+    // Not in the middle of a test, whose peers would repeat segments meanwhile.
+    soccr::prepare();
     let mut tests = tests! {
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
@@ -54,7 +56,10 @@ fn main() -> ExitCode {
             tuning_of_the_buffers_goes_on
             a_blocked_connect_goes_on
             a_detached_socket_is_silent_for_ever
-            a_restored_socket_that_is_dropped_is_silent;
+            a_restored_socket_that_is_dropped_is_silent
+            what_has_arrived_since_the_save_stops_the_detach
+            a_socket_with_a_connection_is_not_restored_onto
+            a_blocked_connect_goes_on_though_the_old_socket_holds_its_port;
         full: both_sides_full_on_ipv4_then_drained_25_times
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;
