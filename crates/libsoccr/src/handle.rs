@@ -202,7 +202,7 @@ impl Handle {
         check_length("outq_len", control.outq_len, send)?;
         let paused = self.take_paused()?;
         if control.state == State::SynSent {
-            paused.connect_anew(flow)?;
+            paused.connect_anew(flow, control.write_seq)?;
             self.stage = Stage::Connecting;
             return Ok(());
         }

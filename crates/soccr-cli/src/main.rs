@@ -1,6 +1,6 @@
 //! The `soccr` command.
 //!
-//! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`network`],
+//! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`keeper`], [`network`],
 //! [`captive`], [`silence`], [`handover`], [`describe`], [`table`], [`exit`].
 
 mod captive;
@@ -10,8 +10,10 @@ mod criu;
 mod demo;
 mod describe;
 mod exit;
+mod fidelity;
 mod handover;
 mod inspect;
+mod keeper;
 mod lifeline;
 mod list;
 mod lock;
@@ -27,6 +29,7 @@ mod source;
 mod stop;
 mod sys;
 mod table;
+mod target;
 mod via;
 
 use std::process::ExitCode;

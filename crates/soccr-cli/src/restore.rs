@@ -5,13 +5,14 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use soccr::Connection;
 use soccr::lock::{Locker, Mode};
-use soccr::{Connection, Fidelity};
 use soccr_image::AddressMap;
 
 use crate::exit::Exit;
+use crate::fidelity::Demands;
 use crate::handover::Handover;
-use crate::{exit, network, silence};
+use crate::{network, silence};
 
 /// Give a saved connection to a program
 ///
@@ -42,6 +43,8 @@ pub(crate) struct Restore {
     #[arg(long, value_name = "PATH|PID")]
     netns: Option<String>,
     #[command(flatten)]
+    demands: Demands,
+    #[command(flatten)]
     handover: Handover,
 }
 
@@ -51,11 +54,12 @@ impl Restore {
         let mut connection = read(self.file.as_deref())?;
         AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
+        soccr::prepare();
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;
-        for lost in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
-            exit::complain(&format!("not brought back: {lost}"));
-        }
+        let mut reports = self.demands.reports();
+        reports.add("", &restored)?;
+        reports.write()?;
         silence::lift(&[connection.flow()])?;
         lock.release()?;
         recipient.give(vec![restored.resume()?])

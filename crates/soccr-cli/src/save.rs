@@ -13,9 +13,9 @@ use soccr::lock::{Locker, Mode};
 
 use crate::captive::Captive;
 use crate::exit::Exit;
+use crate::keeper::Keeper;
 use crate::process::{self, Process, parse_pid};
 use crate::silence::Silence;
-use crate::stop::Stopper;
 use crate::{exit, network};
 
 /// Save a connection of a running process in a file
@@ -55,16 +55,17 @@ impl Save {
             bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
         }
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
-        let mut stopper = Stopper::seize(&process::sharing(&[captive.inode])?)?;
+        let sharing = process::sharing(&[captive.inode])?;
+        let mut keeper = Keeper::start(&[captive.socket().as_fd()], &sharing)?;
         network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
         let flow = captive.flow()?;
         let locker = Locker::new(Mode::HOLD)?;
-        stopper.stop()?;
+        keeper.stop()?;
         let lock = locker.lock(&[flow])?;
         let connection = captive.save()?;
         if self.keep {
             lock.release()?;
-            drop(stopper);
+            drop(keeper);
             return self.write(&connection);
         }
         let written = self.write(&connection)?;

@@ -9,8 +9,9 @@
 //! ```no_run
 //! # fn main() -> soccr::Result<()> {
 //! # let stream = std::net::TcpStream::connect("192.0.2.1:80").unwrap();
-//! # let flow: soccr::connection::Flow = todo!();
-//! let lock = soccr::Lock::hold(&[flow])?;
+//! let locker = soccr::lock::Locker::new(soccr::lock::Mode::HOLD)?; // once, for many moves
+//!
+//! let lock = locker.lock(&[soccr::Flow::of(&stream)?])?;
 //! let paused = soccr::pause(&stream)?;
 //! let connection = paused.save()?;
 //! paused.detach()?;
@@ -21,9 +22,15 @@
 //! # }
 //! ```
 //!
-//! Between two hosts the packets travel with the connection. The source calls [`Lock::take`], sends
-//! connection and [`Held`] packets, and when the target has taken over it calls [`Lock::persist`], so that late packets
-//! draw no reset. The target calls [`Held::replay`] between `restore` and `resume`.
+//! Between two hosts the packets travel with the connection. The source calls [`Lock::take`] and sends the [`Held`]
+//! packets behind the connection; when packets reach it no more, or for [`SILENCE`] after, it stays silent by
+//! [`Lock::persist`], so that a late one draws no reset. The target calls [`Held::replay`] between `restore` and
+//! `resume`.
+//!
+//! # Firewalls
+//! Held packets come back over `lo`, with the mark. Rules that drop packets of invalid connections, or let only established
+//! ones pass, let these pass too; so does `rp_filter`. A rule against foreign addresses on `lo` does not: an error
+//! says so where the kernel does, and the peer sends again what it misses.
 
 mod capture;
 mod held;
@@ -215,33 +222,31 @@ impl Lock {
         self.shared.release(&flows).map_err(|error| error.at("unlock"))
     }
 
-    /// Makes the lock stay when the process ends, under a name, for a limited time or until it is
-    /// [removed](PersistentLock::remove). It drops what arrives; what is held now is gone: [take](Self::take) it first.
+    /// Hands the connections to a [`PersistentLock`], which stays when the process ends: under a name, for a limited
+    /// time or until it is removed. It drops what arrives. What is held now is gone: [take](Self::take) it first.
     ///
     /// This is how a host stays silent after a connection has left it, while late packets may still come:
     ///
     /// ```no_run
     /// # fn example(mut lock: soccr::Lock) -> soccr::Result<()> {
     /// lock.persist("moved-to-b", Some(soccr::lock::SILENCE))?;
-    /// drop(lock); // it has no connections any more
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// Those of [`PersistentLock::create`]. The lock holds the connections as before then: try another name.
+    /// Those of [`PersistentLock::create`]. The connections stay in this lock then.
     pub fn persist(&mut self, name: &str, limit: Option<Duration>) -> Result<()> {
         self.shared.persist(name, &self.flows, limit).map_err(|error| error.at("lock"))?;
         self.flows.clear();
         Ok(())
     }
-
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
         let flows = std::mem::take(&mut self.flows);
-        let (here, gone): (Vec<_>, Vec<_>) = flows.iter().partition(|flow| self.shared.has_socket(flow));
+        let (here, gone): (Vec<_>, Vec<_>) = flows.into_iter().partition(|flow| self.shared.has_socket(flow));
         // There is nobody left to tell.
         let _ = self.shared.release(&here);
         let _ = self.shared.abandon(&gone);

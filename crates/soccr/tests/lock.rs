@@ -665,7 +665,7 @@ fn a_lock_becomes_persistent() {
     let mut connected = connect(Family::V4);
     let mut lock = connected.lock(Mode::HOLD);
     connected.peer.write_all(b"thrown away").unwrap();
-    lock.persist("not a name", None).unwrap_err();
+    lock.persist("no such name!", None).unwrap_err();
     connected.settle();
     expect_nothing(&mut connected.ours);
     assert!(lock.held() > 0);

@@ -6,17 +6,24 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
 use soccr_lab::{Side, wait_until};
 
-use crate::programs::{HEIR, SOCCR, assert_runs, assert_unlocked, installed, json};
+use crate::programs::{
+    HEIR, Program, SOCCR, assert_runs, assert_unlocked, connect, descriptors, hear, installed, json, python,
+    soccr,
+};
 use crate::transfer::Move;
 
-crate::tests![a_killed_source_leaves_one_connection, a_killed_target_leaves_one_connection];
+crate::tests![
+    a_killed_source_leaves_one_connection,
+    a_killed_target_leaves_one_connection,
+    a_socket_does_not_stay_in_repair,
+];
 
 /// The kinds of records, by their numbers in the stream.
 const PREAMBLE: u16 = 0;
@@ -97,6 +104,50 @@ fn a_killed_target_leaves_one_connection() {
             moving.assert_lives_at(Side::A, "old ");
         }
     }
+}
+
+/// Reads nothing until it is told to, so that its receive queue fills.
+const SLOW: &str = r#"
+import socket, sys
+listener = socket.create_server(("", 7))
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+connection = listener.accept()[0]
+for line in sys.stdin:
+    count = int(line)
+    while count:
+        count -= len(connection.recv(count))
+    connection.sendall(b"read")
+"#;
+
+fn a_socket_does_not_stay_in_repair() {
+    if !installed("python3") {
+        return;
+    }
+    let slow = Program::start(python(SLOW, &[]).stdin(Stdio::piped()));
+    let mut client = connect(([127, 0, 0, 1], 7));
+    client.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    while let Ok(length) = client.write(&[7; 65536]) {
+        sent += length;
+    }
+    let fd = descriptors(&slow.pid()).remove(0);
+    let pidfd = pidfd_open(Pid::from_raw(slow.0.id() as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let socket = pidfd_getfd(&pidfd, fd.parse().unwrap(), PidfdGetfdFlags::empty()).unwrap();
+    // Paused by somebody: what another one is refused for.
+    let in_repair = || soccr::pause(&socket).is_err();
+    for _ in 0..10 {
+        let mut save = soccr(&["save", "--keep", "--pid", &slow.pid(), "--fd", &fd]);
+        let mut save = Program::start(save.stdout(Stdio::null()));
+        while save.0.try_wait().unwrap().is_none() {
+            if in_repair() {
+                save.0.kill().unwrap();
+            }
+        }
+        wait_until("repair mode has ended", || !in_repair());
+    }
+    writeln!(slow.0.stdin.as_ref().unwrap(), "{sent}").unwrap();
+    client.set_nonblocking(false).unwrap();
+    assert_eq!(hear(&mut client, 4), "read");
 }
 
 /// On the host to which the connection did not go.

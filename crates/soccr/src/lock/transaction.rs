@@ -339,7 +339,8 @@ mod tests {
             let end = |port| SocketAddr::from((Ipv6Addr::LOCALHOST, port));
             let flow = Flow { local: end(1), remote: end(2) };
             let mut batch = Batch::new();
-            let mut transaction = Transaction::begin(&mut batch, "soccr-persistent-0123456789012345678901234567890");
+            let mut transaction =
+                Transaction::begin(&mut batch, "soccr-persistent-0123456789012345678901234567890");
             transaction.create(Kind::Persistent);
             transaction.add(&vec![flow; elements_in(length)], Some(Duration::MAX));
             assert!(batch.as_bytes().len() < length, "{} of {length}", batch.as_bytes().len());

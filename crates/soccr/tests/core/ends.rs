@@ -340,3 +340,16 @@ pub fn rto(end: &TcpStream) -> Duration {
 pub fn timeouts(end: &TcpStream) -> u16 {
     u16::from_ne_bytes(*info_bytes(end)[240..].first_chunk().unwrap())
 }
+
+/// Our end has sent nothing but what it had sent before: acknowledgements, as the kernel answers an injected segment, and
+/// what its timers repeat. No reset above all.
+#[track_caller]
+pub fn assert_nothing_new(wire: &mut Sniffer, connection: &Connection, when: &str) {
+    let local = SocketAddr::new(connection.local.ip().to_canonical(), connection.local.port());
+    for segment in wire.segments().unwrap().iter().filter(|segment| segment.source == local) {
+        let length = segment.payload_len as u32 + u32::from(segment.flags.contains(Flags::FIN));
+        let ahead = segment.seq.wrapping_add(length).wrapping_sub(connection.control.snd_nxt());
+        let reset = segment.flags.contains(Flags::RST) || segment.flags.contains(Flags::SYN);
+        assert!(!reset && (ahead as i32) <= 0, "{when}: {segment:?}");
+    }
+}

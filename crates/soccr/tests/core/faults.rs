@@ -11,7 +11,9 @@ use soccr::connection::Connection;
 use soccr::{Error, ErrorKind, Paused, pause};
 use soccr_lab::{Family, Flags, Sniffer, State, wait_until};
 
-use crate::ends::{Ends, PORT, assert_same, comparable, info, option, set_option, small_window};
+use crate::ends::{
+    Ends, PORT, assert_nothing_new, assert_same, comparable, info, option, set_option, small_window,
+};
 use crate::sys::{Call, Supervisor};
 
 /// The calls that this library makes for a socket.
@@ -278,7 +280,7 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
                             assert_harmless(&connection, &saved, restored.report().strict().is_err(), call);
                         }
                     }
-                    assert_silent(&mut wire, text, call);
+                    assert_nothing_new(&mut wire, &connection, &format!("{text}, after {call:?}"));
                 }
             }
         });
@@ -286,16 +288,6 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
         // An urgent byte is a byte of the stream, too.
         set_socket_oobinline(&ends.ours, true).unwrap();
         ends.finish();
-    }
-}
-
-/// Nothing but acknowledgements of what the peer has been told already: the kernel answers an injected segment so.
-fn assert_silent(wire: &mut Sniffer, text: &str, call: Call) {
-    for segment in wire.segments().unwrap().iter().filter(|segment| segment.destination.port() == PORT) {
-        assert!(
-            segment.flags == Flags::ACK && segment.payload_len == 0,
-            "{text}: {segment:?} after {call:?}"
-        );
     }
 }
 

@@ -411,3 +411,48 @@ pub fn a_restored_socket_that_is_dropped_is_silent() {
         ends.finish();
     }
 }
+
+pub fn what_has_arrived_since_the_save_stops_the_detach() {
+    let mut ends =
+        Ends::of(Case { family: Family::V4, state: State::Established, received: 0, sent: 0, unsent: 0 });
+    let paused = pause(&ends.ours).unwrap();
+    paused.save().unwrap();
+    (&ends.peer).write_all(b"late").unwrap();
+    wait_until("it has been acknowledged", || info(&ends.peer).unacknowledged == 0);
+    assert_refused(paused.detach(), "detach", "changes while it is read", "lock");
+    ends.to_us.extend_from_slice(b"late");
+    ends.finish();
+}
+
+pub fn a_socket_with_a_connection_is_not_restored_onto() {
+    let ends = busy();
+    let other = busy().take();
+    assert_refused(
+        soccr::Restore::unbound(&ends.ours, &other.control, None),
+        "restore",
+        "has a connection",
+        "fresh",
+    );
+    ends.finish();
+}
+
+pub fn a_blocked_connect_goes_on_though_the_old_socket_holds_its_port() {
+    let pair = Pair::new().unwrap();
+    let (local, remote) = (pair.a.address(Family::V4, PORT), pair.a.address_of(&pair.b, Family::V4, PORT));
+    let old = pair.a.run(|| socket(AddressFamily::INET, SocketType::STREAM, None)).unwrap();
+    rustix::net::bind(&old, &local).unwrap();
+    rustix::io::ioctl_fionbio(&old, true).unwrap();
+    let listener = pair.b.run(|| TcpListener::bind(remote)).unwrap();
+    sys::set_deaf(&listener, true).unwrap();
+    let _ = connect(&old, &remote);
+    let paused = pause(&old).unwrap();
+    let connection = paused.save().unwrap();
+    paused.detach().unwrap();
+    let restored = pair.a.run(|| connection.restore()).unwrap();
+    let ours = restored.resume().unwrap();
+    sys::set_deaf(&listener, false).unwrap();
+    wait_until("the handshake is over", || info(&ours).state == State::Established);
+    let (peer, _) = listener.accept().unwrap();
+    drop(old);
+    Ends::between(pair, ours, peer, remote).finish();
+}
