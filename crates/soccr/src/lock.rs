@@ -50,6 +50,7 @@ use std::time::Duration;
 use soccr_netlink::{Family, Socket};
 
 use crate::connection::Flow;
+use crate::diag;
 use crate::error::{Error, Result};
 use crate::sys::namespace;
 use crate::sys::raw::{Injector, Via};
@@ -83,6 +84,9 @@ impl Mode {
 ///
 /// It owns an nftables table, which the kernel removes when the `Locker` and its locks are gone, however the process
 /// ends. Making one takes about a millisecond, a lock from it tens of microseconds: keep one for many locks.
+///
+/// Forked children that do not `exec` keep the table, and what is locked, for as long as they live: its socket is open
+/// in them too.
 #[derive(Debug)]
 pub struct Locker {
     shared: Arc<Shared>,
@@ -149,7 +153,11 @@ impl Locker {
     }
 }
 
-/// Connections whose traffic is stopped. Dropping it [releases](Self::release) them.
+/// Connections whose traffic is stopped.
+///
+/// Dropping it unlocks them. Those that have a socket in that namespace get what has been held, as by
+/// [`release`](Self::release). For the others it is thrown away, because it would draw a reset; so will what
+/// arrives from then on, unless the lock is made to [stay](Self::persist).
 #[derive(Debug)]
 #[must_use = "dropping it unlocks at once"]
 pub struct Lock {
@@ -210,7 +218,8 @@ impl Lock {
     /// The first failure of many possible ones, after everything has been tried. `EPERM` where a firewall drops
     /// what the host sends to itself: the peer sends again what was held.
     pub fn release(mut self) -> Result<usize> {
-        self.unlock().map_err(|error| error.at("unlock"))
+        let flows = std::mem::take(&mut self.flows);
+        self.shared.release(&flows).map_err(|error| error.at("unlock"))
     }
 
     /// Hands the connections to a [`PersistentLock`], which stays when the process ends: under a name, for a limited
@@ -232,21 +241,15 @@ impl Lock {
         self.flows.clear();
         Ok(())
     }
-
-    fn unlock(&mut self) -> Result<usize> {
-        let flows = std::mem::take(&mut self.flows);
-        match &self.shared.reader {
-            _ if flows.is_empty() => Ok(0),
-            Some(reader) => reader.capture().release(&flows, || self.shared.delete(&flows)),
-            None => self.shared.delete(&flows).map(|()| 0),
-        }
-    }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
+        let flows = std::mem::take(&mut self.flows);
+        let (here, gone): (Vec<_>, Vec<_>) = flows.into_iter().partition(|flow| self.shared.has_socket(flow));
         // There is nobody left to tell.
-        let _ = self.unlock();
+        let _ = self.shared.release(&here);
+        let _ = self.shared.abandon(&gone);
     }
 }
 
@@ -269,10 +272,35 @@ impl Shared {
 
     fn persist(&self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
         self.with_table(|table| persistent::create(table.socket(), name, flows, limit))?;
+        // What is left in our table is dropped there: the persistent lock drops it too.
+        let _ = self.abandon(flows);
+        Ok(())
+    }
+
+    /// Unlocks, and delivers what has been held.
+    fn release(&self, flows: &[Flow]) -> Result<usize> {
+        match &self.reader {
+            _ if flows.is_empty() => Ok(0),
+            Some(reader) => reader.capture().release(flows, || self.delete(flows)),
+            None => self.delete(flows).map(|()| 0),
+        }
+    }
+
+    /// Unlocks, and throws away what has been held.
+    fn abandon(&self, flows: &[Flow]) -> Result<()> {
         if let Some(reader) = &self.reader {
             reader.capture().discard(flows);
         }
         self.delete(flows)
+    }
+
+    /// Whether there is a connection in the namespace of the lock. What cannot be found out counts as none.
+    fn has_socket(&self, flow: &Flow) -> bool {
+        let ends = if flow.is_ipv4() { canonical(flow) } else { *flow };
+        let found = self.with_table(|table| {
+            diag::beside(table.socket().as_fd(), |diag| diag.find(ends.local, ends.remote, |_| ()))
+        });
+        matches!(found, Ok(Some(())))
     }
 
     fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {

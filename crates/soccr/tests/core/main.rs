@@ -9,6 +9,7 @@ mod errors;
 mod faults;
 mod full;
 mod lessons;
+mod lock_faults;
 mod property;
 mod states;
 mod sys;
@@ -33,6 +34,8 @@ fn main() -> ExitCode {
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
             every_fault_of_a_resume_is_told_and_silent
             a_resume_or_detach_that_fails_can_be_tried_again;
+        lock_faults: a_lock_that_fails_locks_nothing a_release_that_fails_unlocks
+            a_lock_that_does_not_persist_stays;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
             a_reset_connection_is_refused
