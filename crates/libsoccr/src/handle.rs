@@ -106,7 +106,9 @@ impl Handle {
     pub(crate) fn resume(self) -> Result<()> {
         if !self.claim.holds() {
             self.release();
-            return Err(Failure::new("resume: the socket has got another handle since — this one has only ended"));
+            return Err(Failure::new(
+                "resume: the socket has got another handle since — this one has only ended",
+            ));
         }
         match self.stage {
             Stage::Paused(paused) => paused.resume()?,
