@@ -97,11 +97,16 @@ impl Captive {
 
     /// Reads the connection. It goes on; only a lock around this call keeps that off the wire.
     pub(crate) fn save(&self) -> Result<Connection> {
-        let save = || {
+        let mut connection = Connection::empty();
+        self.save_into(&mut connection).map(|()| connection)
+    }
+
+    /// Like [`save`](Self::save), into memory that has been used before.
+    pub(crate) fn save_into(&self, connection: &mut Connection) -> Result<()> {
+        let mut save = || {
             let paused = self.paused()?;
-            let connection = paused.save()?;
-            paused.resume()?;
-            Ok::<_, soccr::Error>(connection)
+            paused.save_into(connection)?;
+            paused.resume()
         };
         save().with_context(|| self.name.clone())
     }

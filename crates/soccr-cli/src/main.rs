@@ -1,6 +1,6 @@
 //! The `soccr` command.
 //!
-//! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`network`],
+//! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`keeper`], [`network`],
 //! [`captive`], [`silence`], [`handover`], [`rescue`], [`signals`], [`describe`], [`table`], [`exit`].
 
 mod captive;
@@ -11,8 +11,10 @@ mod demo;
 mod describe;
 mod descriptors;
 mod exit;
+mod fidelity;
 mod handover;
 mod inspect;
+mod keeper;
 mod lifeline;
 mod list;
 mod lock;
@@ -31,6 +33,7 @@ mod source;
 mod stop;
 mod sys;
 mod table;
+mod target;
 mod via;
 
 use std::process::ExitCode;

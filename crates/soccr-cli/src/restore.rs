@@ -5,14 +5,15 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use soccr::Connection;
 use soccr::lock::{Locker, Mode};
-use soccr::{Connection, Fidelity};
 use soccr_image::AddressMap;
 
 use crate::exit::Exit;
+use crate::fidelity::Demands;
 use crate::handover::Handover;
 use crate::signals::Deaf;
-use crate::{exit, network, silence};
+use crate::{network, silence};
 
 /// Give a saved connection to a program
 ///
@@ -43,6 +44,8 @@ pub(crate) struct Restore {
     #[arg(long, value_name = "PATH|PID")]
     netns: Option<String>,
     #[command(flatten)]
+    demands: Demands,
+    #[command(flatten)]
     handover: Handover,
 }
 
@@ -52,15 +55,14 @@ impl Restore {
         let mut connection = read(self.file.as_deref())?;
         AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
-        // What cannot be had the report tells.
-        let _ = soccr::prepare();
+        soccr::prepare();
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;
         // From here on the image is not all that there is.
         let deaf = Deaf::begin();
-        for lost in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
-            exit::complain(&format!("not brought back: {lost}"));
-        }
+        let mut reports = self.demands.reports();
+        reports.add("", &restored)?;
+        reports.write()?;
         silence::lift(&[connection.flow()])?;
         lock.release()?;
         recipient.give(vec![restored.resume()?], deaf)

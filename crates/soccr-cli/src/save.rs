@@ -15,11 +15,11 @@ use soccr_image::AtomicFile;
 
 use crate::captive::Captive;
 use crate::exit::Exit;
+use crate::keeper::Keeper;
 use crate::network;
-use crate::process::{Process, parse_pid};
+use crate::process::{self, Process, parse_pid};
 use crate::signals::Deaf;
 use crate::silence::Silence;
-use crate::stop::Stopper;
 use crate::via::Output;
 
 /// Save a connection of a running process in a file
@@ -63,16 +63,17 @@ impl Save {
             bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
         }
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
-        let mut stopper = Stopper::seize(vec![captive.inode])?;
+        let sharing = process::sharing(&[captive.inode])?;
+        let mut keeper = Keeper::start(&[captive.socket().as_fd()], &sharing)?;
         network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
         let flow = captive.flow()?;
         let locker = Locker::new(Mode::HOLD)?;
-        stopper.stop()?;
+        keeper.stop()?;
         let lock = locker.lock(&[flow])?;
         let connection = captive.save()?;
         if self.keep {
             lock.release()?;
-            drop(stopper);
+            drop(keeper);
             self.write(&connection)?.map_or(Ok(()), |image| self.publish(image))?;
             return Ok(Exit::Done);
         }

@@ -11,10 +11,10 @@ use rustix::process::Pid;
 
 use crate::captive::Captive;
 use crate::exit::Exit;
+use crate::keeper::Keeper;
 use crate::network::{self, Identity};
 use crate::process::{self, Holder, Process, parse_pid};
 use crate::source::{Limits, Source};
-use crate::stop::Stopper;
 use crate::{descriptors, exit, via};
 
 /// Move connections of running processes through a pipe
@@ -75,8 +75,6 @@ impl Send {
         if captives.is_empty() {
             bail!("there is no connection to send");
         }
-        let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
-        let stopper = Stopper::seize(inodes)?;
         let first = Identity::of_socket(captives[0].socket().as_fd())?;
         captives.retain(|captive| match Identity::of_socket(captive.socket().as_fd()) {
             Ok(identity) if identity == first => true,
@@ -92,13 +90,16 @@ impl Send {
                 false
             }
         });
+        let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
+        let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
+        let keeper = Keeper::start(&sockets, &process::sharing(&inodes)?)?;
         network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
         let via = self.via.as_deref().map(|line| via::Via::start(line, limits.answer)).transpose()?;
         let outcome = match via {
-            Some((via, output)) => Source::new(captives, stopper, limits)?.hand_over(via, output)?,
+            Some((via, output)) => Source::new(captives, keeper, limits)?.hand_over(via, output)?,
             None => {
                 let output = via::Output::new(rustix::stdio::stdout().try_clone_to_owned()?, limits.answer);
-                Source::new(captives, stopper, limits)?.push(output)?
+                Source::new(captives, keeper, limits)?.push(output)?
             }
         };
         Ok(match (outcome.lost, outcome.failed + failed, outcome.gone) {

@@ -20,12 +20,17 @@ pub(crate) struct Silence {
 
 impl Silence {
     /// Turns the lock of this process into one that stays for this time; none at all for zero.
-    pub(crate) fn begin(lock: Lock, limit: Duration) -> Result<Self> {
+    pub(crate) fn begin(mut lock: Lock, limit: Duration) -> Result<Self> {
         if limit.is_zero() {
             return Ok(Self { lock: None, _lock: Some(lock) });
         }
-        let (name, flows) = (name(), lock.flows().to_vec());
-        lock.persist(&name, Some(limit))?;
+        let flows = lock.flows().to_vec();
+        let mut stay = || {
+            let name = name();
+            lock.persist(&name, Some(limit)).map(|()| name)
+        };
+        // A process that had our number may have left a lock of that name.
+        let name = stay().or_else(|_| stay())?;
         Ok(Self { lock: Some(PersistentLock { name, flows, remaining: Some(limit) }), _lock: None })
     }
 

@@ -15,10 +15,10 @@ use soccr_image::stream::{Message, Writer};
 
 use crate::captive::Captive;
 use crate::exit;
+use crate::keeper::Keeper;
 use crate::progress::Progress;
 use crate::signals::Deaf;
 use crate::silence::Silence;
-use crate::stop::Stopper;
 use crate::via::{Answer, Output, Via};
 
 /// How many connections are between COMMIT and TAKEN at a time: their queues are kept in memory.
@@ -80,22 +80,22 @@ pub(crate) struct Source {
     /// Since the first connection has left.
     deaf: Option<Deaf>,
     /// Continues the processes when everything else is done.
-    _stopper: Stopper,
+    keeper: Keeper,
 }
 
 impl Source {
     /// Stops the processes and locks the connections; to be called in their network namespace.
-    pub(crate) fn new(captives: Vec<Captive>, mut stopper: Stopper, limits: Limits) -> Result<Self> {
+    pub(crate) fn new(captives: Vec<Captive>, mut keeper: Keeper, limits: Limits) -> Result<Self> {
         let locker = Locker::new(Mode::HOLD)?;
         let mut items = Vec::with_capacity(captives.len());
         for (captive, id) in captives.into_iter().zip(1..) {
             let flow = captive.flow()?;
             items.push(Item { id, captive, flow, held: Vec::new(), stage: Stage::Here });
         }
-        stopper.stop()?;
+        keeper.stop()?;
         let flows: Vec<Flow> = items.iter().map(|item| item.flow).collect();
         let lock = locker.lock(&flows)?;
-        Ok(Self { items, lock, limits, silences: Vec::new(), deaf: None, _stopper: stopper })
+        Ok(Self { items, lock, limits, silences: Vec::new(), deaf: None, keeper })
     }
 
     /// Moves the connections to a target that answers.
@@ -116,8 +116,9 @@ impl Source {
         let mut writer = Writer::new(output)?;
         writer.send(&Message::Begin { connections: self.items.len() as u32, answers: true })?;
         let mut progress = Progress::new("sent", self.items.len());
+        let mut scratch = Connection::empty();
         for item in &mut self.items {
-            item.send(&mut writer)?;
+            item.send(&mut writer, &mut scratch)?;
             progress.step();
         }
         self.listen(via, |item| matches!(item.stage, Stage::Sent(_)))?;
@@ -175,7 +176,7 @@ impl Source {
         for item in &mut self.items[window] {
             if let Stage::Ready(control) = &item.stage {
                 let control = control.clone();
-                item.leave(&control, writer)?;
+                item.leave(&control, writer, &mut self.keeper)?;
             }
         }
         Ok(())
@@ -196,10 +197,11 @@ impl Source {
         let mut writer = Writer::new(output)?;
         writer.send(&Message::Begin { connections: self.items.len() as u32, answers: false })?;
         let mut progress = Progress::new("sent", self.items.len());
+        let mut scratch = Connection::empty();
         for start in (0..self.items.len()).step_by(WINDOW) {
             let window = start..self.items.len().min(start + WINDOW);
             for item in &mut self.items[window.clone()] {
-                item.send(&mut writer)?;
+                item.send(&mut writer, &mut scratch)?;
                 item.assume(Answered::Ready);
                 progress.step();
             }
@@ -227,7 +229,7 @@ impl Source {
     fn settle(mut self, reason: &str, certain: bool) -> Outcome {
         let mut outcome = Outcome::default();
         for item in &mut self.items {
-            item.settle(reason, certain);
+            item.settle(reason, certain, &mut self.keeper);
         }
         // Where the packets cannot be had any longer, the peers send them again.
         let _ = self.collect();
@@ -274,11 +276,11 @@ fn answered(message: Message) -> Result<(u32, Answered)> {
 
 impl Item {
     /// Sends the connection. It stays in its process for the time being.
-    fn send(&mut self, writer: &mut Writer<Output>) -> Result<()> {
-        match self.captive.save() {
-            Ok(connection) => {
-                writer.connection(self.id, &self.captive.name, &connection)?;
-                self.stage = Stage::Sent(connection.control);
+    fn send(&mut self, writer: &mut Writer<Output>, scratch: &mut Connection) -> Result<()> {
+        match self.captive.save_into(scratch) {
+            Ok(()) => {
+                writer.connection(self.id, &self.captive.name, scratch)?;
+                self.stage = Stage::Sent(scratch.control.clone());
             }
             Err(error) => self.stays(&exit::line(&error)),
         }
@@ -311,7 +313,12 @@ impl Item {
     }
 
     /// Takes the connection from its process, and says that it is the target's.
-    fn leave(&mut self, control: &ControlBlock, writer: &mut Writer<Output>) -> Result<()> {
+    fn leave(
+        &mut self,
+        control: &ControlBlock,
+        writer: &mut Writer<Output>,
+        keeper: &mut Keeper,
+    ) -> Result<()> {
         writer.held(self.id, &self.held)?;
         let connection = match self.captive.let_go(control) {
             Ok(connection) => connection,
@@ -324,7 +331,7 @@ impl Item {
         self.held.clear();
         if let Err(error) = writer.send(&Message::Commit { connection: self.id }) {
             // The target cannot have read all of it.
-            self.come_back(&connection, &error.to_string());
+            self.come_back(&connection, &error.to_string(), keeper);
             return Err(error.into());
         }
         self.stage = Stage::Left(Box::new(connection));
@@ -339,10 +346,10 @@ impl Item {
         }
     }
 
-    fn settle(&mut self, reason: &str, certain: bool) {
+    fn settle(&mut self, reason: &str, certain: bool, keeper: &mut Keeper) {
         match std::mem::replace(&mut self.stage, Stage::Stays) {
             Stage::Here | Stage::Sent(_) | Stage::Ready(_) => self.stays(reason),
-            Stage::Left(connection) if certain => self.come_back(&connection, reason),
+            Stage::Left(connection) if certain => self.come_back(&connection, reason, keeper),
             Stage::Left(_) => {
                 let name = &self.captive.name;
                 exit::complain(&format!("{name}: the target has it, or it is lost: {reason}"));
@@ -352,8 +359,10 @@ impl Item {
         }
     }
 
-    fn come_back(&mut self, connection: &Connection, reason: &str) {
-        match self.captive.take_back(connection) {
+    fn come_back(&mut self, connection: &Connection, reason: &str, keeper: &mut Keeper) {
+        let number = self.id as usize - 1;
+        let filled = keeper.filling(number).and_then(|()| self.captive.take_back(connection));
+        match filled.and_then(|()| keeper.filled(number)) {
             Ok(()) => self.stays(reason),
             Err(error) => {
                 exit::complain(&format!("{}: lost: {reason}; {}", self.captive.name, exit::line(&error)));

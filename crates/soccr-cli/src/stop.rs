@@ -19,8 +19,6 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Processes that this one can stop and continue. Dropping it continues them.
 #[derive(Debug)]
 pub(crate) struct Stopper {
-    /// Of the sockets that the processes must not use meanwhile.
-    inodes: Vec<u64>,
     processes: Vec<Pid>,
     threads: BTreeMap<i32, Thread>,
     /// Only the thread that has seized another can stop or continue it.
@@ -42,11 +40,10 @@ enum State {
 }
 
 impl Stopper {
-    /// Prepares to stop all threads of the processes that have any of these sockets.
-    pub(crate) fn seize(inodes: Vec<u64>) -> Result<Self> {
+    /// Prepares to stop all threads of the processes.
+    pub(crate) fn seize(processes: &[Pid]) -> Result<Self> {
         let mut stopper =
-            Self { inodes, processes: Vec::new(), threads: BTreeMap::new(), same_thread: PhantomData };
-        stopper.find_new_processes()?;
+            Self { processes: processes.to_vec(), threads: BTreeMap::new(), same_thread: PhantomData };
         stopper.seize_new_threads()?;
         Ok(stopper)
     }
@@ -55,8 +52,7 @@ impl Stopper {
     pub(crate) fn stop(&mut self) -> Result<()> {
         loop {
             self.interrupt_and_wait()?;
-            // A thread may have started another one, or a process that shares its sockets, before it stopped.
-            self.find_new_processes()?;
+            // A thread may have started another one before it stopped.
             if !self.seize_new_threads()? {
                 return Ok(());
             }
@@ -87,23 +83,11 @@ impl Stopper {
         Ok(())
     }
 
-    fn find_new_processes(&mut self) -> Result<()> {
-        let sharing = process::sharing(&self.inodes)?;
-        self.processes
-            .extend(sharing.into_iter().filter(|pid| !self.processes.contains(pid)).collect::<Vec<_>>());
-        Ok(())
-    }
-
     /// Whether there were any.
     fn seize_new_threads(&mut self) -> Result<bool> {
         let mut found = false;
         for pid in &self.processes {
-            let threads = match process::threads(*pid) {
-                // It has just ended.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => continue,
-                other => other.with_context(|| format!("pid {pid}"))?,
-            };
-            for id in threads {
+            for id in process::threads(*pid).with_context(|| format!("pid {pid}"))? {
                 if self.threads.contains_key(&id.as_raw_pid()) {
                     continue;
                 }

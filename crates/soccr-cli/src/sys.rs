@@ -78,6 +78,17 @@ pub(crate) fn heed(signal: libc::c_int, before: Disposition) {
     unsafe { libc::signal(signal, before) };
 }
 
+/// `fork(2)`, for a process of one thread: `None` in the child.
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: with a single thread, nobody holds a lock that would stay locked in the child; this is verified.
+    let pid = unsafe {
+        assert_eq!(std::fs::read_dir("/proc/self/task")?.count(), 1, "a process of one thread");
+        libc::fork()
+    };
+    check(pid.into())?;
+    Ok(Pid::from_raw(pid))
+}
+
 /// `PTRACE_SEIZE`: this thread becomes the tracer of a thread, which goes on running.
 pub(crate) fn seize(thread: Pid) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, thread, 0)

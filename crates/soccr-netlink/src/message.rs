@@ -63,6 +63,24 @@ impl Batch {
         &self.bytes
     }
 
+    /// How many messages there are.
+    pub(crate) fn messages(&self) -> u32 {
+        self.messages
+    }
+
+    /// Writes everything appended so far to `bytes`, with the sequence numbers raised by `base`.
+    pub(crate) fn number(&self, base: u32, bytes: &mut Vec<u8>) {
+        bytes.clear();
+        bytes.extend_from_slice(&self.bytes);
+        let (mut start, mut sequence) = (0, base);
+        while start < bytes.len() {
+            sequence = sequence.wrapping_add(1);
+            bytes[start + 8..start + 12].copy_from_slice(&sequence.to_ne_bytes());
+            let length = [0, 1, 2, 3].map(|index| bytes[start + index]);
+            start += u32::from_ne_bytes(length) as usize;
+        }
+    }
+
     /// How many messages asked for an acknowledgement.
     pub(crate) fn acknowledged(&self) -> u32 {
         self.acknowledged
@@ -179,6 +197,9 @@ mod tests {
         assert_eq!(attributes(all[0].2).next(), Some((5, &77u32.to_ne_bytes()[..])));
         let (kind, inner) = attributes(all[1].2).next().unwrap();
         assert_eq!((kind, attributes(inner).next()), (3, Some((9, &b"abc"[..]))));
+        let mut numbered = Vec::new();
+        batch.number(u32::MAX, &mut numbered);
+        assert_eq!(messages(&numbered).map(|m| (m.0, m.1)).collect::<Vec<_>>(), [(1, 0), (2, 1)]);
         assert_eq!(batch.acknowledged(), 1);
         batch.acknowledge_last();
         batch.acknowledge_last();

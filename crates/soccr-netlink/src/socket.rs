@@ -40,6 +40,9 @@ const DONE: u16 = 3;
 pub struct Socket {
     fd: OwnedFd,
     buffer: Vec<u8>,
+    outgoing: Vec<u8>,
+    /// The number of the last message that was sent.
+    sequence: u32,
 }
 
 impl Socket {
@@ -62,22 +65,22 @@ impl Socket {
         let fd =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
         bind(&fd, &SocketAddrNetlink::new(port, 0))?;
-        Ok(Self { fd, buffer: vec![0; 256 << 10] })
+        Ok(Self { fd, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0 })
     }
 
     /// Sends the batch and waits until the kernel has acknowledged every message that asked for it.
     ///
     /// # Errors
-    /// The first error that the kernel reports. All answers to the batch are read even then, so the
-    /// socket stays usable.
+    /// The first error that the kernel reports. The socket stays usable: answers that come later are
+    /// not taken for those to the next batch.
     pub fn transact(&mut self, batch: &Batch) -> io::Result<()> {
-        self.send(batch)?;
+        let ours = self.send(batch)?;
         let mut outcome = Ok(());
         let mut missing = batch.acknowledged();
         while missing > 0 {
             let length = self.receive(RecvFlags::empty())?;
-            for (kind, _, payload) in messages(&self.buffer[..length]) {
-                if kind == ERROR {
+            for (kind, sequence, payload) in messages(&self.buffer[..length]) {
+                if kind == ERROR && ours.include(sequence) {
                     // A failed batch answers once for the failing message and may stay silent for the rest.
                     let answer = error_of(payload);
                     missing = if answer.is_err() { 0 } else { missing.saturating_sub(1) };
@@ -96,11 +99,12 @@ impl Socket {
     /// # Errors
     /// The error that the kernel reports.
     pub fn dump(&mut self, batch: &Batch, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        self.send(batch)?;
+        let ours = self.send(batch)?;
         loop {
             let length = self.receive(RecvFlags::empty())?;
-            for (kind, _, payload) in messages(&self.buffer[..length]) {
+            for (kind, sequence, payload) in messages(&self.buffer[..length]) {
                 match kind {
+                    _ if !ours.include(sequence) => {}
                     ERROR => return error_of(payload),
                     DONE => return Ok(()),
                     _ => each(kind, payload),
@@ -145,9 +149,12 @@ impl Socket {
             .map_err(Into::into)
     }
 
-    fn send(&self, batch: &Batch) -> io::Result<()> {
-        sendto(&self.fd, batch.as_bytes(), SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
-        Ok(())
+    fn send(&mut self, batch: &Batch) -> io::Result<Numbers> {
+        let ours = Numbers { base: self.sequence, count: batch.messages() };
+        batch.number(ours.base, &mut self.outgoing);
+        self.sequence = ours.base.wrapping_add(ours.count);
+        sendto(&self.fd, &self.outgoing, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        Ok(ours)
     }
 
     fn receive(&mut self, flags: RecvFlags) -> io::Result<usize> {
@@ -166,11 +173,51 @@ impl AsFd for Socket {
     }
 }
 
+/// The sequence numbers of a batch, which its answers repeat.
+#[derive(Clone, Copy)]
+struct Numbers {
+    /// The one before the first.
+    base: u32,
+    count: u32,
+}
+
+impl Numbers {
+    fn include(self, sequence: u32) -> bool {
+        sequence.wrapping_sub(self.base).wrapping_sub(1) < self.count
+    }
+}
+
 /// An `NLMSG_ERROR` carries the negated errno, or zero for an acknowledgement.
 fn error_of(payload: &[u8]) -> io::Result<()> {
     match payload.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes)) {
         Some(0) => Ok(()),
         Some(code) => Err(io::Error::from_raw_os_error(-code)),
         None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ACK, REQUEST};
+
+    /// One message that asks for an acknowledgement.
+    fn of(kind: u16) -> Batch {
+        let mut batch = Batch::new();
+        batch.message(kind, REQUEST | ACK, |m| m.bytes(&[0; 4]));
+        batch
+    }
+
+    #[test]
+    fn answers_that_nobody_waited_for_are_not_taken_for_others() {
+        let (nothing, unknown) = (of(1), of(0xfff));
+        let mut socket = Socket::open(Family::Route).unwrap();
+        socket.transact(&nothing).unwrap();
+        socket.send(&nothing).unwrap();
+        socket.transact(&unknown).unwrap_err();
+        socket.send(&unknown).unwrap();
+        socket.transact(&nothing).unwrap();
+        socket.send(&unknown).unwrap();
+        socket.dump(&unknown, |_, _| ()).unwrap_err();
     }
 }

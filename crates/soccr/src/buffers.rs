@@ -105,5 +105,8 @@ pub(crate) fn grow(fd: BorrowedFd<'_>, buffer: Buffer) -> Result<()> {
 }
 
 fn lock(fd: BorrowedFd<'_>, bits: u32) -> Result<()> {
-    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK", bits as i32)
+    match tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK", bits as i32) {
+        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => Ok(()),
+        other => other,
+    }
 }

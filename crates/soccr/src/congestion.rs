@@ -74,17 +74,6 @@ impl std::fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
-/// Does what the first restore of a process would do while a connection is locked: loads the program that brings
-/// congestion windows and ECN back, which takes some 20 ms.
-///
-/// Whoever moves connections calls it before the first lock. Its outcome, good or bad, is kept for the process.
-///
-/// # Errors
-/// [`Unavailable`], as every [report](crate::Report) will say then: connections are restored without them.
-pub fn prepare() -> Result<(), Unavailable> {
-    Writer::get().map(drop)
-}
-
 /// Writes the congestion window, the slow start threshold and ECN of a connected socket, and leaves it with
 /// `algorithm`.
 ///
@@ -113,6 +102,14 @@ pub(crate) fn restore(
     // The kernel frees it with the socket, too; it is of no more use.
     let _ = writer.values.delete(&key);
     outcome.map_err(Unavailable::at("TCP_CONGESTION"))
+}
+
+/// Does in advance what the first [`restore`](crate::Connection::restore) of a process takes about 20 ms for, while
+/// packets wait: loading the BPF programs that bring the congestion window back.
+///
+/// Where that is not allowed, nothing happens, and the [`Report`](crate::Report) of each connection says why.
+pub fn prepare() {
+    let _ = Writer::get();
 }
 
 /// The algorithm, registered with the kernel as long as this process lives.

@@ -104,7 +104,8 @@ pub struct Options {
     pub window_scale: Option<WindowScale>,
     /// Selective acknowledgements (RFC 2018).
     pub sack: bool,
-    /// The timestamp clock (RFC 7323): the value of `TCP_TIMESTAMP`, opaque, carried unchanged.
+    /// The timestamp clock (RFC 7323) as `TCP_TIMESTAMP` sets it: a little ahead of the saved socket's, since a kernel
+    /// that paces stamps segments with the time of their departure. Opaque: it counts in units of its own.
     pub timestamps: Option<u32>,
     /// The clock of [`timestamps`](Self::timestamps) counts microseconds, not milliseconds.
     pub microseconds: bool,
@@ -388,6 +389,7 @@ impl Connection {
             self.send_queue.len() == self.control.outq_len as usize,
             "outq_len is not the length of the send queue",
         )?;
+        check(self.buffers.is_none_or(|buffers| buffers.lock <= 3), "SO_BUF_LOCK has unknown bits")?;
         if let Some(urgent) = self.urgent {
             check(urgent.offset < self.control.inq_len, "the urgent mark lies outside the receive queue")?;
         }

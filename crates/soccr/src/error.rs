@@ -27,9 +27,10 @@ enum Kind {
 /// What an [`Error`] is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// The connection is of a kind that cannot be carried. Nothing was changed.
+    /// It cannot be done with this connection, or did not come out as it should; the text says which. What was saved
+    /// goes on, what was half restored is silent.
     Refused,
-    /// The values given contradict each other. No system call was made.
+    /// The values given contradict each other.
     Invalid,
     /// The kernel refused: see [`Error::errno`].
     System,

@@ -49,27 +49,41 @@ pub(crate) fn inject_urgent(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlo
     inject(fd, &segment, arrived)
 }
 
-/// Tells the peer our acknowledgement and our window, which the kernel's own probe does not.
-pub(crate) fn send_ack(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {
-    let window = control.window.map_or(u32::from(u16::MAX), |window| window.rcv_wnd);
+/// Our acknowledgement and our window, which the kernel's own probe does not tell the peer. Read from a socket in repair
+/// mode: what a lock has held may have moved it on since it was restored.
+pub(crate) fn acknowledgement(
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    control: &ControlBlock,
+) -> Result<Segment<'static>> {
+    let snd_nxt = tcp::queue_seq(fd, Queue::Send)?.wrapping_sub(tcp::unsent(fd)?);
+    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
+    tcp::select_queue(fd, None)?;
+    let room = tcp::window(fd)?.map_or(i32::from(i16::MAX), |window| {
+        window.rcv_wup.wrapping_add(window.rcv_wnd).wrapping_sub(rcv_nxt) as i32
+    });
     let shift = control.options.window_scale.map_or(0, |scale| scale.rcv);
     let clock = match control.options.timestamps {
         // An echo of zero says nothing, and Linux takes no round-trip time from it.
         Some(_) => Some((tcp::timestamp(fd)?, 0)),
         None => None,
     };
-    let segment = Segment {
+    Ok(Segment {
         source: flow.local,
         destination: flow.remote,
-        seq: control.snd_nxt(),
-        ack: control.rcv_nxt,
+        seq: snd_nxt,
+        ack: rcv_nxt,
         flags: flags::ACK,
-        window: (window >> shift).min(u16::MAX.into()) as u16,
+        window: (room.max(0) as u32 >> shift).min(u16::MAX.into()) as u16,
         timestamps: clock,
         urgent: 0,
         payload: &[],
-    };
-    send(fd, &segment, Via::routed(flow.remote.ip()))
+    })
+}
+
+/// Sends a segment of ours to the peer.
+pub(crate) fn send_to_peer(fd: BorrowedFd<'_>, segment: &Segment<'_>) -> Result<()> {
+    send(fd, segment, Via::routed(segment.destination.ip()))
 }
 
 pub(crate) fn from_peer<'a>(

@@ -72,7 +72,7 @@ mod segment;
 pub mod settings;
 mod sys;
 
-pub use congestion::{Unavailable, prepare};
+pub use congestion::prepare;
 pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
 pub use lock::Lock;

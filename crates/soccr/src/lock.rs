@@ -9,8 +9,9 @@
 //! ```no_run
 //! # fn main() -> soccr::Result<()> {
 //! # let stream = std::net::TcpStream::connect("192.0.2.1:80").unwrap();
-//! # let flow: soccr::connection::Flow = todo!();
-//! let lock = soccr::Lock::hold(&[flow])?;
+//! let locker = soccr::lock::Locker::new(soccr::lock::Mode::HOLD)?; // once, for many moves
+//!
+//! let lock = locker.lock(&[soccr::Flow::of(&stream)?])?;
 //! let paused = soccr::pause(&stream)?;
 //! let connection = paused.save()?;
 //! paused.detach()?;
@@ -21,9 +22,15 @@
 //! # }
 //! ```
 //!
-//! Between two hosts the packets travel with the connection. The source calls [`Lock::take`], sends
-//! connection and [`Held`] packets, and when the target has taken over it calls [`Lock::persist`], so that late packets
-//! draw no reset. The target calls [`Held::replay`] between `restore` and `resume`.
+//! Between two hosts the packets travel with the connection. The source calls [`Lock::take`] and sends the [`Held`]
+//! packets behind the connection; when packets reach it no more, or for [`SILENCE`] after, it stays silent by
+//! [`Lock::persist`], so that a late one draws no reset. The target calls [`Held::replay`] between `restore` and
+//! `resume`.
+//!
+//! # Firewalls
+//! Held packets come back over `lo`, with the mark. Rules that drop packets of invalid connections, or let only established
+//! ones pass, let these pass too; so does `rp_filter`. A rule against foreign addresses on `lo` does not: an error
+//! says so where the kernel does, and the peer sends again what it misses.
 
 mod capture;
 mod held;
@@ -43,6 +50,7 @@ use std::time::Duration;
 use soccr_netlink::{Family, Socket};
 
 use crate::connection::Flow;
+use crate::diag;
 use crate::error::{Error, Result};
 use crate::sys::namespace;
 use crate::sys::raw::{Injector, Via};
@@ -76,6 +84,9 @@ impl Mode {
 ///
 /// It owns an nftables table, which the kernel removes when the `Locker` and its locks are gone, however the process
 /// ends. Making one takes about a millisecond, a lock from it tens of microseconds: keep one for many locks.
+///
+/// Forked children that do not `exec` keep the table, and what is locked, for as long as they live: its socket is open
+/// in them too.
 #[derive(Debug)]
 pub struct Locker {
     shared: Arc<Shared>,
@@ -142,7 +153,11 @@ impl Locker {
     }
 }
 
-/// Connections whose traffic is stopped. Dropping it [releases](Self::release) them.
+/// Connections whose traffic is stopped.
+///
+/// Dropping it unlocks them. Those that have a socket in that namespace get what has been held, as by
+/// [`release`](Self::release). For the others it is thrown away, because it would draw a reset; so will what
+/// arrives from then on, unless the lock is made to [stay](Self::persist).
 #[derive(Debug)]
 #[must_use = "dropping it unlocks at once"]
 pub struct Lock {
@@ -203,43 +218,38 @@ impl Lock {
     /// The first failure of many possible ones, after everything has been tried. `EPERM` where a firewall drops
     /// what the host sends to itself: the peer sends again what was held.
     pub fn release(mut self) -> Result<usize> {
-        self.unlock().map_err(|error| error.at("unlock"))
+        let flows = std::mem::take(&mut self.flows);
+        self.shared.release(&flows).map_err(|error| error.at("unlock"))
     }
 
-    /// Makes the lock stay when the process ends, under a name, for a limited time or until it is
-    /// [removed](PersistentLock::remove). It drops what arrives; what is held now is gone: [take](Self::take) it first.
+    /// Hands the connections to a [`PersistentLock`], which stays when the process ends: under a name, for a limited
+    /// time or until it is removed. It drops what arrives. What is held now is gone: [take](Self::take) it first.
     ///
     /// This is how a host stays silent after a connection has left it, while late packets may still come:
     ///
     /// ```no_run
-    /// # fn example(lock: soccr::Lock) -> soccr::Result<()> {
+    /// # fn example(mut lock: soccr::Lock) -> soccr::Result<()> {
     /// lock.persist("moved-to-b", Some(soccr::lock::SILENCE))?;
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// Those of [`PersistentLock::create`]. The connections are unlocked then.
-    pub fn persist(mut self, name: &str, limit: Option<Duration>) -> Result<()> {
+    /// Those of [`PersistentLock::create`]. The connections stay in this lock then.
+    pub fn persist(&mut self, name: &str, limit: Option<Duration>) -> Result<()> {
         self.shared.persist(name, &self.flows, limit).map_err(|error| error.at("lock"))?;
         self.flows.clear();
         Ok(())
-    }
-
-    fn unlock(&mut self) -> Result<usize> {
-        let flows = std::mem::take(&mut self.flows);
-        match &self.shared.reader {
-            _ if flows.is_empty() => Ok(0),
-            Some(reader) => reader.capture().release(&flows, || self.shared.delete(&flows)),
-            None => self.shared.delete(&flows).map(|()| 0),
-        }
     }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
+        let flows = std::mem::take(&mut self.flows);
+        let (here, gone): (Vec<_>, Vec<_>) = flows.into_iter().partition(|flow| self.shared.has_socket(flow));
         // There is nobody left to tell.
-        let _ = self.unlock();
+        let _ = self.shared.release(&here);
+        let _ = self.shared.abandon(&gone);
     }
 }
 
@@ -262,10 +272,35 @@ impl Shared {
 
     fn persist(&self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
         self.with_table(|table| persistent::create(table.socket(), name, flows, limit))?;
+        // What is left in our table is dropped there: the persistent lock drops it too.
+        let _ = self.abandon(flows);
+        Ok(())
+    }
+
+    /// Unlocks, and delivers what has been held.
+    fn release(&self, flows: &[Flow]) -> Result<usize> {
+        match &self.reader {
+            _ if flows.is_empty() => Ok(0),
+            Some(reader) => reader.capture().release(flows, || self.delete(flows)),
+            None => self.delete(flows).map(|()| 0),
+        }
+    }
+
+    /// Unlocks, and throws away what has been held.
+    fn abandon(&self, flows: &[Flow]) -> Result<()> {
         if let Some(reader) = &self.reader {
             reader.capture().discard(flows);
         }
         self.delete(flows)
+    }
+
+    /// Whether there is a connection in the namespace of the lock. What cannot be found out counts as none.
+    fn has_socket(&self, flow: &Flow) -> bool {
+        let ends = if flow.is_ipv4() { canonical(flow) } else { *flow };
+        let found = self.with_table(|table| {
+            diag::beside(table.socket().as_fd(), |diag| diag.find(ends.local, ends.remote, |_| ()))
+        });
+        matches!(found, Ok(Some(())))
     }
 
     fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {

@@ -1,5 +1,6 @@
 //! [`pause`] a socket: repair mode on, behind a guard that turns it off again.
 
+use std::cell::Cell;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -7,7 +8,7 @@ use crate::connection::{Buffers, Connection, ControlBlock, Flow};
 use crate::error::{Error, Result};
 use crate::queue;
 use crate::restore::{self, Restore};
-use crate::save;
+use crate::save::{self, Position};
 use crate::sys::tcp::{self, Queue, Repair};
 
 /// Turns the repair mode of a TCP socket on (`TCP_REPAIR`), so that its connection can be saved.
@@ -65,7 +66,7 @@ fn pause_fd(fd: BorrowedFd<'_>) -> Result<Paused<'_>> {
         }
         return Err(error);
     }
-    Ok(Paused { fd, reuse_address: reuse_address != 0, peer: None })
+    Ok(Paused { fd, reuse_address: reuse_address != 0, peer: None, saved: Cell::new(None) })
 }
 
 /// A socket in repair mode. Dropping it resumes the connection.
@@ -75,6 +76,8 @@ pub struct Paused<'fd> {
     fd: BorrowedFd<'fd>,
     reuse_address: bool,
     peer: Option<SocketAddr>,
+    /// Where the connection stood when it was saved.
+    saved: Cell<Option<Position>>,
 }
 
 impl<'fd> Paused<'fd> {
@@ -86,13 +89,14 @@ impl<'fd> Paused<'fd> {
         pause_fd(socket).map_err(|error| error.at("pause"))
     }
 
-    /// Takes charge of a socket that somebody else has paused and left, such as a process that has died.
+    /// Takes charge of a socket that somebody else has paused and left, such as a process that has died. Its
+    /// `SO_REUSEADDR` is gone: repair mode has overwritten it.
     ///
     /// # Errors
     /// Refused where the socket is not in repair mode.
     pub fn take_over(socket: BorrowedFd<'fd>) -> Result<Self> {
         match tcp::in_repair(socket) {
-            Ok(true) => Ok(Self { fd: socket, reuse_address: false, peer: None }),
+            Ok(true) => Ok(Self { fd: socket, reuse_address: false, peer: None, saved: Cell::new(None) }),
             Ok(false) => {
                 Err(Error::refused("a socket that is not in repair mode", "pause it instead").at("pause"))
             }
@@ -126,6 +130,7 @@ impl<'fd> Paused<'fd> {
     pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
         save::save(self.fd, self.peer, connection).map_err(|error| error.at("save"))?;
         save::reuse_address(connection, self.reuse_address);
+        self.saved.set(Some(Position::of(&connection.control)));
         Ok(())
     }
 
@@ -140,7 +145,10 @@ impl<'fd> Paused<'fd> {
             || Error::refused("urgent data in the receive queue", "let the application read it first");
         let read = || match save::control_block(self.fd)? {
             (_, Some(_), _) => Err(refused()),
-            (control, None, _) if save::is_unchanged(self.fd, &control)? => Ok(control),
+            (control, None, _) if save::is_unchanged(self.fd, Position::of(&control))? => {
+                self.saved.set(Some(Position::of(&control)));
+                Ok(control)
+            }
             _ => Err(queue::changed()),
         };
         read().map_err(|error| error.at("save"))
@@ -187,11 +195,11 @@ impl<'fd> Paused<'fd> {
     ///
     /// # Errors
     /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`.
-    pub fn connect_anew(self, flow: Flow) -> Result<()> {
+    pub fn connect_anew(self, flow: Flow, write_seq: u32) -> Result<()> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
         self.release();
         flow.validate()
-            .and_then(|()| restore::connect_anew(fd, flow))
+            .and_then(|()| restore::connect_anew(fd, flow, write_seq))
             .and_then(|()| set_reuse_address(fd, reuse_address))
             .map_err(|error| error.at("restore"))
     }
@@ -216,15 +224,27 @@ impl<'fd> Paused<'fd> {
     /// Whoever still uses the socket sees an ordinary error (`ECONNABORTED`, then `ENOTCONN`).
     ///
     /// # Errors
-    /// `connect` to `AF_UNSPEC` failed; the connection is resumed.
+    /// - Refused where the connection has changed since it was last saved: its traffic was not locked.
+    /// - System: `connect` to `AF_UNSPEC`.
+    ///
+    /// The connection is resumed then.
     pub fn detach(self) -> Result<()> {
-        let detached =
-            rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error));
-        detached.map_err(|error| error.at("detach"))?;
+        self.forget_connection().map_err(|error| error.at("detach"))?;
         // Repair mode would turn the owner's later calls into EPERM, which says nothing.
         let off = tcp::set_repair(self.fd, Repair::OffNoProbe);
         self.release();
         off.map_err(|error| error.at("detach"))
+    }
+
+    fn forget_connection(&self) -> Result<()> {
+        // What has been acknowledged since would be in no image, and the peer would never send it again.
+        if let Some(saved) = self.saved.get() {
+            tcp::select_queue(self.fd, Queue::Receive)?;
+            if !save::is_unchanged(self.fd, saved)? {
+                return Err(queue::changed());
+            }
+        }
+        rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))
     }
 
     fn turn_off(&self) -> Result<()> {

@@ -22,9 +22,12 @@ use crate::fin;
 use crate::queue;
 use crate::report::Report;
 use crate::resume::{Restored, start_handshake};
-use crate::save;
+use crate::save::{self, Position};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
+
+/// The kernel takes no smaller `TCP_MAXSEG`, though a peer may have announced less.
+const MIN_SEGMENT_LIMIT: u32 = 88;
 
 /// The kernel takes no larger `TCP_MAXSEG`, though loopback connections have a larger MSS.
 const MAX_SEGMENT_LIMIT: u32 = 32767;
@@ -79,6 +82,9 @@ impl<'fd> Restore<'fd> {
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }
+        if save::state(fd)? != State::Close {
+            return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
+        }
         Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers, 0)? })
     }
 
@@ -106,7 +112,10 @@ impl<'fd> Restore<'fd> {
             }
         }
         // connect() derives the MSS from it; without, the connection would stay at 524 bytes.
-        tcp::set_max_segment(fd, u32::from(control.options.mss_clamp).min(MAX_SEGMENT_LIMIT))?;
+        tcp::set_max_segment(
+            fd,
+            u32::from(control.options.mss_clamp).clamp(MIN_SEGMENT_LIMIT, MAX_SEGMENT_LIMIT),
+        )?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
         Ok(Self { fd, control, buffers: later, flow: None, reuse_address: false, report })
@@ -299,15 +308,15 @@ impl<'fd> Restore<'fd> {
         };
         tcp::set_window(self.fd, &Window { snd_wnd: 0, ..window })?;
         // Out of repair mode it may be limited to what TCP_NOTSENT_LOWAT allows.
-        let limit = |value: i32| {
-            tcp::set_int(self.fd, tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT", value)
-        };
+        let (level, name, text) = (tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT");
+        let limit = |value| tcp::set_int(self.fd, level, name, text, value);
+        let before = tcp::get_int(self.fd, level, name, text)?;
         limit(i32::MAX)?;
         tcp::set_repair(self.fd, Repair::OffNoProbe)?;
         let written = write(self.fd);
         // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
         tcp::set_repair(self.fd, Repair::On).or_else(|_| tcp::set_repair(self.fd, Repair::On))?;
-        limit(0)?;
+        limit(before)?;
         tcp::set_window(self.fd, &window)?;
         written
     }
@@ -356,7 +365,7 @@ impl<'fd> Restore<'fd> {
             ));
         }
         tcp::select_queue(self.fd, Queue::Receive)?;
-        if save::is_unchanged(self.fd, &self.control)? {
+        if save::is_unchanged(self.fd, Position::of(&self.control))? {
             return Ok(());
         }
         Err(Error::refused(
@@ -393,10 +402,19 @@ fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
 }
 
 /// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
-pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
-    bind(fd, flow.local)?;
-    tcp::set_repair(fd, Repair::OffNoProbe)?;
+pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Result<()> {
+    bind_anew(fd, flow.local, write_seq)?;
     start_handshake(fd, flow.remote)
+}
+
+/// Readies a fresh socket for the same SYN once more. A peer that has answered the first one refuses the connection for
+/// good, if it gets another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
+pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -> Result<()> {
+    // In repair mode no other socket is in the way: the old one may still hold the port.
+    tcp::set_repair(fd, Repair::On)?;
+    bind(fd, local)?;
+    tcp::set_queue_seq(fd, Queue::Send, write_seq.wrapping_sub(1))?;
+    tcp::set_repair(fd, Repair::OffNoProbe)
 }
 
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.

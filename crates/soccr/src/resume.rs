@@ -12,6 +12,9 @@ use crate::sys::tcp::{self, Repair};
 
 /// A socket in repair mode that holds a restored connection. Dropping it closes it silently, where the socket is its
 /// own; one that was borrowed stays in repair mode.
+///
+/// The kernel's timers run: bytes that were sent and not acknowledged are sent again when their time has come. Who
+/// restores long before he resumes keeps the connection [locked](crate::Lock).
 #[derive(Debug)]
 #[must_use = "dropping it closes the connection, silently: the peer would wait for ever"]
 pub struct Restored<Fd = OwnedFd> {
@@ -60,18 +63,29 @@ impl<Fd: AsFd> Restored<Fd> {
 
     fn turn_on(&self) -> Result<()> {
         let fd = self.socket.as_fd();
+        let turned_on = self.turn_repair_off();
+        if turned_on.is_err() {
+            // Out of repair mode the socket would reset the peer when it is closed.
+            let _ = tcp::set_repair(fd, Repair::On);
+        }
+        turned_on
+    }
+
+    fn turn_repair_off(&self) -> Result<()> {
+        let fd = self.socket.as_fd();
         if self.control.state == State::SynSent {
             return start_handshake(fd, self.flow.remote);
         }
+        let acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
         tcp::set_repair(fd, Repair::Off)?;
         if self.reuse_address {
             set_reuse_address(fd, true)?;
         }
+        // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
+        let _ = fin::send_to_peer(fd, &acknowledgement);
         if self.control.unsq_len > 0 || self.control.fin_unsent {
             push(fd)?;
         }
-        // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
-        let _ = fin::send_ack(fd, self.flow, &self.control);
         Ok(())
     }
 }

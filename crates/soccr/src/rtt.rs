@@ -71,6 +71,11 @@ impl Seed {
         if control.state.fin_acknowledged() {
             return Ok(None);
         }
+        if control.state.fin_queued() && !control.fin_unsent {
+            return Err(
+                "our FIN is under way, and would be repeated too early: before the connection is resumed",
+            );
+        }
         if control.options.timestamps.is_none() {
             return Err("the connection has no timestamps, by which alone it can be told");
         }

@@ -58,7 +58,7 @@ fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
     let (control, urgent, path) = control_block(fd)?;
     queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
     queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
-    if !is_unchanged(fd, &control)? {
+    if !is_unchanged(fd, Position::of(&control))? {
         return Err(changed());
     }
     connection.urgent = urgent;
@@ -97,14 +97,35 @@ pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<
     Ok((control, urgent, path(&info)))
 }
 
-/// Compares the sequence numbers of the socket, whose receive queue is selected, with those of a control block.
-pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, control: &ControlBlock) -> Result<bool> {
-    let rcv_nxt = tcp::selected_seq(fd)?;
-    let unacknowledged = tcp::unacknowledged(fd)?;
+/// Where a connection stands: what every segment that is received, acknowledged or sent moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    rcv_nxt: u32,
+    unacknowledged: u32,
+    unsent: u32,
+}
+
+impl Position {
+    pub(crate) fn of(control: &ControlBlock) -> Self {
+        // The kernel reports no lengths before the handshake is over.
+        let handshake = control.state == State::SynSent;
+        Self {
+            rcv_nxt: control.rcv_nxt,
+            unacknowledged: if handshake { 0 } else { control.write_seq.wrapping_sub(control.snd_una()) },
+            unsent: control.unsq_len + u32::from(control.fin_unsent),
+        }
+    }
+}
+
+/// Compares the socket, whose receive queue is selected, with what was read from it.
+pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, before: Position) -> Result<bool> {
+    let now = Position {
+        rcv_nxt: tcp::selected_seq(fd)?,
+        unacknowledged: tcp::unacknowledged(fd)?,
+        unsent: tcp::unsent(fd)?,
+    };
     tcp::select_queue(fd, None)?;
-    let handshake = control.state == State::SynSent;
-    Ok(rcv_nxt == control.rcv_nxt
-        && (handshake || unacknowledged == control.write_seq.wrapping_sub(control.snd_una())))
+    Ok(now == before)
 }
 
 fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {

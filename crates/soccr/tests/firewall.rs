@@ -125,7 +125,7 @@ fn a_firewall_that_swallows_our_mark_is_named() {
     behind.peer.shutdown(Shutdown::Write).unwrap();
     wait_until("the FIN has arrived", || behind.is_in(State::CloseWait));
     let error = behind.move_on().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     assert!(error.to_string().contains("0xC114"), "{error}");
 }
 

@@ -17,9 +17,15 @@ use soccr_netlink::{APPEND, Batch, CREATE, Message, REQUEST, Socket};
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
 const VICTIM: &str = "LOCK_AND_WAIT";
 
+/// For a process that has no rights in its own network namespace.
+const STRANGER: &str = "LOCK_ELSEWHERE";
+
 fn main() -> ExitCode {
     if let Ok(flow) = env::var(VICTIM) {
         return lock_and_wait(&flow);
+    }
+    if env::var(STRANGER).is_ok() {
+        return lock_elsewhere();
     }
     macro_rules! tests {
         ($($name:ident),* $(,)?) => { [$(Test::new(stringify!($name), $name)),*] };
@@ -35,14 +41,17 @@ fn main() -> ExitCode {
         the_longest_packets_are_held_whole,
         what_is_held_has_a_limit,
         dropping_the_guard_unlocks,
+        a_dropped_guard_of_a_connection_that_has_left_draws_no_reset,
         a_connection_is_locked_once,
         two_lockers_do_not_disturb_each_other,
         a_killed_process_leaves_no_lock,
         ten_thousand_connections,
         a_locker_for_the_namespace_of_a_socket,
+        rights_in_the_namespace_of_the_socket_suffice,
         a_persistent_lock_is_listed_and_removed,
         a_persistent_lock_ends_with_its_time,
         a_lock_becomes_persistent,
+        ten_thousand_connections_persist,
         names_of_persistent_locks_are_checked,
     ])
 }
@@ -121,9 +130,14 @@ fn be_patient(host: &Namespace) {
 
 /// Segments that a host has sent more than once.
 fn retransmissions(host: &Namespace) -> u32 {
+    counter(host, "RetransSegs")
+}
+
+/// What a host has counted of its TCP (RFC 4022).
+fn counter(host: &Namespace, name: &str) -> u32 {
     let table = host.run(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
     let mut lines = table.lines().filter(|line| line.starts_with("Tcp:"));
-    let column = lines.next().unwrap().split(' ').position(|name| name == "RetransSegs").unwrap();
+    let column = lines.next().unwrap().split(' ').position(|column| column == name).unwrap();
     lines.next().unwrap().split(' ').nth(column).unwrap().parse().unwrap()
 }
 
@@ -266,7 +280,7 @@ fn move_to_another_host(lab: &Lab, family: Family, closing: bool) {
     }
     let baseline = Baseline::of(&lab.peer.namespace);
 
-    let lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+    let mut lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
     let paused = pause(&ours).unwrap();
     let connection = paused.save().unwrap();
     if !closing {
@@ -447,6 +461,21 @@ fn dropping_the_guard_unlocks() {
     transfer(&mut connected.ours, &mut connected.peer, b"and back");
 }
 
+fn a_dropped_guard_of_a_connection_that_has_left_draws_no_reset() {
+    for family in Family::ALL {
+        let mut connected = connect(family);
+        let lock = connected.lock(Mode::HOLD);
+        // Keeps what the peer sends again from drawing a reset.
+        let _silence = connected.lock(Mode::Drop);
+        connected.peer.write_all(b"too late").unwrap();
+        wait_until("it is held", || lock.held() > 0);
+        pause(&connected.ours).unwrap().detach().unwrap();
+        drop(connected.ours);
+        drop(lock);
+        assert_eq!(counter(&connected.pair.b.namespace, "OutRsts"), 0);
+    }
+}
+
 fn a_connection_is_locked_once() {
     let connected = connect(Family::V4);
     let locker = Locker::beside(&connected.ours, Mode::HOLD).unwrap();
@@ -511,15 +540,7 @@ fn lock_and_wait(flow: &str) -> ExitCode {
 
 fn ten_thousand_connections() {
     let mut connected = connect(Family::V6);
-    let mut flows: Vec<_> = (0..5_000u16)
-        .flat_map(|port| {
-            let v4 = ([192, 0, 2, 7], 1000 + port).into();
-            let v6 = ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7], 1000 + port).into();
-            let remote = [([192, 0, 2, 8], 443).into(), ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 8], 443).into()];
-            [Flow { local: v4, remote: remote[0] }, Flow { local: v6, remote: remote[1] }]
-        })
-        .collect();
-    flows.insert(7_000, connected.flow);
+    let flows = ten_thousand_and(connected.flow);
     let locker = Locker::beside(&connected.ours, Mode::HOLD).unwrap();
     for _ in 0..2 {
         let lock = locker.lock(&flows).unwrap();
@@ -529,6 +550,38 @@ fn ten_thousand_connections() {
         lock.release().unwrap();
         expect(&mut connected.ours, b"one of many");
     }
+}
+
+fn ten_thousand_and(flow: Flow) -> Vec<Flow> {
+    let mut flows: Vec<_> = (0..5_000u16)
+        .flat_map(|port| {
+            let v4 = ([192, 0, 2, 7], 1000 + port).into();
+            let v6 = ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7], 1000 + port).into();
+            let remote = [([192, 0, 2, 8], 443).into(), ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 8], 443).into()];
+            [Flow { local: v4, remote: remote[0] }, Flow { local: v6, remote: remote[1] }]
+        })
+        .collect();
+    flows.insert(7_000, flow);
+    flows
+}
+
+fn ten_thousand_connections_persist() {
+    let mut connected = connect(Family::V6);
+    let mut flows = ten_thousand_and(connected.flow);
+    let host = &connected.pair.b;
+    host.run(|| PersistentLock::create("many", &flows, Some(SILENCE))).unwrap();
+    let locks = host.run(PersistentLock::list).unwrap();
+    assert_eq!((locks.len(), locks[0].flows.len()), (1, flows.len()));
+    connected.peer.write_all(b"one of many").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    host.run(|| locks[0].remove()).unwrap();
+    expect(&mut connected.ours, b"one of many");
+    // The last transaction fails, and the others do not stay.
+    flows.push(connected.flow);
+    let error = host.run(|| PersistentLock::create("many", &flows, None)).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::EEXIST), "{error}");
+    assert_eq!(host.run(PersistentLock::list).unwrap(), []);
 }
 
 fn a_locker_for_the_namespace_of_a_socket() {
@@ -547,6 +600,26 @@ fn a_locker_for_the_namespace_of_a_socket() {
     expect(&mut connected.ours, b"but here");
 }
 
+fn rights_in_the_namespace_of_the_socket_suffice() {
+    let itself = env::current_exe().unwrap();
+    let status = Command::new("unshare").arg("--user").arg(itself).env(STRANGER, "").status().unwrap();
+    assert!(status.success(), "{status}");
+}
+
+fn lock_elsewhere() -> ExitCode {
+    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
+    assert_eq!(Lock::hold(&[flow]).unwrap_err().errno(), Some(libc::EPERM));
+    let elsewhere = Namespace::new().unwrap();
+    // There is no way back for the thread that goes there.
+    let listen = || {
+        elsewhere.enter().unwrap();
+        TcpListener::bind("0.0.0.0:0").unwrap()
+    };
+    let socket = thread::scope(|scope| scope.spawn(listen).join()).unwrap();
+    Locker::beside(&socket, Mode::HOLD).unwrap().lock(&[flow]).unwrap().release().unwrap();
+    ExitCode::SUCCESS
+}
+
 fn a_persistent_lock_is_listed_and_removed() {
     for family in Family::ALL {
         let mut connected = connect(family);
@@ -561,7 +634,7 @@ fn a_persistent_lock_is_listed_and_removed() {
         connected.settle();
         expect_nothing(&mut connected.ours);
         expect_nothing(&mut connected.peer);
-        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[], None));
+        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None));
         assert!(again.unwrap_err().to_string().contains("EEXIST"));
         connected.pair.b.run(|| locks[0].remove()).unwrap();
         expect(&mut connected.ours, b"later");
@@ -590,10 +663,14 @@ fn a_persistent_lock_ends_with_its_time() {
 
 fn a_lock_becomes_persistent() {
     let mut connected = connect(Family::V4);
-    let lock = connected.lock(Mode::HOLD);
+    let mut lock = connected.lock(Mode::HOLD);
     connected.peer.write_all(b"thrown away").unwrap();
+    lock.persist("no such name!", None).unwrap_err();
     connected.settle();
+    expect_nothing(&mut connected.ours);
+    assert!(lock.held() > 0);
     lock.persist("afterwards", None).unwrap();
+    drop(lock);
     connected.settle();
     expect_nothing(&mut connected.ours);
     let locks = connected.pair.b.run(PersistentLock::list).unwrap();
@@ -604,9 +681,12 @@ fn a_lock_becomes_persistent() {
 }
 
 fn names_of_persistent_locks_are_checked() {
+    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
     for name in ["", "a b", "a/b", "\u{e4}", &"x".repeat(65)] {
-        let error = PersistentLock::create(name, &[], None).unwrap_err();
+        let error = PersistentLock::create(name, &[flow], None).unwrap_err();
         assert_eq!(error.kind(), soccr::ErrorKind::Invalid, "{name}");
     }
-    PersistentLock::create(&"x".repeat(64), &[], None).unwrap();
+    let nothing = PersistentLock::create("nothing", &[], None).unwrap_err();
+    assert_eq!(nothing.kind(), soccr::ErrorKind::Invalid);
+    PersistentLock::create(&"x".repeat(64), &[flow], None).unwrap();
 }

@@ -6,14 +6,17 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
 use soccr_lab::{Side, wait_until};
 
-use crate::programs::{HEIR, SOCCR, assert_runs, assert_unlocked, installed, json};
+use crate::programs::{
+    HEIR, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, server, soccr,
+};
+use crate::steps::{Call, run_and_kill};
 use crate::transfer::Move;
 
 crate::tests![
@@ -21,6 +24,7 @@ crate::tests![
     a_killed_target_leaves_one_connection,
     a_source_that_is_asked_to_end_finishes_what_it_has_begun,
     a_target_that_is_asked_to_end_finishes_what_it_has_begun,
+    a_socket_does_not_stay_in_repair,
 ];
 
 /// The kinds of records, by their numbers in the stream.
@@ -150,6 +154,38 @@ fn a_target_that_is_asked_to_end_finishes_what_it_has_begun() {
             moving.end();
         }
     }
+}
+
+fn a_socket_does_not_stay_in_repair() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let fd = descriptors(&server.pid()).remove(0);
+    // Repair mode lasts from the first call that sets TCP_REPAIR to the second.
+    let sets_repair = |call: &Call| {
+        let option = [libc::SOL_TCP as u64, libc::TCP_REPAIR as u64];
+        call.number == libc::SYS_setsockopt && call.arguments[1..3] == option
+    };
+    let mut steps = 1;
+    loop {
+        let (mut set, mut after) = (0, 0);
+        let mut save = soccr(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]);
+        let killed = run_and_kill(save.stdout(Stdio::null()), |call| {
+            set += u32::from(sets_repair(call));
+            after += u32::from(set == 1);
+            after > steps
+        });
+        assert_runs(&server.pid());
+        assert_eq!(ask(&mut client, "more", ""), "more", "killed after {steps} calls");
+        if !killed {
+            break;
+        }
+        steps += 7;
+    }
+    assert!(steps > 7, "it was killed in repair mode");
 }
 
 /// On the host to which the connection did not go.

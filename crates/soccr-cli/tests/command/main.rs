@@ -6,6 +6,7 @@ mod programs;
 mod real;
 mod rescue;
 mod save;
+mod steps;
 mod transfer;
 
 fn main() -> std::process::ExitCode {

@@ -10,6 +10,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
@@ -215,13 +216,14 @@ impl Capture {
                 if kind != PACKET {
                     return;
                 }
-                let (mut packet, mut ethernet, mut tail_saved) = (&[][..], &[][..], false);
+                let (mut packet, mut ethernet, mut tail_saved, mut interface) = (&[][..], &[][..], false, 0);
                 for (kind, value) in attributes(payload.get(HEADER..).unwrap_or_default()) {
                     match (kind, value.first_chunk().map(|n| u32::from_be_bytes(*n))) {
                         (ATTRIBUTE_SEQUENCE, Some(number)) => {
                             packets.dropped += u64::from(number.wrapping_sub(*next));
                             *next = number.wrapping_add(1);
                         }
+                        (ATTRIBUTE_INTERFACE, Some(index)) => interface = index,
                         (ATTRIBUTE_PAYLOAD, _) => packet = value,
                         (ATTRIBUTE_HARDWARE_HEADER, _) => ethernet = value,
                         (ATTRIBUTE_PREFIX, _) => tail_saved = true,
@@ -229,9 +231,9 @@ impl Capture {
                     }
                 }
                 if tail_saved {
-                    packets.push(&with_tail(packet, ethernet));
+                    packets.push(&with_tail(packet, ethernet), interface);
                 } else {
-                    packets.push(packet);
+                    packets.push(packet, interface);
                 }
             });
             match more {
@@ -246,7 +248,8 @@ impl Capture {
 }
 
 impl Packets {
-    fn push(&mut self, bytes: &[u8]) {
+    /// Takes in a packet that has come through this interface.
+    fn push(&mut self, bytes: &[u8], interface: u32) {
         let Some(parsed) = Parsed::new(bytes) else {
             self.dropped += 1;
             return;
@@ -281,7 +284,7 @@ impl Packets {
             Some(Fate::Discarded) => {}
             // It was on its way through the rule while its connection was unlocked. What a firewall keeps it
             // from, the peer sends again.
-            None => drop(self.replay(&mut Replay::new(flow), &[bytes])),
+            None => drop(self.replay(&mut Replay::new(scoped(flow, interface)), &[bytes])),
         }
     }
 
@@ -338,6 +341,18 @@ fn with_tail<'a>(packet: &'a [u8], ethernet: &[u8]) -> Cow<'a, [u8]> {
     }
 }
 
+/// The connection of a packet: link-local addresses mean nothing without the interface.
+fn scoped(mut flow: Flow, interface: u32) -> Flow {
+    for end in [&mut flow.local, &mut flow.remote] {
+        if let SocketAddr::V6(end) = end
+            && end.ip().is_unicast_link_local()
+        {
+            end.set_scope_id(interface);
+        }
+    }
+    flow
+}
+
 fn bind(socket: &mut Socket, group: u16) -> io::Result<()> {
     let mut batch = Batch::new();
     batch.message(CONFIG, REQUEST | ACK, |m| {
@@ -363,7 +378,93 @@ const COPY_PACKET: u8 = 2;
 const CONFIG_THRESHOLD: u16 = 5;
 const CONFIG_FLAGS: u16 = 6;
 const NUMBERED: u16 = 1;
+const ATTRIBUTE_INTERFACE: u16 = 4;
 const ATTRIBUTE_PAYLOAD: u16 = 9;
 const ATTRIBUTE_PREFIX: u16 = 10;
 const ATTRIBUTE_SEQUENCE: u16 = 12;
 const ATTRIBUTE_HARDWARE_HEADER: u16 = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment::{Segment, flags};
+
+    fn flow() -> Flow {
+        Flow { local: "192.0.2.1:80".parse().unwrap(), remote: "198.51.100.7:4000".parse().unwrap() }
+    }
+
+    fn packet(seq: u32, payload: &[u8]) -> Vec<u8> {
+        let segment = Segment {
+            source: flow().remote,
+            destination: flow().local,
+            seq,
+            ack: 1,
+            flags: flags::ACK,
+            window: 1,
+            timestamps: None,
+            urgent: 0,
+            payload,
+        };
+        let mut packet = Vec::new();
+        segment.write(&mut packet);
+        packet
+    }
+
+    fn packets(limit: usize) -> Packets {
+        let queue = VecDeque::new();
+        Packets {
+            flows: [(flow(), Fate::Held { queue, acks: 0 })].into(),
+            discarded: VecDeque::new(),
+            injectors: [None, None],
+            bytes: 0,
+            limit,
+            dropped: 0,
+        }
+    }
+
+    #[test]
+    fn acknowledgements_give_way_to_data() {
+        let acks: Vec<_> = (0..10).map(|seq| packet(seq, &[])).collect();
+        let data = packet(10, &[7; 500]);
+        let mut packets = packets(10 * (40 + OVERHEAD) + 100);
+        acks.iter().chain([&data]).for_each(|packet| packets.push(packet, 1));
+        assert_eq!(packets.dropped, 9);
+        assert_eq!(packets.take(&flow()), [acks[9].clone(), data]);
+        assert_eq!(packets.bytes, 0);
+    }
+
+    #[test]
+    fn over_the_limit_the_newest_go() {
+        let sent: Vec<_> = (0..4).map(|seq| packet(seq, &[7; 500])).collect();
+        let mut packets = packets(2 * (540 + OVERHEAD));
+        sent.iter().for_each(|packet| packets.push(packet, 1));
+        assert_eq!(packets.dropped, 2);
+        assert_eq!(packets.take(&flow()), sent[..2]);
+        packets.push(&sent[3], 1);
+        assert_eq!(packets.take(&flow()), sent[3..]);
+    }
+
+    #[test]
+    fn a_late_packet_keeps_its_interface() {
+        let parse = |local: &str, remote: &str| Flow {
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+        };
+        let late = parse("[fe80::1]:80", "[fe80::2]:4000");
+        assert_eq!(scoped(late, 7), parse("[fe80::1%7]:80", "[fe80::2%7]:4000"));
+        let global = parse("[2001:db8::1]:80", "[2001:db8::2]:4000");
+        assert_eq!(scoped(global, 7), global);
+        assert_eq!(scoped(flow(), 7), flow());
+    }
+
+    #[test]
+    fn the_tail_of_a_long_packet_is_put_back() {
+        let whole = packet(1, &vec![5; 65535 - 40]);
+        let (first, tail) = whole.split_at(LOG_LIMIT);
+        assert_eq!(*with_tail(first, &[tail, &[0; 10]].concat()), *whole);
+        for ethernet in [&[][..], &[1, 2, 3]] {
+            assert_eq!(*with_tail(first, ethernet), *first);
+        }
+        assert_eq!(*with_tail(&whole[..100], &[1; 14]), whole[..100]);
+    }
+}

@@ -38,11 +38,14 @@ impl PersistentLock {
     /// over, exact to a few milliseconds.
     ///
     /// # Errors
-    /// `EEXIST` where there is a lock of this name; `EPERM` without `CAP_NET_ADMIN`.
+    /// Invalid: another name, or no connections. `EEXIST` where there is a lock of this name; `EPERM` without
+    /// `CAP_NET_ADMIN`. Nothing is locked then.
     pub fn create(name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
-        open()
-            .and_then(|mut socket| create(&mut socket, name, flows, limit))
-            .map_err(|error| error.at("lock"))
+        let create = |mut socket| {
+            transaction::set_longest(&socket)?;
+            create(&mut socket, name, flows, limit)
+        };
+        open().and_then(create).map_err(|error| error.at("lock"))
     }
 
     /// The persistent locks in the network namespace of the calling thread.
@@ -78,23 +81,47 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
         let remedy = "use up to 64 letters, digits, points, hyphens and underscores";
         return Err(Error::invalid("the name of the lock").advise(remedy));
     }
+    if flows.is_empty() {
+        // It could not be told from one whose time is over.
+        return Err(Error::invalid("a lock of no connections"));
+    }
     flows.iter().try_for_each(validate)?;
-    // Those whose time is over are empty, and nobody else removes them.
-    for expired in list(socket)?.iter().filter(|lock| lock.flows.is_empty()) {
-        // Somebody else may be doing the same.
-        let _ = remove(socket, &expired.name);
+    for lock in list(socket)? {
+        // Those whose time is over are empty, and nobody else removes them.
+        if lock.flows.is_empty() {
+            // Somebody else may be doing the same.
+            let _ = remove(socket, &lock.name);
+        } else if lock.name == name {
+            return Err(not_created(io::Error::from_raw_os_error(libc::EEXIST)));
+        }
     }
     let table = format!("{PREFIX}{name}");
     let mut batch = Batch::new();
-    let mut transaction = Transaction::begin(&mut batch, &table);
-    transaction.create(Kind::Persistent);
-    transaction.add(flows, limit);
-    transaction.commit(socket).map_err(|error| match error.raw_os_error() {
+    let most = transaction::most_elements(socket)?;
+    for (index, flows) in flows.chunks(most).enumerate() {
+        let mut transaction = Transaction::begin(&mut batch, &table);
+        if index == 0 {
+            transaction.create(Kind::Persistent);
+        }
+        transaction.add(flows, limit);
+        if let Err(error) = transaction.commit(socket) {
+            // The table is ours, even where only the answer to its making was lost, but for a race for the name.
+            if index > 0 || error.raw_os_error() != Some(libc::EEXIST) {
+                let _ = remove(socket, name);
+            }
+            return Err(not_created(error));
+        }
+    }
+    Ok(())
+}
+
+fn not_created(error: io::Error) -> Error {
+    match error.raw_os_error() {
         Some(libc::EEXIST) => Error::system("nft add table", error).advise(
             "there is a lock of this name, or a connection is named twice: choose another name, or remove it",
         ),
         _ => Error::system("nft add table", error),
-    })
+    }
 }
 
 fn list(socket: &mut Socket) -> Result<Vec<PersistentLock>> {

@@ -3,16 +3,12 @@
 use std::collections::HashSet;
 use std::io;
 
-use rustix::net::sockopt;
 use soccr_netlink::{Batch, Socket};
 
-use super::transaction::{CAPACITY, Kind, Log, Transaction, most_elements};
+use super::transaction::{self, CAPACITY, Kind, Log, Transaction, most_elements};
 use super::{NEEDS, canonical};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
-
-/// Enough to lock as many connections at once as a table can: an ordinary user may get less.
-const LONGEST_BATCH: usize = 8 << 20;
 
 /// A table that the kernel removes when its socket is closed, and what is in it.
 #[derive(Debug)]
@@ -28,7 +24,7 @@ pub(super) struct Table {
 impl Table {
     /// Makes a table of this name in the namespace of the socket. Incoming packets are copied to the `group`.
     pub(super) fn create(mut socket: Socket, name: String, group: Option<u16>) -> Result<Self> {
-        socket.set_send_buffer(LONGEST_BATCH).map_err(|error| Error::system("SO_SNDBUF", error))?;
+        transaction::set_longest(&socket)?;
         let mut batch = Batch::new();
         let mut create = |long| {
             let mut transaction = Transaction::begin(&mut batch, &name);
@@ -66,20 +62,41 @@ impl Table {
         Ok(())
     }
 
-    /// Locks connections that have been entered. Where that fails they are neither locked nor entered.
+    /// Locks connections that have been entered: in one transaction, where the kernel lets us send one that long.
+    /// Where that fails they are neither locked nor entered.
     pub(super) fn add(&mut self, flows: &[Flow]) -> Result<()> {
-        self.transact(flows, |transaction, flows| transaction.add(flows, None)).map_err(|error| {
+        let added = most_elements(&self.socket).and_then(|most| {
+            flows.chunks(most).try_for_each(|flows| {
+                self.transact(|transaction| transaction.add(flows, None))
+                    .map_err(|error| Error::system("nft add element", error))
+            })
+        });
+        if added.is_err() {
             // Of several transactions the first ones may have succeeded.
             let _ = self.delete(flows);
-            Error::system("nft add element", error)
-        })
+        }
+        added
     }
 
-    /// Unlocks connections.
+    /// Unlocks connections. Where that fails for some, they stay entered, and all others are unlocked.
+    ///
+    /// # Errors
+    /// The first one.
     pub(super) fn delete(&mut self, flows: &[Flow]) -> Result<()> {
-        self.forget(flows);
-        self.transact(flows, |transaction, flows| transaction.delete(flows))
-            .map_err(|error| Error::system("nft delete element", error))
+        let most = most_elements(&self.socket).unwrap_or(1);
+        let mut outcome = Ok(());
+        for flows in flows.chunks(most) {
+            let mut delete = || self.transact(|transaction| transaction.delete(flows));
+            // What is left locked stays silent: that is worth a second attempt.
+            match delete().or_else(|_| delete()) {
+                // They are not locked, or the answer to the first attempt was lost.
+                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                    outcome = outcome.and(Err(Error::system("nft delete element", error)));
+                }
+                _ => self.forget(flows),
+            }
+        }
+        outcome
     }
 
     fn forget(&mut self, flows: &[Flow]) {
@@ -89,14 +106,9 @@ impl Table {
         }
     }
 
-    /// Adds or deletes elements: in one transaction, where the kernel lets us send one that long.
-    fn transact(&mut self, flows: &[Flow], fill: impl Fn(&mut Transaction<'_>, &[Flow])) -> io::Result<()> {
-        let longest = sockopt::socket_send_buffer_size(&self.socket)?;
-        for flows in flows.chunks(most_elements(longest)) {
-            let mut transaction = Transaction::begin(&mut self.batch, &self.name);
-            fill(&mut transaction, flows);
-            transaction.commit(&mut self.socket)?;
-        }
-        Ok(())
+    fn transact(&mut self, fill: impl FnOnce(&mut Transaction<'_>)) -> io::Result<()> {
+        let mut transaction = Transaction::begin(&mut self.batch, &self.name);
+        fill(&mut transaction);
+        transaction.commit(&mut self.socket)
     }
 }

@@ -22,19 +22,36 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use soccr_netlink::{APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, Socket, attributes};
 
 use super::rule::{IPV4, IPV6, PORT, Rule};
 use crate::connection::Flow;
+use crate::error::{Error, Result};
 
 /// The most connections of each address family that one table can lock.
 pub(super) const CAPACITY: u32 = 65536;
 
-/// How many elements a transaction of `length` bytes has room for.
-pub(super) fn most_elements(length: usize) -> usize {
+/// Opens the way for transactions about many connections: an ordinary user may get less.
+pub(super) fn set_longest(socket: &Socket) -> Result<()> {
+    /// Enough to lock as many connections at once as a table can.
+    const LONGEST: usize = 8 << 20;
+    socket.set_send_buffer(LONGEST).map_err(|error| Error::system("SO_SNDBUF", error))
+}
+
+/// How many connections one transaction through this socket can add or delete.
+pub(super) fn most_elements(socket: &Socket) -> Result<usize> {
+    sockopt::socket_send_buffer_size(socket)
+        .map(elements_in)
+        .map_err(|errno| Error::system("SO_SNDBUF", errno))
+}
+
+fn elements_in(length: usize) -> usize {
+    /// What frames the elements, and the table where it is made.
+    const TABLE: usize = 4096;
     /// One IPv6 element with its time limit, and its share of the headers.
     const ELEMENT: usize = 72;
-    (length / ELEMENT).saturating_sub(8).max(1)
+    (length.saturating_sub(TABLE) / ELEMENT).max(1)
 }
 
 pub(super) const SET4: &str = "flows4";
@@ -311,3 +328,22 @@ const ELEMENT_KEY: u16 = 1;
 const ELEMENT_TIMEOUT: u16 = 4;
 const ELEMENT_EXPIRATION: u16 = 5;
 pub(super) const DATA_VALUE: u16 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_connections_as_fit() {
+        for length in [8 << 10, 200_000, 8 << 20] {
+            let end = |port| SocketAddr::from((Ipv6Addr::LOCALHOST, port));
+            let flow = Flow { local: end(1), remote: end(2) };
+            let mut batch = Batch::new();
+            let mut transaction =
+                Transaction::begin(&mut batch, "soccr-persistent-0123456789012345678901234567890");
+            transaction.create(Kind::Persistent);
+            transaction.add(&vec![flow; elements_in(length)], Some(Duration::MAX));
+            assert!(batch.as_bytes().len() < length, "{} of {length}", batch.as_bytes().len());
+        }
+    }
+}

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::{Restore, bind, connect};
+use super::{Restore, bind, bind_anew, connect};
 use crate::congestion;
 use crate::connection::{Connection, State};
 use crate::error::{Error, Result};
@@ -13,11 +13,14 @@ use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
-use crate::sys::tcp::{self, Queue, Repair, info_option};
+use crate::sys::tcp::{self, info_option};
 
 impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
     /// and silent until [`Restored::resume`]. The old socket must be closed or [detached](crate::Paused::detach).
+    ///
+    /// Do not wait long before that: after a retransmission timeout, 200 ms at least, the kernel repeats what the peer
+    /// has not acknowledged, and takes it for lost.
     ///
     /// Everything is [validated](Self::validate) before the first system call; `self` is not changed, and can be
     /// restored again.
@@ -37,16 +40,15 @@ impl Connection {
     }
 
     fn restore_socket(&self) -> Result<Restored> {
+        if self.has_congestion() {
+            // The first time it takes long, and from here on the timers of a socket run.
+            congestion::prepare();
+        }
         let mut socket = open(self.local)?;
         let mut skipped = Vec::new();
         let report = if self.control.state == State::SynSent {
             self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
-            bind(socket.as_fd(), self.local)?;
-            // The same SYN once more. A peer that has answered the first one refuses the connection for good, if it gets
-            // another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
-            tcp::set_repair(socket.as_fd(), Repair::On)?;
-            tcp::set_queue_seq(socket.as_fd(), Queue::Send, self.control.write_seq.wrapping_sub(1))?;
-            tcp::set_repair(socket.as_fd(), Repair::OffNoProbe)?;
+            bind_anew(socket.as_fd(), self.local, self.control.write_seq)?;
             for stage in [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last] {
                 self.apply(socket.as_fd(), stage, &mut skipped);
             }
@@ -62,6 +64,9 @@ impl Connection {
                 if let Err(error) = seed.sow(socket.as_fd(), self) {
                     untimed = Some(error.to_string());
                     skipped.clear();
+                    // Closing it would not free the addresses while a process that is just being started has a copy.
+                    rustix::net::connect_unspec(&socket)
+                        .map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
                     socket = open(self.local)?;
                     steps = self.connect(socket.as_fd(), None, &mut skipped)?;
                 }
@@ -74,7 +79,7 @@ impl Connection {
             let unwritten = self.restore_congestion(fd).err();
             self.apply(fd, Stage::Injected, &mut skipped);
             self.apply(fd, Stage::Last, &mut skipped);
-            if !self.control.state.fin_acknowledged() && (self.path.is_some() || self.control.options.ecn) {
+            if self.has_congestion() {
                 report.speed(self, &tcp::info(fd)?, untimed, unwritten);
             }
             report
@@ -111,6 +116,11 @@ impl Connection {
         Ok(steps)
     }
 
+    /// There is something to control: it may send again, and what it knew about that was saved.
+    fn has_congestion(&self) -> bool {
+        (self.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
+    }
+
     /// Congestion window, threshold and ECN, where they differ from those of the socket.
     ///
     /// # Errors
@@ -118,7 +128,7 @@ impl Connection {
     fn restore_congestion(&self, fd: BorrowedFd<'_>) -> std::result::Result<(), String> {
         let path = self.path.unwrap_or_default();
         let options = &self.control.options;
-        if self.path.is_none() && !options.ecn || self.control.state.fin_acknowledged() {
+        if !self.has_congestion() {
             return Ok(());
         }
         let info = tcp::info(fd).map_err(|error| error.to_string())?;

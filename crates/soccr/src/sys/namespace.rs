@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -48,9 +49,14 @@ pub(crate) fn open_beside<T: AsFd + Send>(
     socket: BorrowedFd<'_>,
     open: impl Fn() -> io::Result<T> + Send + Sync,
 ) -> io::Result<T> {
-    let here = open()?;
-    if cookie(here.as_fd())? == cookie(socket)? {
-        return Ok(here);
+    let opened = open();
+    let here = match &opened {
+        Ok(opened) => cookie(opened.as_fd())?,
+        // The caller may have rights in the namespace of `socket` alone.
+        Err(_) => cookie(UnixDatagram::unbound()?.as_fd())?,
+    };
+    if here == cookie(socket)? {
+        return opened;
     }
     run_in(of_socket(socket)?.as_fd(), open)
 }

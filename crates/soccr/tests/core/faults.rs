@@ -1,6 +1,6 @@
 //! Every system call of a save and of a restore fails once: what the caller is told, and what is left behind.
 
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,9 @@ use soccr::connection::Connection;
 use soccr::{Error, ErrorKind, Paused, pause};
 use soccr_lab::{Family, Flags, Sniffer, State, wait_until};
 
-use crate::ends::{Ends, PORT, assert_same, comparable, info, option, set_option, small_window};
+use crate::ends::{
+    Ends, PORT, assert_nothing_new, assert_same, comparable, info, option, set_option, small_window,
+};
 use crate::sys::{Call, Supervisor};
 
 /// The calls that this library makes for a socket.
@@ -97,6 +99,7 @@ fn option_of(call: Call) -> (i32, i32) {
 fn name(call: Call) -> Option<&'static str> {
     let name = match call.number {
         libc::SYS_getsockopt | libc::SYS_setsockopt => match option_of(call) {
+            (libc::IPPROTO_TCP, 1) => "TCP_NODELAY",
             (libc::IPPROTO_TCP, 2) => "TCP_MAXSEG",
             (libc::IPPROTO_TCP, 11) => "TCP_INFO",
             (libc::IPPROTO_TCP, TCP_REPAIR) => "TCP_REPAIR",
@@ -198,6 +201,14 @@ const PUT_BACK: [(i32, i32); 2] =
 const CHANGED: [(i32, i32); 4] =
     [PUT_BACK[0], PUT_BACK[1], (libc::SOL_SOCKET, libc::SO_REUSEADDR), (libc::IPPROTO_TCP, TCP_REPAIR)];
 
+/// A save, and the call that has failed. The guard resumes with a kernel that works again.
+fn save_with(faults: &Faults, socket: &TcpStream) -> (soccr::Result<Connection>, Option<Call>) {
+    match pause(socket) {
+        Ok(paused) => (paused.save(), faults.disarm()),
+        Err(error) => (Err(error), faults.disarm()),
+    }
+}
+
 pub fn every_fault_of_a_save_is_told_and_harmless() {
     for (text, ends) in connections() {
         set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
@@ -209,17 +220,7 @@ pub fn every_fault_of_a_save_is_told_and_harmless() {
             for errno in ERRNOS {
                 for left in 0.. {
                     faults.arm(left, errno);
-                    let result = pause(&ends.ours).and_then(|paused| {
-                        let saved = paused.save();
-                        // The guard resumes with a kernel that works again.
-                        let failed = faults.disarm();
-                        drop(paused);
-                        Ok((saved, failed))
-                    });
-                    let (saved, failed) = match result {
-                        Ok(pair) => pair,
-                        Err(error) => (Err(error), faults.disarm()),
-                    };
+                    let (saved, failed) = save_with(faults, &ends.ours);
                     if failed.is_some_and(|call| {
                         call.number == libc::SYS_setsockopt && PUT_BACK.contains(&option_of(call))
                     }) {
@@ -279,7 +280,7 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
                             assert_harmless(&connection, &saved, restored.report().strict().is_err(), call);
                         }
                     }
-                    assert_silent(&mut wire, text, call);
+                    assert_nothing_new(&mut wire, &connection, &format!("{text}, after {call:?}"));
                 }
             }
         });
@@ -290,12 +291,58 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
     }
 }
 
-/// Nothing but acknowledgements of what the peer has been told already: the kernel answers an injected segment so.
-fn assert_silent(wire: &mut Sniffer, text: &str, call: Call) {
-    for segment in wire.segments().unwrap().iter().filter(|segment| segment.destination.port() == PORT) {
-        assert!(
-            segment.flags == Flags::ACK && segment.payload_len == 0,
-            "{text}: {segment:?} after {call:?}"
-        );
+pub fn every_fault_of_a_resume_is_told_and_silent() {
+    for (text, mut ends) in connections() {
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+        let connection = ends.take();
+        let mut wire = Sniffer::flagged(&ends.pair.b.namespace, "eth0", Flags::FIN | Flags::RST).unwrap();
+        let host = &ends.pair.a;
+        let mut resumed = None;
+        supervised(|faults| {
+            for left in 0.. {
+                let restored = host.run(|| connection.restore()).unwrap();
+                faults.arm(left, libc::ENOMEM);
+                let result = restored.resume();
+                let failed = faults.disarm();
+                match (result, failed) {
+                    (Err(error), Some(call)) => assert_told(&error, &["resume"], call, libc::ENOMEM),
+                    // The last ACK is a courtesy.
+                    (Ok(stream), _) => {
+                        resumed = Some(stream);
+                        break;
+                    }
+                    (Err(error), None) => panic!("{error}"),
+                }
+                let closed = wire.segments().unwrap();
+                let closed: Vec<_> =
+                    closed.iter().filter(|segment| segment.destination.port() == PORT).collect();
+                assert!(closed.is_empty(), "{text}: {closed:?} after {failed:?}");
+            }
+        });
+        ends.ours = resumed.unwrap();
+        ends.connect_hosts();
+        set_socket_oobinline(&ends.ours, true).unwrap();
+        ends.finish();
     }
+}
+
+pub fn a_resume_or_detach_that_fails_can_be_tried_again() {
+    let mut ends = Ends::new(Family::V4);
+    ends.receive(5000);
+    let reference = pause(&ends.ours).unwrap().save().unwrap();
+    supervised(|faults| {
+        let paused = pause(&ends.ours).unwrap();
+        faults.arm(0, libc::EPERM);
+        let error = paused.resume().unwrap_err();
+        assert_told(&error, &["resume"], faults.disarm().unwrap(), libc::EPERM);
+        Paused::take_over(ends.ours.as_fd()).unwrap().resume().unwrap();
+
+        let paused = pause(&ends.ours).unwrap();
+        faults.arm(0, libc::EPERM);
+        let error = paused.detach().unwrap_err();
+        assert_told(&error, &["detach"], faults.disarm().unwrap(), libc::EPERM);
+        // It goes on.
+        assert_same(&reference, &pause(&ends.ours).unwrap().save().unwrap());
+    });
+    ends.finish();
 }

@@ -40,10 +40,13 @@ fn busy() -> Ends {
     Ends::of(Case { family: Family::V4, state: State::Established, received: 5000, sent: 5000, unsent: 3000 })
 }
 
+/// Makes a connection contradict itself.
+type Damage = fn(&mut Connection);
+
 pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call() {
     let ends = busy();
     let connection = ends.take();
-    let damage: [(&str, fn(&mut Connection)); 12] = [
+    let damage: [(&str, Damage); 12] = [
         ("unsq_len", |connection| connection.control.unsq_len = connection.control.outq_len + 1),
         ("outq_len", |connection| connection.control.outq_len += 1),
         ("outq_len", |connection| connection.control.outq_len = u32::MAX),
@@ -256,7 +259,7 @@ pub fn the_segment_size_comes_back() {
         ends.send(3 * mss as usize);
         wait_until("it has arrived", || info(&ends.ours).unacknowledged == 0);
         // Several may travel as one, which is a multiple of it.
-        let full = |length: usize| length > 0 && length % mss as usize == 0;
+        let full = |length: usize| length > 0 && length.is_multiple_of(mss as usize);
         let lengths: Vec<_> = wire.segments().unwrap().iter().map(|segment| segment.payload_len).collect();
         assert!(lengths.iter().any(|length| full(*length)), "{family:?}: {lengths:?}, not {mss}");
         ends.finish();
@@ -407,4 +410,49 @@ pub fn a_restored_socket_that_is_dropped_is_silent() {
         ends.restore_and_resume(&connection);
         ends.finish();
     }
+}
+
+pub fn what_has_arrived_since_the_save_stops_the_detach() {
+    let mut ends =
+        Ends::of(Case { family: Family::V4, state: State::Established, received: 0, sent: 0, unsent: 0 });
+    let paused = pause(&ends.ours).unwrap();
+    paused.save().unwrap();
+    (&ends.peer).write_all(b"late").unwrap();
+    wait_until("it has been acknowledged", || info(&ends.peer).unacknowledged == 0);
+    assert_refused(paused.detach(), "detach", "changes while it is read", "lock");
+    ends.to_us.extend_from_slice(b"late");
+    ends.finish();
+}
+
+pub fn a_socket_with_a_connection_is_not_restored_onto() {
+    let ends = busy();
+    let other = busy().take();
+    assert_refused(
+        soccr::Restore::unbound(&ends.ours, &other.control, None),
+        "restore",
+        "has a connection",
+        "fresh",
+    );
+    ends.finish();
+}
+
+pub fn a_blocked_connect_goes_on_though_the_old_socket_holds_its_port() {
+    let pair = Pair::new().unwrap();
+    let (local, remote) = (pair.a.address(Family::V4, PORT), pair.a.address_of(&pair.b, Family::V4, PORT));
+    let old = pair.a.run(|| socket(AddressFamily::INET, SocketType::STREAM, None)).unwrap();
+    rustix::net::bind(&old, &local).unwrap();
+    rustix::io::ioctl_fionbio(&old, true).unwrap();
+    let listener = pair.b.run(|| TcpListener::bind(remote)).unwrap();
+    sys::set_deaf(&listener, true).unwrap();
+    let _ = connect(&old, &remote);
+    let paused = pause(&old).unwrap();
+    let connection = paused.save().unwrap();
+    paused.detach().unwrap();
+    let restored = pair.a.run(|| connection.restore()).unwrap();
+    let ours = restored.resume().unwrap();
+    sys::set_deaf(&listener, false).unwrap();
+    wait_until("the handshake is over", || info(&ours).state == State::Established);
+    let (peer, _) = listener.accept().unwrap();
+    drop(old);
+    Ends::between(pair, ours, peer, remote).finish();
 }

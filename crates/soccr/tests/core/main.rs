@@ -9,6 +9,7 @@ mod errors;
 mod faults;
 mod full;
 mod lessons;
+mod lock_faults;
 mod property;
 mod states;
 mod sys;
@@ -22,13 +23,19 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
+    // Not in the middle of a test, whose peers would repeat segments meanwhile.
+    soccr::prepare();
     let mut tests = tests! {
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
             a_restore_where_the_old_socket_lives
             a_restore_where_the_address_is_not
             what_is_no_socket;
-        faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent;
+        faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
+            every_fault_of_a_resume_is_told_and_silent
+            a_resume_or_detach_that_fails_can_be_tried_again;
+        lock_faults: a_lock_that_fails_locks_nothing a_release_that_fails_unlocks
+            a_lock_that_does_not_persist_stays;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
             a_reset_connection_is_refused
@@ -52,7 +59,10 @@ fn main() -> ExitCode {
             tuning_of_the_buffers_goes_on
             a_blocked_connect_goes_on
             a_detached_socket_is_silent_for_ever
-            a_restored_socket_that_is_dropped_is_silent;
+            a_restored_socket_that_is_dropped_is_silent
+            what_has_arrived_since_the_save_stops_the_detach
+            a_socket_with_a_connection_is_not_restored_onto
+            a_blocked_connect_goes_on_though_the_old_socket_holds_its_port;
         full: both_sides_full_on_ipv4_then_drained_25_times
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;

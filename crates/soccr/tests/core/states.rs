@@ -8,7 +8,7 @@ use soccr::settings::Value;
 use soccr::{Paused, Restored, pause};
 use soccr_lab::{Case, Family, Flags, Made, Pair, Segment, Sniffer, State, Test, wait_until};
 
-use crate::ends::{Ends, PORT, assert_same, info, unconnected};
+use crate::ends::{Ends, PORT, assert_nothing_new, assert_same, info, unconnected};
 use crate::sys;
 
 const RECEIVED: usize = 5000;
@@ -58,12 +58,7 @@ fn carry(case: Case, as_bytes: bool) {
     assert!(ends.to_peer.ends_with(&connection.send_queue));
     let mut wire = Sniffer::on(&ends.pair.b.namespace, "eth0").unwrap();
     let restored = ends.restore(&connection).unwrap();
-    for segment in
-        wire.segments().unwrap().iter().filter(|segment| segment.source == on_wire(connection.local))
-    {
-        // So the kernel answers an injected segment.
-        assert!(segment.flags == Flags::ACK && segment.payload_len == 0, "during the restore: {segment:?}");
-    }
+    assert_nothing_new(&mut wire, &connection, "during the restore");
     assert_same(&connection, &save_again(&restored, ends.remote));
     restored.report().strict().unwrap();
     ends.resume(restored);
@@ -123,11 +118,6 @@ fn carry_handshake(case: Case, as_bytes: bool) {
     assert_eq!(peer.peer_addr().unwrap().port(), local.port());
     assert!(wire.segments().unwrap().iter().all(|segment| segment.flags.contains(Flags::SYN)));
     Ends::between(pair, ours, peer, remote).finish();
-}
-
-/// An address as it is in a packet.
-fn on_wire(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 pub fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {

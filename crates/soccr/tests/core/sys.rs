@@ -5,8 +5,6 @@ use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use rustix::ioctl::{Getter, Opcode, ioctl};
-
 /// The funnel from −1 to errno.
 fn check(result: i64) -> io::Result<i64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -27,14 +25,6 @@ pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Res
     // SAFETY: `value` is readable for `length` bytes.
     check(unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), length) }.into())?;
     Ok(())
-}
-
-/// Asks an ioctl of sockets that answers with one `int`.
-pub fn ioctl_int<const OPCODE: Opcode>(fd: impl AsFd) -> io::Result<u32> {
-    // SAFETY: this module's users name only ioctls that write one `int`.
-    let getter = unsafe { Getter::<OPCODE, i32>::new() };
-    // SAFETY: as above.
-    Ok(unsafe { ioctl(fd, getter) }? as u32)
 }
 
 /// Drops every segment that arrives for this socket, before the kernel has looked at it, or none.

@@ -1,0 +1,129 @@
+//! A second process, which brings things back in order when this one dies halfway.
+//!
+//! While a connection is read or taken, its socket is in repair mode, where it is of no use to its process. Should this
+//! process be killed just then, the keeper ends that mode. It is the keeper, too, that stops the processes, and it lets
+//! them go on only afterwards. It belongs to a session of its own: what is typed on a terminal does not reach it.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::{Pid, WaitOptions, setsid, waitpid};
+use soccr::Paused;
+
+use crate::stop::Stopper;
+use crate::{exit, sys};
+
+/// Stop the processes.
+const STOP: u8 = 0;
+/// Socket number … is being filled: what is in it by then must not come to life.
+const FILLING: u8 = 1;
+/// Socket number … is complete again.
+const FILLED: u8 = 2;
+
+/// The keeper, as this process sees it. Dropping it lets the stopped processes go on.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    pid: Pid,
+    talk: Option<UnixStream>,
+}
+
+impl Keeper {
+    /// Starts the keeper, and has it prepare to stop the processes. This process must not have started a thread.
+    pub(crate) fn start(sockets: &[BorrowedFd<'_>], processes: &[Pid]) -> Result<Self> {
+        let (ours, theirs) = UnixStream::pair().context("socketpair")?;
+        match sys::fork().context("fork")? {
+            Some(pid) => {
+                drop(theirs);
+                let mut keeper = Self { pid, talk: Some(ours) };
+                keeper.confirm()?;
+                Ok(keeper)
+            }
+            None => {
+                drop(ours);
+                keep(theirs, sockets, processes);
+                std::process::exit(0)
+            }
+        }
+    }
+
+    /// Stops the processes; returns when none of their threads runs.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        self.say(STOP, 0)
+    }
+
+    /// A connection is put back into the socket with this number.
+    pub(crate) fn filling(&mut self, number: usize) -> Result<()> {
+        self.say(FILLING, number)
+    }
+
+    /// The connection is back.
+    pub(crate) fn filled(&mut self, number: usize) -> Result<()> {
+        self.say(FILLED, number)
+    }
+
+    fn say(&mut self, word: u8, number: usize) -> Result<()> {
+        let talk = self.talk.as_mut().context("the keeper is gone")?;
+        let mut message = [word; 5];
+        message[1..].copy_from_slice(&u32::try_from(number)?.to_ne_bytes());
+        talk.write_all(&message).context("the keeper")?;
+        self.confirm()
+    }
+
+    /// An empty answer says that all is well.
+    fn confirm(&mut self) -> Result<()> {
+        let talk = self.talk.as_mut().context("the keeper is gone")?;
+        let mut length = [0; 4];
+        talk.read_exact(&mut length).context("the keeper")?;
+        let mut text = vec![0; u32::from_ne_bytes(length) as usize];
+        talk.read_exact(&mut text).context("the keeper")?;
+        if text.is_empty() { Ok(()) } else { bail!("{}", String::from_utf8_lossy(&text)) }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.talk = None;
+        // When it has ended, the processes are under way again.
+        let _ = waitpid(Some(self.pid), WaitOptions::empty());
+    }
+}
+
+/// The life of the keeper.
+fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], processes: &[Pid]) {
+    let _ = setsid();
+    let mut filling = vec![false; sockets.len()];
+    let mut stopper = None;
+    let seized = Stopper::seize(processes).map(|seized| stopper = Some(seized));
+    if answer(&mut talk, seized).is_ok() {
+        let mut message = [0; 5];
+        while talk.read_exact(&mut message).is_ok() {
+            let number = u32::from_ne_bytes([message[1], message[2], message[3], message[4]]) as usize;
+            let outcome = match (message[0], filling.get_mut(number), &mut stopper) {
+                (STOP, _, Some(stopper)) => stopper.stop(),
+                (word @ (FILLING | FILLED), Some(filling), _) => {
+                    *filling = word == FILLING;
+                    Ok(())
+                }
+                _ => Err(anyhow!("the keeper does not know what to do")),
+            };
+            if answer(&mut talk, outcome).is_err() {
+                break;
+            }
+        }
+    }
+    for (socket, filling) in sockets.iter().zip(filling) {
+        // An error here: it is not in repair mode.
+        let Ok(paused) = Paused::take_over(socket.as_fd()) else { continue };
+        let _ = if filling { paused.detach() } else { paused.resume() };
+    }
+    drop(stopper);
+}
+
+fn answer(talk: &mut UnixStream, outcome: Result<()>) -> std::io::Result<()> {
+    let text = outcome.err().map(|error| exit::line(&error)).unwrap_or_default();
+    let mut message = (text.len() as u32).to_ne_bytes().to_vec();
+    message.extend_from_slice(text.as_bytes());
+    talk.write_all(&message)
+}

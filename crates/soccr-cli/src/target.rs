@@ -1,0 +1,345 @@
+//! The target of a hand-over: connections on their way to a recipient.
+//!
+//! The words and their order are those of [`soccr_image::stream`]. What arrives without a pause is locked, restored and
+//! resumed together, as a batch.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::rc::Rc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use soccr::bulk::{self, Needs};
+use soccr::lock::{Held, Locker, Mode};
+use soccr::{Connection, Flow, Lock, Restored};
+use soccr_image::AddressMap;
+use soccr_image::stream::{Message, Reader, Writer};
+
+use crate::fidelity::Reports;
+use crate::lifeline::Claim;
+use crate::signals::Deaf;
+use crate::{exit, silence};
+
+/// The most connections of a batch, and the most bytes in their queues.
+const BATCH: usize = 256;
+const BATCH_BYTES: usize = 16 << 20;
+
+/// Takes connections from a source.
+#[derive(Debug)]
+pub(crate) struct Target<'a> {
+    claim: Claim,
+    /// Since the source may have let go of a connection.
+    deaf: Option<Deaf>,
+    locker: Locker,
+    maps: &'a [AddressMap],
+    reports: Reports<'a>,
+    /// How many more connections the recipient can take.
+    room: usize,
+    /// The numbers that the source has used.
+    numbers: HashSet<u32>,
+    arriving: Vec<Arriving>,
+    arriving_bytes: usize,
+    waiting: BTreeMap<u32, Waiting>,
+    batches: Vec<Batch>,
+    streams: BTreeMap<u32, TcpStream>,
+    answers: Option<Writer<Answers>>,
+    failed: usize,
+    lost: usize,
+}
+
+/// What has become of everything.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) deaf: Option<Deaf>,
+    pub(crate) streams: Vec<TcpStream>,
+    /// The source has listened.
+    pub(crate) answered: bool,
+    pub(crate) failed: usize,
+    pub(crate) lost: usize,
+}
+
+/// A connection that has been read.
+#[derive(Debug)]
+struct Arriving {
+    id: u32,
+    name: String,
+    connection: Connection,
+}
+
+/// A connection that is complete, and silent until the source says COMMIT.
+#[derive(Debug)]
+struct Waiting {
+    batch: usize,
+    restored: Restored,
+    held: Held,
+}
+
+/// Connections under one lock.
+#[derive(Debug)]
+struct Batch {
+    /// `None` when it is over.
+    lock: Option<Lock>,
+    /// How many the source has not decided about.
+    undecided: usize,
+    /// Those that are ours: they go on when the rest is decided.
+    taken: Vec<(u32, Restored, Held)>,
+}
+
+impl<'a> Target<'a> {
+    pub(crate) fn new(
+        maps: &'a [AddressMap],
+        room: usize,
+        reports: Reports<'a>,
+        claim: Claim,
+    ) -> Result<Self> {
+        Ok(Self {
+            claim,
+            deaf: None,
+            locker: Locker::new(Mode::HOLD)?,
+            maps,
+            reports,
+            room,
+            numbers: HashSet::new(),
+            arriving: Vec::new(),
+            arriving_bytes: 0,
+            waiting: BTreeMap::new(),
+            batches: Vec::new(),
+            streams: BTreeMap::new(),
+            answers: None,
+            failed: 0,
+            lost: 0,
+        })
+    }
+
+    /// Listens to the source until it has said everything.
+    pub(crate) fn listen(&mut self, input: File) -> Result<()> {
+        let buffered = Rc::new(Cell::new(0));
+        let more = input.try_clone().context("standard input")?;
+        let input =
+            Input { reader: BufReader::with_capacity(64 << 10, input), buffered: Rc::clone(&buffered) };
+        let mut reader = Reader::new(input).context("standard input")?;
+        loop {
+            let full = self.arriving.len() >= BATCH || self.arriving_bytes >= BATCH_BYTES;
+            if full || (buffered.get() == 0 && !is_readable(&more)) {
+                self.restore()?;
+            }
+            match reader.receive() {
+                Ok(Some(Message::Connection { id, name, connection })) => {
+                    self.arriving_bytes += connection.receive_queue.len() + connection.send_queue.len();
+                    self.arriving.push(Arriving { id, name, connection });
+                }
+                Ok(Some(message)) => {
+                    self.restore()?;
+                    self.hear(message)?;
+                }
+                Ok(None) => return self.restore(),
+                Err(error) => match error.connection() {
+                    Some(id) => self.refuse(id, &error.into()),
+                    None => return Err(anyhow::Error::new(error).context("the source")),
+                },
+            }
+        }
+    }
+
+    fn hear(&mut self, message: Message) -> Result<()> {
+        match message {
+            Message::Begin { connections, answers } => {
+                Needs { connections: connections as usize, ..Needs::default() }.check()?;
+                if answers && self.answers.is_none() {
+                    self.answers = Some(Writer::new(Answers)?);
+                }
+            }
+            Message::Held { connection, packets } => {
+                if let Some(waiting) = self.waiting.get_mut(&connection) {
+                    waiting.held.packets.extend(packets);
+                }
+            }
+            Message::Commit { connection } => {
+                if let Some(Waiting { batch, restored, held }) = self.waiting.remove(&connection) {
+                    self.claim.has_taken();
+                    self.answer(&Message::Taken { connection });
+                    self.batches[batch].taken.push((connection, restored, held));
+                    self.decided(batch);
+                }
+            }
+            Message::Abort { connection, .. } => {
+                if let Some(waiting) = self.waiting.remove(&connection) {
+                    self.room += 1;
+                    self.decided(waiting.batch);
+                }
+            }
+            _ => bail!("the source does not know its part"),
+        }
+        Ok(())
+    }
+
+    /// Restores what has arrived.
+    fn restore(&mut self) -> Result<()> {
+        self.arriving_bytes = 0;
+        let mut batch = Vec::new();
+        for mut arriving in std::mem::take(&mut self.arriving) {
+            if !self.numbers.insert(arriving.id) {
+                bail!("the source uses the number {} twice", arriving.id);
+            }
+            if self.room == 0 {
+                self.refuse(arriving.id, &anyhow!("{}: --stdio takes one connection", arriving.name));
+            } else {
+                AddressMap::apply_to_connection(self.maps, &mut arriving.connection);
+                self.room -= 1;
+                batch.push(arriving);
+            }
+        }
+        let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
+        match self.locker.lock(&flows) {
+            _ if batch.is_empty() => Ok(()),
+            Ok(lock) => self.restore_locked(batch, lock),
+            // One of them is in the way of all.
+            Err(_) => batch.into_iter().try_for_each(|arriving| {
+                match self.locker.lock(&[arriving.connection.flow()]) {
+                    Ok(lock) => self.restore_locked(vec![arriving], lock)?,
+                    Err(error) => self.give_up(arriving.id, &arriving.name, error.into()),
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    fn restore_locked(&mut self, batch: Vec<Arriving>, lock: Lock) -> Result<()> {
+        // They may have left this host not long ago. Our own lock keeps them silent from here on.
+        if let Err(error) = silence::lift(lock.flows()) {
+            exit::complain(&exit::line(&error));
+        }
+        let number = self.batches.len();
+        self.batches.push(Batch { lock: Some(lock), undecided: batch.len(), taken: Vec::new() });
+        let mut outcomes = Vec::with_capacity(batch.len());
+        let keyed = batch.into_iter().map(|Arriving { id, name, connection }| {
+            let flow = connection.flow();
+            ((id, name, flow), connection)
+        });
+        bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
+        for ((id, name, flow), outcome) in outcomes {
+            let checked = outcome.map_err(Into::into).and_then(|restored| {
+                self.reports.add(&name, &restored)?;
+                Ok(restored)
+            });
+            match checked {
+                Ok(restored) => {
+                    let held = Held { flow, packets: Vec::new() };
+                    self.waiting.insert(id, Waiting { batch: number, restored, held });
+                    self.deaf.get_or_insert_with(Deaf::begin);
+                    self.answer(&Message::Ready { connection: id });
+                }
+                Err(error) => {
+                    self.give_up(id, &name, error);
+                    self.decided(number);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn give_up(&mut self, id: u32, name: &str, error: anyhow::Error) {
+        self.room += 1;
+        self.refuse(id, &if name.is_empty() { error } else { error.context(name.to_owned()) });
+    }
+
+    fn refuse(&mut self, id: u32, error: &anyhow::Error) {
+        let reason = exit::line(error);
+        exit::complain(&format!("connection {id}: {reason}"));
+        self.failed += 1;
+        self.answer(&Message::Refused { connection: id, reason });
+    }
+
+    /// Where the source does not hear it, it has gone on without us: its end of the stream tells what it has decided.
+    fn answer(&mut self, message: &Message) {
+        if let Some(answers) = &mut self.answers {
+            let _ = answers.send(message);
+        }
+    }
+
+    /// The source has decided about one more of a batch.
+    fn decided(&mut self, batch: usize) {
+        self.batches[batch].undecided -= 1;
+        if self.batches[batch].undecided == 0 {
+            self.resume(batch);
+        }
+    }
+
+    fn resume(&mut self, batch: usize) {
+        let batch = &mut self.batches[batch];
+        let Some(lock) = batch.lock.take() else { return };
+        let taken = std::mem::take(&mut batch.taken);
+        let restored = taken.into_iter().map(|(id, restored, held)| {
+            // What cannot be delivered the peer sends again.
+            let _ = held.replay(&restored);
+            (id, restored)
+        });
+        let restored: Vec<_> = restored.collect();
+        let _ = lock.release();
+        let (streams, lost) = (&mut self.streams, &mut self.lost);
+        bulk::resume(restored, |id, outcome| match outcome {
+            Ok(stream) => {
+                streams.insert(id, stream);
+            }
+            Err(error) => {
+                *lost += 1;
+                exit::complain(&format!("connection {id}: lost: {error}"));
+            }
+        });
+    }
+
+    /// The source has said its last word. What it has not let go of is closed, silently.
+    pub(crate) fn end(mut self) -> Arrived {
+        self.waiting.clear();
+        for batch in 0..self.batches.len() {
+            self.resume(batch);
+        }
+        if let Err(error) = self.reports.write() {
+            exit::complain(&exit::line(&error));
+        }
+        let answered = self.answers.is_some();
+        if let Some(answers) = self.answers {
+            // Where the source is gone, nobody waits for it.
+            let _ = answers.finish();
+        }
+        let streams = self.streams.into_values().collect();
+        Arrived { deaf: self.deaf, streams, answered, failed: self.failed, lost: self.lost }
+    }
+}
+
+/// The source would have to be waited for.
+fn is_readable(input: &File) -> bool {
+    let mut events = [PollFd::new(input, PollFlags::IN)];
+    poll(&mut events, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|count| count > 0)
+}
+
+/// Standard input, and how much of it has been read ahead.
+struct Input {
+    reader: BufReader<File>,
+    buffered: Rc<Cell<usize>>,
+}
+
+impl Read for Input {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(bytes);
+        self.buffered.set(self.reader.buffer().len());
+        read
+    }
+}
+
+/// Standard output without a buffer: the source waits for every answer.
+#[derive(Debug)]
+struct Answers;
+
+impl Write for Answers {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(rustix::stdio::stdout(), bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,170 @@
+//! Many connections at once, on the real kernel.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+
+use soccr::bulk::{self, Needs, Saved};
+use soccr::lock::{Locker, Mode};
+use soccr::{Connection, ErrorKind, Flow};
+
+const COUNT: usize = 300;
+const BAD: usize = 123;
+
+soccr_lab::tests![
+    one_bad_socket_among_300_stays_alone,
+    one_bad_connection_among_300_is_lost_alone,
+    what_follows_an_error_of_the_caller_is_not_touched,
+    a_slow_source_gets_its_answers,
+    queues_travel_in_reused_memory,
+];
+
+/// Connections over `lo`, our ends and the peers'. What each peer has written is its number.
+fn connect(count: usize) -> (Vec<TcpStream>, Vec<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:8080").unwrap();
+    (0..count)
+        .map(|number| {
+            let mut peer = TcpStream::connect("127.0.0.1:8080").unwrap();
+            peer.write_all(&(number as u32).to_be_bytes()).unwrap();
+            (listener.accept().unwrap().0, peer)
+        })
+        .unzip()
+}
+
+fn flows(streams: &[TcpStream]) -> Vec<Flow> {
+    streams.iter().map(|stream| Flow::of(stream).unwrap()).collect()
+}
+
+/// Our end still has the number that the peer sent before, and both hear from each other.
+fn assert_alive(number: usize, mut ours: &TcpStream, peer: &TcpStream) {
+    let mut read = [0; 4];
+    ours.read_exact(&mut read).unwrap();
+    assert_eq!(u32::from_be_bytes(read), number as u32);
+    for (mut from, mut to) in [(ours, peer), (peer, ours)] {
+        from.write_all(b"hello").unwrap();
+        let mut read = [0; 5];
+        to.read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"hello");
+    }
+}
+
+/// Takes all connections out of their sockets.
+fn save_all(streams: &[TcpStream]) -> Vec<(usize, Connection)> {
+    let mut connections = Vec::new();
+    bulk::save(streams, |index, saved| {
+        let Saved { connection, paused } = saved?;
+        connections.push((index, connection.clone()));
+        paused.detach()
+    })
+    .unwrap();
+    connections
+}
+
+fn resume_all(restored: Vec<(usize, soccr::Restored)>) -> HashMap<usize, TcpStream> {
+    let mut streams = HashMap::new();
+    bulk::resume(restored, |index, stream| drop(streams.insert(index, stream.unwrap())));
+    streams
+}
+
+fn one_bad_socket_among_300_stays_alone() {
+    let (mut ours, peers) = connect(COUNT);
+    let flows = flows(&ours);
+    Needs::of(&flows).check().unwrap();
+    let lock = Locker::new(Mode::HOLD).unwrap().lock(&flows).unwrap();
+    // A listener in place of the connection.
+    let listener = OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+    let good = std::mem::replace(&mut ours[BAD], listener.into());
+    let (mut connections, mut refused) = (Vec::new(), Vec::new());
+    bulk::save(&ours, |index, saved| {
+        match saved {
+            Ok(Saved { connection, paused }) => {
+                connections.push((index, connection.clone()));
+                paused.detach()?;
+            }
+            Err(error) => refused.push((index, error.kind())),
+        }
+        Ok::<_, soccr::Error>(())
+    })
+    .unwrap();
+    assert_eq!(refused, [(BAD, ErrorKind::Refused)]);
+    let mut restored = Vec::new();
+    bulk::restore(connections, |index, socket| restored.push((index, socket.unwrap())));
+    lock.release().unwrap();
+    let streams = resume_all(restored);
+    assert_eq!(streams.len(), COUNT - 1);
+    for (number, peer) in peers.iter().enumerate() {
+        assert_alive(number, if number == BAD { &good } else { &streams[&number] }, peer);
+    }
+}
+
+fn one_bad_connection_among_300_is_lost_alone() {
+    let (ours, peers) = connect(COUNT);
+    let lock = Locker::new(Mode::HOLD).unwrap().lock(&flows(&ours)).unwrap();
+    let mut connections = save_all(&ours);
+    // An address that this host does not have.
+    connections[BAD].1.local = "192.0.2.77:8080".parse().unwrap();
+    let (mut restored, mut failed) = (Vec::new(), Vec::new());
+    bulk::restore(connections, |index, outcome| match outcome {
+        Ok(socket) => restored.push((index, socket)),
+        Err(error) => failed.push((index, error.errno())),
+    });
+    assert_eq!(failed, [(BAD, Some(libc::EADDRNOTAVAIL))]);
+    lock.release().unwrap();
+    let streams = resume_all(restored);
+    assert_eq!(streams.len(), COUNT - 1);
+    for (number, stream) in &streams {
+        assert_alive(*number, stream, &peers[*number]);
+    }
+}
+
+fn what_follows_an_error_of_the_caller_is_not_touched() {
+    let (ours, peers) = connect(10);
+    let mut seen = 0;
+    let outcome = bulk::save(&ours, |index, saved| {
+        seen += 1;
+        drop(saved); // resumes it
+        if index == 4 { Err("the pipe is broken") } else { Ok(()) }
+    });
+    assert_eq!((outcome, seen), (Err("the pipe is broken"), 5));
+    for (number, (ours, peer)) in ours.iter().zip(&peers).enumerate() {
+        assert!(soccr::Paused::take_over(ours.as_fd()).is_err(), "connection {number} is still paused");
+        assert_alive(number, ours, peer);
+    }
+}
+
+fn a_slow_source_gets_its_answers() {
+    let (ours, _peers) = connect(40);
+    let _lock = Locker::new(Mode::HOLD).unwrap().lock(&flows(&ours)).unwrap();
+    let connections = save_all(&ours);
+    let (answers, heard) = std::sync::mpsc::channel();
+    // Each connection comes when the one before is in place.
+    let slow =
+        connections.into_iter().inspect(|(index, _)| assert!(*index == 0 || heard.recv() == Ok(index - 1)));
+    bulk::restore(slow, |index, socket| {
+        drop(socket.unwrap());
+        answers.send(index).unwrap();
+    });
+    assert_eq!(heard.try_recv(), Ok(39));
+}
+
+fn queues_travel_in_reused_memory() {
+    let (ours, mut peers) = connect(3);
+    let bytes: Vec<u8> = (0..50_000u32).flat_map(u32::to_be_bytes).collect();
+    peers[1].write_all(&bytes[..100_000]).unwrap();
+    soccr_lab::wait_until("everything has arrived", || {
+        soccr_lab::TcpInfo::of(&ours[1]).unwrap().unread == 100_004
+    });
+    let mut queues = Vec::new();
+    bulk::save(&ours, |_, saved| {
+        let Saved { connection, paused: _ } = saved?;
+        queues.push((connection.receive_queue.as_ptr(), connection.receive_queue.clone()));
+        Ok::<_, soccr::Error>(())
+    })
+    .unwrap();
+    assert_eq!(queues[0].1, 0u32.to_be_bytes());
+    assert_eq!(queues[1].1, [&1u32.to_be_bytes()[..], &bytes[..100_000]].concat());
+    // Nothing of the long one is left in the short one, though it lies where that was.
+    assert_eq!(queues[2].1, 2u32.to_be_bytes());
+    assert_eq!(queues[2].0, queues[1].0);
+}

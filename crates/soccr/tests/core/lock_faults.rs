@@ -1,0 +1,90 @@
+//! Every system call of a lock fails once: no connection stays locked by mistake, and none is unlocked.
+
+use std::io::{Read, Write};
+
+use soccr::connection::Flow;
+use soccr::lock::{Locker, Mode, PersistentLock};
+use soccr_lab::{Family, wait_until};
+
+use crate::ends::Ends;
+use crate::faults::{Faults, supervised};
+
+/// Calls `body` until it comes to an end without the fault that it arms.
+fn with_every_fault(mut body: impl FnMut(&Faults, &dyn Fn()) -> bool + Send) {
+    supervised(|faults| {
+        let mut left = 0;
+        while body(faults, &|| faults.arm(left, libc::ENOMEM)) {
+            left += 1;
+        }
+        assert!(left > 0, "nothing has failed");
+    });
+}
+
+fn connection() -> (Ends, Flow, Locker) {
+    let ends = Ends::new(Family::V4);
+    let flow = Flow::of(&ends.ours).unwrap();
+    let locker = Locker::beside(&ends.ours, Mode::HOLD).unwrap();
+    (ends, flow, locker)
+}
+
+pub fn a_lock_that_fails_locks_nothing() {
+    let (mut ends, flow, locker) = connection();
+    with_every_fault(|faults, arm| {
+        arm();
+        let locked = locker.lock(&[flow]);
+        let failed = faults.disarm();
+        match locked {
+            Ok(lock) => drop(lock.release().unwrap()),
+            Err(error) => assert_eq!((error.step(), error.errno()), ("lock", Some(libc::ENOMEM)), "{error}"),
+        }
+        ends.receive(1000);
+        // It is neither locked nor taken for locked.
+        locker.lock(&[flow]).unwrap().release().unwrap();
+        failed.is_some()
+    });
+    ends.finish();
+}
+
+pub fn a_release_that_fails_unlocks() {
+    let (ends, flow, locker) = connection();
+    with_every_fault(|faults, arm| {
+        let lock = locker.lock(&[flow]).unwrap();
+        (&ends.peer).write_all(b"held").unwrap();
+        wait_until("it is held", || lock.held() > 0);
+        arm();
+        let released = lock.release();
+        let failed = faults.disarm();
+        if let Err(error) = released {
+            assert_eq!((error.step(), error.errno()), ("unlock", Some(libc::ENOMEM)), "{error}");
+        }
+        let mut read = [0; 4];
+        (&ends.ours).read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"held");
+        failed.is_some()
+    });
+}
+
+pub fn a_lock_that_does_not_persist_stays() {
+    let (ends, flow, locker) = connection();
+    let host = &ends.pair.a;
+    with_every_fault(|faults, arm| {
+        let mut lock = locker.lock(&[flow]).unwrap();
+        arm();
+        let persisted = lock.persist("gone", None);
+        let failed = faults.disarm();
+        let locks = host.run(PersistentLock::list).unwrap();
+        match persisted {
+            Ok(()) => host.run(|| locks[0].remove()).unwrap(),
+            Err(error) => {
+                assert_eq!((error.step(), error.errno()), ("lock", Some(libc::ENOMEM)), "{error}");
+                assert_eq!((locks.len(), lock.flows()), (0, &[flow][..]), "after {failed:?}");
+                // It holds what arrives.
+                (&ends.peer).write_all(b"held").unwrap();
+                wait_until("it is held", || lock.held() > 0);
+                lock.release().unwrap();
+                (&ends.ours).read_exact(&mut [0; 4]).unwrap();
+            }
+        }
+        failed.is_some()
+    });
+}

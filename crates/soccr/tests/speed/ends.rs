@@ -1,0 +1,145 @@
+//! Two hosts with a connection between them, of which one end moves.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::sockopt::set_tcp_congestion;
+use soccr::connection::{Buffers, Connection, Window};
+use soccr::settings::Value;
+use soccr::{Restored, pause};
+use soccr_lab::{Family, Host, Line, Pair, Shape};
+
+/// How long a read or a write may take before its test fails.
+const LIMIT: Duration = Duration::from_secs(20);
+
+pub struct Ends {
+    pub pair: Pair,
+    pub ours: TcpStream,
+    pub peer: TcpStream,
+    /// What was last taken from our socket.
+    pub saved: Connection,
+}
+
+impl Ends {
+    /// A connection over a line with a round-trip time of 20 ms.
+    pub fn delayed(family: Family) -> Self {
+        Self::prepared(family, |_| {})
+    }
+
+    pub fn prepared(family: Family, prepare: impl Fn(&Host)) -> Self {
+        Self::over(Pair::shaped(&Shape::rtt(Duration::from_millis(20))).unwrap(), family, prepare)
+    }
+
+    /// A connection without a delay.
+    pub fn near(family: Family) -> Self {
+        Self::over(Pair::new().unwrap(), family, |_| {})
+    }
+
+    pub fn over(pair: Pair, family: Family, prepare: impl Fn(&Host)) -> Self {
+        prepare(&pair.a);
+        prepare(&pair.b);
+        let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, 80))).unwrap();
+        let ours = pair.a.run(|| TcpStream::connect(pair.a.address_of(&pair.b, family, 80))).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        for stream in [&ours, &peer] {
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.set_write_timeout(Some(LIMIT)).unwrap();
+        }
+        Self { pair, ours, peer, saved: Connection::empty() }
+    }
+
+    pub fn line(&self) -> &Line {
+        self.pair.line.as_ref().unwrap()
+    }
+
+    /// Chooses the congestion control algorithm of both ends.
+    pub fn choose(&self, algorithm: &str) {
+        set_tcp_congestion(&self.ours, algorithm).unwrap();
+        set_tcp_congestion(&self.peer, algorithm).unwrap();
+    }
+
+    /// Bytes go one way, then the other.
+    pub fn transfer(&self) {
+        carry(&self.ours, &self.peer);
+        carry(&self.peer, &self.ours);
+    }
+
+    /// What a save tells, without an end to the connection.
+    pub fn save(&self) -> Connection {
+        let paused = pause(&self.ours).unwrap();
+        let connection = paused.save().unwrap();
+        paused.resume().unwrap();
+        connection
+    }
+
+    /// The windows of our socket, where they stand still.
+    pub fn window(&self) -> Option<Window> {
+        let paused = pause(&self.ours).unwrap();
+        let control = paused.control_block();
+        paused.resume().unwrap();
+        control.ok()?.window
+    }
+
+    /// Takes the connection from our socket.
+    pub fn take(&mut self) {
+        let paused = pause(&self.ours).unwrap();
+        self.saved = paused.save().unwrap();
+        if self.saved.local.is_ipv6() && self.saved.local.ip().to_canonical().is_ipv6() {
+            // Binding to an IPv6 address sets it for good; connecting does not.
+            self.saved.settings.set("IPV6_V6ONLY", Value::Number(1));
+        }
+        paused.detach().unwrap();
+    }
+
+    /// Takes the connection from our socket and restores it.
+    pub fn restored(&mut self) -> Restored {
+        self.take();
+        self.restore()
+    }
+
+    /// Restores what was taken.
+    pub fn restore(&self) -> Restored {
+        self.pair.a.run(|| self.saved.restore()).unwrap()
+    }
+
+    pub fn resume(&mut self, restored: Restored) {
+        self.ours = restored.resume().unwrap();
+    }
+}
+
+fn carry(mut from: &TcpStream, mut to: &TcpStream) {
+    let bytes: Vec<u8> =
+        (0..300_000_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+    let mut read = vec![0; bytes.len()];
+    thread::scope(|scope| {
+        scope.spawn(|| from.write_all(&bytes).unwrap());
+        to.read_exact(&mut read).unwrap();
+    });
+    assert!(read == bytes, "other bytes than were sent");
+}
+
+/// The kernel doubles what it is given.
+pub fn even(buffers: Buffers) -> Buffers {
+    Buffers { send: buffers.send & !1, receive: buffers.receive & !1, ..buffers }
+}
+
+/// Whether this user may load BPF programs into this kernel. Says so, once, where he may not.
+pub fn bpf_is_allowed() -> bool {
+    static ALLOWED: OnceLock<bool> = OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        let mut ends = Ends::near(Family::V4);
+        ends.take();
+        ends.saved.path.as_mut().unwrap().snd_cwnd = 77;
+        let restored = ends.restore();
+        let entry = restored.report().get("snd_cwnd").unwrap();
+        let allowed = entry.values() == Some([77, 77]);
+        if !allowed {
+            assert!(entry.reason().contains("CAP_BPF"), "{entry}");
+            eprintln!("\nSKIPPED: WHETHER cwnd, ssthresh AND ECN COME BACK: {entry}\n");
+        }
+        allowed
+    })
+}

@@ -1,0 +1,33 @@
+#!/bin/sh
+# A connection leaves a server that knows nothing of it, and goes on in another program. Its client does not notice.
+# Runs as an ordinary user, in a private network: unshare -Urn sh docs/walkthrough.sh
+set -eu
+ip link set lo up
+image=$(mktemp -u)
+
+python3 -c '
+import socket
+connection, _ = socket.create_server(("127.0.0.1", 7000)).accept()
+try:
+    while data := connection.recv(100): connection.sendall(b"first server: " + data)
+except OSError:
+    pass  # the connection has left
+' &
+server=$!
+until soccr list --pid $server | grep -q LISTEN; do sleep 0.1; done
+
+python3 -c '
+import socket, sys
+connection = socket.create_connection(("127.0.0.1", 7000)).makefile("rw", buffering=1)
+for line in sys.stdin:
+    print(line.rstrip(), file=connection)
+    print(connection.readline(), end="", flush=True)
+' < "${REQUESTS:-/dev/stdin}" &
+client=$!
+until soccr list --pid $server | grep -q ESTAB; do sleep 0.1; done
+
+descriptor=$(soccr list --pid $server | awk '/ESTAB/ { print $3 }')
+soccr save --pid $server --fd "$descriptor" -o "$image"
+soccr inspect "$image"
+soccr restore "$image" --stdio -- sed -u 's/^/second server: /' &
+wait $client
