@@ -464,9 +464,9 @@ fn dropping_the_guard_unlocks() {
 fn a_dropped_guard_of_a_connection_that_has_left_draws_no_reset() {
     for family in Family::ALL {
         let mut connected = connect(family);
-        let lock = connected.lock(Mode::HOLD);
-        // Keeps what the peer sends again from drawing a reset.
+        // Keeps what the peer sends again from drawing a reset. The lock that is made last comes first.
         let _silence = connected.lock(Mode::Drop);
+        let lock = connected.lock(Mode::HOLD);
         connected.peer.write_all(b"too late").unwrap();
         wait_until("it is held", || lock.held() > 0);
         pause(&connected.ours).unwrap().detach().unwrap();
@@ -602,7 +602,8 @@ fn a_locker_for_the_namespace_of_a_socket() {
 
 fn rights_in_the_namespace_of_the_socket_suffice() {
     let itself = env::current_exe().unwrap();
-    let status = Command::new("unshare").arg("--user").arg(itself).env(STRANGER, "").status().unwrap();
+    let status =
+        Command::new("unshare").arg("--map-root-user").arg(itself).env(STRANGER, "").status().unwrap();
     assert!(status.success(), "{status}");
 }
 
