@@ -669,7 +669,7 @@ fn a_lock_becomes_persistent() {
     lock.persist("no such name!", None).unwrap_err();
     connected.settle();
     expect_nothing(&mut connected.ours);
-    assert!(lock.held() > 0);
+    wait_until("it is held", || lock.held() > 0);
     lock.persist("afterwards", None).unwrap();
     drop(lock);
     connected.settle();
