@@ -150,8 +150,10 @@ int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, int queue_id, char *buf, un
  *	libsoccr_set_sk_data_noq, libsoccr_set_queue_bytes twice, libsoccr_set_sk_data or
  *	libsoccr_set_sk_data, libsoccr_set_queue_bytes twice, and in the end libsoccr_resume.
  *
- * Queues without bytes may be left out. All return 0. To get a queue, steal = 1 is SOCCR_MEM_EXCL.
+ * Queues without bytes may be left out. All return 0. To get a queue, any steal but 0 is SOCCR_MEM_EXCL.
  */
+#define libsoccr_get_queue_bytes(sk, queue_id, steal) \
+	libsoccr_get_queue_bytes((sk), (queue_id), (steal) ? SOCCR_MEM_EXCL : 0)
 int libsoccr_get_sk_data(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
 int libsoccr_set_sk_data_unbound(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
 int libsoccr_set_sk_data_noq(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);

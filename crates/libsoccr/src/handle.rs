@@ -60,7 +60,7 @@ pub(crate) struct Handle {
     own_address: Option<SocketAddr>,
     peer_address: Option<SocketAddr>,
     pub(crate) last_error: Option<CString>,
-    _claim: Claim,
+    claim: Claim,
 }
 
 #[derive(Debug)]
@@ -99,11 +99,17 @@ impl Handle {
             own_address: None,
             peer_address: None,
             last_error: None,
-            _claim: claim,
+            claim,
         })
     }
 
     pub(crate) fn resume(self) -> Result<()> {
+        if !self.claim.holds() {
+            self.release();
+            return Err(Failure::new(
+                "resume: the socket has got another handle since — this one has only ended",
+            ));
+        }
         match self.stage {
             Stage::Paused(paused) => paused.resume()?,
             Stage::Restored(restored) => restored.resume()?,

@@ -33,12 +33,14 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Creates the file beside `path`. What is at `path` stays there until [`commit`](Self::commit).
+    /// Creates the file beside `path`. What is at `path` stays there until [`commit`](Self::commit). A symbolic link
+    /// stays in any case: the file to which it leads is replaced.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// `InvalidInput` where `path` is there and no regular file, such as a device or a pipe, which a rename would
+    /// destroy; those of open(2).
     pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
-        let path = path.as_ref().to_owned();
+        let path = destination(path.as_ref())?;
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let mut number = std::process::id();
         loop {
@@ -62,6 +64,15 @@ impl AtomicFile {
         self.file.set_permissions(Permissions::from_mode(mode))
     }
 
+    /// Makes durable what has been written so far (fsync): then [`commit`](Self::commit) has little left to do that can
+    /// fail.
+    ///
+    /// # Errors
+    /// Those of fsync(2).
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
     /// Makes the file durable (fsync) and puts it in its place (rename), where it replaces what is there.
     ///
     /// # Errors
@@ -77,6 +88,19 @@ impl AtomicFile {
                 _ => Err(error),
             }
         })
+    }
+}
+
+/// The file that is to be replaced or made.
+fn destination(path: &Path) -> io::Result<PathBuf> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file: leave -o out to write to standard output",
+        )),
+        Ok(_) if path.is_symlink() => path.canonicalize(),
+        Err(error) if path.is_symlink() => Err(error),
+        _ => Ok(path.to_owned()),
     }
 }
 
@@ -152,6 +176,34 @@ mod tests {
         drop(first);
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_file_is_left_alone() {
+        use std::os::unix::fs::FileTypeExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        assert!(std::process::Command::new("mkfifo").arg(path("fifo")).status().unwrap().success());
+        std::os::unix::fs::symlink("fifo", path("to-fifo")).unwrap();
+        std::os::unix::fs::symlink("nothing", path("to-nothing")).unwrap();
+        for name in ["fifo", "to-fifo", "to-nothing"] {
+            assert!(AtomicFile::create(path(name)).is_err(), "{name}");
+        }
+        assert!(std::fs::metadata(path("fifo")).unwrap().file_type().is_fifo());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn a_link_stays_and_leads_to_the_new_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        std::fs::write(&file, b"old").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        let mut new = AtomicFile::create(&link).unwrap();
+        new.write_all(b"new").unwrap();
+        new.commit().unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(std::fs::read(&file).unwrap(), b"new");
     }
 
     #[test]

@@ -14,8 +14,8 @@ use crate::failure::{Failure, Result};
 use crate::handle::Handle;
 use crate::sys::log;
 
-/// More than the structure will ever grow to: a larger size is a mistake, such as −1.
-const LARGEST_DATA: usize = 4096;
+/// A larger size is a mistake: a negative number.
+const LARGEST_DATA: usize = c_int::MAX as usize;
 
 thread_local! {
     /// The last failure on this thread, whichever handle it was about, or none.
@@ -25,7 +25,8 @@ thread_local! {
 /// Runs the body of a function without a handle.
 pub(super) fn run<T>(failed: T, body: impl FnOnce() -> Result<T>) -> T {
     outcome(body).unwrap_or_else(|failure| {
-        tell(&failure);
+        record(&failure);
+        report(&failure);
         failed
     })
 }
@@ -46,7 +47,9 @@ pub(super) unsafe fn with<T>(
     match outcome(|| body(handle)) {
         Ok(value) => value,
         Err(failure) => {
-            handle.last_error = Some(tell(&failure));
+            handle.last_error = Some(record(&failure));
+            // Behind the last use of the handle: the callback may ask for its error.
+            report(&failure);
             failed
         }
     }
@@ -71,11 +74,15 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
     format!("a defect of the library: {}", text.unwrap_or("panic"))
 }
 
-fn tell(failure: &Failure) -> CString {
-    log::line(log::ERROR, || failure.to_string());
+/// Keeps the failure for [`last_error`].
+fn record(failure: &Failure) -> CString {
     let text = log::c_string(failure.to_string());
     LAST_ERROR.set(Some(text.clone()));
     text
+}
+
+fn report(failure: &Failure) {
+    log::line(log::ERROR, || failure.to_string());
 }
 
 /// Reads the caller's data; what a longer structure has behind is of a newer library, and passed over.

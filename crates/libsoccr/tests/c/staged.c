@@ -11,7 +11,7 @@ static struct saved save(struct pair *pair)
 	sk = libsoccr_pause(pair->here);
 	CHECK(sk);
 	SAME(libsoccr_get_sk_data(sk, &saved.data, sizeof(saved.data)), sizeof(saved.data));
-	saved.receive_queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 1);
+	saved.receive_queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 2);
 	saved.send_queue = libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, 1);
 	CHECK(saved.receive_queue && saved.send_queue);
 	libsoccr_release(sk);

@@ -10,13 +10,13 @@ use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process};
 use soccr_lab::{Side, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, assert_runs, assert_unlocked, connect, descriptors, hear, installed, json, python,
-    soccr,
+    HEIR, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, server, soccr,
 };
+use crate::steps::{Call, run_and_kill};
 use crate::transfer::Move;
 
 crate::tests![
@@ -106,48 +106,36 @@ fn a_killed_target_leaves_one_connection() {
     }
 }
 
-/// Reads nothing until it is told to, so that its receive queue fills.
-const SLOW: &str = r#"
-import socket, sys
-listener = socket.create_server(("", 7))
-listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-connection = listener.accept()[0]
-for line in sys.stdin:
-    count = int(line)
-    while count:
-        count -= len(connection.recv(count))
-    connection.sendall(b"read")
-"#;
-
 fn a_socket_does_not_stay_in_repair() {
     if !installed("python3") {
         return;
     }
-    let slow = Program::start(python(SLOW, &[]).stdin(Stdio::piped()));
+    let server = server("", 1);
     let mut client = connect(([127, 0, 0, 1], 7));
-    client.set_nonblocking(true).unwrap();
-    let mut sent = 0;
-    while let Ok(length) = client.write(&[7; 65536]) {
-        sent += length;
-    }
-    let fd = descriptors(&slow.pid()).remove(0);
-    let pidfd = pidfd_open(Pid::from_raw(slow.0.id() as i32).unwrap(), PidfdFlags::empty()).unwrap();
-    let socket = pidfd_getfd(&pidfd, fd.parse().unwrap(), PidfdGetfdFlags::empty()).unwrap();
-    // Paused by somebody: what another one is refused for.
-    let in_repair = || soccr::pause(&socket).is_err();
-    for _ in 0..10 {
-        let mut save = soccr(&["save", "--keep", "--pid", &slow.pid(), "--fd", &fd]);
-        let mut save = Program::start(save.stdout(Stdio::null()));
-        while save.0.try_wait().unwrap().is_none() {
-            if in_repair() {
-                save.0.kill().unwrap();
-            }
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let fd = descriptors(&server.pid()).remove(0);
+    // Repair mode lasts from the first call that sets TCP_REPAIR to the second.
+    let sets_repair = |call: &Call| {
+        let option = [libc::SOL_TCP as u64, libc::TCP_REPAIR as u64];
+        call.number == libc::SYS_setsockopt && call.arguments[1..3] == option
+    };
+    let mut steps = 1;
+    loop {
+        let (mut set, mut after) = (0, 0);
+        let mut save = soccr(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]);
+        let killed = run_and_kill(save.stdout(Stdio::null()), |call| {
+            set += u32::from(sets_repair(call));
+            after += u32::from(set == 1);
+            after > steps
+        });
+        assert_runs(&server.pid());
+        assert_eq!(ask(&mut client, "more", ""), "more", "killed after {steps} calls");
+        if !killed {
+            break;
         }
-        wait_until("repair mode has ended", || !in_repair());
+        steps += 7;
     }
-    writeln!(slow.0.stdin.as_ref().unwrap(), "{sent}").unwrap();
-    client.set_nonblocking(false).unwrap();
-    assert_eq!(hear(&mut client, 4), "read");
+    assert!(steps > 7, "it was killed in repair mode");
 }
 
 /// On the host to which the connection did not go.

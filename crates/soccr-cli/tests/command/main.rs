@@ -5,6 +5,7 @@ mod kill;
 mod programs;
 mod real;
 mod save;
+mod steps;
 mod transfer;
 
 fn main() -> std::process::ExitCode {

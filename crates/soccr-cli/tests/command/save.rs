@@ -233,9 +233,9 @@ for i in range(20):
 connection = socket.create_server(("", 7)).accept()[0]
 while data := connection.recv(100):
     before = list(counters)
-    time.sleep(0.05)
-    moved = all(a < b for a, b in zip(before, counters))
-    connection.sendall(b"all run" if moved else b"stopped")
+    while not all(a < b for a, b in zip(before, counters)):
+        time.sleep(0.001)
+    connection.sendall(b"all run")
 "#;
 
 fn an_interrupted_program_keeps_its_threads() {

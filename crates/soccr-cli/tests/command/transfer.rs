@@ -1,13 +1,14 @@
 //! `send` and `receive`.
 
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, hear, installed, json, server, soccr,
+    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, hear, installed, json, python, server,
+    soccr,
 };
 
 crate::tests![
@@ -17,6 +18,7 @@ crate::tests![
     one_that_fails_does_not_hurt_the_others,
     all_connections_of_a_port_move,
     a_target_that_is_silent_changes_nothing,
+    nothing_is_lost_of_what_a_peer_sends_meanwhile,
 ];
 
 /// Two hosts with one address, an old server on `a`, and clients on the peer.
@@ -144,7 +146,7 @@ fn one_that_fails_does_not_hurt_the_others() {
     assert_runs(&moving.old.pid());
     let mut moved = 0;
     for client in &mut moving.clients {
-        std::io::Write::write_all(client, b"more").unwrap();
+        client.write_all(b"more").unwrap();
         // Either host answers; packets go to `a` first, which is silent about what has left it.
     }
     for (index, client) in moving.clients.iter_mut().enumerate() {
@@ -189,4 +191,53 @@ fn a_target_that_is_silent_changes_nothing() {
     assert_eq!(code, 1, "{complaint}");
     assert!(complaint.contains("stays:"), "{complaint}");
     moving.assert_lives_at(Side::A, "old ");
+}
+
+/// Reads as little as can be: what it has read would be lost with it.
+const IDLE: &str = r#"
+import socket, time
+connection = socket.create_server(("", 7)).accept()[0]
+time.sleep(1000)
+"#;
+
+const COUNTING: &str = r#"
+import os, socket, sys
+connection = socket.socket(fileno=3)
+expected = 0
+while data := connection.recv(65536):
+    for byte in data:
+        assert byte == expected % 251, expected
+        expected += 1
+os.rename(sys.argv[1], sys.argv[2] + str(expected))
+"#;
+
+fn nothing_is_lost_of_what_a_peer_sends_meanwhile() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    std::fs::write(path("counting"), "").unwrap();
+    let lab = Lab::new().unwrap();
+    let old = lab.a.run(|| Program::start(&mut python(IDLE, &[])));
+    let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
+    let beside = lab.b.run(|| Program::start(Command::new("sleep").arg("1000")));
+    let bytes: Vec<u8> = (0..20_000_000).map(|i| (i % 251) as u8).collect();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            client.write_all(&bytes).unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        let receive = format!(
+            "{SOCCR} receive --netns {} -- python3 -c '{COUNTING}' {} {}",
+            beside.pid(),
+            path("counting"),
+            path("counted-")
+        );
+        let mut send = soccr(&["send", "--pid", &old.pid(), "--all", "--via", &receive]);
+        assert!(send.status().unwrap().success());
+        lab.steer(Side::B).unwrap();
+        let counted = path(&format!("counted-{}", bytes.len()));
+        wait_until("all bytes have arrived", || std::fs::exists(&counted).unwrap());
+    });
 }
