@@ -19,9 +19,15 @@ use soccr_lab::{Family, Lab, Namespace, Pair, Side, Test, harness, sysctl, wait_
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
 const VICTIM: &str = "LOCK_AND_WAIT";
 
+/// For a process that has no rights in its own network namespace.
+const STRANGER: &str = "LOCK_ELSEWHERE";
+
 fn main() -> ExitCode {
     if let Ok(flow) = env::var(VICTIM) {
         return lock_and_wait(&flow);
+    }
+    if env::var(STRANGER).is_ok() {
+        return lock_elsewhere();
     }
     macro_rules! tests {
         ($($name:path),* $(,)?) => { [$(Test::new(stringify!($name), $name)),*] };
@@ -37,11 +43,13 @@ fn main() -> ExitCode {
         the_longest_packets_are_held_whole,
         what_is_held_has_a_limit,
         dropping_the_guard_unlocks,
+        a_dropped_guard_of_a_connection_that_has_left_draws_no_reset,
         a_connection_is_locked_once,
         two_lockers_do_not_disturb_each_other,
         a_killed_process_leaves_no_lock,
         ten_thousand_connections,
         a_locker_for_the_namespace_of_a_socket,
+        rights_in_the_namespace_of_the_socket_suffice,
         persistent::a_persistent_lock_is_listed_and_removed,
         persistent::a_persistent_lock_ends_with_its_time,
         persistent::a_lock_becomes_persistent,
@@ -123,9 +131,14 @@ fn be_patient(host: &Namespace) {
 
 /// Segments that a host has sent more than once.
 fn retransmissions(host: &Namespace) -> u32 {
+    counter(host, "RetransSegs")
+}
+
+/// What a host has counted of its TCP (RFC 4022).
+fn counter(host: &Namespace, name: &str) -> u32 {
     let table = host.run(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
     let mut lines = table.lines().filter(|line| line.starts_with("Tcp:"));
-    let column = lines.next().unwrap().split(' ').position(|name| name == "RetransSegs").unwrap();
+    let column = lines.next().unwrap().split(' ').position(|column| column == name).unwrap();
     lines.next().unwrap().split(' ').nth(column).unwrap().parse().unwrap()
 }
 
@@ -380,6 +393,21 @@ fn dropping_the_guard_unlocks() {
     transfer(&mut connected.ours, &mut connected.peer, b"and back");
 }
 
+fn a_dropped_guard_of_a_connection_that_has_left_draws_no_reset() {
+    for family in Family::ALL {
+        let mut connected = connect(family);
+        // Keeps what the peer sends again from drawing a reset. The lock that is made last comes first.
+        let _silence = connected.lock(Mode::Drop);
+        let lock = connected.lock(Mode::HOLD);
+        connected.peer.write_all(b"too late").unwrap();
+        wait_until("it is held", || lock.held() > 0);
+        pause(&connected.ours).unwrap().detach().unwrap();
+        drop(connected.ours);
+        drop(lock);
+        assert_eq!(counter(&connected.pair.b.namespace, "OutRsts"), 0);
+    }
+}
+
 fn a_connection_is_locked_once() {
     let connected = connect(Family::V4);
     let locker = Locker::beside(&connected.ours, Mode::HOLD).unwrap();
@@ -478,4 +506,25 @@ fn a_locker_for_the_namespace_of_a_socket() {
     expect_nothing(&mut connected.ours);
     lock.release().unwrap();
     expect(&mut connected.ours, b"but here");
+}
+
+fn rights_in_the_namespace_of_the_socket_suffice() {
+    let itself = env::current_exe().unwrap();
+    let status =
+        Command::new("unshare").arg("--map-root-user").arg(itself).env(STRANGER, "").status().unwrap();
+    assert!(status.success(), "{status}");
+}
+
+fn lock_elsewhere() -> ExitCode {
+    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
+    assert_eq!(Lock::hold(&[flow]).unwrap_err().errno(), Some(libc::EPERM));
+    let elsewhere = Namespace::new().unwrap();
+    // There is no way back for the thread that goes there.
+    let listen = || {
+        elsewhere.enter().unwrap();
+        TcpListener::bind("0.0.0.0:0").unwrap()
+    };
+    let socket = thread::scope(|scope| scope.spawn(listen).join()).unwrap();
+    Locker::beside(&socket, Mode::HOLD).unwrap().lock(&[flow]).unwrap().release().unwrap();
+    ExitCode::SUCCESS
 }

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
+use soccr::Flow;
 use soccr::lock::{Mode, PersistentLock};
 use soccr_lab::{Family, wait_until};
 
@@ -22,7 +23,7 @@ pub fn a_persistent_lock_is_listed_and_removed() {
         connected.settle();
         expect_nothing(&mut connected.ours);
         expect_nothing(&mut connected.peer);
-        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[], None));
+        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None));
         assert!(again.unwrap_err().to_string().contains("EEXIST"));
         connected.pair.b.run(|| locks[0].remove()).unwrap();
         expect(&mut connected.ours, b"later");
@@ -53,10 +54,10 @@ pub fn a_lock_becomes_persistent() {
     let mut connected = connect(Family::V4);
     let mut lock = connected.lock(Mode::HOLD);
     connected.peer.write_all(b"thrown away").unwrap();
-    connected.settle();
     lock.persist("no such name!", None).unwrap_err();
     connected.settle();
     expect_nothing(&mut connected.ours);
+    wait_until("it is held", || lock.held() > 0);
     lock.persist("afterwards", None).unwrap();
     drop(lock);
     connected.settle();
@@ -69,9 +70,12 @@ pub fn a_lock_becomes_persistent() {
 }
 
 pub fn names_of_persistent_locks_are_checked() {
+    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
     for name in ["", "a b", "a/b", "\u{e4}", &"x".repeat(65)] {
-        let error = PersistentLock::create(name, &[], None).unwrap_err();
+        let error = PersistentLock::create(name, &[flow], None).unwrap_err();
         assert_eq!(error.kind(), soccr::ErrorKind::Invalid, "{name}");
     }
-    PersistentLock::create(&"x".repeat(64), &[], None).unwrap();
+    let nothing = PersistentLock::create("nothing", &[], None).unwrap_err();
+    assert_eq!(nothing.kind(), soccr::ErrorKind::Invalid);
+    PersistentLock::create(&"x".repeat(64), &[flow], None).unwrap();
 }
