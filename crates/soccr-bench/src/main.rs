@@ -16,10 +16,12 @@ mod connections;
 mod floor;
 mod idle;
 mod machine;
+mod plot;
 mod report;
 mod scenario;
 mod statistics;
 mod sys;
+mod traffic;
 
 use anyhow::Result;
 
@@ -32,6 +34,7 @@ fn main() -> Result<()> {
     let machine = Machine::here();
     soccr_lab::enter()?;
     machine::raise_descriptor_limit();
+    connections::warm_up()?;
     let mut report = Report::new(machine, arguments.json);
     for (name, run) in scenario::ALL {
         if arguments.selects(name) {

@@ -18,6 +18,7 @@ pub(crate) struct Row {
     max: Duration,
     floor: Option<Duration>,
     ratio: Option<f64>,
+    bytes: Option<usize>,
 }
 
 impl Row {
@@ -31,7 +32,14 @@ impl Row {
             max: samples.max(),
             floor: None,
             ratio: None,
+            bytes: None,
         }
+    }
+
+    /// Not a time, but memory, against what it had to be at least without streaming.
+    pub(crate) fn bytes(scenario: &'static str, what: impl Into<String>, bytes: usize, floor: usize) -> Self {
+        let none = Self::new(scenario, what, &Samples::default());
+        Self { bytes: Some(bytes), ratio: Some(bytes as f64 / floor as f64), samples: 1, ..none }
     }
 
     /// Beside the bare system calls.
@@ -51,6 +59,7 @@ impl Row {
             "max_us": microseconds(self.max),
             "floor_us": self.floor.map(microseconds),
             "ratio": self.ratio,
+            "bytes": self.bytes,
         })
     }
 }
@@ -108,6 +117,17 @@ impl Report {
 
 fn print(row: &Row) {
     let [scenario, what] = WIDTHS;
+    if let (Some(bytes), Some(ratio)) = (row.bytes, row.ratio) {
+        println!(
+            "{:scenario$} {:what$} {:>6} {:>6} KiB {:>40.2}",
+            row.scenario,
+            row.what,
+            1,
+            bytes >> 10,
+            ratio
+        );
+        return;
+    }
     println!(
         "{:scenario$} {:what$} {:>6} {:>10} {:>10} {:>10} {:>10} {:>6}",
         row.scenario,

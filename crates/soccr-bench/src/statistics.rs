@@ -44,6 +44,12 @@ impl Samples {
     }
 }
 
+/// What all threads of this process have used of the processors: the same on a busy machine as on an idle one.
+pub(crate) fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// Runs `round` again and again, until the time is over: at least `least` times.
 pub(crate) fn repeat<E>(
     budget: Duration,

@@ -27,8 +27,10 @@ impl Flow {
     }
 }
 
-/// How often a connection that changes while it is read is read anew.
-const ATTEMPTS: usize = 3;
+/// How often a connection that changes while it is read is read anew, and how long after: packets that had passed the
+/// lock may still be on their way through another processor.
+const ATTEMPTS: usize = 5;
+const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mut Connection) -> Result<()> {
     let mut attempts = 1;
@@ -37,6 +39,7 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
             return Err(error);
         }
         attempts += 1;
+        std::thread::sleep(PAUSE);
     }
     connection.local = local_address(fd)?;
     connection.remote = remote_address(fd, peer)?;

@@ -1,9 +1,11 @@
 //! The scenarios, one file each.
 
 mod lock;
+mod memory;
 mod moves;
 mod restore;
 mod save;
+mod stall;
 
 use anyhow::Result;
 
@@ -13,5 +15,11 @@ use crate::report::Report;
 type Run = fn(&Arguments, &mut Report) -> Result<()>;
 
 /// In the order in which they run.
-pub(crate) const ALL: &[(&str, Run)] =
-    &[("save", save::run), ("restore", restore::run), ("lock", lock::run), ("moves", moves::run)];
+pub(crate) const ALL: &[(&str, Run)] = &[
+    ("save", save::run),
+    ("restore", restore::run),
+    ("lock", lock::run),
+    ("moves", moves::run),
+    ("memory", memory::run),
+    ("stall", stall::run),
+];

@@ -18,8 +18,9 @@ use soccr_image::stream::{Message, Reader, Writer};
 use crate::arguments::Arguments;
 use crate::floor;
 use crate::idle::{Ends, Idle};
+use crate::plot::{Plot, Scale};
 use crate::report::{Report, Row};
-use crate::statistics::{Samples, repeat};
+use crate::statistics::{Samples, processor_time, repeat};
 
 const COUNTS: [usize; 5] = [1, 100, 1_000, 10_000, 50_000];
 
@@ -28,34 +29,55 @@ const PHASES: [&str; 4] = ["lock", "save, stream, restore", "unlock", "resume"];
 const BUFFER: usize = 64 << 10;
 
 pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
+    let (mut moved, mut bare) = (Vec::new(), Vec::new());
     for count in COUNTS {
         match Idle::new(count) {
-            Ok(idle) => one(idle, count, arguments, report)?,
+            Ok(idle) => {
+                let medians = one(idle, count, arguments, report)?;
+                let [ours, floor] = medians.map(|time| time.as_secs_f64() * 1e6 / count as f64);
+                moved.push((count as f64, ours));
+                bare.push((count as f64, floor));
+            }
             Err(error) => report.note(format!("{count} connections cannot be made here: {error}")),
         }
     }
-    Ok(())
+    let Some(directory) = &arguments.plots else { return Ok(()) };
+    let mut plot = Plot::new(
+        "A whole move: cost per connection",
+        "connections",
+        "µs per connection",
+        Scale::Logarithmic,
+    );
+    plot.series("lock, save, stream, restore, unlock, resume", moved);
+    plot.series("bare system calls", bare);
+    plot.write(&directory.join("cost-per-connection.svg"))
 }
 
-fn one(idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> Result<()> {
+fn one(idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> Result<[Duration; 2]> {
     let locker = idle.pair.a.run(|| Locker::new(Mode::HOLD))?;
     let budget = Duration::from_millis(if arguments.full { 20_000 } else { 1_500 });
     let mut samples = Samples::default();
     let mut phases: [Samples; PHASES.len()] = Default::default();
     let mut bare = Samples::default();
+    let (mut used, mut used_bare) = (Samples::default(), Samples::default());
     repeat(budget, 3, |_| {
-        let start = Instant::now();
+        let stopwatch = Stopwatch::start();
         move_all(&idle, &locker, &mut phases)?;
-        samples.push(start.elapsed());
+        let [time, processor] = stopwatch.stop();
+        samples.push(time);
+        used.push(processor);
         idle.check().context("after the move")?;
-        bare.push(move_bare(&idle, &locker)?);
+        let [time, processor] = move_bare(&idle, &locker)?;
+        bare.push(time);
+        used_bare.push(processor);
         idle.check().context("after the bare move")
     })?;
     report.add(Row::new("moves", format!("{count}"), &samples).against(&bare));
+    report.add(Row::new("moves", format!("{count}: processor time"), &used).against(&used_bare));
     for (name, samples) in PHASES.iter().zip(&phases) {
         report.add(Row::new("moves", format!("{count}: {name}"), samples));
     }
-    Ok(())
+    Ok([samples.median(), bare.median()])
 }
 
 fn move_all(idle: &Idle, locker: &Locker, phases: &mut [Samples; PHASES.len()]) -> Result<()> {
@@ -123,33 +145,47 @@ fn resume(ends: &mut Ends) -> Result<()> {
     Ok(())
 }
 
-/// The same by bare system calls, for the time that these take. It needs the lock nevertheless, or what the peers send
+/// The same by bare system calls: the time and the processor time that these take. It needs the lock nevertheless, or what the peers send
 /// would meet no socket.
-fn move_bare(idle: &Idle, locker: &Locker) -> Result<Duration> {
+fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
     let lock = locker.lock(&idle.flows()?)?;
-    let mut time = Duration::ZERO;
+    let mut times = [Duration::ZERO; 2];
+    let mut add = |more: [Duration; 2]| (0..2).for_each(|n| times[n] += more[n]);
     for shard in &idle.shards {
-        time += shard.run(|ends| {
+        add(shard.run(|ends| {
             let values = values(ends)?;
             let restorers: Vec<_> = values.iter().map(floor::Restorer::new).collect();
-            let start = Instant::now();
+            let stopwatch = Stopwatch::start();
             for socket in ends.streams.drain(..) {
                 floor::save(socket.as_fd(), &mut []);
                 floor::detach(socket.as_fd());
             }
             ends.streams = restorers.iter().map(|restorer| restorer.restore().into()).collect();
-            Ok::<_, anyhow::Error>(start.elapsed())
-        })?;
+            Ok::<_, anyhow::Error>(stopwatch.stop())
+        })?);
     }
     lock.release()?;
     for shard in &idle.shards {
-        time += shard.run(|ends| {
-            let start = Instant::now();
+        add(shard.run(|ends| {
+            let stopwatch = Stopwatch::start();
             ends.streams.iter().for_each(|socket| floor::resume(socket.as_fd()));
-            start.elapsed()
-        });
+            stopwatch.stop()
+        }));
     }
-    Ok(time)
+    Ok(times)
+}
+
+/// The time that passes, and the processor time that is used.
+struct Stopwatch(Instant, Duration);
+
+impl Stopwatch {
+    fn start() -> Self {
+        Self(Instant::now(), processor_time())
+    }
+
+    fn stop(self) -> [Duration; 2] {
+        [self.0.elapsed(), processor_time() - self.1]
+    }
 }
 
 fn values(ends: &Ends) -> Result<Vec<Connection>> {

@@ -1,5 +1,8 @@
 //! Locks on the real packet filter: what they stop, what they keep, and that nothing of them stays behind.
 
+mod firewall;
+mod persistent;
+
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -9,10 +12,9 @@ use std::{env, fs, thread};
 
 use soccr::ErrorKind::Refused;
 use soccr::connection::Flow;
-use soccr::lock::{Locker, Mode, PersistentLock, SILENCE};
+use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::{Lock, pause};
 use soccr_lab::{Family, Lab, Namespace, Pair, Side, Test, harness, sysctl, wait_until};
-use soccr_netlink::{APPEND, Batch, CREATE, Message, REQUEST, Socket};
 
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
 const VICTIM: &str = "LOCK_AND_WAIT";
@@ -28,7 +30,7 @@ fn main() -> ExitCode {
         return lock_elsewhere();
     }
     macro_rules! tests {
-        ($($name:ident),* $(,)?) => { [$(Test::new(stringify!($name), $name)),*] };
+        ($($name:path),* $(,)?) => { [$(Test::new(stringify!($name), $name)),*] };
     }
     harness(tests![
         both_directions_stop_and_nothing_else,
@@ -48,11 +50,10 @@ fn main() -> ExitCode {
         ten_thousand_connections,
         a_locker_for_the_namespace_of_a_socket,
         rights_in_the_namespace_of_the_socket_suffice,
-        a_persistent_lock_is_listed_and_removed,
-        a_persistent_lock_ends_with_its_time,
-        a_lock_becomes_persistent,
-        ten_thousand_connections_persist,
-        names_of_persistent_locks_are_checked,
+        persistent::a_persistent_lock_is_listed_and_removed,
+        persistent::a_persistent_lock_ends_with_its_time,
+        persistent::a_lock_becomes_persistent,
+        persistent::names_of_persistent_locks_are_checked,
     ])
 }
 
@@ -220,7 +221,7 @@ fn a_moved_connection_gets_what_was_held() {
 
 fn a_strict_firewall_lets_a_moved_connection_pass() {
     let pair = Pair::new().unwrap();
-    pair.b.run(let_established_connections_pass);
+    pair.b.run(firewall::let_established_connections_pass);
     move_on_one_host(&pair, Family::V4);
 }
 
@@ -261,7 +262,7 @@ fn held_packets_move_to_another_host() {
 fn a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass() {
     for closing in [false, true] {
         let lab = Lab::new().unwrap();
-        lab.b.run(let_established_connections_pass);
+        lab.b.run(firewall::let_established_connections_pass);
         move_to_another_host(&lab, Family::V4, closing);
     }
 }
@@ -313,75 +314,6 @@ fn move_to_another_host(lab: &Lab, family: Family, closing: bool) {
         expect_nothing(&mut ours);
         transfer(&mut ours, &mut peer, b"still there");
     }
-}
-
-/// A firewall for the network of the calling thread: `policy drop; ct state established accept`, in both directions
-/// and on `lo` too; only what begins a connection passes besides.
-fn let_established_connections_pass() {
-    const SUBSYSTEM: u16 = 10 << 8;
-    let mut batch = Batch::new();
-    batch.message(0x10, REQUEST, |m| m.bytes(&[0, 0, 0, 10]));
-    let mut add = |kind: u16, body: &dyn Fn(&mut Message<'_>)| {
-        batch.message(SUBSYSTEM | kind, REQUEST | CREATE | APPEND, |m| {
-            m.bytes(&[1, 0, 0, 0]);
-            m.string(1, "strict");
-            body(m);
-        });
-    };
-    let expression = |list: &mut Message<'_>, name: &str, data: &dyn Fn(&mut Message<'_>)| {
-        list.nested(1, |element| {
-            element.string(1, name);
-            element.nested(2, data);
-        });
-    };
-    let accept_where = |list: &mut Message<'_>, value: &[u8]| {
-        expression(list, "cmp", &|d| {
-            d.be32(1, 8);
-            d.be32(2, 0);
-            d.nested(3, |v| v.attribute(1, value));
-        });
-        expression(list, "immediate", &|d| {
-            d.be32(1, 0);
-            d.nested(2, |v| v.nested(2, |verdict| verdict.be32(1, 1)));
-        });
-    };
-    add(0, &|_| ());
-    for (chain, hook) in [("in", 1), ("out", 3)] {
-        add(3, &|m| {
-            m.string(3, chain);
-            m.nested(4, |h| {
-                h.be32(1, hook);
-                h.be32(2, 0);
-            });
-            m.be32(5, 0); // policy drop
-            m.string(7, "filter");
-        });
-        add(6, &|m| {
-            m.string(2, chain);
-            m.nested(4, |list| {
-                expression(list, "ct", &|d| {
-                    d.be32(1, 8);
-                    d.be32(2, 0); // ct state
-                });
-                accept_where(list, &2u32.to_ne_bytes()); // established
-            });
-        });
-        add(6, &|m| {
-            m.string(2, chain);
-            m.nested(4, |list| {
-                expression(list, "payload", &|d| {
-                    d.be32(1, 8);
-                    d.be32(2, 2); // transport header
-                    d.be32(3, 13);
-                    d.be32(4, 1);
-                });
-                accept_where(list, &[2]); // a SYN and nothing else
-            });
-        });
-    }
-    batch.acknowledge_last();
-    batch.message(0x11, REQUEST, |m| m.bytes(&[0, 0, 0, 10]));
-    Socket::open(soccr_netlink::Family::Netfilter).unwrap().transact(&batch).unwrap();
 }
 
 fn the_longest_packets_are_held_whole() {
@@ -464,9 +396,9 @@ fn dropping_the_guard_unlocks() {
 fn a_dropped_guard_of_a_connection_that_has_left_draws_no_reset() {
     for family in Family::ALL {
         let mut connected = connect(family);
-        let lock = connected.lock(Mode::HOLD);
-        // Keeps what the peer sends again from drawing a reset.
+        // Keeps what the peer sends again from drawing a reset. The lock that is made last comes first.
         let _silence = connected.lock(Mode::Drop);
+        let lock = connected.lock(Mode::HOLD);
         connected.peer.write_all(b"too late").unwrap();
         wait_until("it is held", || lock.held() > 0);
         pause(&connected.ours).unwrap().detach().unwrap();
@@ -540,7 +472,15 @@ fn lock_and_wait(flow: &str) -> ExitCode {
 
 fn ten_thousand_connections() {
     let mut connected = connect(Family::V6);
-    let flows = ten_thousand_and(connected.flow);
+    let mut flows: Vec<_> = (0..5_000u16)
+        .flat_map(|port| {
+            let v4 = ([192, 0, 2, 7], 1000 + port).into();
+            let v6 = ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7], 1000 + port).into();
+            let remote = [([192, 0, 2, 8], 443).into(), ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 8], 443).into()];
+            [Flow { local: v4, remote: remote[0] }, Flow { local: v6, remote: remote[1] }]
+        })
+        .collect();
+    flows.insert(7_000, connected.flow);
     let locker = Locker::beside(&connected.ours, Mode::HOLD).unwrap();
     for _ in 0..2 {
         let lock = locker.lock(&flows).unwrap();
@@ -550,38 +490,6 @@ fn ten_thousand_connections() {
         lock.release().unwrap();
         expect(&mut connected.ours, b"one of many");
     }
-}
-
-fn ten_thousand_and(flow: Flow) -> Vec<Flow> {
-    let mut flows: Vec<_> = (0..5_000u16)
-        .flat_map(|port| {
-            let v4 = ([192, 0, 2, 7], 1000 + port).into();
-            let v6 = ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7], 1000 + port).into();
-            let remote = [([192, 0, 2, 8], 443).into(), ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 8], 443).into()];
-            [Flow { local: v4, remote: remote[0] }, Flow { local: v6, remote: remote[1] }]
-        })
-        .collect();
-    flows.insert(7_000, flow);
-    flows
-}
-
-fn ten_thousand_connections_persist() {
-    let mut connected = connect(Family::V6);
-    let mut flows = ten_thousand_and(connected.flow);
-    let host = &connected.pair.b;
-    host.run(|| PersistentLock::create("many", &flows, Some(SILENCE))).unwrap();
-    let locks = host.run(PersistentLock::list).unwrap();
-    assert_eq!((locks.len(), locks[0].flows.len()), (1, flows.len()));
-    connected.peer.write_all(b"one of many").unwrap();
-    connected.settle();
-    expect_nothing(&mut connected.ours);
-    host.run(|| locks[0].remove()).unwrap();
-    expect(&mut connected.ours, b"one of many");
-    // The last transaction fails, and the others do not stay.
-    flows.push(connected.flow);
-    let error = host.run(|| PersistentLock::create("many", &flows, None)).unwrap_err();
-    assert_eq!(error.errno(), Some(libc::EEXIST), "{error}");
-    assert_eq!(host.run(PersistentLock::list).unwrap(), []);
 }
 
 fn a_locker_for_the_namespace_of_a_socket() {
@@ -602,7 +510,8 @@ fn a_locker_for_the_namespace_of_a_socket() {
 
 fn rights_in_the_namespace_of_the_socket_suffice() {
     let itself = env::current_exe().unwrap();
-    let status = Command::new("unshare").arg("--user").arg(itself).env(STRANGER, "").status().unwrap();
+    let status =
+        Command::new("unshare").arg("--map-root-user").arg(itself).env(STRANGER, "").status().unwrap();
     assert!(status.success(), "{status}");
 }
 
@@ -618,75 +527,4 @@ fn lock_elsewhere() -> ExitCode {
     let socket = thread::scope(|scope| scope.spawn(listen).join()).unwrap();
     Locker::beside(&socket, Mode::HOLD).unwrap().lock(&[flow]).unwrap().release().unwrap();
     ExitCode::SUCCESS
-}
-
-fn a_persistent_lock_is_listed_and_removed() {
-    for family in Family::ALL {
-        let mut connected = connect(family);
-        connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None)).unwrap();
-        let locks = connected.pair.b.run(PersistentLock::list).unwrap();
-        assert_eq!((locks.len(), &*locks[0].name, locks[0].remaining), (1, "until-noon", None));
-        assert_eq!(locks[0].flows.len(), 1);
-        assert_eq!(locks[0].flows[0].remote.port(), connected.flow.remote.port());
-        assert_eq!(locks[0].flows[0].local.ip(), connected.flow.local.ip().to_canonical());
-        connected.peer.write_all(b"later").unwrap();
-        connected.ours.write_all(b"later").unwrap();
-        connected.settle();
-        expect_nothing(&mut connected.ours);
-        expect_nothing(&mut connected.peer);
-        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None));
-        assert!(again.unwrap_err().to_string().contains("EEXIST"));
-        connected.pair.b.run(|| locks[0].remove()).unwrap();
-        expect(&mut connected.ours, b"later");
-        expect(&mut connected.peer, b"later");
-        assert_eq!(connected.pair.b.run(PersistentLock::list).unwrap(), []);
-        let gone = connected.pair.b.run(|| locks[0].remove()).unwrap_err();
-        assert!(gone.to_string().contains("ENOENT"), "{gone}");
-    }
-}
-
-fn a_persistent_lock_ends_with_its_time() {
-    let mut connected = connect(Family::V4);
-    let limit = Duration::from_secs(1);
-    let list = || connected.pair.b.run(PersistentLock::list).unwrap();
-    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], Some(limit))).unwrap();
-    let remaining = list()[0].remaining.unwrap();
-    assert!(remaining <= limit && !remaining.is_zero(), "{remaining:?}");
-    connected.peer.write_all(b"soon").unwrap();
-    expect(&mut connected.ours, b"soon");
-    wait_until("the lock is empty", || list()[0].flows.is_empty());
-    // The next one clears up.
-    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], None)).unwrap();
-    let locks = list();
-    assert_eq!((locks.len(), locks[0].flows.len()), (1, 1));
-}
-
-fn a_lock_becomes_persistent() {
-    let mut connected = connect(Family::V4);
-    let mut lock = connected.lock(Mode::HOLD);
-    connected.peer.write_all(b"thrown away").unwrap();
-    lock.persist("no such name!", None).unwrap_err();
-    connected.settle();
-    expect_nothing(&mut connected.ours);
-    assert!(lock.held() > 0);
-    lock.persist("afterwards", None).unwrap();
-    drop(lock);
-    connected.settle();
-    expect_nothing(&mut connected.ours);
-    let locks = connected.pair.b.run(PersistentLock::list).unwrap();
-    assert_eq!((&*locks[0].name, &*locks[0].flows), ("afterwards", &[connected.flow][..]));
-    connected.pair.b.run(|| locks[0].remove()).unwrap();
-    expect(&mut connected.ours, b"thrown away");
-    assert!(retransmissions(&connected.pair.a.namespace) > 0);
-}
-
-fn names_of_persistent_locks_are_checked() {
-    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
-    for name in ["", "a b", "a/b", "\u{e4}", &"x".repeat(65)] {
-        let error = PersistentLock::create(name, &[flow], None).unwrap_err();
-        assert_eq!(error.kind(), soccr::ErrorKind::Invalid, "{name}");
-    }
-    let nothing = PersistentLock::create("nothing", &[], None).unwrap_err();
-    assert_eq!(nothing.kind(), soccr::ErrorKind::Invalid);
-    PersistentLock::create(&"x".repeat(64), &[flow], None).unwrap();
 }

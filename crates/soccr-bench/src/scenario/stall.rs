@@ -1,0 +1,107 @@
+//! What the peer feels of a move: the longest silence, by the time of the lock, the round-trip time, and what becomes
+//! of the packets that arrive meanwhile.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use soccr::lock::{Locker, Mode};
+use soccr_lab::{Pair, Shape};
+
+use crate::arguments::Arguments;
+use crate::plot::{Plot, Scale};
+use crate::report::{Report, Row};
+use crate::statistics::{Samples, repeat};
+use crate::traffic::{Pattern, Traffic};
+
+const RTTS: [Duration; 2] = [Duration::ZERO, Duration::from_millis(20)];
+const LOCKS: [u64; 4] = [0, 5, 50, 200];
+const MODES: [(Mode, &str); 2] = [(Mode::Drop, "drop"), (Mode::HOLD, "hold")];
+
+pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
+    for rtt in RTTS {
+        let pair = if rtt.is_zero() { Pair::new() } else { Pair::shaped(&Shape::rtt(rtt)) }?;
+        for (pattern, name) in Pattern::ALL {
+            for (mode, fate) in MODES {
+                for lock in LOCKS {
+                    let what = format!("{name}, RTT {} ms, lock {lock} ms, {fate}", rtt.as_millis());
+                    let lock = Duration::from_millis(lock);
+                    let measured = pair.a.run(|| one(&pair, pattern, mode, rtt, lock, arguments.full));
+                    match measured {
+                        Ok(silences) => report.add(Row::new("stall", what, &silences)),
+                        Err(error) => report.note(format!("stall: {what}: {error}")),
+                    }
+                }
+            }
+        }
+    }
+    match &arguments.plots {
+        Some(directory) => plot(directory),
+        None => Ok(()),
+    }
+}
+
+fn one(
+    pair: &Pair,
+    pattern: Pattern,
+    mode: Mode,
+    rtt: Duration,
+    lock: Duration,
+    full: bool,
+) -> Result<Samples> {
+    let locker = Locker::new(mode)?;
+    let mut traffic = Traffic::start(pair, pattern)?;
+    let mut silences = Samples::default();
+    let (budget, least) = if full { (Duration::ZERO, 100) } else { (Duration::from_millis(800), 3) };
+    // The first move finds nothing in any cache.
+    traffic.settle(rtt)?;
+    traffic.move_once(&locker, Duration::ZERO)?;
+    repeat(budget, least, |_| {
+        traffic.settle(rtt)?;
+        silences.push(traffic.move_once(&locker, lock)?.silence);
+        Ok::<_, anyhow::Error>(())
+    })?;
+    Ok(silences)
+}
+
+/// Bytes per millisecond through a move with a lock of 50 ms.
+fn plot(directory: &Path) -> Result<()> {
+    const BEFORE: Duration = Duration::from_millis(100);
+    const LOCK: Duration = Duration::from_millis(50);
+    const AFTER: Duration = Duration::from_millis(400);
+    const BIN: Duration = Duration::from_millis(5);
+    let pair = Pair::new()?;
+    let mut plot = Plot::new("Throughput through a move: locked for 50 ms at 0", "ms", "MB/s", Scale::Linear);
+    for (mode, name) in MODES {
+        let notes = pair.a.run(|| {
+            let locker = Locker::new(mode)?;
+            let mut traffic = Traffic::start(&pair, Pattern::Upload)?;
+            traffic.settle(Duration::ZERO)?;
+            traffic.move_once(&locker, Duration::ZERO)?;
+            traffic.settle(Duration::ZERO)?;
+            let mut notes = Vec::new();
+            traffic.watch(BEFORE, &mut notes)?;
+            let moved = Instant::now();
+            traffic.move_once(&locker, LOCK)?;
+            traffic.watch(AFTER, &mut notes)?;
+            Ok::<_, anyhow::Error>((moved, notes))
+        })?;
+        plot.series(name, rates(&notes.1, notes.0, BIN));
+    }
+    plot.write(&directory.join("throughput.svg"))
+}
+
+/// The rate in each piece of time, in MB/s, over milliseconds since `zero`.
+fn rates(notes: &[(Instant, u64)], zero: Instant, bin: Duration) -> Vec<(f64, f64)> {
+    let (Some(first), Some(last)) = (notes.first(), notes.last()) else { return Vec::new() };
+    let bytes_at = |time: Instant| notes[notes.partition_point(|note| note.0 <= time).saturating_sub(1)].1;
+    let mut rates = Vec::new();
+    let mut begin = first.0;
+    while begin + bin <= last.0 {
+        let bytes = bytes_at(begin + bin) - bytes_at(begin);
+        let middle = (begin + bin / 2).duration_since(first.0).as_secs_f64() - (zero - first.0).as_secs_f64();
+        rates.push((middle * 1e3, bytes as f64 / bin.as_secs_f64() / 1e6));
+        begin += bin;
+    }
+    rates
+}

@@ -1,0 +1,263 @@
+//! Traffic over one connection while it moves, and the silence that it hears.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use soccr::Flow;
+use soccr::lock::Locker;
+use soccr_lab::Pair;
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pattern {
+    /// The peer sends, the moved end reads.
+    Upload,
+    /// The moved end sends, the peer reads.
+    Download,
+    /// The peer asks, the moved end answers: one short message each.
+    Request,
+}
+
+impl Pattern {
+    pub(crate) const ALL: [(Self, &'static str); 3] = [
+        (Self::Upload, "peer to moved"),
+        (Self::Download, "moved to peer"),
+        (Self::Request, "request/response"),
+    ];
+}
+
+/// Bytes per second: a Gbit.
+const RATE: f64 = 125e6;
+/// What may be sent at once after a pause.
+const BURST: f64 = 128e3;
+const MESSAGE: usize = 64;
+/// Enough has flowed that a move meets a connection in full flight.
+const SETTLED_BYTES: u64 = 2 << 20;
+const SETTLED_MESSAGES: u64 = 20;
+/// Data flows again within this time, or the connection is lost.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// When what was heard, by whoever has to hear: nanoseconds since the beginning.
+#[derive(Debug, Default)]
+struct Heard {
+    bytes: AtomicU64,
+    last: AtomicU64,
+    longest: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// A connection that carries a pattern: our end, which moves, and a thread that is the peer.
+#[derive(Debug)]
+pub(crate) struct Traffic {
+    pattern: Pattern,
+    stream: Option<TcpStream>,
+    start: Instant,
+    pace: Pace,
+    buffer: Vec<u8>,
+    heard: Arc<Heard>,
+    peer: Option<JoinHandle<()>>,
+}
+
+/// How long a move took, as seen from both sides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Felt {
+    /// The longest time without a new byte, or without an answer.
+    pub(crate) silence: Duration,
+}
+
+impl Traffic {
+    /// Starts it from `pair.b` to the calling thread's host, `pair.a`.
+    pub(crate) fn start(pair: &Pair, pattern: Pattern) -> Result<Self> {
+        let listener = TcpListener::bind((pair.a.v4, 0))?;
+        let address = listener.local_addr()?;
+        let peer = pair.b.run(|| TcpStream::connect(address))?;
+        peer.set_nodelay(true)?;
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        let (heard, start) = (Arc::new(Heard::default()), Instant::now());
+        let shared = Arc::clone(&heard);
+        let peer = std::thread::spawn(move || be_peer(pattern, peer, &shared, start));
+        let (pace, buffer) = (Pace::default(), vec![0; 256 << 10]);
+        Ok(Self { pattern, stream: Some(stream), start, pace, buffer, heard, peer: Some(peer) })
+    }
+
+    /// Carries on until the connection is in full flight.
+    pub(crate) fn settle(&mut self, rtt: Duration) -> Result<()> {
+        let (begin, before) = (Instant::now(), self.heard.bytes.load(Relaxed));
+        let goal =
+            if self.pattern == Pattern::Request { SETTLED_MESSAGES * MESSAGE as u64 } else { SETTLED_BYTES };
+        let least = Duration::from_millis(20) + 2 * rtt;
+        self.carry(|heard| heard.bytes.load(Relaxed) - before >= goal && begin.elapsed() > least)
+    }
+
+    /// Carries on for so long; notes when how many bytes had been heard.
+    pub(crate) fn watch(&mut self, time: Duration, notes: &mut Vec<(Instant, u64)>) -> Result<()> {
+        let begin = Instant::now();
+        self.carry(|heard| {
+            notes.push((Instant::now(), heard.bytes.load(Relaxed)));
+            begin.elapsed() > time
+        })
+    }
+
+    /// Moves the connection within its host, and keeps it locked for `pause` longer than that takes.
+    pub(crate) fn move_once(&mut self, locker: &Locker, pause: Duration) -> Result<Felt> {
+        let stream = self.stream.take().context("no connection")?;
+        let flow = Flow::of(&stream)?;
+        self.heard.longest.store(0, Relaxed);
+        let lock = locker.lock(&[flow])?;
+        let paused = soccr::pause(&stream)?;
+        let connection = paused.save()?;
+        paused.detach()?;
+        std::thread::sleep(pause);
+        let restored = connection.restore()?;
+        lock.release()?;
+        self.stream = Some(restored.resume()?);
+        let resumed = self.now();
+
+        // What was in the queue before is no news.
+        let news = self.heard.bytes.load(Relaxed) + u64::from(connection.control.inq_len);
+        let last = self.heard.last.load(Relaxed);
+        let mut first = None;
+        let upload = self.pattern == Pattern::Upload;
+        self.carry(|heard| {
+            if upload {
+                first = (heard.bytes.load(Relaxed) > news).then(|| heard.last.load(Relaxed));
+                first.is_some()
+            } else {
+                heard.last.load(Relaxed) > resumed
+            }
+        })?;
+        let silence = match first {
+            Some(first) => first - last,
+            None => self.heard.longest.load(Relaxed),
+        };
+        Ok(Felt { silence: Duration::from_nanos(silence) })
+    }
+
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    fn carry(&mut self, mut enough: impl FnMut(&Heard) -> bool) -> Result<()> {
+        let begin = Instant::now();
+        while !enough(&self.heard) {
+            if begin.elapsed() > PATIENCE {
+                bail!("nothing has been heard for {PATIENCE:?}");
+            }
+            self.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Does what can be done now, or waits for a moment.
+    fn turn(&mut self) -> Result<()> {
+        let now = self.now();
+        let stream = self.stream.as_mut().context("no connection")?;
+        let wanted = match self.pattern {
+            Pattern::Download if self.pace.allows(now) => PollFlags::OUT,
+            Pattern::Download => PollFlags::empty(),
+            _ => PollFlags::IN,
+        };
+        let wait = Timespec { tv_sec: 0, tv_nsec: 200_000 };
+        let mut polled = [PollFd::new(stream, wanted)];
+        if poll(&mut polled, Some(&wait))? == 0 {
+            return Ok(());
+        }
+        if wanted == PollFlags::OUT {
+            if let Some(length) = some(stream.write(&self.buffer[..32 << 10]))? {
+                self.pace.spend(length);
+            }
+            return Ok(());
+        }
+        let Some(length) = some(stream.read(&mut self.buffer))? else { return Ok(()) };
+        if length == 0 {
+            bail!("the peer has ended the connection");
+        }
+        if self.pattern == Pattern::Upload {
+            self.heard.bytes.fetch_add(length as u64, Relaxed);
+            self.heard.last.store(self.start.elapsed().as_nanos() as u64, Relaxed);
+        } else {
+            // Messages are short: the kernel takes each as a whole.
+            stream.write_all(&self.buffer[..length])?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        self.heard.stop.store(true, Relaxed);
+        if let Some(stream) = &self.stream {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        self.stream = None;
+        self.peer.take().map(JoinHandle::join);
+    }
+}
+
+/// Plays the peer until the connection ends, in whatever way.
+fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instant) {
+    let mut buffer = vec![0; 256 << 10];
+    let mut pace = Pace::default();
+    let now = || start.elapsed().as_nanos() as u64;
+    let listen = |length: usize| {
+        let time = now();
+        let silence = time - heard.last.swap(time, Relaxed);
+        heard.longest.fetch_max(silence, Relaxed);
+        heard.bytes.fetch_add(length as u64, Relaxed);
+    };
+    heard.last.store(now(), Relaxed);
+    while !heard.stop.load(Relaxed) {
+        let went_on = match pattern {
+            Pattern::Upload if !pace.allows(now()) => {
+                std::thread::sleep(Duration::from_micros(100));
+                Ok(())
+            }
+            Pattern::Upload => stream.write(&buffer[..32 << 10]).map(|length| pace.spend(length)),
+            Pattern::Download => match stream.read(&mut buffer) {
+                Ok(0) => return,
+                other => other.map(listen),
+            },
+            Pattern::Request => stream
+                .write_all(&buffer[..MESSAGE])
+                .and_then(|()| stream.read_exact(&mut buffer[..MESSAGE]))
+                .map(|()| listen(MESSAGE)),
+        };
+        if went_on.is_err() {
+            return;
+        }
+    }
+}
+
+fn some(result: std::io::Result<usize>) -> Result<Option<usize>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
+        other => Ok(Some(other?)),
+    }
+}
+
+/// A token bucket.
+#[derive(Debug, Default)]
+struct Pace {
+    tokens: f64,
+    last: u64,
+}
+
+impl Pace {
+    fn allows(&mut self, now: u64) -> bool {
+        self.tokens = (self.tokens + (now - self.last) as f64 * 1e-9 * RATE).min(BURST);
+        self.last = now;
+        self.tokens > 0.0
+    }
+
+    fn spend(&mut self, bytes: usize) {
+        self.tokens -= bytes as f64;
+    }
+}

@@ -1,0 +1,81 @@
+//! Locks that stay when the process ends.
+
+use std::io::Write;
+use std::time::Duration;
+
+use soccr::Flow;
+use soccr::lock::{Mode, PersistentLock};
+use soccr_lab::{Family, wait_until};
+
+use crate::{connect, expect, expect_nothing, retransmissions};
+
+pub fn a_persistent_lock_is_listed_and_removed() {
+    for family in Family::ALL {
+        let mut connected = connect(family);
+        connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None)).unwrap();
+        let locks = connected.pair.b.run(PersistentLock::list).unwrap();
+        assert_eq!((locks.len(), &*locks[0].name, locks[0].remaining), (1, "until-noon", None));
+        assert_eq!(locks[0].flows.len(), 1);
+        assert_eq!(locks[0].flows[0].remote.port(), connected.flow.remote.port());
+        assert_eq!(locks[0].flows[0].local.ip(), connected.flow.local.ip().to_canonical());
+        connected.peer.write_all(b"later").unwrap();
+        connected.ours.write_all(b"later").unwrap();
+        connected.settle();
+        expect_nothing(&mut connected.ours);
+        expect_nothing(&mut connected.peer);
+        let again = connected.pair.b.run(|| PersistentLock::create("until-noon", &[connected.flow], None));
+        assert!(again.unwrap_err().to_string().contains("EEXIST"));
+        connected.pair.b.run(|| locks[0].remove()).unwrap();
+        expect(&mut connected.ours, b"later");
+        expect(&mut connected.peer, b"later");
+        assert_eq!(connected.pair.b.run(PersistentLock::list).unwrap(), []);
+        let gone = connected.pair.b.run(|| locks[0].remove()).unwrap_err();
+        assert!(gone.to_string().contains("ENOENT"), "{gone}");
+    }
+}
+
+pub fn a_persistent_lock_ends_with_its_time() {
+    let mut connected = connect(Family::V4);
+    let limit = Duration::from_secs(1);
+    let list = || connected.pair.b.run(PersistentLock::list).unwrap();
+    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], Some(limit))).unwrap();
+    let remaining = list()[0].remaining.unwrap();
+    assert!(remaining <= limit && !remaining.is_zero(), "{remaining:?}");
+    connected.peer.write_all(b"soon").unwrap();
+    expect(&mut connected.ours, b"soon");
+    wait_until("the lock is empty", || list()[0].flows.is_empty());
+    // The next one clears up.
+    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], None)).unwrap();
+    let locks = list();
+    assert_eq!((locks.len(), locks[0].flows.len()), (1, 1));
+}
+
+pub fn a_lock_becomes_persistent() {
+    let mut connected = connect(Family::V4);
+    let mut lock = connected.lock(Mode::HOLD);
+    connected.peer.write_all(b"thrown away").unwrap();
+    lock.persist("no such name!", None).unwrap_err();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    wait_until("it is held", || lock.held() > 0);
+    lock.persist("afterwards", None).unwrap();
+    drop(lock);
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    let locks = connected.pair.b.run(PersistentLock::list).unwrap();
+    assert_eq!((&*locks[0].name, &*locks[0].flows), ("afterwards", &[connected.flow][..]));
+    connected.pair.b.run(|| locks[0].remove()).unwrap();
+    expect(&mut connected.ours, b"thrown away");
+    assert!(retransmissions(&connected.pair.a.namespace) > 0);
+}
+
+pub fn names_of_persistent_locks_are_checked() {
+    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
+    for name in ["", "a b", "a/b", "\u{e4}", &"x".repeat(65)] {
+        let error = PersistentLock::create(name, &[flow], None).unwrap_err();
+        assert_eq!(error.kind(), soccr::ErrorKind::Invalid, "{name}");
+    }
+    let nothing = PersistentLock::create("nothing", &[], None).unwrap_err();
+    assert_eq!(nothing.kind(), soccr::ErrorKind::Invalid);
+    PersistentLock::create(&"x".repeat(64), &[flow], None).unwrap();
+}
