@@ -93,6 +93,9 @@ impl Drop for Keeper {
 /// The life of the keeper.
 fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], processes: &[Pid]) {
     let _ = setsid();
+    // Those are somebody else's affair.
+    let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
+    let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
     let mut filling = vec![false; sockets.len()];
     let mut stopper = None;
     let seized = Stopper::seize(processes).map(|seized| stopper = Some(seized));
@@ -113,7 +116,8 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], processes: &[Pid]) {
             }
         }
     }
-    for (socket, filling) in sockets.iter().zip(filling) {
+    let ours = paused_before.into_iter().map(|before| !before);
+    for ((socket, filling), _) in sockets.iter().zip(filling).zip(ours).filter(|(_, ours)| *ours) {
         // An error here: it is not in repair mode.
         let Ok(paused) = Paused::take_over(socket.as_fd()) else { continue };
         let _ = if filling { paused.detach() } else { paused.resume() };
