@@ -14,7 +14,8 @@ const OVERHEAD: usize = 1 << 20;
 const NOISE: usize = 512 << 10;
 
 fn long_queues_are_kept_once() {
-    for (received, sent, unsent) in [(LENGTH, 0, 0), (0, 10_000, LENGTH - 10_000)] {
+    // Where the user may load BPF, the first restore of a process reads the types of the kernel, some 6 MB: once.
+    for (received, sent, unsent) in [(1000, 1000, 1000), (LENGTH, 0, 0), (0, 10_000, LENGTH - 10_000)] {
         let pair = Pair::new().unwrap();
         let case = Case { family: Family::V4, state: State::Established, received, sent, unsent };
         let Made { socket, incoming, outgoing, .. } = case.make(&pair.a, &pair.b);
@@ -31,10 +32,12 @@ fn long_queues_are_kept_once() {
         let restored = pair.a.run(|| connection.restore()).unwrap();
 
         let peak = status("VmHWM") - before;
-        assert_eq!(connection.receive_queue.len() + connection.send_queue.len(), LENGTH);
-        assert!(peak >= LENGTH, "{peak} bytes are less than the queue: not measured");
-        assert!(peak <= LENGTH + OVERHEAD + NOISE, "{peak} bytes for a queue of {LENGTH}");
         drop(restored);
+        if received + sent + unsent == LENGTH {
+            assert_eq!(connection.receive_queue.len() + connection.send_queue.len(), LENGTH);
+            assert!(peak >= LENGTH, "{peak} bytes are less than the queue: not measured");
+            assert!(peak <= LENGTH + OVERHEAD + NOISE, "{peak} bytes for a queue of {LENGTH}");
+        }
     }
 }
 
