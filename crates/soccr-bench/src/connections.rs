@@ -58,15 +58,3 @@ pub(crate) fn value(made: &Made, flow: Flow) -> Result<Connection> {
     let paused = soccr::pause(&made.socket)?.with_peer(flow.remote);
     Ok(paused.save()?)
 }
-
-/// Restores a connection for the first time: what the library then prepares once for a process is no part of anything
-/// that is measured.
-pub(crate) fn warm_up() -> Result<()> {
-    let pair = Pair::new()?;
-    let case = Case { family: Family::V4, state: State::Established, received: 0, sent: 0, unsent: 0 };
-    let (made, flow) = make(&pair, &case);
-    let connection = value(&made, flow)?;
-    soccr::pause(&made.socket)?.detach()?;
-    drop(pair.a.run(|| connection.restore())?);
-    Ok(())
-}

@@ -19,6 +19,8 @@ pub(crate) struct Row {
     floor: Option<Duration>,
     ratio: Option<f64>,
     bytes: Option<usize>,
+    /// Bits per second before and after a move.
+    goodput: Option<[f64; 2]>,
 }
 
 impl Row {
@@ -33,6 +35,7 @@ impl Row {
             floor: None,
             ratio: None,
             bytes: None,
+            goodput: None,
         }
     }
 
@@ -48,6 +51,17 @@ impl Row {
         Self { floor: Some(floor), ratio: Some(self.median.as_secs_f64() / floor.as_secs_f64()), ..self }
     }
 
+    /// Not a time, but bits per second before and after a move.
+    pub(crate) fn goodput(
+        scenario: &'static str,
+        what: impl Into<String>,
+        samples: usize,
+        goodput: [f64; 2],
+    ) -> Self {
+        let none = Self::new(scenario, what, &Samples::default());
+        Self { goodput: Some(goodput), ratio: Some(goodput[1] / goodput[0]), samples, ..none }
+    }
+
     fn json(&self) -> Value {
         let microseconds = |time: Duration| time.as_nanos() as f64 / 1e3;
         json!({
@@ -60,6 +74,7 @@ impl Row {
             "floor_us": self.floor.map(microseconds),
             "ratio": self.ratio,
             "bytes": self.bytes,
+            "goodput_bits": self.goodput,
         })
     }
 }
@@ -117,27 +132,22 @@ impl Report {
 
 fn print(row: &Row) {
     let [scenario, what] = WIDTHS;
-    if let (Some(bytes), Some(ratio)) = (row.bytes, row.ratio) {
-        println!(
-            "{:scenario$} {:what$} {:>6} {:>6} KiB {:>40.2}",
-            row.scenario,
-            row.what,
-            1,
-            bytes >> 10,
-            ratio
-        );
-        return;
+    let mut median = time(row.median);
+    let [mut p99, mut max] = [row.p99, row.max].map(time);
+    let mut floor = row.floor.map_or(String::new(), time);
+    if row.bytes.is_some() || row.goodput.is_some() {
+        (p99, max) = Default::default();
     }
+    if let Some(bytes) = row.bytes {
+        median = format!("{} KiB", bytes >> 10);
+    }
+    if let Some(goodput) = row.goodput {
+        [floor, median] = goodput.map(|bits| format!("{:.1} Mb/s", bits / 1e6));
+    }
+    let ratio = row.ratio.map_or(String::new(), |ratio| format!("{ratio:.2}"));
     println!(
-        "{:scenario$} {:what$} {:>6} {:>10} {:>10} {:>10} {:>10} {:>6}",
-        row.scenario,
-        row.what,
-        row.samples,
-        time(row.median),
-        time(row.p99),
-        time(row.max),
-        row.floor.map_or(String::new(), time),
-        row.ratio.map_or(String::new(), |ratio| format!("{ratio:.2}")),
+        "{:scenario$} {:what$} {:>6} {median:>10} {p99:>10} {max:>10} {floor:>10} {ratio:>6}",
+        row.scenario, row.what, row.samples,
     );
 }
 

@@ -5,6 +5,7 @@ mod memory;
 mod moves;
 mod restore;
 mod save;
+mod speed;
 mod stall;
 
 use anyhow::Result;
@@ -22,4 +23,5 @@ pub(crate) const ALL: &[(&str, Run)] = &[
     ("moves", moves::run),
     ("memory", memory::run),
     ("stall", stall::run),
+    ("speed", speed::run),
 ];
