@@ -1,4 +1,4 @@
-//! [`Connection`] → kernel, in numbered steps. [`Connection::restore`] takes them all; [`Restore`] is the staged form
+//! [`Connection`] → kernel, in numbered steps. [`Connection::restore`](crate::Connection::restore) takes them all; [`Restore`] is the staged form
 //! for callers who bind and connect by themselves.
 //!
 //! ```text
@@ -35,7 +35,7 @@ const MAX_SEGMENT_LIMIT: u32 = 32767;
 /// Room for a peer that may fill the window it once saw, where ours has closed meanwhile.
 const OPEN_WINDOW: u32 = 65535;
 
-/// The staged form of [`Connection::restore`], for callers who bind and connect a socket of their own.
+/// The staged form of [`Connection::restore`](crate::Connection::restore), for callers who bind and connect a socket of their own.
 ///
 /// The calls come in the order of the steps: [`unbound`](Self::unbound), the caller's own `bind(2)` and `connect(2)`
 /// (which send nothing in repair mode), [`connected`](Self::connected), [`receive_queue`](Self::receive_queue),
@@ -132,7 +132,7 @@ impl<'fd> Restore<'fd> {
     /// Steps 2 and 3: binds and connects the socket, and tells it what the two ends had negotiated.
     ///
     /// # Errors
-    /// Invalid: see [`Flow::validate`]. System: the call that failed, see [`Connection::restore`].
+    /// Invalid: see [`Flow::validate`]. System: the call that failed, see [`Connection::restore`](crate::Connection::restore).
     pub fn connect(&mut self, flow: Flow) -> Result<()> {
         flow.validate()
             .and_then(|()| bind(self.fd, flow.local))

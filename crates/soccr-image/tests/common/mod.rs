@@ -210,7 +210,7 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                     .map(|(offset, consumed)| Urgent { offset: offset % inq_len.max(1), consumed }),
                 receive_queue,
                 send_queue,
-                buffers: buffers.map(|(send, receive, lock)| Buffers { send, receive, lock }),
+                buffers: buffers.map(|(send, receive, lock)| Buffers { send, receive, lock: lock & 3 }),
                 path,
                 settings,
                 nonblocking,
