@@ -1,9 +1,10 @@
 #!/bin/sh
 # A connection leaves a server that knows nothing of it, and goes on in another program. Its client does not notice.
-# Runs as an ordinary user, in a private network: unshare -Urn sh docs/walkthrough.sh
+# As an ordinary user, in a private network:  unshare -Urn sh docs/walkthrough.sh
 set -eu
 ip link set lo up
-image=$(mktemp -u)
+directory=$(mktemp -d)
+mkfifo "$directory/requests"
 
 python3 -c '
 import socket
@@ -16,18 +17,25 @@ except OSError:
 server=$!
 until soccr list --pid $server | grep -q LISTEN; do sleep 0.1; done
 
-python3 -c '
+python3 -uc '
 import socket, sys
 connection = socket.create_connection(("127.0.0.1", 7000)).makefile("rw", buffering=1)
 for line in sys.stdin:
     print(line.rstrip(), file=connection)
-    print(connection.readline(), end="", flush=True)
-' < "${REQUESTS:-/dev/stdin}" &
-client=$!
-until soccr list --pid $server | grep -q ESTAB; do sleep 0.1; done
+    print(connection.readline(), end="")
+' < "$directory/requests" > "$directory/answers" &
+exec 3> "$directory/requests"
+echo hello >&3
+until grep -q hello "$directory/answers"; do sleep 0.1; done
 
-descriptor=$(soccr list --pid $server | awk '/ESTAB/ { print $3 }')
-soccr save --pid $server --fd "$descriptor" -o "$image"
-soccr inspect "$image"
-soccr restore "$image" --stdio -- sed -u 's/^/second server: /' &
-wait $client
+descriptor=$(soccr list --pid $server | awk '/ESTAB/ { print $2 }')
+soccr save --pid $server --fd "$descriptor" -o "$directory/connection.soccr"
+soccr inspect "$directory/connection.soccr"
+soccr restore "$directory/connection.soccr" --stdio -- sed -u 's/^/second server: /' &
+
+echo again >&3
+until grep -q again "$directory/answers"; do sleep 0.1; done
+exec 3>&-
+echo
+cat "$directory/answers"
+rm -r "$directory"

@@ -8,10 +8,18 @@ mod rescue;
 mod save;
 mod steps;
 mod transfer;
+mod walkthrough;
 
 fn main() -> std::process::ExitCode {
-    let tests =
-        [images::tests(), save::tests(), transfer::tests(), kill::tests(), real::tests(), rescue::tests()];
+    let tests = [
+        images::tests(),
+        save::tests(),
+        transfer::tests(),
+        kill::tests(),
+        real::tests(),
+        rescue::tests(),
+        walkthrough::tests(),
+    ];
     soccr_lab::harness(tests.into_iter().flatten())
 }
 
