@@ -8,18 +8,10 @@ mod rescue;
 mod save;
 mod steps;
 mod transfer;
-mod walkthrough;
 
 fn main() -> std::process::ExitCode {
-    let tests = [
-        images::tests(),
-        save::tests(),
-        transfer::tests(),
-        kill::tests(),
-        real::tests(),
-        rescue::tests(),
-        walkthrough::tests(),
-    ];
+    let tests =
+        [images::tests(), save::tests(), transfer::tests(), kill::tests(), real::tests(), rescue::tests()];
     soccr_lab::harness(tests.into_iter().flatten())
 }
 
