@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use soccr::bulk::{self, Needs, Saved};
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, ErrorKind, Flow};
@@ -22,6 +23,9 @@ soccr_lab::tests![
 
 /// Connections over `lo`, our ends and the peers'. What each peer has written is its number.
 fn connect(count: usize) -> (Vec<TcpStream>, Vec<TcpStream>) {
+    // Tests run side by side, and many shells allow 1024 descriptors, though the system allows more.
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
     let listener = TcpListener::bind("127.0.0.1:8080").unwrap();
     (0..count)
         .map(|number| {
