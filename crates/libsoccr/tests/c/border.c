@@ -113,7 +113,7 @@ static void data_may_be_larger_but_not_smaller(void)
 		struct libsoccr_sk_data data;
 		unsigned char newer[32];
 	} large;
-	struct libsoccr_sk_data exact;
+	struct libsoccr_sk_data exact, *huge;
 	struct pair pair;
 	struct libsoccr_sk *sk = pause_one(&pair);
 
@@ -126,6 +126,11 @@ static void data_may_be_larger_but_not_smaller(void)
 	SAME(libsoccr_save(sk, &large.data, sizeof(large)), 68);
 	for (size_t i = 0; i < sizeof(large.newer); i++)
 		SAME(large.newer[i], 0);
+	/* However large: the structure may grow, and nobody knows how far. */
+	huge = malloc(1 << 20);
+	CHECK(huge);
+	SAME(libsoccr_save(sk, huge, 1 << 20), 68);
+	free(huge);
 	SAME(libsoccr_save(sk, &exact, sizeof(exact)), 68);
 	exact.timestamp = large.data.timestamp;
 	SAME(memcmp(&exact, &large.data, sizeof(exact)), 0);
@@ -379,8 +384,12 @@ static int nested;
 static void log_and_call(unsigned int level, const char *format, ...)
 {
 	(void)format;
-	if (level == SOCCR_LOG_ERR && !nested++)
+	if (level == SOCCR_LOG_ERR && !nested++) {
+		/* It can ask for what it is told of. */
+		kit_error_has(NULL, "is no descriptor");
 		CHECK(!libsoccr_get_queue_bytes(held, 9, 0));
+		kit_error_has(held, "neither TCP_RECV_QUEUE");
+	}
 }
 
 static void the_log_may_call_the_library(void)

@@ -165,6 +165,30 @@ static void syn_sent_connects_anew(void)
 	kit_talk(&pair);
 }
 
+/* Such a peer would refuse a SYN with another sequence number. */
+static void syn_sent_goes_on_with_a_peer_that_has_answered(void)
+{
+	struct pair pair = { .lock = NULL, .peer = kit_address("127.0.0.1", 0) };
+	socklen_t length = sizeof(pair.self);
+	struct saved saved;
+	int listener = kit_listen(&pair.peer);
+
+	pair.there = listener;
+	pair.here = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+	kit_deafen(pair.here);
+	CHECK(connect(pair.here, &pair.peer.sa, kit_length(&pair.peer)) == -1 && errno == EINPROGRESS);
+	SAME(getsockname(pair.here, &pair.self.sa, &length), 0);
+	saved = kit_save(&pair);
+	SAME(saved.data.state, TCP_SYN_SENT);
+	close(pair.here);
+	kit_restore(&pair, &saved);
+	kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
+	kit_wait_state(pair.here, TCP_ESTABLISHED);
+	pair.there = accept(listener, NULL, NULL);
+	CHECK(pair.there >= 0);
+	kit_talk(&pair);
+}
+
 static void pause_and_resume_change_nothing(void)
 {
 	struct pair pair = kit_connect(IPV4);
@@ -362,6 +386,7 @@ static const struct test tests[] = {
 	TEST(last_ack_moves),
 	TEST(a_closed_connection_moves_with_what_is_unread),
 	TEST(syn_sent_connects_anew),
+	TEST(syn_sent_goes_on_with_a_peer_that_has_answered),
 	TEST(pause_and_resume_change_nothing),
 	TEST(a_connection_is_complete_without_resume),
 	TEST(addresses_are_told),

@@ -1,5 +1,6 @@
 //! The library as a C program gets it.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -15,6 +16,16 @@ pub fn build_library() -> PathBuf {
 /// The folder of the header.
 pub fn include() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("include")
+}
+
+/// Whether a program is here that a C compiler does not bring along; says so where it is not.
+pub fn installed(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok();
+    if !found {
+        // Not eprintln!, which the test harness keeps to itself.
+        let _ = writeln!(std::io::stderr(), "\nSKIPPED: {program} is not installed\n");
+    }
+    found
 }
 
 /// Runs a command that must succeed, and returns what it prints.
