@@ -1,8 +1,11 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+
+/// Of the workspace.
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
 /// What is to be measured, and how it is told.
 #[derive(Debug, Default)]
@@ -27,7 +30,8 @@ impl Arguments {
                 "--json" => parsed.json = true,
                 "--full" => parsed.full = true,
                 "--plots" => match given.next() {
-                    Some(directory) => parsed.plots = Some(directory.into()),
+                    // cargo has gone to the directory of the package; who calls it has not.
+                    Some(directory) => parsed.plots = Some(Path::new(ROOT).join(directory)),
                     None => bail!("--plots wants a directory"),
                 },
                 option if option.starts_with('-') => {

@@ -6,7 +6,8 @@
 //!           queue RECV: TCP_QUEUE_SEQ, SIOCINQ, recv(MSG_PEEK) where there is something
 //!           queue SEND: TCP_QUEUE_SEQ, SIOCOUTQ, SIOCOUTQNSD, recv(MSG_PEEK) where there is something
 //!           TCP_MAXSEG, TCP_TIMESTAMP, TCP_REPAIR_WINDOW, queue NONE
-//!           each option of OPTIONS once: what an application may have set can only be known by asking
+//!           each option of OPTIONS once: what an application may have set can only be known by asking (the library
+//!           spares three of them that follow from others)
 //! restore   socket, TCP_REPAIR = 1, TCP_MAXSEG, TCP_QUEUE_SEQ of both queues, bind, connect
 //!           TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_MAXSEG = 0
 //!           queue RECV, send in pieces of 68 KiB; queue SEND, send: where there is something

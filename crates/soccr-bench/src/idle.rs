@@ -3,7 +3,7 @@
 //! There may be more of them than one process may have descriptors, as on a host with many processes: so they are held
 //! by threads with a table of descriptors of their own.
 
-use std::io::{Read, Write};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -27,6 +27,17 @@ pub(crate) struct Ends {
     pub(crate) streams: Vec<TcpStream>,
     /// In the middle of a move.
     pub(crate) restored: Vec<(usize, Restored)>,
+}
+
+/// A pipe whose ends have the same numbers in all threads: it is older than they are.
+pub(crate) type Pipe = Arc<(PipeReader, PipeWriter)>;
+
+/// Connections, the program that has them, and the one that will get them.
+#[derive(Debug)]
+pub(crate) struct Move {
+    pub(crate) pipe: Pipe,
+    pub(crate) source: Shard,
+    pub(crate) target: Shard,
 }
 
 type Job = Box<dyn FnOnce(&mut Ends) + Send>;
@@ -71,7 +82,7 @@ impl Drop for Shard {
 /// Connections between a server on host `a`, whose ends move, and clients on host `b`.
 #[derive(Debug)]
 pub(crate) struct Idle {
-    pub(crate) shards: Vec<Shard>,
+    pub(crate) moves: Vec<Move>,
     peers: Vec<Shard>,
     pub(crate) pair: Arc<Pair>,
 }
@@ -80,11 +91,13 @@ impl Idle {
     pub(crate) fn new(count: usize) -> Result<Self> {
         let pair = Arc::new(Pair::new()?);
         pair.b.run(|| sysctl("net/ipv4/ip_local_port_range", "10000 65000"))?;
-        let mut idle = Self { shards: Vec::new(), peers: Vec::new(), pair };
+        let mut idle = Self { moves: Vec::new(), peers: Vec::new(), pair };
         for start in (0..count).step_by(SHARD) {
             // The kernel looks long for the last ephemeral ports towards a single one: so each shard has its own.
-            let address = (idle.pair.a.v4, PORT + idle.shards.len() as u16).into();
-            idle.shards.push(Shard::on(&idle.pair, |pair| &pair.a));
+            let address = (idle.pair.a.v4, PORT + idle.moves.len() as u16).into();
+            let pipe = Arc::new(std::io::pipe()?);
+            let [source, target] = [(), ()].map(|()| Shard::on(&idle.pair, |pair| &pair.a));
+            idle.moves.push(Move { pipe, source, target });
             idle.peers.push(Shard::on(&idle.pair, |pair| &pair.b));
             idle.connect(address, (count - start).min(SHARD))?;
         }
@@ -92,7 +105,8 @@ impl Idle {
     }
 
     fn connect(&self, address: SocketAddr, count: usize) -> Result<()> {
-        let (shard, peers) = (self.shards.last().context("a shard")?, self.peers.last().context("a shard")?);
+        let shard = &self.moves.last().context("a shard")?.source;
+        let peers = self.peers.last().context("a shard")?;
         let listener = Arc::new(shard.run(move |_| TcpListener::bind(address))?);
         for start in (0..count).step_by(BACKLOG) {
             let batch = (count - start).min(BACKLOG);
@@ -109,9 +123,14 @@ impl Idle {
         Ok(())
     }
 
+    /// The targets are the next sources.
+    pub(crate) fn turn(&mut self) {
+        self.moves.iter_mut().for_each(|Move { source, target, .. }| std::mem::swap(source, target));
+    }
+
     pub(crate) fn flows(&self) -> soccr::Result<Vec<Flow>> {
         let mut flows = Vec::new();
-        for shard in &self.shards {
+        for Move { source: shard, .. } in &self.moves {
             flows.extend(
                 shard.run(|ends| ends.streams.iter().map(Flow::of).collect::<soccr::Result<Vec<_>>>())?,
             );
@@ -130,7 +149,7 @@ impl Idle {
                 ends.streams.iter_mut().step_by(step).try_for_each(talk)
             })
         };
-        for (shard, peers) in self.shards.iter().zip(&self.peers) {
+        for (Move { source: shard, .. }, peers) in self.moves.iter().zip(&self.peers) {
             all(peers, write)?;
             all(shard, read)?;
             all(shard, write)?;

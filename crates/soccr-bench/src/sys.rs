@@ -62,16 +62,15 @@ pub(crate) fn peek(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> usize {
     usize::try_from(read).expect("recv")
 }
 
-/// Fresh memory, filled by a peek: as a caller without memory of its own would.
+/// Fresh memory, filled by a peek: what `malloc` does for so much, when it has nothing left over.
 pub(crate) fn peek_fresh(fd: BorrowedFd<'_>, length: usize) {
-    // SAFETY: the memory is as long as it says, and freed at once; the option is a number.
+    // SAFETY: a new mapping of that length, which nothing else knows of and which ends here.
     unsafe {
-        // Without it the second call would get the memory of the first.
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
-        let memory = libc::malloc(length);
-        assert!(!memory.is_null());
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let memory = libc::mmap(std::ptr::null_mut(), length, access, kind, -1, 0);
+        assert_ne!(memory, libc::MAP_FAILED);
         let read = libc::recv(fd.as_raw_fd(), memory, length, libc::MSG_PEEK | libc::MSG_DONTWAIT);
-        libc::free(memory);
+        libc::munmap(memory, length);
         assert_eq!(read, length as isize);
     }
 }

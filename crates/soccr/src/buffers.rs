@@ -59,15 +59,18 @@ pub(crate) struct Memory {
 }
 
 pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Memory> {
-    let [receive_queue, receive, _, send, _, _, options, _, _]: [u32; 9] =
-        sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO)
-            .map_err(|error| Error::system("SO_MEMINFO", error))?;
+    let [receive_queue, receive, _, send, _, _, options, _, _] = sizes(fd)?;
     let lock = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK") {
         // Linux 5.14; older kernels do not tell, and then tuning stays on.
         Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => 0,
         bits => bits? as u32,
     };
     Ok(Memory { buffers: Buffers { send, receive, lock }, receive_queue, options })
+}
+
+/// `SK_MEMINFO_RMEM_ALLOC` … `SK_MEMINFO_DROPS`.
+fn sizes(fd: BorrowedFd<'_>) -> Result<[u32; 9]> {
+    sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO).map_err(|error| Error::system("SO_MEMINFO", error))
 }
 
 /// Sizes, then the locks: setting a size locks it. Returns what has come of it.
@@ -82,7 +85,8 @@ pub(crate) fn write(fd: BorrowedFd<'_>, current: Buffers, wanted: Buffers) -> Re
         Buffer::Receive.set_size(fd, wanted.receive)?;
     }
     lock(fd, wanted.lock)?;
-    Ok(read(fd)?.buffers)
+    let [_, receive, _, send, ..] = sizes(fd)?;
+    Ok(Buffers { send, receive, lock: wanted.lock })
 }
 
 /// Doubles a buffer that is too small for the queue it once held: packed otherwise, the bytes take more memory.

@@ -177,12 +177,15 @@ impl<'fd> Restore<'fd> {
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {
         let options = &self.control.options;
-        let mut list = [[0; 2]; 3];
+        let mut list = [[0; 2]; 4];
         let mut length = 0;
         let mut add = |kind, value| {
             list[length] = [kind, value];
             length += 1;
         };
+        if options.sack && self.sends_nothing() {
+            add(option_kind::SACK_PERMITTED, 0);
+        }
         if let Some(scale) = options.window_scale {
             add(option_kind::WINDOW_SCALE, u32::from(scale.snd) | u32::from(scale.rcv) << 16);
         }
@@ -231,7 +234,7 @@ impl<'fd> Restore<'fd> {
     }
 
     fn complete(&mut self) -> Result<()> {
-        if self.control.options.sack {
+        if self.control.options.sack && !self.sends_nothing() {
             // With it a sender probes for a lost tail after two round-trip times, and with unsent bytes if there are any:
             // had it been permitted when the send queue was filled, it would not stay silent until it is resumed.
             tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
@@ -325,6 +328,11 @@ impl<'fd> Restore<'fd> {
     fn open_window(&self) -> Result<Option<Window>> {
         let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
         tcp::select_queue(self.fd, None)?;
+        self.open_window_at(rcv_nxt)
+    }
+
+    /// The same where `rcv_nxt` is known.
+    fn open_window_at(&self, rcv_nxt: u32) -> Result<Option<Window>> {
         let saved = self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?;
         let Some(saved) = saved else { return Ok(None) };
         let window = Window { snd_wl1: rcv_nxt, ..opened(saved, rcv_nxt) };
@@ -364,14 +372,25 @@ impl<'fd> Restore<'fd> {
                  mark 0xC114 pass the firewall",
             ));
         }
-        tcp::select_queue(self.fd, Queue::Receive)?;
-        if save::is_unchanged(self.fd, Position::of(&self.control))? {
+        let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
+        let unchanged = if self.sends_nothing() {
+            tcp::select_queue(self.fd, None)?;
+            rcv_nxt == self.control.rcv_nxt
+        } else {
+            save::is_unchanged(self.fd, Position::of(&self.control))?
+        };
+        if unchanged {
             return Ok(());
         }
         Err(Error::refused(
             "a socket that differs from its connection",
             "a segment of the peer came in between: lock the traffic first",
         ))
+    }
+
+    /// Neither bytes nor a FIN of ours are in the send queue.
+    fn sends_nothing(&self) -> bool {
+        self.control.outq_len == 0 && !self.control.state.fin_queued()
     }
 
     /// The state of the socket. `TCP_INFO` costs as much as five other calls; a socket that is not to have seen a FIN

@@ -45,7 +45,7 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     connection.remote = remote_address(fd, peer)?;
     let memory = buffers::read(fd)?;
     connection.buffers = Some(memory.buffers);
-    connection.settings.read_into(fd, connection.local);
+    connection.settings.read_into(fd, connection.local, memory.options);
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 {
         connection.settings.read_keys(fd, connection.local, connection.remote)?;
@@ -263,5 +263,7 @@ fn peer_of_handshake(fd: BorrowedFd<'_>, state: State) -> Result<Option<SocketAd
 
 /// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.
 pub(crate) fn reuse_address(connection: &mut Connection, on: bool) {
-    connection.settings.set(settings::REUSEADDR, Value::Number(on.into()));
+    if on {
+        connection.settings.set(settings::REUSEADDR, Value::Number(1));
+    }
 }

@@ -100,13 +100,26 @@ impl Settings {
     }
 
     /// Reads everything that the table lists and the kernel has, except what only `sock_diag` tells and what
-    /// repair mode has destroyed. The memory is reused.
-    pub(crate) fn read_into(&mut self, fd: BorrowedFd<'_>, local: SocketAddr) {
+    /// repair mode has destroyed. What follows from what is known is not asked for: a filter needs some `memory` of those
+    /// that the socket's options take. The memory of the values is reused.
+    pub(crate) fn read_into(&mut self, fd: BorrowedFd<'_>, local: SocketAddr, memory: u32) {
         let mut buffer = [0; table::LONGEST];
         let settings = &mut self.0;
         settings.clear();
         settings.reserve(24);
         for (place, row) in TABLE.iter().enumerate().filter(|(_, row)| row.applies(local)) {
+            let is_set = |wanted: i32| {
+                settings.iter().any(
+                    |(name, _)| matches!(name, Name::Known(place) if TABLE[usize::from(*place)].is(wanted)),
+                )
+            };
+            let is_absent = match row.kind {
+                Kind::Filter => memory == 0,
+                _ => row.only_with().is_some_and(|other| !is_set(other)),
+            };
+            if is_absent {
+                continue;
+            }
             match row.read(fd, &mut buffer) {
                 Ok(Some(value)) => settings.push((Name::Known(place as u8), value)),
                 // An eBPF program: its own name is not in the table, so that its loss is reported.

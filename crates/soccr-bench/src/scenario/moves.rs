@@ -1,4 +1,4 @@
-//! Whole moves of idle connections: lock, save, stream, read, restore, unlock, resume.
+//! Whole moves of idle connections from one program to another: lock, save, stream, read, restore, unlock, resume.
 //!
 //! The floor does the same without lock and stream, without writing back the options, and one connection after the
 //! other: its system calls are those of [`floor`].
@@ -6,6 +6,7 @@
 use std::io::{BufReader, BufWriter, PipeReader, PipeWriter};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use soccr_image::stream::{Message, Reader, Writer};
 
 use crate::arguments::Arguments;
 use crate::floor;
-use crate::idle::{Ends, Idle};
+use crate::idle::{Ends, Idle, Move};
 use crate::plot::{Plot, Scale};
 use crate::report::{Report, Row};
 use crate::statistics::{Samples, processor_time, repeat};
@@ -53,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     plot.write(&directory.join("cost-per-connection.svg"))
 }
 
-fn one(idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> Result<[Duration; 2]> {
+fn one(mut idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> Result<[Duration; 2]> {
     let locker = idle.pair.a.run(|| Locker::new(Mode::HOLD))?;
     let budget = Duration::from_millis(if arguments.full { 20_000 } else { 1_500 });
     let mut samples = Samples::default();
@@ -62,7 +63,7 @@ fn one(idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> 
     let (mut used, mut used_bare) = (Samples::default(), Samples::default());
     repeat(budget, 3, |_| {
         let stopwatch = Stopwatch::start();
-        move_all(&idle, &locker, &mut phases)?;
+        move_all(&mut idle, &locker, &mut phases)?;
         let [time, processor] = stopwatch.stop();
         samples.push(time);
         used.push(processor);
@@ -80,27 +81,30 @@ fn one(idle: Idle, count: usize, arguments: &Arguments, report: &mut Report) -> 
     Ok([samples.median(), bare.median()])
 }
 
-fn move_all(idle: &Idle, locker: &Locker, phases: &mut [Samples; PHASES.len()]) -> Result<()> {
+fn move_all(idle: &mut Idle, locker: &Locker, phases: &mut [Samples; PHASES.len()]) -> Result<()> {
     let [locking, moving, unlocking, resuming] = phases;
     let lock = locking.time(|| locker.lock(&idle.flows()?))?;
-    moving.time(|| idle.shards.iter().try_for_each(|shard| shard.run(stream)))?;
+    moving.time(|| idle.moves.iter().try_for_each(stream))?;
     unlocking.time(|| lock.release())?;
-    resuming.time(|| idle.shards.iter().try_for_each(|shard| shard.run(resume)))
+    idle.turn();
+    resuming.time(|| idle.moves.iter().try_for_each(|shards| shards.source.run(resume)))
 }
 
-/// Saves into a pipe, and restores from its other end, at the same time: as two programs do.
-fn stream(ends: &mut Ends) -> Result<()> {
-    let (reader, writer) = std::io::pipe()?;
-    let Ends { streams, restored } = ends;
-    restored.reserve(streams.len());
+/// Saves into a pipe, and restores from its other end, at the same time.
+fn stream(shards: &Move) -> Result<()> {
+    let Move { pipe, source, target } = shards;
     thread::scope(|scope| {
-        let source = scope.spawn(|| save(streams, writer));
-        restore(restored, reader)?;
-        source.join().expect("it does not panic")
+        let saving = scope.spawn(|| {
+            let pipe = Arc::clone(pipe);
+            source.run(move |ends| save(&mut ends.streams, &pipe.1))
+        });
+        let pipe = Arc::clone(pipe);
+        target.run(move |ends| restore(&mut ends.restored, &pipe.0))?;
+        saving.join().expect("it does not panic")
     })
 }
 
-fn save(streams: &mut Vec<TcpStream>, pipe: PipeWriter) -> Result<()> {
+fn save(streams: &mut Vec<TcpStream>, pipe: &PipeWriter) -> Result<()> {
     let mut stream = Writer::new(BufWriter::with_capacity(BUFFER, pipe))?;
     bulk::save(&*streams, |index, saved| {
         let Saved { connection, paused } = saved?;
@@ -113,7 +117,7 @@ fn save(streams: &mut Vec<TcpStream>, pipe: PipeWriter) -> Result<()> {
     Ok(())
 }
 
-fn restore(restored: &mut Vec<(usize, Restored)>, pipe: PipeReader) -> Result<()> {
+fn restore(restored: &mut Vec<(usize, Restored)>, pipe: &PipeReader) -> Result<()> {
     let mut reader = Reader::new(BufReader::with_capacity(BUFFER, pipe))?;
     let connections = std::iter::from_fn(|| match reader.receive() {
         Ok(Some(Message::Connection { id, connection, .. })) => Some((id as usize - 1, connection)),
@@ -151,7 +155,7 @@ fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
     let lock = locker.lock(&idle.flows()?)?;
     let mut times = [Duration::ZERO; 2];
     let mut add = |more: [Duration; 2]| (0..2).for_each(|n| times[n] += more[n]);
-    for shard in &idle.shards {
+    for Move { source: shard, .. } in &idle.moves {
         add(shard.run(|ends| {
             let values = values(ends)?;
             let restorers: Vec<_> = values.iter().map(floor::Restorer::new).collect();
@@ -165,7 +169,7 @@ fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
         })?);
     }
     lock.release()?;
-    for shard in &idle.shards {
+    for Move { source: shard, .. } in &idle.moves {
         add(shard.run(|ends| {
             let stopwatch = Stopwatch::start();
             ends.streams.iter().for_each(|socket| floor::resume(socket.as_fd()));

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use soccr::Connection;
+use soccr::{Connection, Lock};
 use soccr_lab::{Case, Pair, State};
 
 use crate::arguments::Arguments;
@@ -53,6 +53,8 @@ fn take(pair: &Pair, case: &Case) -> Result<Connection> {
 
 fn one(name: &str, connection: &Connection, budget: Duration, report: &mut Report) -> Result<()> {
     let restorer = floor::Restorer::new(connection);
+    // The peer is still there, and its timers run.
+    let _lock = Lock::drop_traffic(&[connection.flow()])?;
     let (mut ours, mut bare) = (Samples::default(), Samples::default());
     repeat(budget, 20, |_| {
         drop(ours.time(|| connection.restore())?);

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::Result;
-use soccr::Connection;
+use soccr::{Connection, Lock};
 use soccr_lab::{Case, Family, Pair, State};
 
 use crate::arguments::Arguments;
@@ -23,6 +23,7 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
 
 fn one(pair: &Pair, name: &str, case: &Case, budget: Duration, report: &mut Report) -> Result<()> {
     let (made, flow) = make(pair, case);
+    let _lock = pair.a.run(|| Lock::drop_traffic(&[flow]))?;
     let socket = made.socket.as_fd();
     let mut connection = Connection::empty();
     let mut scratch = vec![0; case.received.max(case.unsent)];
@@ -43,7 +44,7 @@ fn one(pair: &Pair, name: &str, case: &Case, budget: Duration, report: &mut Repo
     Ok(())
 }
 
-/// What reusing memory is good for: against `malloc`, `recv`, `free`.
+/// What reusing memory is good for: against `mmap`, `recv`, `munmap`.
 fn fresh_memory(pair: &Pair, budget: Duration, report: &mut Report) -> Result<()> {
     let length = 1 << 20;
     let case = Case { family: Family::V4, state: State::Established, received: length, sent: 0, unsent: 0 };

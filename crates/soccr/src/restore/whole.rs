@@ -13,7 +13,7 @@ use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
-use crate::sys::tcp::{self, info_option};
+use crate::sys::tcp::{self, TcpInfo, info_option};
 
 impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
@@ -60,7 +60,7 @@ impl Connection {
             };
             let mut steps = self.connect(socket.as_fd(), seed, &mut skipped)?;
             if let Some(seed) = seed {
-                steps.open_window()?;
+                steps.open_window_at(self.control.copied_seq())?;
                 if let Err(error) = seed.sow(socket.as_fd(), self) {
                     untimed = Some(error.to_string());
                     skipped.clear();
@@ -76,11 +76,11 @@ impl Connection {
             steps.complete()?;
             let mut report = steps.report;
             let fd = socket.as_fd();
-            let unwritten = self.restore_congestion(fd).err();
             self.apply(fd, Stage::Injected, &mut skipped);
             self.apply(fd, Stage::Last, &mut skipped);
             if self.has_congestion() {
-                report.speed(self, &tcp::info(fd)?, untimed, unwritten);
+                let (info, unwritten) = self.restore_congestion(fd)?;
+                report.speed(self, &info, untimed, unwritten);
             }
             report
         };
@@ -121,27 +121,24 @@ impl Connection {
         (self.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
     }
 
-    /// Congestion window, threshold and ECN, where they differ from those of the socket.
-    ///
-    /// # Errors
-    /// Why they could not be brought back.
-    fn restore_congestion(&self, fd: BorrowedFd<'_>) -> std::result::Result<(), String> {
+    /// Brings back congestion window, threshold and ECN, where they differ from those of the socket. Returns what the
+    /// socket has then, and why it is not what it was.
+    fn restore_congestion(&self, fd: BorrowedFd<'_>) -> Result<(TcpInfo, Option<String>)> {
         let path = self.path.unwrap_or_default();
         let options = &self.control.options;
-        if !self.has_congestion() {
-            return Ok(());
-        }
-        let info = tcp::info(fd).map_err(|error| error.to_string())?;
+        let info = tcp::info(fd)?;
         let is_back = (info.options & info_option::ECN != 0) == options.ecn
             && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
                 .iter()
                 .all(|(now, before)| now == before || *before == 0);
         if is_back {
-            return Ok(());
+            return Ok((info, None));
         }
-        let algorithm = tcp::congestion(fd).map_err(|error| error.to_string())?;
-        congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
-            .map_err(|reason| reason.to_string())
+        let restored = tcp::congestion(fd).map_err(|error| error.to_string()).and_then(|algorithm| {
+            congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
+                .map_err(|reason| reason.to_string())
+        });
+        Ok((tcp::info(fd)?, restored.err()))
     }
 
     fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {

@@ -203,6 +203,22 @@ pub(crate) const TABLE: &[Row] = rows! {
     }
 };
 
+impl Row {
+    /// It is this option of sockets.
+    pub(crate) fn is(&self, number: i32) -> bool {
+        (self.level, self.number) == (SOL_SOCKET, number)
+    }
+
+    /// The option of sockets without which the kernel does not report this one: the new format of timestamps is shared.
+    pub(crate) fn only_with(&self) -> Option<i32> {
+        match (self.level, self.number) {
+            (SOL_SOCKET, SO_TIMESTAMPNS_NEW) => Some(SO_TIMESTAMP_NEW),
+            (SOL_SOCKET, SO_TIMESTAMPING_NEW) => Some(SO_TIMESTAMPING),
+            _ => None,
+        }
+    }
+}
+
 /// Where `name` stands in the [`TABLE`].
 pub(crate) fn position(name: &str) -> Option<usize> {
     TABLE.iter().position(|row| row.name == name)
