@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread::JoinHandle;
@@ -36,6 +37,10 @@ impl Pattern {
 const RATE: f64 = 125e6;
 /// What may be sent at once after a pause.
 const BURST: f64 = 128e3;
+/// Handed to the kernel at once: little enough that the traffic itself knows no silence.
+const CHUNK: usize = 8 << 10;
+/// How long a sender waits for what it may send next.
+const MOMENT: Duration = Duration::from_micros(20);
 const MESSAGE: usize = 64;
 /// Enough has flowed that a move meets a connection in full flight.
 const SETTLED_BYTES: u64 = 2 << 20;
@@ -82,6 +87,7 @@ impl Traffic {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         let (heard, start) = (Arc::new(Heard::default()), Instant::now());
+        set_prompt_timers()?;
         let shared = Arc::clone(&heard);
         let peer = std::thread::spawn(move || be_peer(pattern, peer, &shared, start));
         let (pace, buffer) = (Pace::default(), vec![0; 256 << 10]);
@@ -106,16 +112,18 @@ impl Traffic {
         })
     }
 
-    /// Moves the connection within its host, and keeps it locked for `pause` longer than that takes.
-    pub(crate) fn move_once(&mut self, locker: &Locker, pause: Duration) -> Result<Felt> {
+    /// Moves the connection within its host, and keeps it locked for this time at least: saves it at the beginning,
+    /// restores it at the end.
+    pub(crate) fn move_once(&mut self, locker: &Locker, time: Duration) -> Result<Felt> {
         let stream = self.stream.take().context("no connection")?;
         let flow = Flow::of(&stream)?;
         self.heard.longest.store(0, Relaxed);
+        let locked = Instant::now();
         let lock = locker.lock(&[flow])?;
         let paused = soccr::pause(&stream)?;
         let connection = paused.save()?;
         paused.detach()?;
-        std::thread::sleep(pause);
+        std::thread::sleep(time.saturating_sub(locked.elapsed()));
         let restored = connection.restore()?;
         lock.release()?;
         self.stream = Some(restored.resume()?);
@@ -165,13 +173,13 @@ impl Traffic {
             Pattern::Download => PollFlags::empty(),
             _ => PollFlags::IN,
         };
-        let wait = Timespec { tv_sec: 0, tv_nsec: 200_000 };
+        let wait = Timespec { tv_sec: 0, tv_nsec: MOMENT.as_nanos() as _ };
         let mut polled = [PollFd::new(stream, wanted)];
         if poll(&mut polled, Some(&wait))? == 0 {
             return Ok(());
         }
         if wanted == PollFlags::OUT {
-            if let Some(length) = some(stream.write(&self.buffer[..32 << 10]))? {
+            if let Some(length) = some(stream.write(&self.buffer[..CHUNK]))? {
                 self.pace.spend(length);
             }
             return Ok(());
@@ -213,14 +221,17 @@ fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instan
         heard.longest.fetch_max(silence, Relaxed);
         heard.bytes.fetch_add(length as u64, Relaxed);
     };
+    if set_prompt_timers().is_err() {
+        return;
+    }
     heard.last.store(now(), Relaxed);
     while !heard.stop.load(Relaxed) {
         let went_on = match pattern {
             Pattern::Upload if !pace.allows(now()) => {
-                std::thread::sleep(Duration::from_micros(100));
+                std::thread::sleep(MOMENT);
                 Ok(())
             }
-            Pattern::Upload => stream.write(&buffer[..32 << 10]).map(|length| pace.spend(length)),
+            Pattern::Upload => stream.write(&buffer[..CHUNK]).map(|length| pace.spend(length)),
             Pattern::Download => match stream.read(&mut buffer) {
                 Ok(0) => return,
                 other => other.map(listen),
@@ -234,6 +245,11 @@ fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instan
             return;
         }
     }
+}
+
+/// The default slack of timers, 50 µs, would be added to every wait of this thread.
+fn set_prompt_timers() -> std::io::Result<()> {
+    Ok(rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?)
 }
 
 fn some(result: std::io::Result<usize>) -> Result<Option<usize>> {

@@ -299,12 +299,7 @@ impl Packets {
     }
 
     fn replay(&self, replay: &mut Replay, packets: &[impl AsRef<[u8]>]) -> Result<()> {
-        let injector = self.injector(&replay.flow())?;
-        let mut outcome = Ok(());
-        for packet in packets {
-            outcome = outcome.and(replay.packet(injector, packet.as_ref()));
-        }
-        outcome
+        self.injector(&replay.flow()).and_then(|injector| replay.packets(injector, packets))
     }
 
     fn finish(&self, replay: Replay) -> Result<usize> {

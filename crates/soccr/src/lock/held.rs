@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::connection::{Flow, State};
 use crate::error::{Error, Result};
-use crate::segment::{Checksum, Parsed, flags};
+use crate::segment::{Checksum, Parsed, Run, flags};
 use crate::sys::raw::{Injector, Via};
 use crate::sys::sockopt;
 use crate::{conntrack, fin, save};
@@ -53,9 +53,7 @@ impl Held {
         let before = segments_in(socket)?;
         let injector = Injector::for_socket(socket, Via::routed(self.flow.local.ip()))?;
         let mut replay = Replay::new(self.flow);
-        for packet in &self.packets {
-            replay.packet(&injector, packet)?;
-        }
+        replay.packets(&injector, &self.packets)?;
         let count = replay.finish(&injector)?;
         if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
             return Err(Error::refused(
@@ -80,6 +78,7 @@ pub(super) struct Replay {
     flow: Flow,
     count: usize,
     newest: Option<Newest>,
+    run: Run,
     scratch: Vec<u8>,
 }
 
@@ -94,23 +93,39 @@ struct Newest {
 
 impl Replay {
     pub(super) fn new(flow: Flow) -> Self {
-        Self { flow, count: 0, newest: None, scratch: Vec::new() }
+        Self { flow, count: 0, newest: None, run: Run::default(), scratch: Vec::new() }
     }
 
     pub(super) fn flow(&self) -> Flow {
         self.flow
     }
 
-    /// Injects a packet, unless it is damaged.
-    pub(super) fn packet(&mut self, injector: &Injector, packet: &[u8]) -> Result<()> {
-        let Some(mut parsed) = Parsed::new(packet) else { return Ok(()) };
-        if parsed.checksum == Checksum::Wrong || parsed.source.is_ipv4() != self.flow.is_ipv4() {
-            return Ok(());
+    /// Injects packets, except those that are damaged.
+    ///
+    /// # Errors
+    /// The first error. Every packet is tried nevertheless.
+    pub(super) fn packets(&mut self, injector: &Injector, packets: &[impl AsRef<[u8]>]) -> Result<()> {
+        let mut outcome = Ok(());
+        for packet in packets {
+            let packet = packet.as_ref();
+            let Some(parsed) = Parsed::new(packet) else { continue };
+            if parsed.checksum(packet) == Checksum::Wrong || parsed.source.is_ipv4() != self.flow.is_ipv4() {
+                continue;
+            }
+            self.count += 1;
+            if !self.run.join(packet, &parsed, LONGEST) {
+                outcome = outcome.and(self.inject_run(injector));
+                self.run.start(packet, parsed);
+            }
         }
+        outcome.and(self.inject_run(injector))
+    }
+
+    fn inject_run(&mut self, injector: &Injector) -> Result<()> {
+        let Some((mut parsed, packet)) = self.run.take() else { return Ok(()) };
         (parsed.source, parsed.destination) = (self.flow.remote, self.flow.local);
-        self.inject(injector, &parsed, packet)?;
-        self.count += 1;
-        self.remember(parsed, packet);
+        inject(injector, &parsed, packet, &mut self.scratch)?;
+        self.newest = newest(self.newest.take(), parsed, packet);
         Ok(())
     }
 
@@ -120,39 +135,40 @@ impl Replay {
     /// time (RFC 9293 §3.10.7.4), and at any acknowledgement it sends what it may.
     pub(super) fn finish(mut self, injector: &Injector) -> Result<usize> {
         if let Some(Newest { bytes, parsed, .. }) = self.newest.take() {
-            self.inject(injector, &parsed, &bytes)?;
+            inject(injector, &parsed, &bytes, &mut self.scratch)?;
         }
         Ok(self.count)
     }
+}
 
-    fn remember(&mut self, mut parsed: Parsed, packet: &[u8]) {
-        let fin = if parsed.missing == 0 { parsed.flags & flags::FIN } else { 0 };
-        let length = parsed.payload.len() as u32;
-        let end = parsed.seq.wrapping_add(length).wrapping_add((fin != 0).into());
-        let behind = |newest: &Newest| (end.wrapping_sub(newest.end) as i32) < 0;
-        if parsed.flags & (flags::RST | flags::SYN) != 0 || self.newest.as_ref().is_some_and(behind) {
-            return;
-        }
-        let mut bytes = packet[..parsed.payload.start].to_vec();
-        bytes[parsed.header.start + 13] = flags::ACK | fin;
-        bytes.extend(packet[parsed.payload.clone()].last());
-        parsed.payload = parsed.payload.start..bytes.len();
-        parsed.seq = parsed.seq.wrapping_add(length.saturating_sub(1));
-        parsed.missing = 0;
-        self.newest = Some(Newest { bytes, parsed, end });
-    }
+/// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
+/// and the peer's window allows for no such waste.
+const LONGEST: usize = 65_000;
 
-    fn inject(&mut self, injector: &Injector, parsed: &Parsed, packet: &[u8]) -> Result<()> {
-        /// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
-        /// and the peer's window allows for no such waste.
-        const LONGEST: usize = 65_000;
-        /// What every link can carry (RFC 8200 §5).
-        const SMALLEST_MTU: usize = 1280;
-        let mut send =
-            |limit| parsed.rewrite(packet, limit, &mut self.scratch, |p| injector.send(p, self.flow.local));
-        match send(LONGEST) {
-            Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
-            other => other,
-        }
+fn inject(injector: &Injector, parsed: &Parsed, packet: &[u8], scratch: &mut Vec<u8>) -> Result<()> {
+    /// What every link can carry (RFC 8200 §5).
+    const SMALLEST_MTU: usize = 1280;
+    let mut send = |limit| parsed.rewrite(packet, limit, scratch, |p| injector.send(p, parsed.destination));
+    match send(LONGEST) {
+        Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
+        other => other,
     }
+}
+
+/// The packet that reaches further: `before` or this one.
+fn newest(before: Option<Newest>, mut parsed: Parsed, packet: &[u8]) -> Option<Newest> {
+    let fin = if parsed.missing == 0 { parsed.flags & flags::FIN } else { 0 };
+    let length = parsed.payload.len() as u32;
+    let end = parsed.seq.wrapping_add(length).wrapping_add((fin != 0).into());
+    let behind = |newest: &Newest| (end.wrapping_sub(newest.end) as i32) < 0;
+    if parsed.flags & (flags::RST | flags::SYN) != 0 || before.as_ref().is_some_and(behind) {
+        return before;
+    }
+    let mut bytes = packet[..parsed.payload.start].to_vec();
+    bytes[parsed.header.start + 13] = flags::ACK | fin;
+    bytes.extend(packet[parsed.payload.clone()].last());
+    parsed.payload = parsed.payload.start..bytes.len();
+    parsed.seq = parsed.seq.wrapping_add(length.saturating_sub(1));
+    parsed.missing = 0;
+    Some(Newest { bytes, parsed, end })
 }

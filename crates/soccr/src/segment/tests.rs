@@ -1,0 +1,301 @@
+use std::convert::Infallible;
+
+use etherparse::{IpNumber, NetSlice, SlicedPacket, TcpOptionElement, TransportSlice};
+use proptest::prelude::*;
+
+use super::*;
+
+const V4: [&str; 2] = ["192.0.2.1:4000", "198.51.100.7:80"];
+const V6: [&str; 2] = ["[2001:db8::1]:4000", "[2001:db8:5::7]:80"];
+const MAPPED: [&str; 2] = ["[::ffff:192.0.2.1]:4000", "[::ffff:198.51.100.7]:80"];
+
+fn segment<'a>([source, destination]: [&str; 2], payload: &'a [u8]) -> Segment<'a> {
+    Segment {
+        source: source.parse().unwrap(),
+        destination: destination.parse().unwrap(),
+        seq: 0xfffffff0,
+        ack: 0x01020304,
+        flags: flags::ACK | flags::PSH,
+        window: 501,
+        timestamps: Some((0xdeadbeef, 7)),
+        urgent: 0,
+        payload,
+    }
+}
+
+fn packet(segment: &Segment<'_>) -> Vec<u8> {
+    let mut packet = vec![0xaa; 9];
+    segment.write(&mut packet);
+    packet
+}
+
+/// What an independent reader makes of a packet: checks both checksums and gives flags, seq, payload.
+fn read(packet: &[u8]) -> (u8, u32, Vec<u8>) {
+    let sliced = SlicedPacket::from_ip(packet).unwrap();
+    let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!("no TCP") };
+    let header = tcp.to_header();
+    let expected = match sliced.net.unwrap() {
+        NetSlice::Ipv4(v4) => {
+            let ip = v4.header().to_header();
+            assert_eq!((ip.protocol, ip.header_checksum), (IpNumber::TCP, ip.calc_header_checksum()));
+            assert_eq!(usize::from(ip.total_len), packet.len());
+            header.calc_checksum_ipv4(&ip, tcp.payload())
+        }
+        NetSlice::Ipv6(v6) => {
+            let ip = v6.header().to_header();
+            assert_eq!(usize::from(ip.payload_length) + 40, packet.len());
+            header.calc_checksum_ipv6(&ip, tcp.payload())
+        }
+        _ => panic!("no IP"),
+    };
+    assert_eq!(header.checksum, expected.unwrap());
+    (
+        packet[packet.len() - tcp.payload().len() - header.header_len() + 13],
+        tcp.sequence_number(),
+        tcp.payload().into(),
+    )
+}
+
+fn rewritten(packet: &[u8], limit: usize) -> Vec<Vec<u8>> {
+    let (mut scratch, mut pieces) = (Vec::new(), Vec::new());
+    let parsed = Parsed::new(packet).unwrap();
+    let collect = |piece: &[u8]| {
+        pieces.push(piece.to_vec());
+        Ok::<_, Infallible>(())
+    };
+    parsed.rewrite(packet, limit, &mut scratch, collect).unwrap();
+    pieces
+}
+
+#[test]
+fn every_field_reads_back() {
+    for addresses in [V4, V6, MAPPED] {
+        let mut segment = segment(addresses, b"hello");
+        segment.flags |= flags::URG;
+        segment.urgent = 5;
+        let packet = packet(&segment);
+        assert_eq!(packet[0] >> 4, if addresses == V6 { 6 } else { 4 });
+        assert_eq!(read(&packet), (segment.flags, segment.seq, b"hello".to_vec()));
+
+        let sliced = SlicedPacket::from_ip(&packet).unwrap();
+        let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!("no TCP") };
+        assert_eq!((tcp.source_port(), tcp.destination_port()), (4000, 80));
+        assert_eq!((tcp.acknowledgment_number(), tcp.window_size()), (segment.ack, 501));
+        assert_eq!(tcp.urgent_pointer(), 5);
+        let options: Vec<_> = tcp.options_iterator().map(Result::unwrap).collect();
+        assert_eq!(options.last(), Some(&TcpOptionElement::Timestamp(0xdeadbeef, 7)));
+
+        let parsed = Parsed::new(&packet).unwrap();
+        assert_eq!(parsed.source.ip(), segment.source.ip().to_canonical());
+        assert_eq!(parsed.destination.ip(), segment.destination.ip().to_canonical());
+        assert_eq!((parsed.source.port(), parsed.destination.port()), (4000, 80));
+        assert_eq!((parsed.seq, parsed.ack, parsed.flags), (segment.seq, segment.ack, segment.flags));
+        assert_eq!((parsed.checksum(&packet), parsed.missing), (Checksum::Full, 0));
+        assert_eq!(&packet[parsed.payload.clone()], b"hello");
+        assert!(!parsed.is_pure_ack());
+    }
+}
+
+#[test]
+fn a_checksum_left_to_the_network_card_is_completed() {
+    for addresses in [V4, V6] {
+        let whole = packet(&segment(addresses, &[7; 4000]));
+        let parsed = Parsed::new(&whole).unwrap();
+        let mut partial = whole.clone();
+        let at = parsed.header.start + 16;
+        let pseudo =
+            pseudo_header(parsed.source.ip(), parsed.destination.ip(), whole.len() - parsed.header.start);
+        partial[at..at + 2].copy_from_slice(&fold(pseudo).to_be_bytes());
+        assert_eq!(parsed.checksum(&partial), Checksum::Partial);
+        assert_eq!(rewritten(&partial, PACKET_LIMIT), [whole]);
+    }
+}
+
+#[test]
+fn damage_is_seen() {
+    let mut packet = packet(&segment(V4, b"hello"));
+    *packet.last_mut().unwrap() ^= 1;
+    assert_eq!(Parsed::new(&packet).unwrap().checksum(&packet), Checksum::Wrong);
+}
+
+#[test]
+fn a_long_segment_becomes_several() {
+    for addresses in [V4, V6] {
+        let payload: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
+        let mut long = segment(addresses, &payload);
+        long.flags |= flags::FIN | flags::CWR;
+        let pieces = rewritten(&packet(&long), 1500);
+        let mut next = long.seq;
+        let mut joined = Vec::new();
+        for (index, piece) in pieces.iter().enumerate() {
+            assert!(piece.len() <= 1500);
+            let (flags, seq, data) = read(piece);
+            assert_eq!(seq, next);
+            assert_eq!(flags & flags::FIN != 0, index + 1 == pieces.len());
+            assert_eq!(flags & flags::CWR != 0, index == 0);
+            next = next.wrapping_add(data.len() as u32);
+            joined.extend(data);
+        }
+        assert_eq!(joined, payload);
+    }
+}
+
+#[test]
+fn what_was_cut_off_is_not_acknowledged_as_finished() {
+    let mut long = segment(V4, &[1; 1000]);
+    long.flags |= flags::FIN;
+    let whole = packet(&long);
+    let cut = &whole[..900];
+    assert_eq!(Parsed::new(cut).unwrap().missing, whole.len() - 900);
+    let (flags, _, data) = read(&rewritten(cut, PACKET_LIMIT)[0]);
+    assert_eq!((flags & flags::FIN, data.len()), (0, 900 - 52));
+}
+
+#[test]
+fn ip_options_and_extension_headers_go() {
+    let mut v4 = packet(&segment(V4, b"abc"));
+    v4[0] = 0x46;
+    v4.splice(20..20, [1, 1, 1, 0]);
+    let total = v4.len() as u16;
+    v4[2..4].copy_from_slice(&total.to_be_bytes());
+    assert_eq!(rewritten(&v4, PACKET_LIMIT), [packet(&segment(V4, b"abc"))]);
+
+    let mut v6 = packet(&segment(V6, b"abc"));
+    v6[6] = 0;
+    v6.splice(40..40, [TCP, 0, 1, 4, 0, 0, 0, 0]);
+    v6[5] += 8;
+    assert_eq!(rewritten(&v6, PACKET_LIMIT), [packet(&segment(V6, b"abc"))]);
+}
+
+#[test]
+fn a_packet_over_64_kib_is_split() {
+    let mut big = packet(&segment(V6, &[3; 1000]));
+    big.resize(100_000, 3);
+    big[4..6].fill(0);
+    let pieces = rewritten(&big, PACKET_LIMIT);
+    assert_eq!(pieces.iter().map(|piece| read(piece).2.len()).sum::<usize>(), 100_000 - 72);
+}
+
+#[test]
+fn fragments_and_other_protocols_are_no_segments() {
+    let whole = packet(&segment(V4, b"hello"));
+    for (at, value) in [(6, 0x20), (7, 1), (9, 17), (0, 0x44), (0, 0x75)] {
+        let mut packet = whole.clone();
+        packet[at] = value;
+        assert_eq!(Parsed::new(&packet), None, "{at} {value}");
+    }
+}
+
+/// What a run makes of packets, each read back.
+fn joined(packets: &[Vec<u8>], limit: usize) -> Vec<(u8, u32, Vec<u8>)> {
+    let mut run = Run::default();
+    let mut all = Vec::new();
+    let mut flush = |run: &mut Run| {
+        if let Some((parsed, bytes)) = run.take() {
+            let keep = |piece: &[u8]| {
+                all.push(read(piece));
+                Ok::<_, Infallible>(())
+            };
+            parsed.rewrite(bytes, PACKET_LIMIT, &mut Vec::new(), keep).unwrap();
+        }
+    };
+    for packet in packets {
+        let parsed = Parsed::new(packet).unwrap();
+        if !run.join(packet, &parsed, limit) {
+            flush(&mut run);
+            run.start(packet, parsed);
+        }
+    }
+    flush(&mut run);
+    all
+}
+
+#[test]
+fn segments_that_follow_each_other_are_joined() {
+    for addresses in [V4, V6] {
+        let piece = |at: u32, flags| {
+            let payload = [at as u8; 100];
+            let seq = 0xfffffff0u32.wrapping_add(100 * at);
+            packet(&Segment { seq, flags, ..segment(addresses, &payload) })
+        };
+        let mut packets: Vec<_> = (0..4).map(|at| piece(at, flags::ACK)).collect();
+        packets.push(piece(4, flags::ACK | flags::PSH));
+        packets.push(piece(5, flags::ACK | flags::FIN));
+        // What comes behind the end of a packet is padding.
+        packets[1].extend([0xee; 6]);
+        let payload: Vec<u8> = (0..6).flat_map(|at| [at; 100]).collect();
+        let all = flags::ACK | flags::PSH | flags::FIN;
+        assert_eq!(joined(&packets, PACKET_LIMIT), [(all, 0xfffffff0, payload)]);
+        assert_eq!(joined(&packets, 400).len(), 2);
+        assert_eq!(joined(&packets, 0).len(), 6);
+    }
+}
+
+#[test]
+fn a_segment_that_says_something_new_stays_apart() {
+    for addresses in [V4, V6] {
+        let first = Segment { flags: flags::ACK, seq: 1, ..segment(addresses, b"abc") };
+        let next = Segment { seq: 4, ..first.clone() };
+        let apart = |first: &[u8], next: &[u8]| joined(&[first.into(), next.into()], PACKET_LIMIT).len() == 2;
+        assert!(!apart(&packet(&first), &packet(&next)));
+        for other in [
+            Segment { seq: 5, ..next.clone() },
+            Segment { seq: 1, ..next.clone() },
+            Segment { ack: 9, ..next.clone() },
+            Segment { window: 9, ..next.clone() },
+            Segment { timestamps: Some((9, 9)), ..next.clone() },
+            Segment { timestamps: None, ..next.clone() },
+            Segment { payload: b"", ..next.clone() },
+            Segment { flags: flags::ACK | flags::URG, ..next.clone() },
+            Segment { flags: flags::ACK | flags::RST, ..next.clone() },
+            Segment { flags: flags::ACK | flags::CWR, ..next.clone() },
+        ] {
+            assert!(apart(&packet(&first), &packet(&other)), "{other:?}");
+        }
+        let ended = Segment { flags: flags::ACK | flags::FIN, ..first.clone() };
+        assert!(apart(&packet(&ended), &packet(&next)));
+        let mut marked = packet(&next);
+        marked[1] |= if addresses == V4 { 3 } else { 0x30 };
+        assert!(apart(&packet(&first), &marked));
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_segment_is_read_as_it_was_built(
+        v6: bool,
+        seq: u32,
+        ack: u32,
+        flags: u8,
+        timestamps: Option<(u32, u32)>,
+        payload in prop::collection::vec(any::<u8>(), 0..3000),
+        limit in 200usize..4000,
+    ) {
+        let mut segment = segment(if v6 { V6 } else { V4 }, &payload);
+        (segment.seq, segment.ack, segment.flags, segment.timestamps) = (seq, ack, flags, timestamps);
+        let packet = packet(&segment);
+        prop_assert_eq!(read(&packet), (flags, seq, payload.clone()));
+        prop_assert_eq!(Parsed::new(&packet).unwrap().checksum(&packet), Checksum::Full);
+        let pieces = rewritten(&packet, limit);
+        let joined: Vec<u8> = pieces.iter().flat_map(|piece| read(piece).2).collect();
+        prop_assert_eq!(joined, payload);
+    }
+
+    #[test]
+    fn any_bytes_are_survived(
+        mut bytes in prop::collection::vec(any::<u8>(), 0..200),
+        version in prop::sample::select(&[0x45u8, 0x46, 0x4f, 0x60][..]),
+        limit in 0usize..200,
+    ) {
+        if let Some(first) = bytes.first_mut() {
+            *first = version;
+        }
+        if let Some(protocol) = bytes.get_mut(if version == 0x60 { 6 } else { 9 }) {
+            *protocol = TCP;
+        }
+        if let Some(parsed) = Parsed::new(&bytes) {
+            let keep_going = |_: &[u8]| Ok::<_, Infallible>(());
+            parsed.rewrite(&bytes, limit, &mut Vec::new(), keep_going).unwrap();
+        }
+    }
+}
