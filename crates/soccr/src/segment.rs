@@ -1,5 +1,5 @@
-//! IPv4 and IPv6 packets with one TCP segment in each: built, [read](Parsed), [joined](Run), their checksums renewed.
-//! Pure: no I/O.
+//! IPv4 and IPv6 packets with one TCP segment in each: built, [read](Parsed), and made ready to
+//! be [sent once more](Run). Pure: no I/O.
 //!
 //! # References
 //! RFC 791 (IPv4), RFC 8200 (IPv6), RFC 9293 §3.1 (TCP), RFC 7323 §3 (timestamps), RFC 1071 (checksums).

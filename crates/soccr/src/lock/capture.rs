@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 
 use super::canonical;
-use super::held::{Held, Replay};
+use super::held::{Held, LONGEST, Replay};
 use super::rule::{LOG_LIMIT, TAIL};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
-use crate::segment::Parsed;
+use crate::segment::{Checksum, Parsed, Run};
 use crate::sys::raw::Injector;
 
 /// What one packet costs beyond its bytes.
@@ -51,15 +51,9 @@ struct Packets {
 #[derive(Debug)]
 enum Fate {
     /// They wait until they are replayed or taken.
-    Held { queue: VecDeque<Packet>, acks: usize },
+    Held { queue: VecDeque<Run>, acks: usize },
     /// The connection has left: nobody here may answer.
     Discarded,
-}
-
-#[derive(Debug)]
-struct Packet {
-    bytes: Vec<u8>,
-    pure_ack: bool,
 }
 
 impl Capture {
@@ -132,7 +126,8 @@ impl Capture {
     /// The packets of these connections, in order; further ones are kept.
     pub(super) fn take(&mut self, flows: &[Flow]) -> io::Result<Vec<Held>> {
         self.read()?;
-        Ok(flows.iter().map(|flow| Held { flow: *flow, packets: self.packets.take(flow) }).collect())
+        let mut packets = |flow| self.packets.take(flow).into_iter().map(Run::into_packet).collect();
+        Ok(flows.iter().map(|flow| Held { flow: *flow, packets: packets(flow) }).collect())
     }
 
     /// These connections are not locked after all.
@@ -202,7 +197,7 @@ impl Capture {
             let held = self.packets.take(flow);
             if !held.is_empty() {
                 let replay = replays.entry(*flow).or_insert_with(|| Replay::new(*flow));
-                outcome = outcome.and(self.packets.replay(replay, &held));
+                outcome = outcome.and(self.packets.replay(replay, held));
             }
         }
         outcome
@@ -254,52 +249,70 @@ impl Packets {
             self.dropped += 1;
             return;
         };
+        if parsed.checksum(bytes) == Checksum::Wrong {
+            return;
+        }
         let flow = Flow { local: parsed.destination, remote: parsed.source };
         match self.flows.get_mut(&flow) {
             Some(Fate::Held { queue, acks, .. }) => {
-                let pure_ack = parsed.is_pure_ack();
-                let cost = bytes.len() + OVERHEAD;
-                if self.bytes + cost > self.limit && *acks > 1 {
+                let run_cost = bytes.len() + OVERHEAD;
+                if self.bytes + run_cost > self.limit && *acks > 1 {
                     // The last acknowledgement says what those before it said.
-                    let last = queue.iter().rposition(|packet| packet.pure_ack);
+                    let last = queue.iter().rposition(is_pure_ack);
                     let mut index = 0;
-                    queue.retain(|packet| {
-                        let keep = !packet.pure_ack || Some(index) == last;
+                    queue.retain(|run| {
+                        let keep = !is_pure_ack(run) || Some(index) == last;
                         index += 1;
-                        self.bytes -= if keep { 0 } else { packet.cost() };
+                        self.bytes -= if keep { 0 } else { cost(run) };
                         self.dropped += u64::from(!keep);
                         keep
                     });
                     *acks = 1;
                 }
-                if self.bytes + cost > self.limit {
+                if self.bytes + run_cost > self.limit {
                     // What the peer has sent last it also sends again.
                     self.dropped += 1;
                     return;
                 }
-                self.bytes += cost;
-                *acks += usize::from(pure_ack);
-                queue.push_back(Packet { bytes: bytes.to_vec(), pure_ack });
+                if let Some(last) = queue.back_mut() {
+                    let before = cost(last);
+                    if last.join(bytes, &parsed, LONGEST) {
+                        self.bytes += cost(last) - before;
+                        return;
+                    }
+                    // Now there is time for it.
+                    last.seal();
+                }
+                let run = Run::new(bytes, parsed);
+                self.bytes += cost(&run);
+                *acks += usize::from(is_pure_ack(&run));
+                queue.push_back(run);
             }
             Some(Fate::Discarded) => {}
             // It was on its way through the rule while its connection was unlocked. What a firewall keeps it
             // from, the peer sends again.
-            None => drop(self.replay(&mut Replay::new(scoped(flow, interface)), &[bytes])),
+            None => drop(self.replay(&mut Replay::new(scoped(flow, interface)), [Run::new(bytes, parsed)])),
         }
     }
 
-    fn take(&mut self, flow: &Flow) -> Vec<Vec<u8>> {
+    fn take(&mut self, flow: &Flow) -> VecDeque<Run> {
         let Some(Fate::Held { queue, acks }) = self.flows.get_mut(&canonical(flow)) else {
-            return Vec::new();
+            return VecDeque::new();
         };
         *acks = 0;
-        let packets = std::mem::take(queue);
-        self.bytes -= packets.iter().map(Packet::cost).sum::<usize>();
-        packets.into_iter().map(|packet| packet.bytes).collect()
+        let runs = std::mem::take(queue);
+        self.bytes -= runs.iter().map(cost).sum::<usize>();
+        runs
     }
 
-    fn replay(&self, replay: &mut Replay, packets: &[impl AsRef<[u8]>]) -> Result<()> {
-        self.injector(&replay.flow()).and_then(|injector| replay.packets(injector, packets))
+    /// Injects packets. Every one is tried; the first error is returned.
+    fn replay(&self, replay: &mut Replay, runs: impl IntoIterator<Item = Run>) -> Result<()> {
+        let injector = self.injector(&replay.flow())?;
+        let mut outcome = Ok(());
+        for run in runs {
+            outcome = outcome.and(replay.packet(injector, run));
+        }
+        outcome
     }
 
     fn finish(&self, replay: Replay) -> Result<usize> {
@@ -317,10 +330,12 @@ impl Packets {
     }
 }
 
-impl Packet {
-    fn cost(&self) -> usize {
-        self.bytes.len() + OVERHEAD
-    }
+fn cost(run: &Run) -> usize {
+    run.memory() + OVERHEAD
+}
+
+fn is_pure_ack(run: &Run) -> bool {
+    run.parsed().is_pure_ack()
 }
 
 /// The whole of a packet of which the kernel could copy only the first part: the rule has written the rest where
@@ -417,6 +432,10 @@ mod tests {
         }
     }
 
+    fn taken(packets: &mut Packets) -> Vec<Vec<u8>> {
+        packets.take(&flow()).into_iter().map(Run::into_packet).collect()
+    }
+
     #[test]
     fn acknowledgements_give_way_to_data() {
         let acks: Vec<_> = (0..10).map(|seq| packet(seq, &[])).collect();
@@ -424,7 +443,7 @@ mod tests {
         let mut packets = packets(10 * (40 + OVERHEAD) + 100);
         acks.iter().chain([&data]).for_each(|packet| packets.push(packet, 1));
         assert_eq!(packets.dropped, 9);
-        assert_eq!(packets.take(&flow()), [acks[9].clone(), data]);
+        assert_eq!(taken(&mut packets), [acks[9].clone(), data]);
         assert_eq!(packets.bytes, 0);
     }
 
@@ -434,9 +453,21 @@ mod tests {
         let mut packets = packets(2 * (540 + OVERHEAD));
         sent.iter().for_each(|packet| packets.push(packet, 1));
         assert_eq!(packets.dropped, 2);
-        assert_eq!(packets.take(&flow()), sent[..2]);
+        assert_eq!(taken(&mut packets), sent[..2]);
         packets.push(&sent[3], 1);
-        assert_eq!(packets.take(&flow()), sent[3..]);
+        assert_eq!(taken(&mut packets), sent[3..]);
+    }
+
+    #[test]
+    fn data_that_follows_is_joined_and_damage_is_left_out() {
+        let sent: Vec<_> = (0..4).map(|index| packet(500 * index, &[index as u8; 500])).collect();
+        let mut packets = packets(1 << 20);
+        let mut damaged = sent[3].clone();
+        *damaged.last_mut().unwrap() ^= 1;
+        sent[..3].iter().chain([&damaged, &sent[3]]).for_each(|packet| packets.push(packet, 1));
+        let payload: Vec<u8> = (0..4).flat_map(|index| [index; 500]).collect();
+        assert_eq!(taken(&mut packets), [packet(0, &payload)]);
+        assert_eq!((packets.bytes, packets.dropped), (0, 0));
     }
 
     #[test]

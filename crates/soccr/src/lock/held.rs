@@ -3,12 +3,17 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use crate::connection::{Flow, State};
+use super::canonical;
+use crate::connection::{Flow, State, after};
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run, flags};
 use crate::sys::raw::{Injector, Via};
 use crate::sys::sockopt;
 use crate::{conntrack, fin, save};
+
+/// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
+/// and the peer's window allows for no such waste.
+pub(super) const LONGEST: usize = 65_000;
 
 /// What the peer of a connection sent while the connection was locked: plain data, which travels with the
 /// [`Connection`](crate::Connection) to another host and is replayed there.
@@ -16,7 +21,8 @@ use crate::{conntrack, fin, save};
 pub struct Held {
     /// The connection. Where it gets other addresses, set them here: the packets follow.
     pub flow: Flow,
-    /// The packets in the order of their arrival, each from its IP header on.
+    /// The packets in the order of their arrival, each from its IP header on. Segments that followed each other may have
+    /// been joined.
     pub packets: Vec<Vec<u8>>,
 }
 
@@ -53,7 +59,14 @@ impl Held {
         let before = segments_in(socket)?;
         let injector = Injector::for_socket(socket, Via::routed(self.flow.local.ip()))?;
         let mut replay = Replay::new(self.flow);
-        replay.packets(&injector, &self.packets)?;
+        for packet in &self.packets {
+            let Some(parsed) = Parsed::new(packet) else { continue };
+            if parsed.source.is_ipv4() == canonical(&self.flow).is_ipv4()
+                && parsed.checksum(packet) != Checksum::Wrong
+            {
+                replay.packet(&injector, Run::new(packet, parsed))?;
+            }
+        }
         let count = replay.finish(&injector)?;
         if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
             return Err(Error::refused(
@@ -77,55 +90,26 @@ fn segments_in(socket: BorrowedFd<'_>) -> Result<u32> {
 pub(super) struct Replay {
     flow: Flow,
     count: usize,
-    newest: Option<Newest>,
-    run: Run,
-    scratch: Vec<u8>,
-}
-
-/// The end of the packet that reaches furthest into the sequence space: its headers and its last byte.
-#[derive(Debug)]
-struct Newest {
-    bytes: Vec<u8>,
-    parsed: Parsed,
-    /// The sequence number behind it.
-    end: u32,
+    /// The end of what reaches furthest into the sequence space, and the sequence number behind it.
+    furthest: Option<(Run, u32)>,
 }
 
 impl Replay {
     pub(super) fn new(flow: Flow) -> Self {
-        Self { flow, count: 0, newest: None, run: Run::default(), scratch: Vec::new() }
+        Self { flow, count: 0, furthest: None }
     }
 
     pub(super) fn flow(&self) -> Flow {
         self.flow
     }
 
-    /// Injects packets, except those that are damaged.
-    ///
-    /// # Errors
-    /// The first error. Every packet is tried nevertheless.
-    pub(super) fn packets(&mut self, injector: &Injector, packets: &[impl AsRef<[u8]>]) -> Result<()> {
-        let mut outcome = Ok(());
-        for packet in packets {
-            let packet = packet.as_ref();
-            let Some(parsed) = Parsed::new(packet) else { continue };
-            if parsed.checksum(packet) == Checksum::Wrong || parsed.source.is_ipv4() != self.flow.is_ipv4() {
-                continue;
-            }
-            self.count += 1;
-            if !self.run.join(packet, &parsed, LONGEST) {
-                outcome = outcome.and(self.inject_run(injector));
-                self.run.start(packet, parsed);
-            }
-        }
-        outcome.and(self.inject_run(injector))
-    }
-
-    fn inject_run(&mut self, injector: &Injector) -> Result<()> {
-        let Some((mut parsed, packet)) = self.run.take() else { return Ok(()) };
-        (parsed.source, parsed.destination) = (self.flow.remote, self.flow.local);
-        inject(injector, &parsed, packet, &mut self.scratch)?;
-        self.newest = newest(self.newest.take(), parsed, packet);
+    /// Injects an undamaged packet.
+    pub(super) fn packet(&mut self, injector: &Injector, mut run: Run) -> Result<()> {
+        let ends = canonical(&self.flow);
+        run.readdress(ends.remote, ends.local);
+        self.inject(injector, &mut run)?;
+        self.count += 1;
+        self.remember(&run);
         Ok(())
     }
 
@@ -134,41 +118,29 @@ impl Replay {
     /// Its answers were dropped, where the lock was still on. It acknowledges at once what it gets a second
     /// time (RFC 9293 §3.10.7.4), and at any acknowledgement it sends what it may.
     pub(super) fn finish(mut self, injector: &Injector) -> Result<usize> {
-        if let Some(Newest { bytes, parsed, .. }) = self.newest.take() {
-            inject(injector, &parsed, &bytes, &mut self.scratch)?;
+        if let Some((mut run, _)) = self.furthest.take() {
+            self.inject(injector, &mut run)?;
         }
         Ok(self.count)
     }
-}
 
-/// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
-/// and the peer's window allows for no such waste.
-const LONGEST: usize = 65_000;
-
-fn inject(injector: &Injector, parsed: &Parsed, packet: &[u8], scratch: &mut Vec<u8>) -> Result<()> {
-    /// What every link can carry (RFC 8200 §5).
-    const SMALLEST_MTU: usize = 1280;
-    let mut send = |limit| parsed.rewrite(packet, limit, scratch, |p| injector.send(p, parsed.destination));
-    match send(LONGEST) {
-        Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
-        other => other,
+    fn remember(&mut self, run: &Run) {
+        let parsed = run.parsed();
+        let fin = u32::from(parsed.flags & flags::FIN != 0);
+        let end = parsed.seq.wrapping_add(parsed.payload.len() as u32).wrapping_add(fin);
+        let is_behind = self.furthest.as_ref().is_some_and(|(_, furthest)| after(*furthest, end));
+        if parsed.flags & (flags::RST | flags::SYN) == 0 && !is_behind {
+            self.furthest = Some((run.end(), end));
+        }
     }
-}
 
-/// The packet that reaches further: `before` or this one.
-fn newest(before: Option<Newest>, mut parsed: Parsed, packet: &[u8]) -> Option<Newest> {
-    let fin = if parsed.missing == 0 { parsed.flags & flags::FIN } else { 0 };
-    let length = parsed.payload.len() as u32;
-    let end = parsed.seq.wrapping_add(length).wrapping_add((fin != 0).into());
-    let behind = |newest: &Newest| (end.wrapping_sub(newest.end) as i32) < 0;
-    if parsed.flags & (flags::RST | flags::SYN) != 0 || before.as_ref().is_some_and(behind) {
-        return before;
+    fn inject(&self, injector: &Injector, run: &mut Run) -> Result<()> {
+        /// What every link can carry (RFC 8200 §5).
+        const SMALLEST_MTU: usize = 1280;
+        let mut send = |limit| run.pieces(limit, |packet| injector.send(packet, self.flow.local));
+        match send(LONGEST) {
+            Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
+            other => other,
+        }
     }
-    let mut bytes = packet[..parsed.payload.start].to_vec();
-    bytes[parsed.header.start + 13] = flags::ACK | fin;
-    bytes.extend(packet[parsed.payload.clone()].last());
-    parsed.payload = parsed.payload.start..bytes.len();
-    parsed.seq = parsed.seq.wrapping_add(length.saturating_sub(1));
-    parsed.missing = 0;
-    Some(Newest { bytes, parsed, end })
 }

@@ -1,11 +1,9 @@
-//! What a packet from the wire holds, and the packets that are made of it.
+//! What a packet from the wire holds.
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
-use super::{
-    IPV4_HEADER, IPV6_HEADER, PACKET_LIMIT, TCP, TCP_HEADER, finish, flags, fold, pseudo_header, sixteen, sum,
-};
+use super::{IPV4_HEADER, IPV6_HEADER, PACKET_LIMIT, TCP, TCP_HEADER, flags, fold, pseudo_header, sum};
 
 /// The state of a captured segment's checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,61 +97,6 @@ impl Parsed {
     /// A segment that only acknowledges: no data, nothing that counts in the sequence space.
     pub(crate) fn is_pure_ack(&self) -> bool {
         self.payload.is_empty() && self.flags & (flags::SYN | flags::FIN | flags::RST) == 0
-    }
-
-    /// The packet as packets of at most `limit` bytes each with complete checksums, in their order, from
-    /// [`source`](Self::source) to [`destination`](Self::destination): set other addresses of the same
-    /// family first, where the connection has moved.
-    ///
-    /// Type of service, hop limit and TCP options stay; IP options and extension headers go: TCP does not
-    /// look at them. Each packet is written into `scratch` and lent to `each`.
-    pub(crate) fn rewrite<E>(
-        &self,
-        packet: &[u8],
-        limit: usize,
-        scratch: &mut Vec<u8>,
-        mut each: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let ip = if packet[0] >> 4 == 4 { IPV4_HEADER } else { IPV6_HEADER };
-        let room = limit.saturating_sub(ip + self.header.len()).max(1);
-        let payload = &packet[self.payload.clone()];
-        let mut offset = 0;
-        loop {
-            let piece = &payload[offset..payload.len().min(offset + room)];
-            let next = offset + piece.len();
-            scratch.clear();
-            scratch.extend_from_slice(&packet[..ip]);
-            scratch.extend_from_slice(&packet[self.header.clone()]);
-            scratch.extend_from_slice(piece);
-            match (self.source.ip().to_canonical(), self.destination.ip().to_canonical()) {
-                (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                    scratch[0] = 0x45;
-                    scratch[12..16].copy_from_slice(&source.octets());
-                    scratch[16..20].copy_from_slice(&destination.octets());
-                }
-                (source, destination) => {
-                    scratch[6] = TCP;
-                    scratch[8..24].copy_from_slice(&sixteen(source));
-                    scratch[24..40].copy_from_slice(&sixteen(destination));
-                }
-            }
-            scratch[ip..ip + 2].copy_from_slice(&self.source.port().to_be_bytes());
-            scratch[ip + 2..ip + 4].copy_from_slice(&self.destination.port().to_be_bytes());
-            let seq = self.seq.wrapping_add(offset as u32);
-            scratch[ip + 4..ip + 8].copy_from_slice(&seq.to_be_bytes());
-            if next < payload.len() || self.missing > 0 {
-                scratch[ip + 13] &= !(flags::FIN | flags::PSH);
-            }
-            if offset > 0 {
-                scratch[ip + 13] &= !flags::CWR;
-            }
-            finish(scratch, ip);
-            each(scratch)?;
-            offset = next;
-            if offset == payload.len() {
-                return Ok(());
-            }
-        }
     }
 }
 

@@ -1,48 +1,155 @@
-//! Segments that follow each other, joined as a host joins those that arrive (generic receive offload): one long
-//! packet costs little more than a short one.
+//! A packet that is to be sent once more, and that grows meanwhile by the segments that continue it, as a host joins those
+//! that arrive (generic receive offload): a long packet costs little more than a short one.
 
-use super::{Parsed, flags};
+use std::net::{IpAddr, SocketAddr};
 
-/// A packet that grows by the segments that continue it.
-#[derive(Debug, Default)]
+use super::{IPV4_HEADER, IPV6_HEADER, Parsed, TCP, finish, flags, sixteen};
+
+/// One segment, or several that follow each other.
+///
+/// Type of service, hop limit and TCP options are those of the first; IP options and extension headers are gone: TCP
+/// does not look at them.
+#[derive(Debug)]
 pub(crate) struct Run {
-    bytes: Vec<u8>,
-    parsed: Option<Parsed>,
+    packet: Vec<u8>,
+    parsed: Parsed,
+    /// Lengths and checksums in the packet are right.
+    sealed: bool,
 }
 
 impl Run {
-    /// Begins with this packet, whatever it is.
-    pub(crate) fn start(&mut self, packet: &[u8], parsed: Parsed) {
-        self.bytes.clear();
-        self.bytes.extend_from_slice(&packet[..parsed.payload.end]);
-        self.parsed = Some(parsed);
+    /// Begins with this packet.
+    pub(crate) fn new(packet: &[u8], mut parsed: Parsed) -> Self {
+        let ip = if packet[0] >> 4 == 4 { IPV4_HEADER } else { IPV6_HEADER };
+        let mut run = Vec::with_capacity(ip + parsed.payload.end - parsed.header.start);
+        run.extend_from_slice(&packet[..ip]);
+        run.extend_from_slice(&packet[parsed.header.start..parsed.payload.end]);
+        if ip == IPV4_HEADER {
+            run[0] = 0x45;
+        } else {
+            run[6] = TCP;
+        }
+        if parsed.missing > 0 {
+            parsed.flags &= !(flags::FIN | flags::PSH);
+            run[ip + 13] = parsed.flags;
+        }
+        parsed.header = ip..ip + parsed.header.len();
+        parsed.payload = parsed.header.end..run.len();
+        Self { packet: run, parsed, sealed: false }
     }
 
     /// Appends a packet, unless its data does not follow, or its headers say something new, or the run would become
     /// longer than `limit`. Returns whether it did.
     pub(crate) fn join(&mut self, packet: &[u8], next: &Parsed, limit: usize) -> bool {
-        let Some(run) = &mut self.parsed else { return false };
+        let run = &mut self.parsed;
         let follows = run.seq.wrapping_add(run.payload.len() as u32) == next.seq
             && run.flags & !flags::PSH == flags::ACK
             && next.flags & !(flags::PSH | flags::FIN) == flags::ACK
             && !run.payload.is_empty()
             && !next.payload.is_empty()
             && [run.missing, next.missing] == [0, 0]
-            && self.bytes.len() + next.payload.len() <= limit
-            && headers_agree([&self.bytes[run.header.clone()], &packet[next.header.clone()]])
-            && service(&self.bytes) == service(packet);
+            && self.packet.len() + next.payload.len() <= limit
+            && headers_agree([&self.packet[run.header.clone()], &packet[next.header.clone()]])
+            && service(&self.packet) == service(packet);
         if follows {
-            self.bytes.extend_from_slice(&packet[next.payload.clone()]);
-            self.bytes[run.header.start + 13] |= next.flags;
+            self.packet.extend_from_slice(&packet[next.payload.clone()]);
             run.flags |= next.flags;
-            run.payload.end = self.bytes.len();
+            self.packet[run.header.start + 13] = run.flags;
+            run.payload.end = self.packet.len();
+            self.sealed = false;
         }
         follows
     }
 
-    /// What has come together; afterwards the run is empty.
-    pub(crate) fn take(&mut self) -> Option<(Parsed, &[u8])> {
-        self.parsed.take().map(|parsed| (parsed, &self.bytes[..]))
+    /// What is known of it.
+    pub(crate) fn parsed(&self) -> &Parsed {
+        &self.parsed
+    }
+
+    /// The bytes of memory that the packet takes.
+    pub(crate) fn memory(&self) -> usize {
+        self.packet.capacity()
+    }
+
+    /// Lets it come from and go to these addresses, of the same family.
+    pub(crate) fn readdress(&mut self, source: SocketAddr, destination: SocketAddr) {
+        if (self.parsed.source, self.parsed.destination) == (source, destination) {
+            return;
+        }
+        (self.parsed.source, self.parsed.destination) = (source, destination);
+        let tcp = self.parsed.header.start;
+        match (source.ip().to_canonical(), destination.ip().to_canonical()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                self.packet[12..16].copy_from_slice(&source.octets());
+                self.packet[16..20].copy_from_slice(&destination.octets());
+            }
+            (source, destination) => {
+                self.packet[8..24].copy_from_slice(&sixteen(source));
+                self.packet[24..40].copy_from_slice(&sixteen(destination));
+            }
+        }
+        self.packet[tcp..tcp + 2].copy_from_slice(&source.port().to_be_bytes());
+        self.packet[tcp + 2..tcp + 4].copy_from_slice(&destination.port().to_be_bytes());
+        self.sealed = false;
+    }
+
+    /// Computes lengths and checksums, for a packet of at most 65535 bytes.
+    pub(crate) fn seal(&mut self) {
+        if !self.sealed {
+            finish(&mut self.packet, self.parsed.header.start);
+            self.sealed = true;
+        }
+    }
+
+    /// The packet itself, once it is [sealed](Self::seal).
+    pub(crate) fn into_packet(mut self) -> Vec<u8> {
+        self.seal();
+        self.packet
+    }
+
+    /// Lends it to `each`, as packets of at most `limit` bytes in their order.
+    pub(crate) fn pieces<E>(
+        &mut self,
+        limit: usize,
+        mut each: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.packet.len() <= limit {
+            self.seal();
+            return each(&self.packet);
+        }
+        let Parsed { header, payload, seq, flags, .. } = &self.parsed;
+        let ip = header.start;
+        let (headers, payload) = self.packet.split_at(payload.start);
+        let room = limit.saturating_sub(headers.len()).max(1);
+        let mut piece = Vec::with_capacity(headers.len() + room);
+        for (index, data) in payload.chunks(room).enumerate() {
+            let offset = index * room;
+            let is_last = offset + data.len() == payload.len();
+            let mut kept = *flags;
+            kept &= if is_last { 0xff } else { !(flags::FIN | flags::PSH) };
+            kept &= if index == 0 { 0xff } else { !flags::CWR };
+            piece.clear();
+            piece.extend_from_slice(headers);
+            piece.extend_from_slice(data);
+            piece[ip + 4..ip + 8].copy_from_slice(&seq.wrapping_add(offset as u32).to_be_bytes());
+            piece[ip + 13] = kept;
+            finish(&mut piece, ip);
+            each(&piece)?;
+        }
+        Ok(())
+    }
+
+    /// Its headers and its last byte: the least that says how far it reaches.
+    pub(crate) fn end(&self) -> Self {
+        let mut parsed = self.parsed.clone();
+        let mut packet = self.packet[..parsed.payload.start].to_vec();
+        packet.extend(self.packet[parsed.payload.clone()].last());
+        parsed.seq = parsed.seq.wrapping_add(parsed.payload.len().saturating_sub(1) as u32);
+        parsed.payload.end = packet.len();
+        parsed.flags = flags::ACK | parsed.flags & flags::FIN;
+        packet[parsed.header.start + 4..][..4].copy_from_slice(&parsed.seq.to_be_bytes());
+        packet[parsed.header.start + 13] = parsed.flags;
+        Self { packet, parsed, sealed: false }
     }
 }
 
