@@ -67,6 +67,8 @@ pub(crate) struct Traffic {
     buffer: Vec<u8>,
     heard: Arc<Heard>,
     peer: Option<JoinHandle<()>>,
+    /// How long the last restore took.
+    restoring: Duration,
 }
 
 /// How long a move took, as seen from both sides.
@@ -91,7 +93,16 @@ impl Traffic {
         let shared = Arc::clone(&heard);
         let peer = std::thread::spawn(move || be_peer(pattern, peer, &shared, start));
         let (pace, buffer) = (Pace::default(), vec![0; 256 << 10]);
-        Ok(Self { pattern, stream: Some(stream), start, pace, buffer, heard, peer: Some(peer) })
+        Ok(Self {
+            pattern,
+            stream: Some(stream),
+            start,
+            pace,
+            buffer,
+            heard,
+            peer: Some(peer),
+            restoring: Duration::ZERO,
+        })
     }
 
     /// Carries on until the connection is in full flight.
@@ -112,8 +123,8 @@ impl Traffic {
         })
     }
 
-    /// Moves the connection within its host, and keeps it locked for this time at least: saves it at the beginning,
-    /// restores it at the end.
+    /// Moves the connection within its host, and keeps it locked for this time: saves it at the beginning, restores it
+    /// at the end, or as long before as that took the last time.
     pub(crate) fn move_once(&mut self, locker: &Locker, time: Duration) -> Result<Felt> {
         let stream = self.stream.take().context("no connection")?;
         let flow = Flow::of(&stream)?;
@@ -123,8 +134,10 @@ impl Traffic {
         let paused = soccr::pause(&stream)?;
         let connection = paused.save()?;
         paused.detach()?;
-        std::thread::sleep(time.saturating_sub(locked.elapsed()));
+        std::thread::sleep(time.saturating_sub(locked.elapsed() + self.restoring));
+        let waited = Instant::now();
         let restored = connection.restore()?;
+        self.restoring = waited.elapsed();
         lock.release()?;
         self.stream = Some(restored.resume()?);
         let resumed = self.now();

@@ -92,11 +92,13 @@ pub(super) struct Replay {
     count: usize,
     /// The end of what reaches furthest into the sequence space, and the sequence number behind it.
     furthest: Option<(Run, u32)>,
+    /// What has been injected. To give back the memory takes as long as that: not while the rest waits.
+    spent: Vec<Run>,
 }
 
 impl Replay {
     pub(super) fn new(flow: Flow) -> Self {
-        Self { flow, count: 0, furthest: None }
+        Self { flow, count: 0, furthest: None, spent: Vec::new() }
     }
 
     pub(super) fn flow(&self) -> Flow {
@@ -110,6 +112,7 @@ impl Replay {
         self.inject(injector, &mut run)?;
         self.count += 1;
         self.remember(&run);
+        self.spent.push(run);
         Ok(())
     }
 

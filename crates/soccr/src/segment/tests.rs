@@ -257,12 +257,17 @@ fn a_segment_that_says_something_new_stays_apart() {
         let next = Segment { seq: 4, ..first.clone() };
         let apart = |first: &[u8], next: &[u8]| joined(&[first.into(), next.into()], PACKET_LIMIT).len() == 2;
         assert!(!apart(&packet(&first), &packet(&next)));
+        let later = Segment { timestamps: Some((0xdeadbef0, 9)), ..next.clone() };
+        let long = Segment { payload: b"abcabc", ..first.clone() };
+        let mut run = run(&packet(&first));
+        let later = packet(&later);
+        assert!(run.join(&later, &Parsed::new(&later).unwrap(), PACKET_LIMIT));
+        assert_eq!(run.into_packet(), packet(&long));
         for other in [
             Segment { seq: 5, ..next.clone() },
             Segment { seq: 1, ..next.clone() },
             Segment { ack: 9, ..next.clone() },
             Segment { window: 9, ..next.clone() },
-            Segment { timestamps: Some((9, 9)), ..next.clone() },
             Segment { timestamps: None, ..next.clone() },
             Segment { payload: b"", ..next.clone() },
             Segment { flags: flags::ACK | flags::URG, ..next.clone() },
