@@ -38,13 +38,16 @@
 mod pool;
 mod room;
 
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::OnceLock;
 
 use crate::connection::Connection;
 use crate::error::Result;
 use crate::pause::{Paused, pause};
+use crate::restore;
 use crate::resume::Restored;
+use crate::settings::Settings;
 
 pub use room::Needs;
 
@@ -78,6 +81,8 @@ pub fn save<'fd, Fd: AsFd + 'fd, E>(
 /// Restores connections on as many threads as there are processors, in the network namespace of the calling one, and
 /// gives each to `each` under its key, in any order. One that cannot be restored is given as the error.
 ///
+/// Options that a new socket has by itself, as they are when the first connection comes, are not set once more.
+///
 /// `connections` may come slowly, such as from a pipe: what has come is restored meanwhile, and `each` is called on another
 /// thread, so that the other side can be answered. A few hundred connections are kept waiting at most, or 16 MiB of
 /// queues: then the next one is not asked for yet.
@@ -88,8 +93,22 @@ pub fn restore<K: Send>(
     let cost = |(_, connection): &(K, Connection)| {
         (connection.control.inq_len + connection.control.outq_len) as usize
     };
-    let work = |(key, connection): (K, Connection)| (key, connection.restore());
+    let fresh: [OnceLock<Settings>; 2] = Default::default();
+    let work = |(key, mut connection): (K, Connection)| {
+        let family = &fresh[usize::from(connection.local.is_ipv4())];
+        connection.settings.forget(family.get_or_init(|| settings_of_new(connection.local)));
+        (key, connection.restore())
+    };
     pool::run(connections, cost, work, |(key, restored)| each(key, restored));
+}
+
+/// What a new socket has, as sysctls and the kernel decide now; nothing where none can be made.
+fn settings_of_new(local: SocketAddr) -> Settings {
+    let mut settings = Settings::default();
+    if let Ok(socket) = restore::open(local) {
+        settings.read_into(socket.as_fd(), local, 0);
+    }
+    settings
 }
 
 /// [Resumes](Restored::resume) restored connections on as many threads as there are processors: each sends packets, and

@@ -26,6 +26,8 @@ use crate::save::{self, Position};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
 
+pub(crate) use whole::open;
+
 /// The kernel takes no smaller `TCP_MAXSEG`, though a peer may have announced less.
 const MIN_SEGMENT_LIMIT: u32 = 88;
 

@@ -132,6 +132,14 @@ impl Settings {
         }
     }
 
+    /// Forgets what a new socket has anyway, with the options `fresh`: it need not be set.
+    pub(crate) fn forget(&mut self, fresh: &Self) {
+        self.0.retain(|setting| {
+            let Name::Known(place) = setting.0 else { return true };
+            !TABLE[usize::from(place)].stands_alone() || !fresh.0.contains(setting)
+        });
+    }
+
     /// Adds the keys of TCP MD5, which `getsockopt` does not tell. Most connections have none, and this costs as
     /// much as ten options.
     ///

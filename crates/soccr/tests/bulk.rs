@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use soccr::bulk::{self, Needs, Saved};
 use soccr::lock::{Locker, Mode};
+use soccr::settings::Value;
 use soccr::{Connection, ErrorKind, Flow};
 
 const COUNT: usize = 300;
@@ -19,6 +20,7 @@ soccr_lab::tests![
     what_follows_an_error_of_the_caller_is_not_touched,
     a_slow_source_gets_its_answers,
     queues_travel_in_reused_memory,
+    options_come_back_whatever_new_sockets_have,
 ];
 
 /// Connections over `lo`, our ends and the peers'. What each peer has written is its number.
@@ -171,4 +173,29 @@ fn queues_travel_in_reused_memory() {
     // Nothing of the long one is left in the short one, though it lies where that was.
     assert_eq!(queues[2].1, 2u32.to_be_bytes());
     assert_eq!(queues[2].0, queues[1].0);
+}
+
+fn options_come_back_whatever_new_sockets_have() {
+    let (ours, peers) = connect(20);
+    let lock = Locker::new(Mode::HOLD).unwrap().lock(&flows(&ours)).unwrap();
+    let mut connections = save_all(&ours);
+    for (_, connection) in &mut connections[..10] {
+        // It would set SO_PRIORITY as well, which is that of a new socket.
+        connection.settings.set("IP_TOS", Value::Number(0x10));
+    }
+    let before: Vec<_> = connections.iter().map(|(_, connection)| connection.settings.clone()).collect();
+    for (name, value) in [("tcp_keepalive_time", "600"), ("ip_default_ttl", "77"), ("tcp_syn_retries", "3")] {
+        soccr_lab::sysctl(&format!("net/ipv4/{name}"), value).unwrap();
+    }
+    let mut restored = Vec::new();
+    bulk::restore(connections, |index, socket| restored.push((index, socket.unwrap())));
+    lock.release().unwrap();
+    let streams = resume_all(restored);
+    for (number, peer) in peers.iter().enumerate() {
+        let settings = soccr::pause(&streams[&number]).unwrap().save().unwrap().settings;
+        for (name, value) in before[number].iter() {
+            assert_eq!(settings.get(name), Some(value), "{name} of connection {number}");
+        }
+        assert_alive(number, &streams[&number], peer);
+    }
 }

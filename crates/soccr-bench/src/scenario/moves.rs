@@ -86,6 +86,8 @@ fn move_all(idle: &mut Idle, locker: &Locker, phases: &mut [Samples; PHASES.len(
     let lock = locking.time(|| locker.lock(&idle.flows()?))?;
     moving.time(|| idle.moves.iter().try_for_each(stream))?;
     unlocking.time(|| lock.release())?;
+    // The peers do not wait for this any more.
+    idle.moves.iter().for_each(|shards| shards.source.run(|ends| ends.streams.clear()));
     idle.turn();
     resuming.time(|| idle.moves.iter().try_for_each(|shards| shards.source.run(resume)))
 }
@@ -96,7 +98,7 @@ fn stream(shards: &Move) -> Result<()> {
     thread::scope(|scope| {
         let saving = scope.spawn(|| {
             let pipe = Arc::clone(pipe);
-            source.run(move |ends| save(&mut ends.streams, &pipe.1))
+            source.run(move |ends| save(&ends.streams, &pipe.1))
         });
         let pipe = Arc::clone(pipe);
         target.run(move |ends| restore(&mut ends.restored, &pipe.0))?;
@@ -104,15 +106,14 @@ fn stream(shards: &Move) -> Result<()> {
     })
 }
 
-fn save(streams: &mut Vec<TcpStream>, pipe: &PipeWriter) -> Result<()> {
+fn save(streams: &[TcpStream], pipe: &PipeWriter) -> Result<()> {
     let mut stream = Writer::new(BufWriter::with_capacity(BUFFER, pipe))?;
-    bulk::save(&*streams, |index, saved| {
+    bulk::save(streams, |index, saved| {
         let Saved { connection, paused } = saved?;
         paused.detach()?;
         stream.connection(index as u32 + 1, "", connection)?;
         Ok::<_, anyhow::Error>(())
     })?;
-    streams.clear();
     stream.finish()?;
     Ok(())
 }

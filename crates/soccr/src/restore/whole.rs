@@ -146,7 +146,7 @@ impl Connection {
     }
 }
 
-fn open(local: SocketAddr) -> Result<OwnedFd> {
+pub(crate) fn open(local: SocketAddr) -> Result<OwnedFd> {
     let family = if local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|error| Error::system("socket", error))

@@ -204,6 +204,11 @@ pub(crate) const TABLE: &[Row] = rows! {
 };
 
 impl Row {
+    /// Neither another option nor the route changes it.
+    pub(crate) fn stands_alone(&self) -> bool {
+        matches!(self.kind, Kind::Number { .. }) && !self.is(SO_PRIORITY)
+    }
+
     /// It is this option of sockets.
     pub(crate) fn is(&self, number: i32) -> bool {
         (self.level, self.number) == (SOL_SOCKET, number)
