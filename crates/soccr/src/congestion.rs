@@ -33,6 +33,9 @@ const HELPER_SK_STORAGE_GET: i32 = 107;
 const ECN_OK: u32 = 1;
 const ECN_SEEN: u32 = 8;
 
+/// Every kernel has it.
+const RENO: &[u8] = b"reno";
+
 /// How many names are tried.
 const ATTEMPTS: u32 = 100;
 
@@ -94,14 +97,27 @@ pub(crate) fn restore(
     let value: [u32; VALUES] = [path.snd_cwnd, path.snd_ssthresh, flags];
     let value: Vec<u8> = value.iter().flat_map(|word| word.to_ne_bytes()).collect();
     writer.values.update(&key, &value).map_err(Unavailable::at("BPF_MAP_UPDATE_ELEM"))?;
-    let set = |name| sockopt::set_bytes(fd, SOL_TCP, libc::TCP_CONGESTION, name);
-    let outcome = set(&writer.name).and_then(|()| {
-        // Ours never changes the window: no socket may be left with it. Every kernel has reno.
-        set(algorithm).or_else(|_| set(algorithm)).or_else(|error| set(b"reno").and(Err(error)))
-    });
+    let outcome = change(fd, &writer.name, algorithm);
     // The kernel frees it with the socket, too; it is of no more use.
     let _ = writer.values.delete(&key);
     outcome.map_err(Unavailable::at("TCP_CONGESTION"))
+}
+
+/// Lets `algorithm` begin anew, so that it has not learned from the samples that seed the RTT: the first real ones would
+/// look like congestion to cubic, which then ends its slow start at once.
+///
+/// # Errors
+/// [`Unavailable`]; the socket then has the algorithm that it had, or reno.
+pub(crate) fn restart(fd: BorrowedFd<'_>, algorithm: &[u8]) -> Result<(), Unavailable> {
+    change(fd, RENO, algorithm).map_err(Unavailable::at("TCP_CONGESTION"))
+}
+
+/// Changes to one algorithm and then to another.
+fn change(fd: BorrowedFd<'_>, first: &[u8], algorithm: &[u8]) -> io::Result<()> {
+    let set = |name| sockopt::set_bytes(fd, SOL_TCP, libc::TCP_CONGESTION, name);
+    // Ours never changes the window: no socket may be left with it.
+    set(first)
+        .and_then(|()| set(algorithm).or_else(|_| set(algorithm)).or_else(|error| set(RENO).and(Err(error))))
 }
 
 /// Does in advance what the first [`restore`](crate::Connection::restore) of a process takes about 20 ms for, while

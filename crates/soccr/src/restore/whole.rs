@@ -131,14 +131,14 @@ impl Connection {
             && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
                 .iter()
                 .all(|(now, before)| now == before || *before == 0);
+        let algorithm = tcp::congestion(fd)?;
         if is_back {
-            return Ok((info, None));
+            let restarted = congestion::restart(fd, &algorithm);
+            return Ok((info, restarted.err().map(|reason| reason.to_string())));
         }
-        let restored = tcp::congestion(fd).map_err(|error| error.to_string()).and_then(|algorithm| {
-            congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
-                .map_err(|reason| reason.to_string())
-        });
-        Ok((tcp::info(fd)?, restored.err()))
+        let restored = congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
+            .or_else(|reason| congestion::restart(fd, &algorithm).and(Err(reason)));
+        Ok((tcp::info(fd)?, restored.err().map(|reason| reason.to_string())))
     }
 
     fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {
