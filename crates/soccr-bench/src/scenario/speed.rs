@@ -1,7 +1,8 @@
 //! How fast a connection is after a move.
 //!
 //! Goodput is what the receiving application gets in the first second after the move, beside that of the second before it.
-//! Each connection is locked (hold), saved, detached and restored on the same host.
+//! Recovery is how long the peer waits for the first segment after the move where that is lost, beside the retransmission
+//! timeout before it. Each connection is locked (hold), saved, detached and restored on the same host.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -9,13 +10,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use soccr::connection::Path;
 use soccr::{Flow, Lock, pause};
-use soccr_lab::{Family, Pair, Shape};
+use soccr_lab::{Family, Pair, Shape, Side};
 
 use crate::arguments::Arguments;
 use crate::effort::Effort;
 use crate::report::{Report, Row};
+use crate::statistics::Samples;
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Until congestion control has found its window.
@@ -48,6 +51,16 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
                 report.add(Row::goodput("speed", what, runs, moves[moves.len() / 2]));
             }
         }
+    }
+    for (effort, name) in Effort::ALL {
+        let (mut waits, mut timeouts) = (Samples::default(), Samples::default());
+        for _ in 0..6 * runs {
+            let [wait, timeout] = recovery(effort)?;
+            waits.push(wait);
+            timeouts.push(timeout);
+        }
+        report
+            .add(Row::new("speed", format!("20 ms, first segment lost, {name}"), &waits).against(&timeouts));
     }
     Ok(())
 }
@@ -91,7 +104,7 @@ fn goodput(shape: &Shape, direction: Direction, effort: Effort) -> Result<[f64; 
         work(&mut ours, WARM_UP);
         let before = work(&mut ours, SECOND);
         let moved = move_once(&pair, ours, effort);
-        let after = moved.map(|mut ours| {
+        let after = moved.map(|(mut ours, _)| {
             let after = work(&mut ours, SECOND);
             stop.store(true, Ordering::Relaxed);
             // The peer may wait for bytes or for room.
@@ -102,6 +115,29 @@ fn goodput(shape: &Shape, direction: Direction, effort: Effort) -> Result<[f64; 
         let _ = busy.join();
         Ok([before, after?])
     })
+}
+
+/// How long a message takes whose first segment is lost, and the timeout that the connection had.
+fn recovery(effort: Effort) -> Result<[Duration; 2]> {
+    const MESSAGE: [u8; 1000] = [7; 1000];
+    let pair = Pair::shaped(&Shape::rtt(Duration::from_millis(20)))?;
+    let line = pair.line.as_ref().context("a line")?;
+    let (mut ours, mut peer) = connect(&pair)?;
+    let mut buffer = MESSAGE;
+    for _ in 0..20 {
+        ours.write_all(&MESSAGE)?;
+        peer.read_exact(&mut buffer)?;
+        peer.write_all(&MESSAGE)?;
+        ours.read_exact(&mut buffer)?;
+    }
+    let (mut ours, before) = move_once(&pair, ours, effort)?;
+    line.lose_next(Side::A, |segment| segment.payload_len > 0);
+    let start = Instant::now();
+    ours.write_all(&MESSAGE)?;
+    peer.read_exact(&mut buffer)?;
+    let wait = start.elapsed();
+    ensure!(line.lost(Side::A) > 0, "no segment was lost");
+    Ok([wait, before.rto])
 }
 
 fn write(stream: &mut TcpStream) {
@@ -115,13 +151,15 @@ fn read(stream: &mut TcpStream, received: &AtomicU64) {
     received.fetch_add(stream.read(&mut piece).unwrap_or(0) as u64, Ordering::Relaxed);
 }
 
-fn move_once(pair: &Pair, ours: TcpStream, effort: Effort) -> Result<TcpStream> {
+/// Returns what the connection had learned about its path, too.
+fn move_once(pair: &Pair, ours: TcpStream, effort: Effort) -> Result<(TcpStream, Path)> {
     let lock = pair.a.run(|| Lock::hold(&[Flow::of(&ours)?]))?;
     let paused = pause(&ours)?;
     let mut connection = paused.save()?;
     paused.detach()?;
+    let path = connection.path.unwrap_or_default();
     effort.reduce(&mut connection);
     let restored = pair.a.run(|| connection.restore())?;
     lock.release()?;
-    Ok(restored.resume()?)
+    Ok((restored.resume()?, path))
 }
