@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
-use crate::bpf::{self, Assembler, Btf, Kind, Map, MapSpec, ProgramSpec, Register, Size};
+use crate::bpf::{self, Assembler, Btf, Kind, Map, MapSpec, ProgramSpec, Register, Size, Type};
 use crate::connection::Path;
 use crate::sys::sockopt;
 use crate::sys::tcp::SOL_TCP;
@@ -147,9 +147,9 @@ impl Writer {
         let types =
             bpf::load_btf(&bpf::describe_map(VALUES as u32)).map_err(Unavailable::at("BPF_BTF_LOAD"))?;
         let values = create_values(types.as_fd())?;
-        let btf = Btf::kernel().map_err(Unavailable::at("BTF"))?;
-        let operations = Operations::load(&btf, &values)?;
-        let (name, link) = operations.register_anyhow(&btf, types.as_fd())?;
+        let mut btf = Btf::kernel().map_err(Unavailable::at("BTF"))?;
+        let operations = Operations::load(&mut btf, &values)?;
+        let (name, link) = operations.register_anyhow(&mut btf, types.as_fd())?;
         Ok(Self { values, name, _link: link })
     }
 }
@@ -171,13 +171,13 @@ fn create_values(types: BorrowedFd<'_>) -> Result<Map, Unavailable> {
 
 /// The programs, by the names of the members of `struct tcp_congestion_ops` that they implement.
 struct Operations {
-    structure: u32,
+    structure: Type,
     programs: Vec<(&'static str, OwnedFd)>,
 }
 
 impl Operations {
     /// The least that the kernel accepts as an algorithm, and `init`.
-    fn load(btf: &Btf, values: &Map) -> Result<Self, Unavailable> {
+    fn load(btf: &mut Btf, values: &Map) -> Result<Self, Unavailable> {
         let structure = btf.find(Kind::Struct, "tcp_congestion_ops").map_err(Unavailable::at("BTF"))?;
         let socket = Offsets::find(btf).map_err(Unavailable::at("BTF"))?;
         let sources = [
@@ -188,11 +188,11 @@ impl Operations {
         ];
         let mut programs = Vec::with_capacity(sources.len());
         for (name, instructions) in sources {
-            let index = btf.member(structure, name).map_err(Unavailable::at("BTF"))?.index;
+            let index = btf.member(&structure, name).map_err(Unavailable::at("BTF"))?.index;
             let spec = ProgramSpec {
                 prog_type: PROG_TYPE_STRUCT_OPS,
                 expected_attach_type: index,
-                attach_btf_id: structure,
+                attach_btf_id: structure.number,
                 instructions: &instructions,
             };
             let program = bpf::load_program(&spec).map_err(Unavailable::at("BPF_PROG_LOAD"))?;
@@ -203,7 +203,11 @@ impl Operations {
 
     /// Registers under a name that is free: the algorithms of all processes share one space of names, but processes
     /// of several namespaces may have one number.
-    fn register_anyhow(&self, btf: &Btf, types: BorrowedFd<'_>) -> Result<(Vec<u8>, OwnedFd), Unavailable> {
+    fn register_anyhow(
+        &self,
+        btf: &mut Btf,
+        types: BorrowedFd<'_>,
+    ) -> Result<(Vec<u8>, OwnedFd), Unavailable> {
         let mut attempts = 0..ATTEMPTS;
         loop {
             let name = name(std::process::id(), attempts.start);
@@ -217,7 +221,7 @@ impl Operations {
     }
 
     /// Fills a `struct tcp_congestion_ops` and registers it.
-    fn register(&self, btf: &Btf, types: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Unavailable> {
+    fn register(&self, btf: &mut Btf, types: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Unavailable> {
         let (container, value) = self.value(btf, name).map_err(Unavailable::at("BTF"))?;
         let map = Map::create(&MapSpec {
             map_type: MAP_TYPE_STRUCT_OPS,
@@ -236,12 +240,12 @@ impl Operations {
     }
 
     /// The kernel wants the structure in a container: programs by their descriptors, everything else as it is.
-    fn value(&self, btf: &Btf, name: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    fn value(&self, btf: &mut Btf, name: &[u8]) -> io::Result<(u32, Vec<u8>)> {
         let container = btf.find(Kind::Struct, "bpf_struct_ops_tcp_congestion_ops")?;
-        let data = btf.member(container, "data")?.offset;
-        let mut value = vec![0; btf.size(container)?];
+        let data = btf.member(&container, "data")?.offset;
+        let mut value = vec![0; container.size];
         let mut put = |member: &str, bytes: &[u8]| {
-            let at = data + btf.member(self.structure, member)?.offset;
+            let at = data + btf.member(&self.structure, member)?.offset;
             let place = value.get_mut(at..at + bytes.len()).ok_or(io::ErrorKind::InvalidData)?;
             place.copy_from_slice(bytes);
             io::Result::Ok(())
@@ -250,7 +254,7 @@ impl Operations {
             put(member, &(program.as_raw_fd() as usize).to_ne_bytes())?;
         }
         put("name", name)?;
-        Ok((container, value))
+        Ok((container.number, value))
     }
 }
 
@@ -262,10 +266,10 @@ struct Offsets {
 }
 
 impl Offsets {
-    fn find(btf: &Btf) -> io::Result<Self> {
+    fn find(btf: &mut Btf) -> io::Result<Self> {
         let structure = btf.find(Kind::Struct, "tcp_sock")?;
-        let offset = |name| {
-            let offset = btf.member(structure, name)?.offset;
+        let mut offset = |name| {
+            let offset = btf.member(&structure, name)?.offset;
             i16::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
         };
         Ok(Self {
