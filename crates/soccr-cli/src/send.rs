@@ -93,8 +93,9 @@ impl Send {
         let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
         let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
         let keeper = Keeper::start(&sockets, &process::sharing(&inodes)?)?;
-        network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
+        // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(|line| via::Via::start(line, limits.answer)).transpose()?;
+        network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
         let outcome = match via {
             Some((via, output)) => Source::new(captives, keeper, limits)?.hand_over(via, output)?,
             None => {

@@ -46,13 +46,11 @@ impl Silence {
 
     /// The connections have left for good, but for those that stay.
     pub(crate) fn stay_without(self, staying: &[Flow]) -> Result<()> {
-        let Some(lock) = &self.lock else { return Ok(()) };
-        if !lock.flows.iter().any(|flow| staying.contains(flow)) {
-            self.stay();
-            return Ok(());
+        if let Some(lock) = &self.lock {
+            let here: Vec<Flow> = lock.flows.iter().filter(|flow| staying.contains(flow)).copied().collect();
+            lock.unlock(&here)?;
         }
-        let left = lock.flows.iter().filter(|flow| !staying.contains(flow)).copied().collect();
-        Self::beside(left, lock.remaining.unwrap_or_default())?.stay();
+        self.stay();
         Ok(())
     }
 

@@ -158,7 +158,7 @@ impl Source {
             let item = (id as usize).checked_sub(1).and_then(|index| self.items.get_mut(index));
             let item = item.context("the target speaks of a connection that was not sent")?;
             let waited = waits(item);
-            item.hear(answered)?;
+            item.hear(answered, &mut self.keeper)?;
             waiting -= usize::from(waited && !waits(item));
         }
         Ok(())
@@ -288,10 +288,18 @@ impl Item {
     }
 
     /// Takes in an answer.
-    fn hear(&mut self, answered: Answered) -> Result<()> {
+    fn hear(&mut self, answered: Answered, keeper: &mut Keeper) -> Result<()> {
         match (&self.stage, answered) {
             (Stage::Sent(_), Answered::Refused(reason)) => {
                 self.stays(&format!("the target refuses it: {reason}"))
+            }
+            // Only behind the COMMIT it could try.
+            (Stage::Left(connection), Answered::Refused(reason)) => {
+                self.come_back(
+                    &connection.clone(),
+                    &format!("the target cannot restore it: {reason}"),
+                    keeper,
+                );
             }
             (Stage::Sent(_), answered @ Answered::Ready) | (Stage::Left(_), answered @ Answered::Taken) => {
                 self.assume(answered);

@@ -1,18 +1,21 @@
 //! The target of a hand-over: connections on their way to a recipient.
 //!
 //! The words and their order are those of [`soccr_image::stream`]. What arrives without a pause is locked, restored and
-//! resumed together, as a batch.
+//! resumed together, as a batch. In the namespace of the source the old socket is in the way until the COMMIT: there a
+//! connection is restored behind that.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use soccr::bulk::{self, Needs};
+use soccr::connection::State;
+use soccr::diag::Diag;
 use soccr::lock::{Held, Locker, Mode};
 use soccr::{Connection, Flow, Lock, Restored};
 use soccr_image::AddressMap;
@@ -43,6 +46,8 @@ pub(crate) struct Target<'a> {
     arriving: Vec<Arriving>,
     arriving_bytes: usize,
     waiting: BTreeMap<u32, Waiting>,
+    /// Those that the source has let go of, and that are not restored yet.
+    committed: Vec<Committed>,
     batches: Vec<Batch>,
     streams: BTreeMap<u32, TcpStream>,
     answers: Option<Writer<Answers>>,
@@ -69,11 +74,31 @@ struct Arriving {
     connection: Connection,
 }
 
-/// A connection that is complete, and silent until the source says COMMIT.
+/// A connection that is silent until the source says COMMIT.
 #[derive(Debug)]
 struct Waiting {
+    name: String,
     batch: usize,
-    restored: Restored,
+    place: Place,
+    held: Held,
+}
+
+/// Where it waits.
+#[derive(Debug)]
+enum Place {
+    /// In its new socket, complete.
+    Restored(Restored),
+    /// In memory, while the old socket is in this namespace.
+    Behind(Box<Connection>),
+}
+
+/// A connection to be restored now that its old socket is out of the way.
+#[derive(Debug)]
+struct Committed {
+    id: u32,
+    name: String,
+    batch: usize,
+    connection: Connection,
     held: Held,
 }
 
@@ -106,6 +131,7 @@ impl<'a> Target<'a> {
             arriving: Vec::new(),
             arriving_bytes: 0,
             waiting: BTreeMap::new(),
+            committed: Vec::new(),
             batches: Vec::new(),
             streams: BTreeMap::new(),
             answers: None,
@@ -123,8 +149,12 @@ impl<'a> Target<'a> {
         let mut reader = Reader::new(input).context("standard input")?;
         loop {
             let full = self.arriving.len() >= BATCH || self.arriving_bytes >= BATCH_BYTES;
-            if full || (buffered.get() == 0 && !is_readable(&more)) {
+            let idle = buffered.get() == 0 && !is_readable(&more);
+            if full || idle {
                 self.restore()?;
+            }
+            if idle || self.committed.len() >= BATCH {
+                self.restore_committed();
             }
             match reader.receive() {
                 Ok(Some(Message::Connection { id, name, connection })) => {
@@ -158,11 +188,15 @@ impl<'a> Target<'a> {
                 }
             }
             Message::Commit { connection } => {
-                if let Some(Waiting { batch, restored, held }) = self.waiting.remove(&connection) {
-                    self.claim.has_taken();
-                    self.answer(&Message::Taken { connection });
-                    self.batches[batch].taken.push((connection, restored, held));
-                    self.decided(batch);
+                let id = connection;
+                if let Some(Waiting { name, batch, place, held }) = self.waiting.remove(&id) {
+                    match place {
+                        Place::Restored(restored) => self.take(id, batch, restored, held),
+                        Place::Behind(connection) => {
+                            let connection = *connection;
+                            self.committed.push(Committed { id, name, batch, connection, held });
+                        }
+                    }
                 }
             }
             Message::Abort { connection, .. } => {
@@ -214,31 +248,81 @@ impl<'a> Target<'a> {
         }
         let number = self.batches.len();
         self.batches.push(Batch { lock: Some(lock), undecided: batch.len(), taken: Vec::new() });
-        let mut outcomes = Vec::with_capacity(batch.len());
-        let keyed = batch.into_iter().map(|Arriving { id, name, connection }| {
+        let mut diag = Diag::open()?;
+        let (behind, free): (Vec<_>, Vec<_>) =
+            batch.into_iter().partition(|arriving| is_in_use(&mut diag, &arriving.connection));
+        for Arriving { id, name, connection } in behind {
+            match connection.validate() {
+                Ok(()) => {
+                    let flow = connection.flow();
+                    self.ready(id, name, number, flow, Place::Behind(Box::new(connection)));
+                }
+                Err(error) => self.give_up_of(number, id, &name, error.into()),
+            }
+        }
+        let mut outcomes = Vec::with_capacity(free.len());
+        let keyed = free.into_iter().map(|Arriving { id, name, connection }| {
             let flow = connection.flow();
             ((id, name, flow), connection)
         });
         bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
         for ((id, name, flow), outcome) in outcomes {
-            let checked = outcome.map_err(Into::into).and_then(|restored| {
-                self.reports.add(&name, &restored)?;
-                Ok(restored)
-            });
-            match checked {
-                Ok(restored) => {
-                    let held = Held { flow, packets: Vec::new() };
-                    self.waiting.insert(id, Waiting { batch: number, restored, held });
-                    self.deaf.get_or_insert_with(Deaf::begin);
-                    self.answer(&Message::Ready { connection: id });
-                }
-                Err(error) => {
-                    self.give_up(id, &name, error);
-                    self.decided(number);
-                }
+            match self.check(&name, outcome) {
+                Ok(restored) => self.ready(id, name, number, flow, Place::Restored(restored)),
+                Err(error) => self.give_up_of(number, id, &name, error),
             }
         }
         Ok(())
+    }
+
+    fn check(&mut self, name: &str, outcome: soccr::Result<Restored>) -> Result<Restored> {
+        let restored = outcome?;
+        self.reports.add(name, &restored)?;
+        Ok(restored)
+    }
+
+    fn ready(&mut self, id: u32, name: String, batch: usize, flow: Flow, place: Place) {
+        let held = Held { flow, packets: Vec::new() };
+        self.waiting.insert(id, Waiting { name, batch, place, held });
+        self.deaf.get_or_insert_with(Deaf::begin);
+        self.answer(&Message::Ready { connection: id });
+    }
+
+    /// Restores what has been waiting for the COMMIT. What that fails for the source gets back.
+    fn restore_committed(&mut self) {
+        if self.committed.is_empty() {
+            return;
+        }
+        let committed = std::mem::take(&mut self.committed);
+        let flows: Vec<Flow> = committed.iter().map(|committed| committed.held.flow).collect();
+        // The source has begun to stay silent about what leaves it.
+        if let Err(error) = silence::lift(&flows) {
+            exit::complain(&exit::line(&error));
+        }
+        let mut outcomes = Vec::with_capacity(committed.len());
+        let keyed = committed
+            .into_iter()
+            .map(|Committed { id, name, batch, connection, held }| ((id, name, batch, held), connection));
+        bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
+        for ((id, name, batch, held), outcome) in outcomes {
+            match self.check(&name, outcome) {
+                Ok(restored) => self.take(id, batch, restored, held),
+                Err(error) => self.give_up_of(batch, id, &name, error),
+            }
+        }
+    }
+
+    /// It is ours.
+    fn take(&mut self, id: u32, batch: usize, restored: Restored, held: Held) {
+        self.claim.has_taken();
+        self.answer(&Message::Taken { connection: id });
+        self.batches[batch].taken.push((id, restored, held));
+        self.decided(batch);
+    }
+
+    fn give_up_of(&mut self, batch: usize, id: u32, name: &str, error: anyhow::Error) {
+        self.give_up(id, name, error);
+        self.decided(batch);
     }
 
     fn give_up(&mut self, id: u32, name: &str, error: anyhow::Error) {
@@ -294,6 +378,7 @@ impl<'a> Target<'a> {
     /// The source has said its last word. What it has not let go of is closed, silently.
     pub(crate) fn end(mut self) -> Arrived {
         self.waiting.clear();
+        self.restore_committed();
         for batch in 0..self.batches.len() {
             self.resume(batch);
         }
@@ -308,6 +393,18 @@ impl<'a> Target<'a> {
         let streams = self.streams.into_values().collect();
         Arrived { deaf: self.deaf, streams, answered, failed: self.failed, lost: self.lost }
     }
+}
+
+/// A socket in this namespace has the same pair of addresses, as that of the source may. What cannot be found out shows when
+/// the connection is restored.
+fn is_in_use(diag: &mut Diag, connection: &Connection) -> bool {
+    let plain = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+    let ends = match connection.local.ip().to_canonical() {
+        IpAddr::V4(_) => [plain(connection.local), plain(connection.remote)],
+        IpAddr::V6(_) => [connection.local, connection.remote],
+    };
+    diag.find(ends[0], ends[1], |socket| socket.state != State::TimeWait)
+        .is_ok_and(|found| found == Some(true))
 }
 
 /// The source would have to be waited for.

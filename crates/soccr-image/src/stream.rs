@@ -89,9 +89,12 @@
 //! | TAKEN | target has it | it had it |
 //!
 //! So the target resumes only what it has said TAKEN for, and the source never lets both go and stay: once it has said
-//! COMMIT, it takes a connection back only from a target that is *gone*, not from a slow one. A relay between the two that
+//! COMMIT, it takes a connection back only from a target that is *gone* or says REFUSED, not from a slow one. A relay between the two that
 //! breaks while both ends live on, between COMMIT and TAKEN, leaves no certainty to anybody; a source that knows of such a relay
 //! reports the connection lost rather than risk two.
+//!
+//! **In one network namespace** the socket of the source is in the way of a new one until the COMMIT. There the target says READY for
+//! what is valid, restores it behind the COMMIT, and answers TAKEN then; or REFUSED, and the source restores it from its value.
 //!
 //! Without a way back (BEGIN without answers) the source detaches and commits unasked; it cannot know what became of it.
 //!

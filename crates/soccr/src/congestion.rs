@@ -120,7 +120,7 @@ fn change(fd: BorrowedFd<'_>, first: &[u8], algorithm: &[u8]) -> io::Result<()> 
         .and_then(|()| set(algorithm).or_else(|_| set(algorithm)).or_else(|error| set(RENO).and(Err(error))))
 }
 
-/// Does in advance what the first [`restore`](crate::Connection::restore) of a process takes about 20 ms for, while
+/// Does in advance what the first [`restore`](crate::Connection::restore) of a process takes about 10 ms for, while
 /// packets wait: loading the BPF programs that bring the congestion window back.
 ///
 /// Where that is not allowed, nothing happens, and the [`Report`](crate::Report) of each connection says why.

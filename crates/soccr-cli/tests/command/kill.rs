@@ -58,13 +58,18 @@ const BOUNDARIES: [Boundary; 9] = [
     Boundary(End::Target, END),
 ];
 
+/// Every boundary, for a move to another host and for one to another program of the same.
+fn moves() -> impl Iterator<Item = (Side, Boundary)> {
+    [Side::B, Side::A].into_iter().flat_map(|goal| BOUNDARIES.map(|boundary| (goal, boundary)))
+}
+
 fn a_killed_source_leaves_one_connection() {
     if !installed("python3") {
         return;
     }
-    for boundary in BOUNDARIES {
-        let mut moving = Move::new(1);
-        eprintln!("the source dies at {boundary:?}");
+    for (goal, boundary) in moves() {
+        let mut moving = Move::to(goal, 1);
+        eprintln!("the source dies at {boundary:?}, to {goal:?}");
         let status = hand_over(&moving, End::Source, boundary, Signal::KILL);
         assert_eq!(status.code(), None, "{boundary:?}: killed");
         let stays = [PREAMBLE, BEGIN, CONNECTION, READY].contains(&boundary.1);
@@ -74,7 +79,7 @@ fn a_killed_source_leaves_one_connection() {
             moving.assert_lives_at(Side::A, "old ");
             assert_nobody_has_it(&moving);
         } else {
-            moving.assert_lives_at(Side::B, "new ");
+            moving.assert_lives_at(goal, "new ");
             moving.clients.clear();
             assert_eq!(moving.old.output(), "errno 103\n", "{boundary:?}");
         }
@@ -85,16 +90,16 @@ fn a_killed_target_leaves_one_connection() {
     if !installed("python3") {
         return;
     }
-    for boundary in BOUNDARIES {
-        let mut moving = Move::new(1);
-        eprintln!("the target dies at {boundary:?}");
+    for (goal, boundary) in moves() {
+        let mut moving = Move::to(goal, 1);
+        eprintln!("the target dies at {boundary:?}, to {goal:?}");
         let status = hand_over(&moving, End::Target, boundary, Signal::KILL);
         let was_taken = matches!(boundary, Boundary(_, TAKEN | END));
         assert_nobody_has_it(&moving);
         if was_taken {
             assert_eq!(status.code(), Some(0), "{boundary:?}");
             // It was the target's, and ends with it like any connection of a process that is killed.
-            moving.lab.steer(Side::B).unwrap();
+            moving.lab.steer(goal).unwrap();
             let mut client = moving.clients.remove(0);
             let _ = client.write_all(b"more");
             assert!(!matches!(client.read(&mut [0]), Ok(1..)), "{boundary:?}");
@@ -188,8 +193,11 @@ fn a_socket_does_not_stay_in_repair() {
     assert!(steps > 7, "it was killed in repair mode");
 }
 
-/// On the host to which the connection did not go.
+/// On the host to which the connection did not go, where that is not the one on which it stays.
 fn assert_nobody_has_it(moving: &Move) {
+    if moving.goal == Side::A {
+        return;
+    }
     let pid = moving.beside.pid();
     wait_until("the target has given up", || {
         json(&["list", "--json", "--netns", &pid]).iter().all(|socket| socket["savable"] == false)

@@ -4,15 +4,18 @@ use std::io::{Read, Seek, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
+use soccr_image::stream::{Message, Writer};
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, hear, installed, json, python, server,
-    soccr,
+    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, json,
+    python, server, soccr,
 };
 
 crate::tests![
     a_connection_moves_to_another_host,
+    connections_move_to_another_program_of_the_same_host,
+    what_cannot_be_restored_behind_the_commit_comes_back,
     a_connection_moves_through_a_one_way_pipe,
     what_the_target_refuses_stays,
     one_that_fails_does_not_hurt_the_others,
@@ -26,12 +29,18 @@ pub struct Move {
     pub lab: Lab,
     pub old: Program,
     pub clients: Vec<TcpStream>,
-    /// A process on `b`: where its network is.
+    /// A process where the connections are to go: it shows which network that is.
     pub beside: Program,
+    /// That host.
+    pub goal: Side,
 }
 
 impl Move {
     pub fn new(connections: usize) -> Self {
+        Self::to(Side::B, connections)
+    }
+
+    pub fn to(goal: Side, connections: usize) -> Self {
         let lab = Lab::new().unwrap();
         let old = lab.a.run(|| server("old ", connections));
         let mut clients = Vec::new();
@@ -40,11 +49,12 @@ impl Move {
             assert_eq!(ask(&mut client, "one", "old "), "old one");
             clients.push(client);
         }
-        let beside = lab.b.run(|| Program::start(Command::new("sleep").arg("1000")));
-        Self { lab, old, clients, beside }
+        let host = if goal == Side::A { &lab.a } else { &lab.b };
+        let beside = host.run(|| Program::start(Command::new("sleep").arg("1000")));
+        Self { lab, old, clients, beside, goal }
     }
 
-    /// The shell command that receives on `b`.
+    /// The shell command that receives there.
     pub fn receive(&self) -> String {
         format!("{SOCCR} receive --netns {} -- python3 -c '{HEIR}' 'new '", self.beside.pid())
     }
@@ -95,11 +105,48 @@ fn a_connection_moves_to_another_host() {
     moving.end();
 }
 
-fn a_connection_moves_through_a_one_way_pipe() {
+fn connections_move_to_another_program_of_the_same_host() {
     if !installed("python3") {
         return;
     }
-    let mut moving = Move::new(2);
+    // More than are answered at a time.
+    let mut moving = Move::to(Side::A, 300);
+    assert_eq!(moving.try_send(&["--all", "--via", &moving.receive()]), (0, String::new()));
+    moving.assert_lives_at(Side::A, "new ");
+    moving.clients.clear();
+}
+
+fn what_cannot_be_restored_behind_the_commit_comes_back() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::to(Side::A, 1);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("answers");
+    let mut answers = Writer::new(std::fs::File::create(&path).unwrap()).unwrap();
+    answers.send(&Message::Ready { connection: 1 }).unwrap();
+    answers.send(&Message::Refused { connection: 1, reason: "no room".into() }).unwrap();
+    answers.finish().unwrap();
+    let target = format!("cat {}; cat > /dev/null", path.display());
+    let (code, complaint) = moving.try_send(&["--all", "--via", &target]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(complaint.contains("stays: the target cannot restore it: no room"), "{complaint}");
+    assert_runs(&moving.old.pid());
+    moving.lab.a.run(assert_unlocked);
+    moving.assert_lives_at(Side::A, "old ");
+}
+
+fn a_connection_moves_through_a_one_way_pipe() {
+    for goal in [Side::B, Side::A] {
+        one_way(goal);
+    }
+}
+
+fn one_way(goal: Side) {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::to(goal, 2);
     let (mut send, receive) = (moving.send(&["--all"]), moving.receive());
     let mut source = send.stdout(Stdio::piped()).spawn().unwrap();
     let mut shell = Command::new("sh");
@@ -112,7 +159,7 @@ fn a_connection_moves_through_a_one_way_pipe() {
         let sockets = json(&["list", "--json", "--netns", &pid]);
         sockets.iter().filter(|socket| socket["savable"] == true).count() == 2
     });
-    moving.assert_lives_at(Side::B, "new ");
+    moving.assert_lives_at(goal, "new ");
     drop(target);
 }
 

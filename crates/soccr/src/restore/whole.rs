@@ -131,7 +131,10 @@ impl Connection {
             && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
                 .iter()
                 .all(|(now, before)| now == before || *before == 0);
-        let algorithm = tcp::congestion(fd)?;
+        let algorithm = match tcp::congestion(fd) {
+            Ok(algorithm) => algorithm,
+            Err(error) => return Ok((info, Some(error.to_string()))),
+        };
         if is_back {
             let restarted = congestion::restart(fd, &algorithm);
             return Ok((info, restarted.err().map(|reason| reason.to_string())));
