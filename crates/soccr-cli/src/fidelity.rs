@@ -1,5 +1,6 @@
 //! What came back of a connection, and what did not: told, written down, or insisted on.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -26,11 +27,13 @@ pub(crate) struct Demands {
 pub(crate) struct Reports<'a> {
     demands: &'a Demands,
     all: Vec<Json>,
+    /// What is missing and why: the first time in words, and how often.
+    missing: BTreeMap<[String; 2], (String, usize)>,
 }
 
 impl Demands {
     pub(crate) fn reports(&self) -> Reports<'_> {
-        Reports { demands: self, all: Vec::new() }
+        Reports { demands: self, all: Vec::new(), missing: BTreeMap::new() }
     }
 }
 
@@ -41,7 +44,8 @@ impl Reports<'_> {
             restored.report().strict()?;
         }
         for missing in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
-            exit::complain(&format!("not brought back: {missing}"));
+            let what = [missing.name(), missing.reason()].map(str::to_owned);
+            self.missing.entry(what).or_insert_with(|| (missing.to_string(), 0)).1 += 1;
         }
         if self.demands.report.is_some() {
             let values: Vec<Json> = restored.report().iter().map(value).collect();
@@ -50,8 +54,12 @@ impl Reports<'_> {
         Ok(())
     }
 
-    /// Writes the file, where one is asked for.
-    pub(crate) fn write(&self) -> Result<()> {
+    /// Says what is missing, and writes the file, where one is asked for.
+    pub(crate) fn tell(&self) -> Result<()> {
+        for (first, count) in self.missing.values() {
+            let more = if *count > 1 { format!(" ({count} connections)") } else { String::new() };
+            exit::complain(&format!("not brought back: {first}{more}"));
+        }
         let Some(path) = &self.demands.report else { return Ok(()) };
         let write = || {
             let mut file = AtomicFile::create(path)?;

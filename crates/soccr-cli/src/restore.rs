@@ -62,7 +62,7 @@ impl Restore {
         let deaf = Deaf::begin();
         let mut reports = self.demands.reports();
         reports.add("", &restored)?;
-        reports.write()?;
+        reports.tell()?;
         silence::lift(&[connection.flow()])?;
         lock.release()?;
         recipient.give(vec![restored.resume()?], deaf)

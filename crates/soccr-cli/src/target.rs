@@ -382,7 +382,7 @@ impl<'a> Target<'a> {
         for batch in 0..self.batches.len() {
             self.resume(batch);
         }
-        if let Err(error) = self.reports.write() {
+        if let Err(error) = self.reports.tell() {
             exit::complain(&exit::line(&error));
         }
         let answered = self.answers.is_some();

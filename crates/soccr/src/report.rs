@@ -183,11 +183,13 @@ impl Report {
                     self.number(name, [before.as_micros() as u64, after.into()], fidelity, reason);
                 }
             }
-            for (name, before, after) in [
-                ("snd_cwnd", path.snd_cwnd, info.snd_cwnd),
-                ("snd_ssthresh", path.snd_ssthresh, info.snd_ssthresh),
+            // A larger window is no loss, but a threshold that is not there is.
+            let unwidened = unwritten.clone().filter(|_| info.snd_cwnd < path.snd_cwnd);
+            for (name, before, after, unwritten) in [
+                ("snd_cwnd", path.snd_cwnd, info.snd_cwnd, &unwidened),
+                ("snd_ssthresh", path.snd_ssthresh, info.snd_ssthresh, &unwritten),
             ] {
-                let (fidelity, reason) = judged(&unwritten);
+                let (fidelity, reason) = judged(unwritten);
                 self.number(name, [before.into(), after.into()], fidelity, reason);
             }
             self.approximate("rcv_ssthresh", [path.rcv_ssthresh.into(), info.rcv_ssthresh.into()], "");
