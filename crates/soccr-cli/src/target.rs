@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -30,6 +31,9 @@ use crate::{exit, silence};
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 16 << 20;
 
+/// How long a batch waits for what is still announced. Each one takes about a millisecond by itself.
+const PATIENCE: Duration = Duration::from_millis(2);
+
 /// Takes connections from a source.
 #[derive(Debug)]
 pub(crate) struct Target<'a> {
@@ -39,6 +43,8 @@ pub(crate) struct Target<'a> {
     locker: Locker,
     maps: &'a [AddressMap],
     reports: Reports<'a>,
+    /// How many connections are still to come, as the source has said.
+    announced: usize,
     /// How many more connections the recipient can take.
     room: usize,
     /// The numbers that the source has used.
@@ -126,6 +132,7 @@ impl<'a> Target<'a> {
             locker: Locker::new(Mode::HOLD)?,
             maps,
             reports,
+            announced: 0,
             room,
             numbers: HashSet::new(),
             arriving: Vec::new(),
@@ -149,7 +156,7 @@ impl<'a> Target<'a> {
         let mut reader = Reader::new(input).context("standard input")?;
         loop {
             let full = self.arriving.len() >= BATCH || self.arriving_bytes >= BATCH_BYTES;
-            let idle = buffered.get() == 0 && !is_readable(&more);
+            let idle = buffered.get() == 0 && !is_readable(&more, self.patience());
             if full || idle {
                 self.restore()?;
             }
@@ -158,6 +165,7 @@ impl<'a> Target<'a> {
             }
             match reader.receive() {
                 Ok(Some(Message::Connection { id, name, connection })) => {
+                    self.announced = self.announced.saturating_sub(1);
                     self.arriving_bytes += connection.receive_queue.len() + connection.send_queue.len();
                     self.arriving.push(Arriving { id, name, connection });
                 }
@@ -174,10 +182,18 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// How long it is worth waiting for more, before what has come is restored.
+    fn patience(&self) -> Duration {
+        let more_arrive = !self.arriving.is_empty() && self.announced > 0;
+        let more_are_let_go = !self.committed.is_empty() && !self.waiting.is_empty();
+        if more_arrive || more_are_let_go { PATIENCE } else { Duration::ZERO }
+    }
+
     fn hear(&mut self, message: Message) -> Result<()> {
         match message {
             Message::Begin { connections, answers } => {
                 Needs { connections: connections as usize, ..Needs::default() }.check()?;
+                self.announced = connections as usize;
                 if answers && self.answers.is_none() {
                     self.answers = Some(Writer::new(Answers)?);
                 }
@@ -407,10 +423,11 @@ fn is_in_use(diag: &mut Diag, connection: &Connection) -> bool {
         .is_ok_and(|found| found == Some(true))
 }
 
-/// The source would have to be waited for.
-fn is_readable(input: &File) -> bool {
+/// The source has said something, or says it in time.
+fn is_readable(input: &File, patience: Duration) -> bool {
     let mut events = [PollFd::new(input, PollFlags::IN)];
-    poll(&mut events, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|count| count > 0)
+    let patience = Timespec { tv_sec: 0, tv_nsec: patience.subsec_nanos().into() };
+    poll(&mut events, Some(&patience)).is_ok_and(|count| count > 0)
 }
 
 /// Standard input, and how much of it has been read ahead.
