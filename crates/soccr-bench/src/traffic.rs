@@ -45,6 +45,7 @@ const MESSAGE: usize = 64;
 /// Enough has flowed that a move meets a connection in full flight.
 const SETTLED_BYTES: u64 = 2 << 20;
 const SETTLED_MESSAGES: u64 = 20;
+const SETTLED_SILENCE: Duration = Duration::from_millis(5);
 /// Data flows again within this time, or the connection is lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -55,6 +56,14 @@ struct Heard {
     last: AtomicU64,
     longest: AtomicU64,
     stop: AtomicBool,
+}
+
+impl Heard {
+    fn note(&self, time: u64, length: usize) {
+        let silence = time.saturating_sub(self.last.swap(time, Relaxed));
+        self.longest.fetch_max(silence, Relaxed);
+        self.bytes.fetch_add(length as u64, Relaxed);
+    }
 }
 
 /// A connection that carries a pattern: our end, which moves, and a thread that is the peer.
@@ -74,7 +83,7 @@ pub(crate) struct Traffic {
 /// How long a move took, as seen from both sides.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Felt {
-    /// The longest time without a new byte, or without an answer.
+    /// The longest time without a new byte, or without an answer: at the peer, or where that only sends, at our end.
     pub(crate) silence: Duration,
 }
 
@@ -105,13 +114,21 @@ impl Traffic {
         })
     }
 
-    /// Carries on until the connection is in full flight.
+    /// Carries on until the connection is in full flight, without a silence of its own.
     pub(crate) fn settle(&mut self, rtt: Duration) -> Result<()> {
-        let (begin, before) = (Instant::now(), self.heard.bytes.load(Relaxed));
-        let goal =
-            if self.pattern == Pattern::Request { SETTLED_MESSAGES * MESSAGE as u64 } else { SETTLED_BYTES };
+        let is_request = self.pattern == Pattern::Request;
+        let goal = if is_request { SETTLED_MESSAGES * MESSAGE as u64 } else { SETTLED_BYTES };
         let least = Duration::from_millis(20) + 2 * rtt;
-        self.carry(|heard| heard.bytes.load(Relaxed) - before >= goal && begin.elapsed() > least)
+        let begin = Instant::now();
+        loop {
+            let (start, before) = (Instant::now(), self.heard.bytes.load(Relaxed));
+            self.heard.longest.store(0, Relaxed);
+            self.carry(|heard| heard.bytes.load(Relaxed) - before >= goal && start.elapsed() > least)?;
+            let silence = Duration::from_nanos(self.heard.longest.load(Relaxed));
+            if is_request || silence < SETTLED_SILENCE || begin.elapsed() > PATIENCE {
+                return Ok(());
+            }
+        }
     }
 
     /// Carries on for so long; notes when how many bytes had been heard.
@@ -125,7 +142,7 @@ impl Traffic {
 
     /// Moves the connection within its host, and keeps it locked for this time: saves it at the beginning, restores it
     /// at the end, or as long before as that took the last time.
-    pub(crate) fn move_once(&mut self, locker: &Locker, time: Duration) -> Result<Felt> {
+    pub(crate) fn move_once(&mut self, locker: &Locker, time: Duration, rtt: Duration) -> Result<Felt> {
         let stream = self.stream.take().context("no connection")?;
         let flow = Flow::of(&stream)?;
         self.heard.longest.store(0, Relaxed);
@@ -134,7 +151,7 @@ impl Traffic {
         let paused = soccr::pause(&stream)?;
         let connection = paused.save()?;
         paused.detach()?;
-        std::thread::sleep(time.saturating_sub(locked.elapsed() + self.restoring));
+        wait_until(locked + time.saturating_sub(self.restoring));
         let waited = Instant::now();
         let restored = connection.restore()?;
         self.restoring = waited.elapsed();
@@ -152,7 +169,8 @@ impl Traffic {
                 first = (heard.bytes.load(Relaxed) > news).then(|| heard.last.load(Relaxed));
                 first.is_some()
             } else {
-                heard.last.load(Relaxed) > resumed
+                // What was on its way before has arrived by then.
+                heard.last.load(Relaxed) > resumed + rtt.as_nanos() as u64
             }
         })?;
         let silence = match first {
@@ -202,8 +220,7 @@ impl Traffic {
             bail!("the peer has ended the connection");
         }
         if self.pattern == Pattern::Upload {
-            self.heard.bytes.fetch_add(length as u64, Relaxed);
-            self.heard.last.store(self.start.elapsed().as_nanos() as u64, Relaxed);
+            self.heard.note(self.start.elapsed().as_nanos() as u64, length);
         } else {
             // Messages are short: the kernel takes each as a whole.
             stream.write_all(&self.buffer[..length])?;
@@ -228,12 +245,7 @@ fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instan
     let mut buffer = vec![0; 256 << 10];
     let mut pace = Pace::default();
     let now = || start.elapsed().as_nanos() as u64;
-    let listen = |length: usize| {
-        let time = now();
-        let silence = time - heard.last.swap(time, Relaxed);
-        heard.longest.fetch_max(silence, Relaxed);
-        heard.bytes.fetch_add(length as u64, Relaxed);
-    };
+    let listen = |length| heard.note(now(), length);
     if set_prompt_timers().is_err() {
         return;
     }
@@ -257,6 +269,15 @@ fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instan
         if went_on.is_err() {
             return;
         }
+    }
+}
+
+/// Sleeps, but for the last moment: a sleeper wakes up late.
+fn wait_until(time: Instant) {
+    const LATE: Duration = Duration::from_micros(200);
+    std::thread::sleep(time.saturating_duration_since(Instant::now()).saturating_sub(LATE));
+    while Instant::now() < time {
+        std::hint::spin_loop();
     }
 }
 

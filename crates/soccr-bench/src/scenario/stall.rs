@@ -55,10 +55,10 @@ fn one(
     let (budget, least) = if full { (Duration::ZERO, 100) } else { (Duration::from_millis(800), 3) };
     // The first move finds nothing in any cache.
     traffic.settle(rtt)?;
-    traffic.move_once(&locker, Duration::ZERO)?;
+    traffic.move_once(&locker, Duration::ZERO, rtt)?;
     repeat(budget, least, |_| {
         traffic.settle(rtt)?;
-        silences.push(traffic.move_once(&locker, lock)?.silence);
+        silences.push(traffic.move_once(&locker, lock, rtt)?.silence);
         Ok::<_, anyhow::Error>(())
     })?;
     Ok(silences)
@@ -77,12 +77,12 @@ fn plot(directory: &Path) -> Result<()> {
             let locker = Locker::new(mode)?;
             let mut traffic = Traffic::start(&pair, Pattern::Upload)?;
             traffic.settle(Duration::ZERO)?;
-            traffic.move_once(&locker, Duration::ZERO)?;
+            traffic.move_once(&locker, Duration::ZERO, Duration::ZERO)?;
             traffic.settle(Duration::ZERO)?;
             let mut notes = Vec::new();
             traffic.watch(BEFORE, &mut notes)?;
             let moved = Instant::now();
-            traffic.move_once(&locker, LOCK)?;
+            traffic.move_once(&locker, LOCK, Duration::ZERO)?;
             traffic.watch(AFTER, &mut notes)?;
             Ok::<_, anyhow::Error>((moved, notes))
         })?;
