@@ -20,8 +20,8 @@ use crate::{descriptors, exit, via};
 /// Move connections of running processes through a pipe
 ///
 /// The processes are stopped while their connections move, and what the peers send meanwhile is held and sent along. With --via a
-/// connection leaves only when the target has said that it has it; whatever breaks before leaves it where it is, and
-/// the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
+/// connection leaves only when the target has said that it has it, or, in the same network, that it can have it;
+/// whatever breaks before leaves it where it is, and the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
 ///
 /// Without --via the stream goes to standard output. There is no way back then: a connection leaves as soon as it has been
 /// written, and whether it arrived nobody can know here.
@@ -46,7 +46,7 @@ pub(crate) struct Send {
     /// All connections with this port at either end, of the process or of all; may be repeated
     #[arg(long, value_name = "PORT")]
     port: Vec<u16>,
-    /// Run this command of the shell as the target, with both its ends connected
+    /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
     /// How many seconds the target may take to answer, and to read on
@@ -94,10 +94,13 @@ impl Send {
         let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
         let keeper = Keeper::start(&sockets, &process::sharing(&inodes)?)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
-        let via = self.via.as_deref().map(|line| via::Via::start(line, limits.answer)).transpose()?;
+        let via = self.via.as_deref().map(via::Started::new).transpose()?;
         network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
         let outcome = match via {
-            Some((via, output)) => Source::new(captives, keeper, limits)?.hand_over(via, output)?,
+            Some(started) => {
+                let (via, output) = started.listen(limits.answer)?;
+                Source::new(captives, keeper, limits)?.hand_over(via, output)?
+            }
             None => {
                 let output = via::Output::new(rustix::stdio::stdout().try_clone_to_owned()?, limits.answer);
                 Source::new(captives, keeper, limits)?.push(output)?

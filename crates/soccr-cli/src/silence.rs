@@ -46,12 +46,15 @@ impl Silence {
 
     /// The connections have left for good, but for those that stay.
     pub(crate) fn stay_without(self, staying: &[Flow]) -> Result<()> {
-        if let Some(lock) = &self.lock {
-            let here: Vec<Flow> = lock.flows.iter().filter(|flow| staying.contains(flow)).copied().collect();
-            lock.unlock(&here)?;
-        }
+        let unlocked = match &self.lock {
+            Some(lock) => {
+                let here = lock.flows.iter().filter(|flow| staying.contains(flow)).copied();
+                lock.unlock(&here.collect::<Vec<_>>())
+            }
+            None => Ok(()),
+        };
         self.stay();
-        Ok(())
+        Ok(unlocked?)
     }
 
     /// The connections have left for good.

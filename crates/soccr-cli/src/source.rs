@@ -2,7 +2,7 @@
 //!
 //! The words and their order are those of [`soccr_image::stream`]. Until its COMMIT a connection lives on in its process, kept silent
 //! by the lock alone; see [`captive`](crate::captive). With its COMMIT it leaves. Where the COMMIT could not be written, or
-//! the target is known to have ended without a TAKEN, the process gets it back in the same socket.
+//! the target is known to have ended without a TAKEN, or cannot restore it, the process gets it back in the same socket.
 
 use std::time::{Duration, Instant};
 
@@ -60,7 +60,7 @@ enum Stage {
     Here,
     /// Sent, and in its process as well.
     Sent(ControlBlock),
-    /// The target has it in place.
+    /// The target has it in place, or can have it.
     Ready(ControlBlock),
     /// COMMIT is said: only this value is left here.
     Left(Box<Connection>),
@@ -231,8 +231,6 @@ impl Source {
         for item in &mut self.items {
             item.settle(reason, certain, &mut self.keeper);
         }
-        // Where the packets cannot be had any longer, the peers send them again.
-        let _ = self.collect();
         let mut staying = Vec::new();
         for item in self.items {
             match item.stage {
@@ -250,9 +248,9 @@ impl Source {
                 exit::complain(&exit::line(&error));
             }
         }
-        if let Err(error) = self.lock.release() {
-            exit::complain(&error.to_string());
-        }
+        // What has been held since: for those that have a socket in this network, here or at the target. The rest is thrown
+        // away: it would draw a reset.
+        drop(self.lock);
         outcome
     }
 }
@@ -294,12 +292,11 @@ impl Item {
                 self.stays(&format!("the target refuses it: {reason}"))
             }
             // Only behind the COMMIT it could try.
-            (Stage::Left(connection), Answered::Refused(reason)) => {
-                self.come_back(
-                    &connection.clone(),
-                    &format!("the target cannot restore it: {reason}"),
-                    keeper,
-                );
+            (Stage::Left(_), Answered::Refused(reason)) => {
+                if let Stage::Left(connection) = std::mem::replace(&mut self.stage, Stage::Stays) {
+                    let reason = format!("the target cannot restore it: {reason}");
+                    self.come_back(&connection, &reason, keeper);
+                }
             }
             (Stage::Sent(_), answered @ Answered::Ready) | (Stage::Left(_), answered @ Answered::Taken) => {
                 self.assume(answered);

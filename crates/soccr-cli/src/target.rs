@@ -8,12 +8,12 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use soccr::bulk::{self, Needs};
 use soccr::connection::State;
 use soccr::diag::Diag;
@@ -258,15 +258,18 @@ impl<'a> Target<'a> {
     }
 
     fn restore_locked(&mut self, batch: Vec<Arriving>, lock: Lock) -> Result<()> {
-        // They may have left this host not long ago. Our own lock keeps them silent from here on.
-        if let Err(error) = silence::lift(lock.flows()) {
-            exit::complain(&exit::line(&error));
-        }
         let number = self.batches.len();
         self.batches.push(Batch { lock: Some(lock), undecided: batch.len(), taken: Vec::new() });
-        let mut diag = Diag::open()?;
+        // Where that cannot be found out, the restore tells.
+        let mut diag = Diag::open().ok();
+        let mut is_in_use = |flow: Flow| {
+            let state = diag.as_mut()?.find(flow.local, flow.remote, |socket| socket.state).ok()??;
+            Some(state != State::TimeWait)
+        };
         let (behind, free): (Vec<_>, Vec<_>) =
-            batch.into_iter().partition(|arriving| is_in_use(&mut diag, &arriving.connection));
+            batch.into_iter().partition(|arriving| is_in_use(arriving.connection.flow()) == Some(true));
+        // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
+        lift(&free.iter().map(|arriving| arriving.connection.flow()).collect::<Vec<_>>());
         for Arriving { id, name, connection } in behind {
             match connection.validate() {
                 Ok(()) => {
@@ -304,7 +307,7 @@ impl<'a> Target<'a> {
         self.answer(&Message::Ready { connection: id });
     }
 
-    /// Restores what has been waiting for the COMMIT. What that fails for the source gets back.
+    /// Restores what has been waiting for the COMMIT. A source that listens takes back what cannot be restored.
     fn restore_committed(&mut self) {
         if self.committed.is_empty() {
             return;
@@ -312,9 +315,7 @@ impl<'a> Target<'a> {
         let committed = std::mem::take(&mut self.committed);
         let flows: Vec<Flow> = committed.iter().map(|committed| committed.held.flow).collect();
         // The source has begun to stay silent about what leaves it.
-        if let Err(error) = silence::lift(&flows) {
-            exit::complain(&exit::line(&error));
-        }
+        lift(&flows);
         let mut outcomes = Vec::with_capacity(committed.len());
         let keyed = committed
             .into_iter()
@@ -323,6 +324,11 @@ impl<'a> Target<'a> {
         for ((id, name, batch, held), outcome) in outcomes {
             match self.check(&name, outcome) {
                 Ok(restored) => self.take(id, batch, restored, held),
+                Err(error) if self.answers.is_none() => {
+                    self.lost += 1;
+                    exit::complain(&format!("connection {id}: lost: {}", exit::line(&error)));
+                    self.decided(batch);
+                }
                 Err(error) => self.give_up_of(batch, id, &name, error),
             }
         }
@@ -411,22 +417,17 @@ impl<'a> Target<'a> {
     }
 }
 
-/// A socket in this namespace has the same pair of addresses, as that of the source may. What cannot be found out shows when
-/// the connection is restored.
-fn is_in_use(diag: &mut Diag, connection: &Connection) -> bool {
-    let plain = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
-    let ends = match connection.local.ip().to_canonical() {
-        IpAddr::V4(_) => [plain(connection.local), plain(connection.remote)],
-        IpAddr::V6(_) => [connection.local, connection.remote],
-    };
-    diag.find(ends[0], ends[1], |socket| socket.state != State::TimeWait)
-        .is_ok_and(|found| found == Some(true))
+/// Ends the silence about connections that are back.
+fn lift(flows: &[Flow]) {
+    if let Err(error) = silence::lift(flows) {
+        exit::complain(&exit::line(&error));
+    }
 }
 
 /// The source has said something, or says it in time.
 fn is_readable(input: &File, patience: Duration) -> bool {
     let mut events = [PollFd::new(input, PollFlags::IN)];
-    let patience = Timespec { tv_sec: 0, tv_nsec: patience.subsec_nanos().into() };
+    let patience = patience.try_into().expect("milliseconds fit");
     poll(&mut events, Some(&patience)).is_ok_and(|count| count > 0)
 }
 

@@ -62,6 +62,13 @@ pub(crate) enum Answer {
     Late,
 }
 
+/// A command that has been started, and that nobody listens to yet.
+#[derive(Debug)]
+pub(crate) struct Started {
+    lifeline: Lifeline,
+    child: Child,
+}
+
 /// A running command.
 #[derive(Debug)]
 pub(crate) struct Via {
@@ -70,14 +77,20 @@ pub(crate) struct Via {
     child: Child,
 }
 
-impl Via {
-    /// Runs a command of the shell. Its standard input is returned.
-    pub(crate) fn start(line: &str, limit: Duration) -> Result<(Self, Output)> {
+impl Started {
+    /// Runs a command of the shell, in the network of the calling thread.
+    pub(crate) fn new(line: &str) -> Result<Self> {
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(line).stdin(Stdio::piped()).stdout(Stdio::piped());
         descriptors::keep_limit_from(&mut command);
-        let (lifeline, mut child) =
+        let (lifeline, child) =
             Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
+        Ok(Self { lifeline, child })
+    }
+
+    /// Listens to it, on a thread. Its standard input is returned.
+    pub(crate) fn listen(self, limit: Duration) -> Result<(Via, Output)> {
+        let Self { lifeline, mut child } = self;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         let (stdin, stdout) = stdin.zip(stdout).context("--via: no pipes")?;
         let (send, answers) = channel();
@@ -91,9 +104,11 @@ impl Via {
             });
         })?;
         let stdin = stdin.as_fd().try_clone_to_owned().context("fcntl(F_DUPFD_CLOEXEC)")?;
-        Ok((Self { answers, lifeline, child }, Output::new(stdin, limit)))
+        Ok((Via { answers, lifeline, child }, Output::new(stdin, limit)))
     }
+}
 
+impl Via {
     /// Waits for an answer, until this instant.
     pub(crate) fn answer(&self, deadline: Instant) -> Answer {
         match self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

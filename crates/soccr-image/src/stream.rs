@@ -85,7 +85,7 @@
 //! |---|---|---|
 //! | nothing, CONNECTION | target closes it, silently | source resumes it |
 //! | READY | target closes it, silently | source resumes it |
-//! | COMMIT | target says TAKEN, which nobody hears, and has it | source restores it from its value: nothing was resumed there |
+//! | COMMIT | target says TAKEN, which nobody hears, and has it, if it can | source restores it from its value: nothing was resumed there |
 //! | TAKEN | target has it | it had it |
 //!
 //! So the target resumes only what it has said TAKEN for, and the source never lets both go and stay: once it has said

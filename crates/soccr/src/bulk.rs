@@ -96,7 +96,7 @@ pub fn restore<K: Send>(
     let fresh: [OnceLock<Settings>; 2] = Default::default();
     let work = |(key, mut connection): (K, Connection)| {
         let family = &fresh[usize::from(connection.local.is_ipv4())];
-        connection.settings.forget(family.get_or_init(|| settings_of_new(connection.local)));
+        connection.settings.forget_defaults(family.get_or_init(|| settings_of_new(connection.local)));
         (key, connection.restore())
     };
     pool::run(connections, cost, work, |(key, restored)| each(key, restored));

@@ -143,6 +143,12 @@ impl Diag {
         remote: SocketAddr,
         read: impl FnOnce(&Socket<'_>) -> T,
     ) -> Result<Option<T>> {
+        // The kernel finds IPv4 connections of IPv6 sockets, too.
+        let plain = |end: SocketAddr| match end.ip().to_canonical() {
+            address @ IpAddr::V4(_) => SocketAddr::new(address, end.port()),
+            IpAddr::V6(_) => end,
+        };
+        let (local, remote) = (plain(local), plain(remote));
         let family = family(local);
         let request =
             Request { family, states: ALL_STATES, local: Some(local), remote: Some(remote), dump: false };

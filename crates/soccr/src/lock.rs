@@ -187,7 +187,7 @@ impl Lock {
         &self.flows
     }
 
-    /// How many packets are held for these connections by now.
+    /// How many packets are held for these connections by now; segments that follow each other become one.
     pub fn held(&self) -> usize {
         self.shared.reader.as_ref().map_or(0, |reader| reader.capture().held(&self.flows))
     }
@@ -281,7 +281,13 @@ impl Shared {
     fn release(&self, flows: &[Flow]) -> Result<usize> {
         match &self.reader {
             _ if flows.is_empty() => Ok(0),
-            Some(reader) => reader.capture().release(flows, || self.delete(flows)),
+            Some(reader) => {
+                let released = reader.capture().release(flows, || self.delete(flows));
+                if !matches!(released, Ok(0)) {
+                    reader.tidy();
+                }
+                released
+            }
             None => self.delete(flows).map(|()| 0),
         }
     }
@@ -296,9 +302,8 @@ impl Shared {
 
     /// Whether there is a connection in the namespace of the lock. What cannot be found out counts as none.
     fn has_socket(&self, flow: &Flow) -> bool {
-        let ends = if flow.is_ipv4() { canonical(flow) } else { *flow };
         let found = self.with_table(|table| {
-            diag::beside(table.socket().as_fd(), |diag| diag.find(ends.local, ends.remote, |_| ()))
+            diag::beside(table.socket().as_fd(), |diag| diag.find(flow.local, flow.remote, |_| ()))
         });
         matches!(found, Ok(Some(())))
     }

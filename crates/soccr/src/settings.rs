@@ -110,7 +110,7 @@ impl Settings {
         for (place, row) in TABLE.iter().enumerate().filter(|(_, row)| row.applies(local)) {
             let is_set = |wanted: i32| {
                 settings.iter().any(
-                    |(name, _)| matches!(name, Name::Known(place) if TABLE[usize::from(*place)].is(wanted)),
+                    |(name, _)| matches!(name, Name::Known(place) if TABLE[usize::from(*place)].is_socket_option(wanted)),
                 )
             };
             let is_absent = match row.kind {
@@ -133,7 +133,7 @@ impl Settings {
     }
 
     /// Forgets what a new socket has anyway, with the options `fresh`: it need not be set.
-    pub(crate) fn forget(&mut self, fresh: &Self) {
+    pub(crate) fn forget_defaults(&mut self, fresh: &Self) {
         self.0.retain(|setting| {
             let Name::Known(place) = setting.0 else { return true };
             !TABLE[usize::from(place)].stands_alone() || !fresh.0.contains(setting)

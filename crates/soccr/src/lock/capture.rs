@@ -33,6 +33,8 @@ pub(super) struct Capture {
     group: u16,
     packets: Packets,
     next: u32,
+    /// What has been released, until its memory is given back.
+    spent: Vec<Run>,
 }
 
 /// What has been captured, in order, by connection.
@@ -80,7 +82,7 @@ impl Capture {
                         limit,
                         dropped: 0,
                     };
-                    return Ok(Self { socket, group, packets, next: 0 });
+                    return Ok(Self { socket, group, packets, next: 0, spent: Vec::new() });
                 }
                 // Another socket has this group.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EBUSY)) => {
@@ -179,13 +181,19 @@ impl Capture {
         outcome = outcome.and(self.replay(flows, &mut replays));
         self.forget(flows);
         let mut count = 0;
-        for replay in replays.into_values() {
-            match self.packets.finish(replay) {
+        for mut replay in replays.into_values() {
+            match self.packets.finish(&mut replay) {
                 Ok(replayed) => count += replayed,
                 Err(error) => outcome = outcome.and(Err(error)),
             }
+            self.spent.append(&mut replay.spent);
         }
         outcome.map(|()| count)
+    }
+
+    /// What has been released, to be dropped where nobody waits.
+    pub(super) fn take_spent(&mut self) -> Vec<Run> {
+        std::mem::take(&mut self.spent)
     }
 
     fn replay(&mut self, flows: &[Flow], replays: &mut HashMap<Flow, Replay>) -> Result<()> {
@@ -255,8 +263,8 @@ impl Packets {
         let flow = Flow { local: parsed.destination, remote: parsed.source };
         match self.flows.get_mut(&flow) {
             Some(Fate::Held { queue, acks, .. }) => {
-                let run_cost = bytes.len() + OVERHEAD;
-                if self.bytes + run_cost > self.limit && *acks > 1 {
+                let packet_cost = bytes.len() + OVERHEAD;
+                if self.bytes + packet_cost > self.limit && *acks > 1 {
                     // The last acknowledgement says what those before it said.
                     let last = queue.iter().rposition(is_pure_ack);
                     let mut index = 0;
@@ -269,7 +277,7 @@ impl Packets {
                     });
                     *acks = 1;
                 }
-                if self.bytes + run_cost > self.limit {
+                if self.bytes + packet_cost > self.limit {
                     // What the peer has sent last it also sends again.
                     self.dropped += 1;
                     return;
@@ -315,7 +323,7 @@ impl Packets {
         outcome
     }
 
-    fn finish(&self, replay: Replay) -> Result<usize> {
+    fn finish(&self, replay: &mut Replay) -> Result<usize> {
         self.injector(&replay.flow()).and_then(|injector| replay.finish(injector))
     }
 

@@ -61,9 +61,7 @@ impl Held {
         let mut replay = Replay::new(self.flow);
         for packet in &self.packets {
             let Some(parsed) = Parsed::new(packet) else { continue };
-            if parsed.source.is_ipv4() == canonical(&self.flow).is_ipv4()
-                && parsed.checksum(packet) != Checksum::Wrong
-            {
+            if parsed.source.is_ipv4() == self.flow.is_ipv4() && parsed.checksum(packet) != Checksum::Wrong {
                 replay.packet(&injector, Run::new(packet, parsed))?;
             }
         }
@@ -92,8 +90,8 @@ pub(super) struct Replay {
     count: usize,
     /// The end of what reaches furthest into the sequence space, and the sequence number behind it.
     furthest: Option<(Run, u32)>,
-    /// What has been injected. To give back the memory takes as long as that: not while the rest waits.
-    spent: Vec<Run>,
+    /// What has been injected. To give back the memory takes as long as that: not while anybody waits.
+    pub(super) spent: Vec<Run>,
 }
 
 impl Replay {
@@ -120,7 +118,7 @@ impl Replay {
     ///
     /// Its answers were dropped, where the lock was still on. It acknowledges at once what it gets a second
     /// time (RFC 9293 §3.10.7.4), and at any acknowledgement it sends what it may.
-    pub(super) fn finish(mut self, injector: &Injector) -> Result<usize> {
+    pub(super) fn finish(&mut self, injector: &Injector) -> Result<usize> {
         if let Some((mut run, _)) = self.furthest.take() {
             self.inject(injector, &mut run)?;
         }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -15,23 +16,37 @@ use super::capture::Capture;
 pub(super) struct Reader {
     capture: Mutex<Capture>,
     readable: OwnedFd,
-    stop: OwnedFd,
+    /// Counts up when there is more to do than to read.
+    wake: OwnedFd,
+    ended: AtomicBool,
 }
 
 impl Reader {
     /// Starts the thread. It ends when it is told to [stop](Self::stop).
     pub(super) fn start(capture: Capture) -> io::Result<Arc<Self>> {
         let readable = capture.socket().as_fd().try_clone_to_owned()?;
-        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
-        let reader = Arc::new(Self { capture: Mutex::new(capture), readable, stop });
+        let wake = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let reader =
+            Arc::new(Self { capture: Mutex::new(capture), readable, wake, ended: AtomicBool::new(false) });
         let shared = Arc::clone(&reader);
         thread::Builder::new().name("soccr-hold".into()).spawn(move || shared.run())?;
         Ok(reader)
     }
 
     pub(super) fn stop(&self) {
-        // An event counter that is written once cannot be full.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        self.ended.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// Lets the thread give back the memory of what has been released: that takes about as long as the release, and the
+    /// connections are not to wait for it.
+    pub(super) fn tidy(&self) {
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // An event counter is full only where it has been forgotten for ages.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
     pub(super) fn capture(&self) -> MutexGuard<'_, Capture> {
@@ -41,11 +56,19 @@ impl Reader {
     fn run(&self) {
         loop {
             let mut events =
-                [PollFd::new(&self.readable, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+                [PollFd::new(&self.readable, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
             match poll(&mut events, None) {
-                Ok(_) if events[1].revents().is_empty() => {}
+                Ok(_) => {}
                 Err(Errno::INTR) => continue,
-                _ => return,
+                Err(_) => return,
+            }
+            if !events[1].revents().is_empty() {
+                if self.ended.load(Ordering::Acquire) {
+                    return;
+                }
+                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                let spent = self.capture().take_spent();
+                drop(spent);
             }
             // Whoever takes or releases reads too, and reports.
             let _ = self.capture().read();

@@ -122,7 +122,8 @@ impl<'a> Transaction<'a> {
                 m.string(CHAIN_NAME, chain);
                 m.nested(CHAIN_HOOK, |h| {
                     h.be32(HOOK_NUMBER, hook);
-                    h.be32(HOOK_PRIORITY, PRIORITY_RAW as u32);
+                    // One that holds comes before one that only drops.
+                    h.be32(HOOK_PRIORITY, (PRIORITY_RAW + i32::from(!owned)) as u32);
                 });
                 m.string(CHAIN_TYPE, "filter");
             });

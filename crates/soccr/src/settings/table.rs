@@ -204,13 +204,14 @@ pub(crate) const TABLE: &[Row] = rows! {
 };
 
 impl Row {
-    /// Neither another option nor the route changes it.
+    /// Neither another option nor the route changes it: `IP_TOS` sets the priority, and a route may have a hop limit.
     pub(crate) fn stands_alone(&self) -> bool {
-        matches!(self.kind, Kind::Number { .. }) && !self.is(SO_PRIORITY)
+        let depends = ["SO_PRIORITY", "IP_TTL", "IPV6_UNICAST_HOPS"].contains(&self.name);
+        matches!(self.kind, Kind::Number { .. }) && !depends
     }
 
     /// It is this option of sockets.
-    pub(crate) fn is(&self, number: i32) -> bool {
+    pub(crate) fn is_socket_option(&self, number: i32) -> bool {
         (self.level, self.number) == (SOL_SOCKET, number)
     }
 
