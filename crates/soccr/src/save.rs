@@ -33,6 +33,14 @@ const ATTEMPTS: usize = 5;
 const PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mut Connection) -> Result<()> {
+    connection.local = local_address(fd)?;
+    let memory = buffers::read(fd)?;
+    connection.buffers = Some(memory.buffers);
+    connection.settings.read_into(fd, connection.local, memory.options);
+    connection.nonblocking = rustix::fs::fcntl_getfl(fd)
+        .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
+        .contains(rustix::fs::OFlags::NONBLOCK);
+    // Late, so that little can arrive between this and a detach.
     let mut attempts = 1;
     while let Err(error) = save_queues(fd, connection) {
         if attempts == ATTEMPTS || !is_change(&error) {
@@ -41,18 +49,11 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
         attempts += 1;
         std::thread::sleep(PAUSE);
     }
-    connection.local = local_address(fd)?;
     connection.remote = remote_address(fd, peer)?;
-    let memory = buffers::read(fd)?;
-    connection.buffers = Some(memory.buffers);
-    connection.settings.read_into(fd, connection.local, memory.options);
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 {
         connection.settings.read_keys(fd, connection.local, connection.remote)?;
     }
-    connection.nonblocking = rustix::fs::fcntl_getfl(fd)
-        .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
-        .contains(rustix::fs::OFlags::NONBLOCK);
     connection.validate()
 }
 

@@ -308,11 +308,15 @@ static void what_criu_has_dumped_comes_back(void)
 {
 	for (size_t i = 0; i < sizeof(dumped_by_criu) / sizeof(*dumped_by_criu); i++) {
 		struct libsoccr_sk_data data = dumped_by_criu[i].data, after;
+		struct libsoccr_lock *lock;
 		struct pair pair;
 		struct saved saved;
 
 		pair.self = kit_address(dumped_by_criu[i].address, dumped_by_criu[i].ports[0]);
 		pair.peer = kit_address(dumped_by_criu[i].address, dumped_by_criu[i].ports[1]);
+		/* Nobody is at the other end: an acknowledgement would draw a reset. */
+		kit_lock(&pair);
+		lock = pair.lock;
 		saved.data = data;
 		saved.receive_queue = calloc(1, data.inq_len + 1);
 		saved.send_queue = calloc(1, data.outq_len + 1);
@@ -332,6 +336,7 @@ static void what_criu_has_dumped_comes_back(void)
 		SAME(after.snd_wnd, data.snd_wnd);
 		SAME(after.rcv_wnd, data.rcv_wnd);
 		close(pair.here);
+		SAME(libsoccr_unlock(lock), 0);
 	}
 }
 
