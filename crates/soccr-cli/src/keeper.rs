@@ -10,10 +10,10 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
-use soccr::Paused;
+use soccr::{Flow, Paused};
 
 use crate::stop::Stopper;
-use crate::{exit, sys};
+use crate::{exit, network, silence, sys};
 
 /// Stop the processes.
 const STOP: u8 = 0;
@@ -121,6 +121,11 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], processes: &[Pid]) {
         // An error here: it is not in repair mode.
         let Ok(paused) = Paused::take_over(socket.as_fd()) else { continue };
         let _ = if filling { paused.detach() } else { paused.resume() };
+    }
+    // What is still here has not left: a source that has died in between no longer says so.
+    let here: Vec<Flow> = sockets.iter().filter_map(|socket| Flow::of(socket).ok()).collect();
+    if !here.is_empty() && network::enter_of(sockets[0]).is_ok() {
+        let _ = silence::lift(&here);
     }
     drop(stopper);
 }

@@ -21,6 +21,7 @@ use crate::transfer::Move;
 
 crate::tests![
     a_killed_source_leaves_one_connection,
+    a_source_killed_before_it_lets_go_leaves_no_silence,
     a_killed_target_leaves_one_connection,
     a_source_that_is_asked_to_end_finishes_what_it_has_begun,
     a_target_that_is_asked_to_end_finishes_what_it_has_begun,
@@ -84,6 +85,20 @@ fn a_killed_source_leaves_one_connection() {
             assert_eq!(moving.old.output(), "errno 103\n", "{boundary:?}");
         }
     }
+}
+
+fn a_source_killed_before_it_lets_go_leaves_no_silence() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(2);
+    // It takes a connection from its socket by connecting that to nowhere.
+    let lets_go = |call: &Call| call.number == libc::SYS_connect;
+    let mut send = moving.send(&["--all", "--via", &moving.receive()]);
+    assert!(run_and_kill(send.stderr(Stdio::null()), lets_go), "it was killed");
+    assert_runs(&moving.old.pid());
+    moving.lab.a.run(assert_unlocked);
+    moving.assert_lives_at(Side::A, "old ");
 }
 
 fn a_killed_target_leaves_one_connection() {
