@@ -122,7 +122,7 @@ impl<'a> Transaction<'a> {
                 m.string(CHAIN_NAME, chain);
                 m.nested(CHAIN_HOOK, |h| {
                     h.be32(HOOK_NUMBER, hook);
-                    // One that holds comes before one that only drops.
+                    // A lock that may hold comes before one that stays, which only drops.
                     h.be32(HOOK_PRIORITY, (PRIORITY_RAW + i32::from(!owned)) as u32);
                 });
                 m.string(CHAIN_TYPE, "filter");
