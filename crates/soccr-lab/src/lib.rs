@@ -23,6 +23,7 @@
 //! ```
 
 mod case;
+mod cpu;
 mod enter;
 #[cfg(feature = "harness")]
 mod harness;
@@ -39,6 +40,7 @@ mod topology;
 mod wait;
 
 pub use case::{Case, Made, Peer};
+pub use cpu::OnCpu;
 pub use enter::{Unavailable, enter};
 #[cfg(feature = "harness")]
 pub use harness::{Test, harness};

@@ -56,7 +56,7 @@ use crate::sys::namespace;
 use crate::sys::raw::{Injector, Via};
 use capture::Capture;
 use reader::Reader;
-use table::Table;
+use table::{Table, Unlock};
 
 pub use held::Held;
 pub use persistent::{PersistentLock, SILENCE};
@@ -266,8 +266,8 @@ impl Shared {
         added
     }
 
-    fn delete(&self, flows: &[Flow]) -> Result<()> {
-        self.with_table(|table| table.delete(flows))
+    fn unlock(&self, how: Unlock, flows: &[Flow]) -> Result<()> {
+        self.with_table(|table| table.unlock(how, flows))
     }
 
     fn persist(&self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
@@ -282,13 +282,13 @@ impl Shared {
         match &self.reader {
             _ if flows.is_empty() => Ok(0),
             Some(reader) => {
-                let released = reader.capture().release(flows, || self.delete(flows));
+                let released = reader.capture().release(flows, |how, flows| self.unlock(how, flows));
                 if !matches!(released, Ok(0)) {
                     reader.tidy();
                 }
                 released
             }
-            None => self.delete(flows).map(|()| 0),
+            None => self.unlock(Unlock::Both, flows).map(|()| 0),
         }
     }
 
@@ -297,7 +297,7 @@ impl Shared {
         if let Some(reader) = &self.reader {
             reader.capture().discard(flows);
         }
-        self.delete(flows)
+        self.unlock(Unlock::Both, flows)
     }
 
     /// Whether there is a connection in the namespace of the lock. What cannot be found out counts as none.

@@ -18,6 +18,7 @@ use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 use super::canonical;
 use super::held::{Held, LONGEST, Replay};
 use super::rule::{LOG_LIMIT, TAIL};
+use super::table::Unlock;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run};
@@ -158,28 +159,28 @@ impl Capture {
         }
     }
 
-    /// Gives these connections their packets, then runs `unlock`, then gives them what came between.
+    /// Gives these connections their packets, has them unlocked, and gives them what came between.
     /// Returns how many packets that were.
+    ///
+    /// What came between is overtaken by what arrives by itself. The connections are kept silent until all of it is there:
+    /// so their peers hear of no gap, and send nothing again.
     ///
     /// # Errors
     /// The first error. Everything is tried nevertheless.
-    pub(super) fn release(&mut self, flows: &[Flow], unlock: impl FnOnce() -> Result<()>) -> Result<usize> {
-        /// A peer that gets no answer stops within its window; one that never stops must not keep us here.
-        const ROUNDS: usize = 8;
+    pub(super) fn release(
+        &mut self,
+        flows: &[Flow],
+        mut unlock: impl FnMut(Unlock, &[Flow]) -> Result<()>,
+    ) -> Result<usize> {
         let mut replays = HashMap::new();
-        let mut outcome = Ok(());
-        for _ in 0..ROUNDS {
-            outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
-            if self.packets.bytes == 0 {
-                break;
-            }
-            outcome = outcome.and(self.replay(flows, &mut replays));
-        }
-        // Now little can come in between, and be overtaken by what arrives by itself.
-        outcome = outcome.and(unlock());
-        outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
-        outcome = outcome.and(self.replay(flows, &mut replays));
+        let mut outcome = self.catch_up(flows, &mut replays);
+        let (waiting, idle): (Vec<_>, Vec<_>) = flows.iter().partition(|flow| replays.contains_key(flow));
+        outcome = outcome.and(unlock(Unlock::Both, &idle));
+        let receive = unlock(Unlock::Receive, &waiting);
+        outcome = outcome.and(receive.or_else(|_| unlock(Unlock::Both, &waiting)));
+        outcome = outcome.and(self.catch_up(flows, &mut replays));
         self.forget(flows);
+        outcome = outcome.and(unlock(Unlock::Send, &waiting));
         let mut count = 0;
         for mut replay in replays.into_values() {
             match self.packets.finish(&mut replay) {
@@ -189,6 +190,21 @@ impl Capture {
             self.spent.append(&mut replay.spent);
         }
         outcome.map(|()| count)
+    }
+
+    /// Gives these connections their packets until none is left.
+    fn catch_up(&mut self, flows: &[Flow], replays: &mut HashMap<Flow, Replay>) -> Result<()> {
+        /// A peer that gets no answer stops within its window; one that never stops must not keep us here.
+        const ROUNDS: usize = 8;
+        let mut outcome = Ok(());
+        for _ in 0..ROUNDS {
+            outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
+            if self.packets.bytes == 0 {
+                break;
+            }
+            outcome = outcome.and(self.replay(flows, replays));
+        }
+        outcome
     }
 
     /// What has been released, to be dropped where nobody waits.

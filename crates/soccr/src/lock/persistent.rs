@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use soccr_netlink::{Batch, Family, Socket};
 
-use super::transaction::{self, Kind, Transaction};
+use super::transaction::{self, Kind, Set, Transaction};
 use super::validate;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -103,7 +103,7 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
         if index == 0 {
             transaction.create(Kind::Persistent);
         }
-        transaction.add(flows, limit);
+        transaction.add(Set::Flows, flows, limit);
         if let Err(error) = transaction.commit(socket) {
             // The table is ours, even where only the answer to its making was lost, but for a race for the name.
             if index > 0 || error.raw_os_error() != Some(libc::EEXIST) {
@@ -155,7 +155,7 @@ fn unlock(socket: &mut Socket, lock: &PersistentLock, flows: &[Flow]) -> Result<
     // One by one: the time of any may be over by now, and a transaction happens as a whole or not at all.
     for flow in flows {
         let mut transaction = Transaction::begin(&mut batch, &table);
-        transaction.delete(&[*flow]);
+        transaction.delete(Set::Flows, &[*flow]);
         tolerate_absence(transaction.commit(socket), "nft delete element")?;
     }
     if lock.flows.iter().all(|flow| flows.contains(flow)) {

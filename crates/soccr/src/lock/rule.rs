@@ -5,7 +5,7 @@
 
 use soccr_netlink::Message;
 
-use super::transaction::{DATA_VALUE, LIST_ELEMENT, SET4, SET6};
+use super::transaction::{DATA_VALUE, LIST_ELEMENT, Set};
 use crate::sys::raw::MARK;
 
 /// The kernel copies at most so much of a packet to a log group.
@@ -17,9 +17,10 @@ pub(super) const TAIL: [usize; 2] = [4, 5];
 /// Marks the copies of packets whose tail is in the place of their Ethernet address.
 const TAIL_SAVED: &str = "tail";
 
-/// Drops the packets of locked connections, in one direction and of one address family.
+/// Drops the packets of the connections in a set, in one direction and of one address family.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
+    pub(super) set: Set,
     pub(super) incoming: bool,
     pub(super) ipv6: bool,
     /// The group to which the packets are copied first.
@@ -62,7 +63,7 @@ impl Rule {
             register += field.registers();
         }
         expression(list, "lookup", |data| {
-            data.string(LOOKUP_SET, if self.ipv6 { SET6 } else { SET4 });
+            data.string(LOOKUP_SET, self.set.name(self.ipv6));
             data.be32(LOOKUP_REGISTER, FIRST_REGISTER);
         });
         meta(list, META_MARK);

@@ -5,7 +5,7 @@ use std::io;
 
 use soccr_netlink::{Batch, Socket};
 
-use super::transaction::{self, CAPACITY, Kind, Log, Transaction, most_elements};
+use super::transaction::{self, CAPACITY, Kind, Log, Set, Transaction, most_elements};
 use super::{NEEDS, canonical};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -19,6 +19,17 @@ pub(super) struct Table {
     locked: HashSet<Flow>,
     /// How many of them are IPv6, IPv4.
     counts: [u32; 2],
+}
+
+/// How connections are unlocked: at once, or, where they have to catch up with their packets first, in two steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unlock {
+    /// Both directions.
+    Both,
+    /// They receive, and are silent.
+    Receive,
+    /// They send as well.
+    Send,
 }
 
 impl Table {
@@ -67,13 +78,13 @@ impl Table {
     pub(super) fn add(&mut self, flows: &[Flow]) -> Result<()> {
         let added = most_elements(&self.socket).and_then(|most| {
             flows.chunks(most).try_for_each(|flows| {
-                self.transact(|transaction| transaction.add(flows, None))
+                self.transact(|transaction| transaction.add(Set::Flows, flows, None))
                     .map_err(|error| Error::system("nft add element", error))
             })
         });
         if added.is_err() {
             // Of several transactions the first ones may have succeeded.
-            let _ = self.delete(flows);
+            let _ = self.unlock(Unlock::Both, flows);
         }
         added
     }
@@ -82,17 +93,28 @@ impl Table {
     ///
     /// # Errors
     /// The first one.
-    pub(super) fn delete(&mut self, flows: &[Flow]) -> Result<()> {
+    pub(super) fn unlock(&mut self, how: Unlock, flows: &[Flow]) -> Result<()> {
         let most = most_elements(&self.socket).unwrap_or(1);
+        let most = if how == Unlock::Receive { (most / 2).max(1) } else { most };
         let mut outcome = Ok(());
         for flows in flows.chunks(most) {
-            let mut delete = || self.transact(|transaction| transaction.delete(flows));
+            let mut unlock = || {
+                self.transact(|transaction| match how {
+                    Unlock::Both => transaction.delete(Set::Flows, flows),
+                    Unlock::Receive => {
+                        transaction.add(Set::Silent, flows, None);
+                        transaction.delete(Set::Flows, flows);
+                    }
+                    Unlock::Send => transaction.delete(Set::Silent, flows),
+                })
+            };
             // What is left locked stays silent: that is worth a second attempt.
-            match delete().or_else(|_| delete()) {
+            match unlock().or_else(|_| unlock()) {
                 // They are not locked, or the answer to the first attempt was lost.
-                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EEXIST)) => {
                     outcome = outcome.and(Err(Error::system("nft delete element", error)));
                 }
+                _ if how == Unlock::Receive => {}
                 _ => self.forget(flows),
             }
         }

@@ -4,16 +4,19 @@
 //! table inet soccr-04711b2a {
 //!   set flows4 { type ipv4_addr . inet_service . ipv4_addr . inet_service }      # remote, local
 //!   set flows6 { type ipv6_addr . inet_service . ipv6_addr . inet_service }
+//!   set silent4, set silent6                                                     # of the same types
 //!   chain in  { type filter hook prerouting priority raw        # before connection tracking and early demux
 //!     meta l4proto tcp ip  saddr . tcp sport . ip  daddr . tcp dport @flows4 mark != 0xc114 log group 1 drop
 //!     meta l4proto tcp ip6 saddr . tcp sport . ip6 daddr . tcp dport @flows6 mark != 0xc114 log group 1 drop }
 //!   chain out { type filter hook output priority raw
 //!     meta l4proto tcp ip  daddr . tcp dport . ip  saddr . tcp sport @flows4 mark != 0xc114 drop
-//!     meta l4proto tcp ip6 daddr . tcp dport . ip6 saddr . tcp sport @flows6 mark != 0xc114 drop } }
+//!     meta l4proto tcp ip6 daddr . tcp dport . ip6 saddr . tcp sport @flows6 mark != 0xc114 drop
+//!     meta l4proto tcp ip  daddr . tcp dport . ip  saddr . tcp sport @silent4 mark != 0xc114 drop
+//!     meta l4proto tcp ip6 daddr . tcp dport . ip6 saddr . tcp sport @silent6 mark != 0xc114 drop } }
 //! ```
 //!
-//! One element locks both directions of a connection, and no rule is ever added for one. Sets without time
-//! limits have a fixed size, which halves the time to add to them.
+//! One element locks both directions of a connection, or keeps it silent, and no rule is ever added for one. Sets
+//! without time limits have a fixed size where they may become large, which halves the time to add to them.
 //!
 //! # References
 //! `linux/netfilter/nf_tables.h`; nft(8).
@@ -54,8 +57,26 @@ fn elements_in(length: usize) -> usize {
     (length.saturating_sub(TABLE) / ELEMENT).max(1)
 }
 
-pub(super) const SET4: &str = "flows4";
-pub(super) const SET6: &str = "flows6";
+/// What the connections in a set may not do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Set {
+    /// Neither send nor receive.
+    Flows,
+    /// Send: they receive again, and what was held for them is on its way. Only where packets are held.
+    Silent,
+}
+
+impl Set {
+    /// The name of the part for one address family.
+    pub(super) fn name(self, ipv6: bool) -> &'static str {
+        match (self, ipv6) {
+            (Self::Flows, false) => "flows4",
+            (Self::Flows, true) => "flows6",
+            (Self::Silent, false) => "silent4",
+            (Self::Silent, true) => "silent6",
+        }
+    }
+}
 
 /// What distinguishes one table from another.
 #[derive(Clone, Copy, Debug)]
@@ -95,18 +116,21 @@ impl<'a> Transaction<'a> {
             Kind::Persistent => (false, None),
         };
         self.message(NEW_TABLE, CREATE | EXCLUSIVE, |m| m.be32(TABLE_FLAGS, u32::from(owned) * TABLE_OWNER));
-        for (set, id, address) in [(SET4, 1, IPV4), (SET6, 2, IPV6)] {
+        let sets: &[Set] = if log.is_some() { &[Set::Flows, Set::Silent] } else { &[Set::Flows] };
+        let families = sets.iter().flat_map(|set| [(*set, false), (*set, true)]);
+        for (id, (set, ipv6)) in families.enumerate() {
+            let address = if ipv6 { IPV6 } else { IPV4 };
             self.message(NEW_SET, CREATE, |m| {
-                m.string(SET_NAME, set);
+                m.string(SET_NAME, set.name(ipv6));
                 m.be32(SET_FLAGS, if owned { SET_CONCATENATED } else { SET_CONCATENATED | SET_TIMEOUT });
                 m.be32(
                     SET_KEY_TYPE,
                     [address, PORT, address, PORT].iter().fold(0, |all, field| all << 6 | field.kind),
                 );
                 m.be32(SET_KEY_LENGTH, 2 * (address.registers() + PORT.registers()) * 4);
-                m.be32(SET_ID, id);
+                m.be32(SET_ID, id as u32 + 1);
                 m.nested(SET_DESCRIPTION, |description| {
-                    if owned {
+                    if owned && set == Set::Flows {
                         description.be32(SET_SIZE, CAPACITY);
                     }
                     description.nested(SET_FIELDS, |fields| {
@@ -127,26 +151,28 @@ impl<'a> Transaction<'a> {
                 });
                 m.string(CHAIN_TYPE, "filter");
             });
-            for ipv6 in [false, true] {
-                let incoming = hook == HOOK_PREROUTING;
-                let log = log.filter(|_| incoming);
-                let rule = Rule { incoming, ipv6, log: log.map(|log| log.group), long: false };
-                if log.is_some_and(|log| log.long) {
-                    self.rule(chain, Rule { long: true, ..rule });
+            let incoming = hook == HOOK_PREROUTING;
+            for &set in if incoming { &[Set::Flows] } else { sets } {
+                for ipv6 in [false, true] {
+                    let log = log.filter(|_| incoming);
+                    let rule = Rule { set, incoming, ipv6, log: log.map(|log| log.group), long: false };
+                    if log.is_some_and(|log| log.long) {
+                        self.rule(chain, Rule { long: true, ..rule });
+                    }
+                    self.rule(chain, rule);
                 }
-                self.rule(chain, rule);
             }
         }
     }
 
-    /// Locks connections, each for the time given.
-    pub(super) fn add(&mut self, flows: &[Flow], limit: Option<Duration>) {
-        self.elements(NEW_ELEMENTS, CREATE | EXCLUSIVE, flows, limit);
+    /// Adds connections, each for the time given.
+    pub(super) fn add(&mut self, set: Set, flows: &[Flow], limit: Option<Duration>) {
+        self.elements(NEW_ELEMENTS, CREATE | EXCLUSIVE, set, flows, limit);
     }
 
-    /// Unlocks connections.
-    pub(super) fn delete(&mut self, flows: &[Flow]) {
-        self.elements(DELETE_ELEMENTS, 0, flows, None);
+    /// Takes connections out.
+    pub(super) fn delete(&mut self, set: Set, flows: &[Flow]) {
+        self.elements(DELETE_ELEMENTS, 0, set, flows, None);
     }
 
     /// Removes the table.
@@ -168,14 +194,14 @@ impl<'a> Transaction<'a> {
         });
     }
 
-    fn elements(&mut self, kind: u16, flags: u16, flows: &[Flow], limit: Option<Duration>) {
+    fn elements(&mut self, kind: u16, flags: u16, set: Set, flows: &[Flow], limit: Option<Duration>) {
         /// As many as fit into one attribute, whose length has 16 bits, with keys of 40 bytes.
         const AT_ONCE: usize = 900;
-        for (set, ipv4) in [(SET4, true), (SET6, false)] {
-            let mut family = flows.iter().filter(|flow| flow.is_ipv4() == ipv4).peekable();
+        for ipv6 in [false, true] {
+            let mut family = flows.iter().filter(|flow| flow.is_ipv4() != ipv6).peekable();
             while family.peek().is_some() {
                 self.message(kind, flags, |m| {
-                    m.string(ELEMENTS_SET, set);
+                    m.string(ELEMENTS_SET, set.name(ipv6));
                     m.nested(ELEMENTS, |list| {
                         for flow in family.by_ref().take(AT_ONCE) {
                             list.nested(LIST_ELEMENT, |element| {
@@ -218,12 +244,12 @@ pub(super) fn names(socket: &mut Socket) -> io::Result<Vec<String>> {
 /// The connections that a table locks, and for how much longer.
 pub(super) fn contents(socket: &mut Socket, table: &str) -> io::Result<Vec<(Flow, Option<Duration>)>> {
     let mut contents = Vec::new();
-    for set in [SET4, SET6] {
+    for ipv6 in [false, true] {
         let mut batch = Batch::new();
         batch.message(SUBSYSTEM | GET_ELEMENTS, REQUEST | DUMP, |m| {
             m.bytes(&header(INET, 0));
             m.string(TABLE, table);
-            m.string(ELEMENTS_SET, set);
+            m.string(ELEMENTS_SET, Set::Flows.name(ipv6));
         });
         socket.dump(&batch, |_, payload| {
             let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
@@ -343,7 +369,7 @@ mod tests {
             let mut transaction =
                 Transaction::begin(&mut batch, "soccr-persistent-0123456789012345678901234567890");
             transaction.create(Kind::Persistent);
-            transaction.add(&vec![flow; elements_in(length)], Some(Duration::MAX));
+            transaction.add(Set::Flows, &vec![flow; elements_in(length)], Some(Duration::MAX));
             assert!(batch.as_bytes().len() < length, "{} of {length}", batch.as_bytes().len());
         }
     }

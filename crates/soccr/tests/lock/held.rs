@@ -1,0 +1,154 @@
+//! Packets that a lock holds, and how their connection goes on with them.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use soccr::connection::Flow;
+use soccr::lock::{Locker, Mode};
+use soccr_lab::{Family, Namespace, OnCpu, Pair, Shape, wait_until};
+
+use crate::{Baseline, be_patient, bytes, connect, connect_in, counter, expect, retransmissions, transfer};
+
+pub fn a_held_connection_goes_on_without_retransmission() {
+    let _cpu = OnCpu::stay(0);
+    for family in Family::ALL {
+        let pair = Pair::new().unwrap();
+        be_patient(&pair.a.namespace);
+        be_patient(&pair.b.namespace);
+        let (mut peer, mut ours) = connect_in(&pair, family, 80);
+        let flow = Flow::of(&ours).unwrap();
+        let baselines = [&pair.a.namespace, &pair.b.namespace].map(Baseline::of);
+        let sent = bytes(100_000);
+        for _ in 0..3 {
+            // More than the first window, and then as much as the peer likes.
+            let mut writer = peer.try_clone().unwrap();
+            let lock = Locker::beside(&ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+            let expected = sent.clone();
+            let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
+            wait_until("packets are held", || lock.held() > 0);
+            assert!(lock.release().unwrap() > 0);
+            expect(&mut ours, &sent);
+            writing.join().unwrap();
+            transfer(&mut ours, &mut peer, b"fine");
+        }
+        baselines.iter().for_each(|baseline| baseline.assert_unchanged(family));
+    }
+}
+
+/// Segments arrive without a pause while the connection is unlocked. Those that were held are overtaken, and the peer
+/// must not hear of it.
+pub fn a_full_flight_stays_in_order() {
+    // The peer and the line are on one CPU, the lock on another.
+    let peers_cpu = OnCpu::stay(1);
+    let pair = Pair::shaped(&Shape::rtt(Duration::from_millis(10))).unwrap();
+    be_patient(&pair.a.namespace);
+    let (mut peer, mut ours) = connect_in(&pair, Family::V4, 80);
+    let flow = Flow::of(&ours).unwrap();
+    thread::spawn(move || while peer.write_all(&[7; 8192]).is_ok() {});
+    drop(peers_cpu);
+    let _cpu = OnCpu::stay(0);
+    let received = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&received);
+    let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
+    thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 20];
+        while let Ok(length @ 1..) = ours.read(&mut buffer) {
+            counted.fetch_add(length, Ordering::Relaxed);
+        }
+    });
+    let receive = |length| {
+        let goal = received.load(Ordering::Relaxed) + length;
+        wait_until("bytes arrive", || received.load(Ordering::Relaxed) >= goal);
+    };
+    receive(10_000_000);
+    let out_of_order = || counter(&pair.a.namespace, "TCPSACKReorder");
+    let (baseline, before) = (Baseline::of(&pair.a.namespace), out_of_order());
+    for _ in 0..30 {
+        let lock = locker.lock(&[flow]).unwrap();
+        wait_until("packets are held", || lock.held() > 0);
+        lock.release().unwrap();
+        receive(500_000);
+    }
+    assert_eq!(out_of_order(), before);
+    baseline.assert_unchanged("full flight");
+}
+
+pub fn a_dropping_lock_costs_a_retransmission() {
+    let mut connected = connect(Family::V4);
+    let lock = connected.lock(Mode::Drop);
+    connected.peer.write_all(b"again").unwrap();
+    connected.settle();
+    assert_eq!(lock.release().unwrap(), 0);
+    expect(&mut connected.ours, b"again");
+    assert!(retransmissions(&connected.pair.a.namespace) > 0);
+}
+
+pub fn the_longest_packets_are_held_whole() {
+    // Kernels before 6.12 copy only the first 65531 bytes.
+    for (address, length) in [("127.0.0.1:80", 65535), ("[::1]:80", 65536)] {
+        let here = Namespace::current().unwrap();
+        be_patient(&here);
+        let listener = TcpListener::bind(address).unwrap();
+        let peer = TcpStream::connect(address).unwrap();
+        let (mut ours, _) = listener.accept().unwrap();
+        let sent = bytes(3_000_000);
+        let write = |mut peer: TcpStream| {
+            let sent = sent.clone();
+            thread::spawn(move || peer.write_all(&sent).unwrap())
+        };
+        // Until the peer's congestion window and ours are large.
+        let writing = write(peer.try_clone().unwrap());
+        expect(&mut ours, &sent);
+        writing.join().unwrap();
+
+        let locker = Locker::new(Mode::HOLD).unwrap();
+        let flow = Flow::of(&ours).unwrap();
+        let baseline = Baseline::of(&here);
+        for _ in 0..3 {
+            let lock = locker.lock(&[flow]).unwrap();
+            let writing = write(peer.try_clone().unwrap());
+            wait_until("packets are held", || lock.held() > 0);
+            lock.release().unwrap();
+            expect(&mut ours, &sent);
+            writing.join().unwrap();
+        }
+        baseline.assert_unchanged(address);
+
+        let lock = locker.lock(&[flow]).unwrap();
+        let writing = write(peer.try_clone().unwrap());
+        wait_until("packets are held", || lock.held() > 0);
+        let held = lock.take().unwrap().remove(0);
+        assert_eq!(held.packets.iter().map(Vec::len).max(), Some(length), "{address}");
+        lock.release().unwrap();
+        held.replay(&ours).unwrap();
+        expect(&mut ours, &sent);
+        writing.join().unwrap();
+    }
+}
+
+pub fn what_is_held_has_a_limit() {
+    const LIMIT: usize = 100_000;
+    let mut connected = connect(Family::V4);
+    // Until the peer's congestion window is larger than that.
+    let mut writer = connected.peer.try_clone().unwrap();
+    let writing = thread::spawn(move || writer.write_all(&bytes(3_000_000)).unwrap());
+    expect(&mut connected.ours, &bytes(3_000_000));
+    writing.join().unwrap();
+    let locker = Locker::beside(&connected.ours, Mode::Hold { limit: LIMIT }).unwrap();
+    let lock = locker.lock(&[connected.flow]).unwrap();
+    let sent = bytes(3_000_000);
+    let (expected, mut writer) = (sent.clone(), connected.peer.try_clone().unwrap());
+    let writing = thread::spawn(move || writer.write_all(&expected).unwrap());
+    wait_until("there is more than can be held", || locker.dropped() > 0);
+    let held = lock.take().unwrap();
+    let size: usize = held[0].packets.iter().map(Vec::len).sum();
+    assert!(size > 0 && size <= LIMIT, "{size}");
+    held[0].replay(&connected.ours).unwrap();
+    lock.release().unwrap();
+    expect(&mut connected.ours, &sent);
+    writing.join().unwrap();
+}
