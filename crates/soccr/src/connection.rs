@@ -186,6 +186,12 @@ impl Flow {
         self.remote.ip().to_canonical().is_ipv4()
     }
 
+    /// The connection as its packets show it: its addresses neither IPv4-mapped nor with a scope. So locks name it.
+    pub fn on_the_wire(&self) -> Self {
+        let plain = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+        Self { local: plain(self.local), remote: plain(self.remote) }
+    }
+
     /// Checks the two addresses against each other.
     ///
     /// # Errors

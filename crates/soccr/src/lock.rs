@@ -34,6 +34,7 @@
 
 mod capture;
 mod held;
+mod packets;
 mod persistent;
 mod reader;
 mod rule;
@@ -42,7 +43,6 @@ mod transaction;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -149,7 +149,7 @@ impl Locker {
     /// Packets that arrived for locked connections and could not be kept: over the limit, or because the
     /// kernel had no room for them. The peers send again what was in them.
     pub fn dropped(&self) -> u64 {
-        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().dropped())
+        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().packets().dropped())
     }
 }
 
@@ -189,7 +189,7 @@ impl Lock {
 
     /// How many packets are held for these connections by now; segments that follow each other become one.
     pub fn held(&self) -> usize {
-        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().held(&self.flows))
+        self.shared.reader.as_ref().map_or(0, |reader| reader.capture().packets().count(&self.flows))
     }
 
     /// Takes what has been held so far, for each connection in the order of [`flows`](Self::flows). The connections
@@ -258,10 +258,10 @@ impl Shared {
         flows.iter().try_for_each(validate)?;
         self.with_table(|table| table.reserve(flows))?;
         let Some(reader) = &self.reader else { return self.with_table(|table| table.add(flows)) };
-        reader.capture().hold(flows);
+        reader.capture().packets().hold(flows);
         let added = self.with_table(|table| table.add(flows));
         if added.is_err() {
-            reader.capture().forget(flows);
+            reader.capture().packets().forget(flows);
         }
         added
     }
@@ -295,7 +295,7 @@ impl Shared {
     /// Unlocks, and throws away what has been held.
     fn abandon(&self, flows: &[Flow]) -> Result<()> {
         if let Some(reader) = &self.reader {
-            reader.capture().discard(flows);
+            reader.capture().packets().discard(flows);
         }
         self.unlock(Unlock::Both, flows)
     }
@@ -367,10 +367,4 @@ const NEEDS: &str = "needs nftables: Linux 5.12 with CONFIG_NF_TABLES_INET, and 
 fn validate(flow: &Flow) -> Result<()> {
     let families = [flow.local, flow.remote].map(|end| end.ip().to_canonical().is_ipv4());
     if families[0] == families[1] { Ok(()) } else { Err(Error::invalid("the addresses are of two families")) }
-}
-
-/// The addresses as packets show them: neither IPv4-mapped nor with a scope.
-fn canonical(flow: &Flow) -> Flow {
-    let plain = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
-    Flow { local: plain(flow.local), remote: plain(flow.remote) }
 }

@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use super::canonical;
 use crate::connection::{Flow, State, after};
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run, flags};
@@ -105,7 +104,7 @@ impl Replay {
 
     /// Injects an undamaged packet.
     pub(super) fn packet(&mut self, injector: &Injector, mut run: Run) -> Result<()> {
-        let ends = canonical(&self.flow);
+        let ends = self.flow.on_the_wire();
         run.readdress(ends.remote, ends.local);
         self.inject(injector, &mut run)?;
         self.count += 1;

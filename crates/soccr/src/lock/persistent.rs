@@ -1,5 +1,6 @@
 //! Locks that stay when the process ends.
 
+use std::collections::HashSet;
 use std::io;
 use std::time::Duration;
 
@@ -25,7 +26,8 @@ const NAME_LIMIT: usize = 64;
 pub struct PersistentLock {
     /// The name that it was given.
     pub name: String,
-    /// The connections that it locks. None are left when its time is over.
+    /// The connections that it locks, [as their packets show them](Flow::on_the_wire) where they have been listed. None are
+    /// left when its time is over.
     pub flows: Vec<Flow>,
     /// For how much longer it locks them, where there is a limit.
     pub remaining: Option<Duration>,
@@ -46,6 +48,19 @@ impl PersistentLock {
             create(&mut socket, name, flows, limit)
         };
         open().and_then(create).map_err(|error| error.at("lock"))
+    }
+
+    /// Locks more connections, in the network namespace of the calling thread, each for the time of this `limit`.
+    ///
+    /// # Errors
+    /// `EEXIST` where it locks one of them already, `ENOENT` where it has been removed: by others, too, when its time
+    /// was over. `EPERM` without `CAP_NET_ADMIN`. None of them is locked then.
+    pub fn extend(&mut self, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
+        let extend = |mut socket| {
+            transaction::set_longest(&socket)?;
+            extend(&mut socket, self, flows, limit)
+        };
+        open().and_then(extend).map_err(|error| error.at("lock"))
     }
 
     /// The persistent locks in the network namespace of the calling thread.
@@ -115,6 +130,28 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
     Ok(())
 }
 
+fn extend(
+    socket: &mut Socket,
+    lock: &mut PersistentLock,
+    flows: &[Flow],
+    limit: Option<Duration>,
+) -> Result<()> {
+    flows.iter().try_for_each(validate)?;
+    let table = format!("{PREFIX}{}", lock.name);
+    let mut batch = Batch::new();
+    let most = transaction::most_elements(socket)?;
+    for (index, chunk) in flows.chunks(most).enumerate() {
+        let mut transaction = Transaction::begin(&mut batch, &table);
+        transaction.add(Set::Flows, chunk, limit);
+        if let Err(error) = transaction.commit(socket) {
+            let _ = unlock(socket, lock, &flows[..index * most]);
+            return Err(Error::system("nft add element", error));
+        }
+    }
+    lock.flows.extend(flows);
+    Ok(())
+}
+
 fn not_created(error: io::Error) -> Error {
     match error.raw_os_error() {
         Some(libc::EEXIST) => Error::system("nft add table", error).advise(
@@ -158,7 +195,8 @@ fn unlock(socket: &mut Socket, lock: &PersistentLock, flows: &[Flow]) -> Result<
         transaction.delete(Set::Flows, &[*flow]);
         tolerate_absence(transaction.commit(socket), "nft delete element")?;
     }
-    if lock.flows.iter().all(|flow| flows.contains(flow)) {
+    let unlocked: HashSet<Flow> = flows.iter().map(Flow::on_the_wire).collect();
+    if lock.flows.iter().all(|flow| unlocked.contains(&flow.on_the_wire())) {
         let mut transaction = Transaction::begin(&mut batch, &table);
         transaction.remove();
         tolerate_absence(transaction.commit(socket), "nft delete table")?;

@@ -5,8 +5,8 @@ use std::io;
 
 use soccr_netlink::{Batch, Socket};
 
+use super::NEEDS;
 use super::transaction::{self, CAPACITY, Kind, Log, Set, Transaction, most_elements};
-use super::{NEEDS, canonical};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 
@@ -60,7 +60,7 @@ impl Table {
         for (index, flow) in flows.iter().enumerate() {
             let refused = if self.counts[usize::from(flow.is_ipv4())] == CAPACITY {
                 Error::refused("more than 65536 connections", "make another Locker for the rest")
-            } else if !self.locked.insert(canonical(flow)) {
+            } else if !self.locked.insert(flow.on_the_wire()) {
                 let what = format!("{} to {}, which is locked already", flow.local, flow.remote);
                 Error::refused(what, "release the lock that it is in")
             } else {
@@ -123,7 +123,7 @@ impl Table {
 
     fn forget(&mut self, flows: &[Flow]) {
         for flow in flows {
-            let removed = self.locked.remove(&canonical(flow));
+            let removed = self.locked.remove(&flow.on_the_wire());
             self.counts[usize::from(flow.is_ipv4())] -= u32::from(removed);
         }
     }

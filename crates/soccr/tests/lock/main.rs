@@ -54,6 +54,7 @@ fn main() -> ExitCode {
         rights_in_the_namespace_of_the_socket_suffice,
         persistent::a_persistent_lock_is_listed_and_removed,
         persistent::a_persistent_lock_ends_with_its_time,
+        persistent::a_persistent_lock_grows,
         persistent::a_lock_becomes_persistent,
         persistent::names_of_persistent_locks_are_checked,
     ])

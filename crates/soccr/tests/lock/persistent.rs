@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use soccr::Flow;
-use soccr::lock::{Mode, PersistentLock};
+use soccr::lock::{Mode, PersistentLock, SILENCE};
 use soccr_lab::{Family, wait_until};
 
 use crate::{connect, expect, expect_nothing, retransmissions};
@@ -78,4 +78,35 @@ pub fn names_of_persistent_locks_are_checked() {
     let nothing = PersistentLock::create("nothing", &[], None).unwrap_err();
     assert_eq!(nothing.kind(), soccr::ErrorKind::Invalid);
     PersistentLock::create(&"x".repeat(64), &[flow], None).unwrap();
+}
+
+pub fn a_persistent_lock_grows() {
+    let mut connected = connect(Family::Mapped);
+    let other = Flow {
+        local: (connected.pair.b.v4, 9).into(),
+        remote: (connected.pair.a.v4, connected.flow.remote.port()).into(),
+    };
+    connected.pair.b.run(|| {
+        PersistentLock::create("grows", &[other], None).unwrap();
+        let mut lock = PersistentLock::list().unwrap().remove(0);
+        lock.extend(&[connected.flow], Some(SILENCE)).unwrap();
+        assert_eq!(lock.flows, [other, connected.flow]);
+        // All or nothing.
+        let third = Flow { local: (connected.pair.b.v4, 10).into(), ..other };
+        assert!(lock.extend(&[third, connected.flow], None).unwrap_err().to_string().contains("EEXIST"));
+    });
+    connected.peer.write_all(b"later").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    connected.pair.b.run(|| {
+        let lock = PersistentLock::list().unwrap().remove(0);
+        assert_eq!(lock.flows.len(), 2);
+        assert!(lock.flows.contains(&connected.flow.on_the_wire()));
+        lock.unlock(&[connected.flow]).unwrap();
+        assert_eq!(PersistentLock::list().unwrap()[0].flows, [other]);
+        lock.remove().unwrap();
+        let gone = lock.clone().extend(&[connected.flow], None);
+        assert!(gone.unwrap_err().to_string().contains("ENOENT"));
+    });
+    expect(&mut connected.ours, b"later");
 }

@@ -1,0 +1,293 @@
+//! Packets that have been captured, by connection: kept in their order and within a limit, and handed to the connection.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::held::{LONGEST, Replay};
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+use crate::segment::{Checksum, Parsed, Run};
+use crate::sys::raw::Injector;
+
+/// What one packet costs beyond its bytes.
+const OVERHEAD: usize = 64;
+
+/// What has been captured, in order, by connection.
+#[derive(Debug)]
+pub(super) struct Packets {
+    flows: HashMap<Flow, Fate>,
+    /// Those that were discarded, and when.
+    discarded: VecDeque<(Instant, Flow)>,
+    injectors: [Option<Injector>; 2],
+    bytes: usize,
+    limit: usize,
+    dropped: u64,
+}
+
+/// What becomes of the packets of a connection that is, or was, locked.
+#[derive(Debug)]
+enum Fate {
+    /// They wait until they are replayed or taken.
+    Held { queue: VecDeque<Run>, acks: usize },
+    /// The connection has left: nobody here may answer.
+    Discarded,
+}
+
+impl Packets {
+    /// None yet. `injectors` (IPv4, IPv6) are in the namespace where the packets are, and `limit` is in bytes.
+    pub(super) fn new(injectors: [Option<Injector>; 2], limit: usize) -> Self {
+        let (flows, discarded) = (HashMap::new(), VecDeque::new());
+        Self { flows, discarded, injectors, bytes: 0, limit, dropped: 0 }
+    }
+
+    /// From now on the packets of these connections are kept.
+    pub(super) fn hold(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            let fate = Fate::Held { queue: VecDeque::new(), acks: 0 };
+            self.flows.insert(flow.on_the_wire(), fate);
+        }
+    }
+
+    /// How many packets of these connections there are.
+    pub(super) fn count(&self, flows: &[Flow]) -> usize {
+        let count = |flow: &Flow| match self.flows.get(&flow.on_the_wire()) {
+            Some(Fate::Held { queue, .. }) => queue.len(),
+            _ => 0,
+        };
+        flows.iter().map(count).sum()
+    }
+
+    /// Whether there are none of any connection.
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Packets that could not be kept.
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// So many packets have not come this far.
+    pub(super) fn lost(&mut self, count: u32) {
+        self.dropped += u64::from(count);
+    }
+
+    /// These connections are not locked any more, or not after all.
+    pub(super) fn forget(&mut self, flows: &[Flow]) {
+        for flow in flows {
+            self.take(flow);
+            self.flows.remove(&flow.on_the_wire());
+        }
+    }
+
+    /// From now on the packets of these connections are thrown away.
+    pub(super) fn discard(&mut self, flows: &[Flow]) {
+        /// Until then the last packet has left the rule.
+        const STRAGGLING: Duration = Duration::from_secs(10);
+        while self.discarded.front().is_some_and(|(since, _)| since.elapsed() > STRAGGLING) {
+            let Some((_, flow)) = self.discarded.pop_front() else { break };
+            if matches!(self.flows.get(&flow), Some(Fate::Discarded)) {
+                self.flows.remove(&flow);
+            }
+        }
+        for flow in flows {
+            self.take(flow);
+            self.flows.insert(flow.on_the_wire(), Fate::Discarded);
+            self.discarded.push_back((Instant::now(), flow.on_the_wire()));
+        }
+    }
+
+    /// Takes in a packet that has come through this interface.
+    pub(super) fn push(&mut self, bytes: &[u8], interface: u32) {
+        let Some(parsed) = Parsed::new(bytes) else {
+            self.dropped += 1;
+            return;
+        };
+        if parsed.checksum(bytes) == Checksum::Wrong {
+            return;
+        }
+        let flow = Flow { local: parsed.destination, remote: parsed.source };
+        match self.flows.get_mut(&flow) {
+            Some(Fate::Held { queue, acks, .. }) => {
+                let packet_cost = bytes.len() + OVERHEAD;
+                if self.bytes + packet_cost > self.limit && *acks > 1 {
+                    // The last acknowledgement says what those before it said.
+                    let last = queue.iter().rposition(is_pure_ack);
+                    let mut index = 0;
+                    queue.retain(|run| {
+                        let keep = !is_pure_ack(run) || Some(index) == last;
+                        index += 1;
+                        self.bytes -= if keep { 0 } else { cost(run) };
+                        self.dropped += u64::from(!keep);
+                        keep
+                    });
+                    *acks = 1;
+                }
+                if self.bytes + packet_cost > self.limit {
+                    // What the peer has sent last it also sends again.
+                    self.dropped += 1;
+                    return;
+                }
+                if let Some(last) = queue.back_mut() {
+                    let before = cost(last);
+                    if last.join(bytes, &parsed, LONGEST) {
+                        self.bytes += cost(last) - before;
+                        return;
+                    }
+                    // Now there is time for it.
+                    last.seal();
+                }
+                let run = Run::new(bytes, parsed);
+                self.bytes += cost(&run);
+                *acks += usize::from(is_pure_ack(&run));
+                queue.push_back(run);
+            }
+            Some(Fate::Discarded) => {}
+            // It was on its way through the rule while its connection was unlocked. What a firewall keeps it
+            // from, the peer sends again.
+            None => drop(self.replay(&mut Replay::new(scoped(flow, interface)), [Run::new(bytes, parsed)])),
+        }
+    }
+
+    /// The packets of a connection, in order; further ones are kept.
+    pub(super) fn take(&mut self, flow: &Flow) -> VecDeque<Run> {
+        let Some(Fate::Held { queue, acks }) = self.flows.get_mut(&flow.on_the_wire()) else {
+            return VecDeque::new();
+        };
+        *acks = 0;
+        let runs = std::mem::take(queue);
+        self.bytes -= runs.iter().map(cost).sum::<usize>();
+        runs
+    }
+
+    /// Injects packets. Every one is tried; the first error is returned.
+    pub(super) fn replay(&self, replay: &mut Replay, runs: impl IntoIterator<Item = Run>) -> Result<()> {
+        let injector = self.injector(&replay.flow())?;
+        let mut outcome = Ok(());
+        for run in runs {
+            outcome = outcome.and(replay.packet(injector, run));
+        }
+        outcome
+    }
+
+    /// Makes the connection answer, see [`Replay::finish`].
+    pub(super) fn finish(&self, replay: &mut Replay) -> Result<usize> {
+        self.injector(&replay.flow()).and_then(|injector| replay.finish(injector))
+    }
+
+    fn injector(&self, flow: &Flow) -> Result<&Injector> {
+        let injector = &self.injectors[usize::from(!flow.is_ipv4())];
+        injector.as_ref().ok_or_else(|| {
+            Error::refused(
+                "a held packet of a missing address family",
+                "the kernel got it after the locker was made",
+            )
+        })
+    }
+}
+
+fn cost(run: &Run) -> usize {
+    run.memory() + OVERHEAD
+}
+
+fn is_pure_ack(run: &Run) -> bool {
+    run.parsed().is_pure_ack()
+}
+
+/// The connection of a packet: link-local addresses mean nothing without the interface.
+fn scoped(mut flow: Flow, interface: u32) -> Flow {
+    for end in [&mut flow.local, &mut flow.remote] {
+        if let SocketAddr::V6(end) = end
+            && end.ip().is_unicast_link_local()
+        {
+            end.set_scope_id(interface);
+        }
+    }
+    flow
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::segment::{Segment, flags};
+
+    fn flow() -> Flow {
+        Flow { local: "192.0.2.1:80".parse().unwrap(), remote: "198.51.100.7:4000".parse().unwrap() }
+    }
+
+    /// A segment of [`flow`].
+    pub(in crate::lock) fn packet(seq: u32, payload: &[u8]) -> Vec<u8> {
+        let segment = Segment {
+            source: flow().remote,
+            destination: flow().local,
+            seq,
+            ack: 1,
+            flags: flags::ACK,
+            window: 1,
+            timestamps: None,
+            urgent: 0,
+            payload,
+        };
+        let mut packet = Vec::new();
+        segment.write(&mut packet);
+        packet
+    }
+
+    fn packets(limit: usize) -> Packets {
+        let mut packets = Packets::new([None, None], limit);
+        packets.hold(&[flow()]);
+        packets
+    }
+
+    fn taken(packets: &mut Packets) -> Vec<Vec<u8>> {
+        packets.take(&flow()).into_iter().map(Run::into_packet).collect()
+    }
+
+    #[test]
+    fn acknowledgements_give_way_to_data() {
+        let acks: Vec<_> = (0..10).map(|seq| packet(seq, &[])).collect();
+        let data = packet(10, &[7; 500]);
+        let mut packets = packets(10 * (40 + OVERHEAD) + 100);
+        acks.iter().chain([&data]).for_each(|packet| packets.push(packet, 1));
+        assert_eq!(packets.dropped, 9);
+        assert_eq!(taken(&mut packets), [acks[9].clone(), data]);
+        assert!(packets.is_empty());
+    }
+
+    #[test]
+    fn over_the_limit_the_newest_go() {
+        let sent: Vec<_> = (0..4).map(|seq| packet(seq, &[7; 500])).collect();
+        let mut packets = packets(2 * (540 + OVERHEAD));
+        sent.iter().for_each(|packet| packets.push(packet, 1));
+        assert_eq!(packets.dropped, 2);
+        assert_eq!(taken(&mut packets), sent[..2]);
+        packets.push(&sent[3], 1);
+        assert_eq!(taken(&mut packets), sent[3..]);
+    }
+
+    #[test]
+    fn data_that_follows_is_joined_and_damage_is_left_out() {
+        let sent: Vec<_> = (0..4).map(|index| packet(500 * index, &[index as u8; 500])).collect();
+        let mut packets = packets(1 << 20);
+        let mut damaged = sent[3].clone();
+        *damaged.last_mut().unwrap() ^= 1;
+        sent[..3].iter().chain([&damaged, &sent[3]]).for_each(|packet| packets.push(packet, 1));
+        let payload: Vec<u8> = (0..4).flat_map(|index| [index; 500]).collect();
+        assert_eq!(taken(&mut packets), [packet(0, &payload)]);
+        assert_eq!((packets.is_empty(), packets.dropped), (true, 0));
+    }
+
+    #[test]
+    fn a_late_packet_keeps_its_interface() {
+        let parse = |local: &str, remote: &str| Flow {
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+        };
+        let late = parse("[fe80::1]:80", "[fe80::2]:4000");
+        assert_eq!(scoped(late, 7), parse("[fe80::1%7]:80", "[fe80::2%7]:4000"));
+        let global = parse("[2001:db8::1]:80", "[2001:db8::2]:4000");
+        assert_eq!(scoped(global, 7), global);
+        assert_eq!(scoped(flow(), 7), flow());
+    }
+}
