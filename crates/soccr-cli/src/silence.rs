@@ -1,5 +1,6 @@
 //! A host that stays silent about connections that have left it: late packets of the peers draw no reset.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -13,16 +14,22 @@ use crate::exit;
 /// Locks that outlive this process, for a limited time. Dropping it removes them, until they are told to [stay](Self::stay).
 #[derive(Debug)]
 pub(crate) struct Silence {
-    lock: Option<PersistentLock>,
+    limit: Duration,
+    locks: Vec<PersistentLock>,
     /// Only where there is to be no silence.
     _lock: Option<Lock>,
 }
 
 impl Silence {
+    /// About nothing yet.
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self { limit, locks: Vec::new(), _lock: None }
+    }
+
     /// Turns the lock of this process into one that stays for this time; none at all for zero.
     pub(crate) fn begin(mut lock: Lock, limit: Duration) -> Result<Self> {
         if limit.is_zero() {
-            return Ok(Self { lock: None, _lock: Some(lock) });
+            return Ok(Self { limit, locks: Vec::new(), _lock: Some(lock) });
         }
         let flows = lock.flows().to_vec();
         let mut stay = || {
@@ -31,41 +38,40 @@ impl Silence {
         };
         // A process that had our number may have left a lock of that name.
         let name = stay().or_else(|_| stay())?;
-        Ok(Self { lock: Some(PersistentLock { name, flows, remaining: Some(limit) }), _lock: None })
+        let lock = PersistentLock { name, flows, remaining: Some(limit) };
+        Ok(Self { limit, locks: vec![lock], _lock: None })
     }
 
-    /// Locks connections for this time, beside the lock that this process has on them; not at all for zero.
-    pub(crate) fn beside(flows: Vec<Flow>, limit: Duration) -> Result<Self> {
-        if limit.is_zero() || flows.is_empty() {
-            return Ok(Self { lock: None, _lock: None });
+    /// Stays silent about more connections, beside the lock that this process has on them.
+    pub(crate) fn extend(&mut self, flows: Vec<Flow>) -> Result<()> {
+        if self.limit.is_zero() || flows.is_empty() {
+            return Ok(());
+        }
+        let limit = Some(self.limit);
+        // It may be gone: whoever makes a lock removes those whose time is over.
+        if self.locks.last_mut().is_some_and(|lock| lock.extend(&flows, limit).is_ok()) {
+            return Ok(());
         }
         let name = name();
-        PersistentLock::create(&name, &flows, Some(limit))?;
-        Ok(Self { lock: Some(PersistentLock { name, flows, remaining: Some(limit) }), _lock: None })
+        PersistentLock::create(&name, &flows, limit)?;
+        self.locks.push(PersistentLock { name, flows, remaining: limit });
+        Ok(())
     }
 
-    /// The connections have left for good, but for those that stay.
-    pub(crate) fn stay_without(self, staying: &[Flow]) -> Result<()> {
-        let unlocked = match &self.lock {
-            Some(lock) => {
-                let here = lock.flows.iter().filter(|flow| staying.contains(flow)).copied();
-                lock.unlock(&here.collect::<Vec<_>>())
-            }
-            None => Ok(()),
-        };
-        self.stay();
-        Ok(unlocked?)
+    /// These connections have not left after all.
+    pub(crate) fn end_about(&self, flows: &[Flow]) -> Result<()> {
+        self.locks.iter().filter(|_| !flows.is_empty()).try_for_each(|lock| Ok(lock.unlock(flows)?))
     }
 
     /// The connections have left for good.
     pub(crate) fn stay(mut self) {
-        self.lock = None;
+        self.locks.clear();
     }
 }
 
 impl Drop for Silence {
     fn drop(&mut self) {
-        if let Some(lock) = &self.lock {
+        for lock in &self.locks {
             // It has its time limit in any case.
             let _ = lock.remove();
         }
@@ -75,6 +81,7 @@ impl Drop for Silence {
 /// Ends the silence about connections that are back. To be called in their network namespace. Locks that people have made
 /// stay: they have their reasons.
 pub(crate) fn lift(back: &[Flow]) -> Result<()> {
+    let back: HashSet<Flow> = back.iter().map(Flow::on_the_wire).collect();
     for lock in PersistentLock::list()? {
         let held: Vec<Flow> = lock.flows.iter().filter(|flow| back.contains(flow)).copied().collect();
         if held.is_empty() {

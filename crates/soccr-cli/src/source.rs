@@ -4,6 +4,7 @@
 //! by the lock alone; see [`captive`](crate::captive). With its COMMIT it leaves. Where the COMMIT could not be written, or
 //! the target is known to have ended without a TAKEN, or cannot restore it, the process gets it back in the same socket.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -21,8 +22,11 @@ use crate::signals::Deaf;
 use crate::silence::Silence;
 use crate::via::{Answer, Output, Via};
 
-/// How many connections are between COMMIT and TAKEN at a time: their queues are kept in memory.
-const WINDOW: usize = 1024;
+/// How many connections are on their way at a time. They are silent together, and their queues are in memory.
+const WINDOW: usize = 256;
+
+/// What is said of a target that needs longer than it may.
+const TOO_LATE: &str = "the target answers too late";
 
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
@@ -49,8 +53,8 @@ pub(crate) struct Outcome {
 struct Item {
     id: u32,
     captive: Captive,
-    flow: Flow,
-    held: Vec<Vec<u8>>,
+    /// What the lock has held for it.
+    held: Held,
     stage: Stage,
 }
 
@@ -70,13 +74,17 @@ enum Stage {
     Lost,
 }
 
-/// Connections that are locked, of processes that are stopped.
+/// Connections of processes that are stopped.
 #[derive(Debug)]
 pub(crate) struct Source {
     items: Vec<Item>,
-    lock: Lock,
+    locker: Locker,
+    /// Those that are on their way.
+    window: Range<usize>,
+    /// On them.
+    lock: Option<Lock>,
     limits: Limits,
-    silences: Vec<Silence>,
+    silence: Silence,
     /// Since the first connection has left.
     deaf: Option<Deaf>,
     /// Continues the processes when everything else is done.
@@ -84,18 +92,17 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Stops the processes and locks the connections; to be called in their network namespace.
+    /// Stops the processes; to be called in their network namespace.
     pub(crate) fn new(captives: Vec<Captive>, mut keeper: Keeper, limits: Limits) -> Result<Self> {
         let locker = Locker::new(Mode::HOLD)?;
         let mut items = Vec::with_capacity(captives.len());
         for (captive, id) in captives.into_iter().zip(1..) {
-            let flow = captive.flow()?;
-            items.push(Item { id, captive, flow, held: Vec::new(), stage: Stage::Here });
+            let held = Held { flow: captive.flow()?, packets: Vec::new() };
+            items.push(Item { id, captive, held, stage: Stage::Here });
         }
         keeper.stop()?;
-        let flows: Vec<Flow> = items.iter().map(|item| item.flow).collect();
-        let lock = locker.lock(&flows)?;
-        Ok(Self { items, lock, limits, silences: Vec::new(), deaf: None, keeper })
+        let silence = Silence::new(limits.silence);
+        Ok(Self { items, locker, window: 0..0, lock: None, limits, silence, deaf: None, keeper })
     }
 
     /// Moves the connections to a target that answers.
@@ -106,7 +113,7 @@ impl Source {
             let _ = self.listen(&via, |item| matches!(item.stage, Stage::Left(_)));
         }
         let certain = broken.is_some() && self.has_left() && via.target_has_ended();
-        let reason = broken.unwrap_or_else(|| anyhow!("the target did not say what became of it"));
+        let reason = broken.unwrap_or_else(|| anyhow!(TOO_LATE));
         let outcome = self.settle(&exit::line(&reason), certain);
         via.part();
         Ok(outcome)
@@ -115,27 +122,29 @@ impl Source {
     fn talk(&mut self, via: &mut Via, output: Output) -> Result<()> {
         let mut writer = Writer::new(output)?;
         writer.send(&Message::Begin { connections: self.items.len() as u32, answers: true })?;
-        let mut progress = Progress::new("sent", self.items.len());
-        let mut scratch = Connection::empty();
-        for item in &mut self.items {
-            item.send(&mut writer, &mut scratch)?;
-            progress.step();
-        }
-        self.listen(via, |item| matches!(item.stage, Stage::Sent(_)))?;
         let mut progress = Progress::new("handed over", self.items.len());
-        for start in (0..self.items.len()).step_by(WINDOW) {
-            let end = self.items.len().min(start + WINDOW);
-            self.commit(start..end, &mut writer)?;
-            self.listen(via, |item| matches!(item.stage, Stage::Left(_)))?;
-            (start..end).for_each(|_| progress.step());
-        }
-        for item in &mut self.items {
-            if let Stage::Sent(_) = item.stage {
-                writer.send(&Message::Abort {
-                    connection: item.id,
-                    reason: "the answer came too late".into(),
-                })?;
+        let mut scratch = Connection::empty();
+        for window in self.windows() {
+            self.lock(window.clone())?;
+            for item in &mut self.items[window.clone()] {
+                item.send(&mut writer, &mut scratch)?;
             }
+            self.listen(via, |item| matches!(item.stage, Stage::Sent(_)))?;
+            let mut late = false;
+            for item in &mut self.items[window.clone()] {
+                if let Stage::Sent(_) = item.stage {
+                    late = true;
+                    item.stays(TOO_LATE);
+                    writer.send(&Message::Abort { connection: item.id, reason: TOO_LATE.into() })?;
+                }
+            }
+            self.commit(window.clone(), &mut writer)?;
+            self.listen(via, |item| matches!(item.stage, Stage::Left(_)))?;
+            if late || self.has_left() {
+                break;
+            }
+            self.unlock();
+            window.for_each(|_| progress.step());
         }
         writer.finish()?;
         match via.answer(Instant::now() + self.limits.answer) {
@@ -144,10 +153,23 @@ impl Source {
         }
     }
 
+    fn windows(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let end = self.items.len();
+        (0..end).step_by(WINDOW).map(move |start| start..end.min(start + WINDOW))
+    }
+
+    /// Begins the time for which the peers of these connections hear nothing.
+    fn lock(&mut self, window: Range<usize>) -> Result<()> {
+        let flows: Vec<Flow> = self.items[window.clone()].iter().map(|item| item.held.flow).collect();
+        self.lock = Some(self.locker.lock(&flows)?);
+        self.window = window;
+        Ok(())
+    }
+
     /// Takes in answers while there is a connection that waits for one.
     fn listen(&mut self, via: &Via, waits: impl Fn(&Item) -> bool) -> Result<()> {
         let deadline = Instant::now() + self.limits.answer;
-        let mut waiting = self.items.iter().filter(|item| waits(item)).count();
+        let mut waiting = self.items[self.window.clone()].iter().filter(|item| waits(item)).count();
         while waiting > 0 {
             let (id, answered) = match via.answer(deadline) {
                 Answer::Message(message) => answered(message)?,
@@ -165,14 +187,12 @@ impl Source {
     }
 
     /// Lets the connections go that the target has ready.
-    fn commit(&mut self, window: std::ops::Range<usize>, writer: &mut Writer<Output>) -> Result<()> {
+    fn commit(&mut self, window: Range<usize>, writer: &mut Writer<Output>) -> Result<()> {
         // What has left lives in this process until the target has it.
         self.deaf.get_or_insert_with(Deaf::begin);
         self.collect()?;
-        let is_ready = |item: &&Item| matches!(item.stage, Stage::Ready(_));
-        let flows: Vec<Flow> =
-            self.items[window.clone()].iter().filter(is_ready).map(|item| item.flow).collect();
-        self.silences.push(Silence::beside(flows, self.limits.silence)?);
+        let ready = self.items[window.clone()].iter().filter(|item| matches!(item.stage, Stage::Ready(_)));
+        self.silence.extend(ready.map(|item| item.held.flow).collect())?;
         for item in &mut self.items[window] {
             if let Stage::Ready(control) = &item.stage {
                 let control = control.clone();
@@ -198,8 +218,9 @@ impl Source {
         writer.send(&Message::Begin { connections: self.items.len() as u32, answers: false })?;
         let mut progress = Progress::new("sent", self.items.len());
         let mut scratch = Connection::empty();
-        for start in (0..self.items.len()).step_by(WINDOW) {
-            let window = start..self.items.len().min(start + WINDOW);
+        // Nobody says when they have arrived: they all wait for the end.
+        self.lock(0..self.items.len())?;
+        for window in self.windows() {
             for item in &mut self.items[window.clone()] {
                 item.send(&mut writer, &mut scratch)?;
                 item.assume(Answered::Ready);
@@ -214,43 +235,53 @@ impl Source {
 
     /// Takes over what the lock has held so far.
     fn collect(&mut self) -> Result<()> {
-        for (item, held) in self.items.iter_mut().zip(self.lock.take()?) {
-            item.held.extend(held.packets);
+        let Some(lock) = &self.lock else { return Ok(()) };
+        for (item, held) in self.items[self.window.clone()].iter_mut().zip(lock.take()?) {
+            item.held.packets.extend(held.packets);
         }
         Ok(())
     }
 
+    /// Ends the time of silence: every connection on the way has arrived, or stays.
+    fn unlock(&mut self) {
+        let window = &mut self.items[self.window.clone()];
+        let staying: Vec<_> = window.iter_mut().filter(|item| matches!(item.stage, Stage::Stays)).collect();
+        let flows: Vec<Flow> = staying.iter().map(|item| item.held.flow).collect();
+        if let Err(error) = self.silence.end_about(&flows) {
+            exit::complain(&exit::line(&error));
+        }
+        let replay = |item: &Item| drop(item.held.replay(item.captive.socket()));
+        staying.iter().for_each(|item| replay(item));
+        // What has been held since: for those that have a socket in this network, here or at the target. The rest is thrown
+        // away: it would draw a reset.
+        self.lock = None;
+        // Before, the answers were dropped. Twice does no harm.
+        staying.into_iter().for_each(|item| {
+            replay(item);
+            item.held.packets.clear();
+        });
+    }
+
     fn has_left(&self) -> bool {
-        self.items.iter().any(|item| matches!(item.stage, Stage::Left(_)))
+        self.items[self.window.clone()].iter().any(|item| matches!(item.stage, Stage::Left(_)))
     }
 
     /// Brings every connection to rest: what has not left stays, and goes on where it was. What has left without an answer
     /// comes back where it is `certain` that nobody has it.
     fn settle(mut self, reason: &str, certain: bool) -> Outcome {
-        let mut outcome = Outcome::default();
         for item in &mut self.items {
             item.settle(reason, certain, &mut self.keeper);
         }
-        let mut staying = Vec::new();
-        for item in self.items {
+        self.unlock();
+        self.silence.stay();
+        let mut outcome = Outcome::default();
+        for item in &self.items {
             match item.stage {
                 Stage::Gone => outcome.gone += 1,
                 Stage::Lost => outcome.lost += 1,
-                _ => {
-                    outcome.failed += 1;
-                    staying.push(item.flow);
-                    let _ = Held { flow: item.flow, packets: item.held }.replay(item.captive.socket());
-                }
+                _ => outcome.failed += 1,
             }
         }
-        for silence in self.silences {
-            if let Err(error) = silence.stay_without(&staying) {
-                exit::complain(&exit::line(&error));
-            }
-        }
-        // What has been held since: for those that have a socket in this network, here or at the target. The rest is thrown
-        // away: it would draw a reset.
-        drop(self.lock);
         outcome
     }
 }
@@ -324,7 +355,7 @@ impl Item {
         writer: &mut Writer<Output>,
         keeper: &mut Keeper,
     ) -> Result<()> {
-        writer.held(self.id, &self.held)?;
+        writer.held(self.id, &self.held.packets)?;
         let connection = match self.captive.let_go(control) {
             Ok(connection) => connection,
             Err(error) => {
@@ -333,7 +364,7 @@ impl Item {
                 return Ok(writer.send(&Message::Abort { connection: self.id, reason })?);
             }
         };
-        self.held.clear();
+        self.held.packets.clear();
         if let Err(error) = writer.send(&Message::Commit { connection: self.id }) {
             // The target cannot have read all of it.
             self.come_back(&connection, &error.to_string(), keeper);

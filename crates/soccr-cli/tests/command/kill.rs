@@ -6,8 +6,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -23,6 +24,7 @@ crate::tests![
     a_killed_source_leaves_one_connection,
     a_source_killed_before_it_lets_go_leaves_no_silence,
     a_killed_target_leaves_one_connection,
+    what_has_been_taken_before_the_source_is_killed_has_moved,
     a_source_that_is_asked_to_end_finishes_what_it_has_begun,
     a_target_that_is_asked_to_end_finishes_what_it_has_begun,
     a_socket_does_not_stay_in_repair,
@@ -128,6 +130,24 @@ fn a_killed_target_leaves_one_connection() {
     }
 }
 
+fn what_has_been_taken_before_the_source_is_killed_has_moved() {
+    if !installed("python3") {
+        return;
+    }
+    // As many as are on their way together, and then some.
+    const FIRST: usize = 256;
+    let mut moving = Move::new(FIRST + 20);
+    let next = (Boundary(End::Source, CONNECTION), FIRST + 1);
+    let status = hand_over_until(&moving, next, End::Source, Signal::KILL);
+    assert_eq!(status.code(), None, "killed");
+    assert_runs(&moving.old.pid());
+    let moved = moving.clients.drain(..FIRST).collect();
+    moving.assert_lives_at(Side::A, "old ");
+    moving.clients = moved;
+    moving.assert_lives_at(Side::B, "new ");
+    moving.end();
+}
+
 fn a_source_that_is_asked_to_end_finishes_what_it_has_begun() {
     if !installed("python3") {
         return;
@@ -220,7 +240,17 @@ fn assert_nobody_has_it(moving: &Move) {
 }
 
 /// Hands the connection over, and kills one end at a boundary. How the source ends.
-fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> std::process::ExitStatus {
+fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> ExitStatus {
+    hand_over_until(moving, (boundary, 1), victim, signal)
+}
+
+/// The same, where the boundary is passed for the nth time.
+fn hand_over_until(
+    moving: &Move,
+    (boundary, nth): (Boundary, usize),
+    victim: End,
+    signal: Signal,
+) -> ExitStatus {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     for name in ["from-source", "to-target", "from-target", "to-source"] {
@@ -238,24 +268,22 @@ fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> 
     let source_pid = source.id();
     // Whoever is killed has opened its ends, or the others would wait for that for ever.
     let connected = Barrier::new(2);
+    let passed = AtomicUsize::new(0);
+    let pass = |record| {
+        if record == boundary && passed.fetch_add(1, Ordering::Relaxed) + 1 == nth {
+            kill(victim, signal, source_pid, &path("pid"));
+        }
+    };
     thread::scope(|scope| {
         scope.spawn(|| {
             let (from, to) = (open(&path("from-source")), create(&path("to-target")));
             connected.wait();
-            relay(from, to, |kind| {
-                if boundary == Boundary(End::Source, kind) {
-                    kill(victim, signal, source_pid, &path("pid"));
-                }
-            });
+            relay(from, to, |kind| pass(Boundary(End::Source, kind)));
         });
         scope.spawn(|| {
             let (from, to) = (open(&path("from-target")), create(&path("to-source")));
             connected.wait();
-            relay(from, to, |kind| {
-                if boundary == Boundary(End::Target, kind) {
-                    kill(victim, signal, source_pid, &path("pid"));
-                }
-            });
+            relay(from, to, |kind| pass(Boundary(End::Target, kind)));
         });
         // A killed process that nobody has waited for is as dead as any other.
         source.wait().unwrap()

@@ -12,7 +12,9 @@ use soccr_lab::wait_until;
 /// its first argument in front. What ends a connection it prints.
 const SERVER: &str = r#"
 import socket, sys, threading
-listener = socket.create_server(("", 7), backlog=64)
+address = sys.argv[3]
+family = socket.AF_INET6 if ":" in address else socket.AF_INET
+listener = socket.create_server((address, 7), family=family, backlog=64, dualstack_ipv6=address == "::")
 def serve(connection):
     try:
         while data := connection.recv(65536):
@@ -88,7 +90,12 @@ pub fn python(script: &str, arguments: &[&str]) -> Command {
 
 /// Starts the server in the network of the calling thread.
 pub fn server(prefix: &str, connections: usize) -> Program {
-    Program::start(&mut python(SERVER, &[prefix, &connections.to_string()]))
+    server_at("", prefix, connections)
+}
+
+/// Starts the server with this address; `::` stands for both families.
+pub fn server_at(address: &str, prefix: &str, connections: usize) -> Program {
+    Program::start(&mut python(SERVER, &[prefix, &connections.to_string(), address]))
 }
 
 /// Connects, as soon as somebody listens.

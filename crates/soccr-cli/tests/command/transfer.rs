@@ -9,12 +9,13 @@ use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, json,
-    python, server, soccr,
+    python, server_at, soccr,
 };
 
 crate::tests![
     a_connection_moves_to_another_host,
     connections_move_to_another_program_of_the_same_host,
+    a_mapped_connection_moves_to_another_program_of_the_same_host,
     what_cannot_be_restored_behind_the_commit_comes_back,
     a_connection_moves_through_a_one_way_pipe,
     what_the_target_refuses_stays,
@@ -41,8 +42,13 @@ impl Move {
     }
 
     pub fn to(goal: Side, connections: usize) -> Self {
+        Self::from("", goal, connections)
+    }
+
+    /// The old server listens at this address.
+    fn from(address: &str, goal: Side, connections: usize) -> Self {
         let lab = Lab::new().unwrap();
-        let old = lab.a.run(|| server("old ", connections));
+        let old = lab.a.run(|| server_at(address, "old ", connections));
         let mut clients = Vec::new();
         for _ in 0..connections {
             let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
@@ -111,6 +117,16 @@ fn connections_move_to_another_program_of_the_same_host() {
     }
     // More than are answered at a time.
     let mut moving = Move::to(Side::A, 300);
+    assert_eq!(moving.try_send(&["--all", "--via", &moving.receive()]), (0, String::new()));
+    moving.assert_lives_at(Side::A, "new ");
+    moving.clients.clear();
+}
+
+fn a_mapped_connection_moves_to_another_program_of_the_same_host() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::from("::", Side::A, 1);
     assert_eq!(moving.try_send(&["--all", "--via", &moving.receive()]), (0, String::new()));
     moving.assert_lives_at(Side::A, "new ");
     moving.clients.clear();
