@@ -188,12 +188,20 @@ fn remove(socket: &mut Socket, name: &str) -> Result<()> {
 
 fn unlock(socket: &mut Socket, lock: &PersistentLock, flows: &[Flow]) -> Result<()> {
     let table = format!("{PREFIX}{}", lock.name);
+    let most = transaction::most_elements(socket)?;
     let mut batch = Batch::new();
-    // One by one: the time of any may be over by now, and a transaction happens as a whole or not at all.
-    for flow in flows {
+    let mut delete = |flows: &[Flow]| {
         let mut transaction = Transaction::begin(&mut batch, &table);
-        transaction.delete(Set::Flows, &[*flow]);
-        tolerate_absence(transaction.commit(socket), "nft delete element")?;
+        transaction.delete(Set::Flows, flows);
+        transaction.commit(socket)
+    };
+    for chunk in flows.chunks(most) {
+        // The time of any may be over by now, and a transaction happens as a whole or not at all.
+        if delete(chunk).is_err() {
+            for flow in chunk {
+                tolerate_absence(delete(&[*flow]), "nft delete element")?;
+            }
+        }
     }
     let unlocked: HashSet<Flow> = flows.iter().map(Flow::on_the_wire).collect();
     if lock.flows.iter().all(|flow| unlocked.contains(&flow.on_the_wire())) {
