@@ -14,6 +14,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{Resource, getrlimit};
 
 use crate::exit::{Coded, Exit};
 use crate::rescue::rescue;
@@ -33,7 +34,7 @@ pub(crate) struct Handover {
     #[arg(long, value_name = "UNIX_SOCKET", conflicts_with = "program")]
     send_fd: Option<PathBuf>,
     /// Become this program, which finds the connections as descriptors 3 and up (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES;
-    /// see sd_listen_fds(3)), each with the name "connection"
+    /// see sd_listen_fds(3)), each with the name "connection", and without names where there are more than 11,000
     #[arg(last = true, value_name = "PROGRAM")]
     program: Vec<String>,
 }
@@ -100,6 +101,21 @@ impl Recipient {
         match self {
             Self::Program { stdio: true, .. } => 1,
             _ => usize::MAX,
+        }
+    }
+
+    /// Checks that so many connections can be given away, before the first is taken from where it is.
+    pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
+        let Self::Program { stdio: false, .. } = self else { return Ok(()) };
+        // For a moment they have two numbers each.
+        let wanted = 2 * connections as u64 + FIRST as u64;
+        match getrlimit(Resource::Nofile).current {
+            Some(limit) if limit < wanted => {
+                bail!(
+                    "{wanted} descriptors for a program: {limit} are allowed: raise RLIMIT_NOFILE (`ulimit -n`)"
+                )
+            }
+            _ => Ok(()),
         }
     }
 
@@ -173,11 +189,29 @@ fn execute(
             command
                 .env("LISTEN_FDS", connections.len().to_string())
                 .env("LISTEN_PID", std::process::id().to_string())
-                .env("LISTEN_FDNAMES", vec!["connection"; connections.len()].join(":"));
+                .envs(names(connections.len()).map(|names| ("LISTEN_FDNAMES", names)));
         }
     }
     // The program inherits what is ignored.
     drop(deaf);
     let error = command.exec();
     bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
+}
+
+/// The names of the descriptors; none where they are longer than the kernel takes (`MAX_ARG_STRLEN`, 128 KiB).
+fn names(count: usize) -> Option<String> {
+    const MOST: usize = 11_000;
+    (count <= MOST).then(|| vec!["connection"; count].join(":"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_starts_with_the_names_of_as_many_descriptors_as_have_some() {
+        assert_eq!(names(2).unwrap(), "connection:connection");
+        let most = (1..).take_while(|count| names(*count).is_some()).last().unwrap();
+        assert!(Command::new("true").env("LISTEN_FDNAMES", names(most).unwrap()).status().unwrap().success());
+    }
 }

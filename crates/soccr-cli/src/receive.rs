@@ -48,7 +48,7 @@ impl Receive {
         network::enter(self.netns.as_deref())?;
         descriptors::raise_limit();
         let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
-        let mut target = Target::new(&self.map, recipient.capacity(), self.demands.reports(), claim)?;
+        let mut target = Target::new(&self.map, &recipient, self.demands.reports(), claim)?;
         let broken = target.listen(input).err();
         if let Some(error) = &broken {
             exit::complain(&exit::line(error));

@@ -4,9 +4,9 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use soccr::Connection;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
-use soccr::{Connection, Paused};
 
 use crate::exit::{self, Coded, Exit};
 use crate::signals::Deaf;
@@ -18,8 +18,9 @@ pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyho
     let _deaf = Deaf::begin();
     let code = reason.downcast_ref::<Coded>().map_or(Exit::Failed, |coded| coded.0);
     let mut lost = 0;
+    let mut boat = None;
     for connection in connections {
-        match save(connection) {
+        match Lifeboat::aboard(&mut boat).and_then(|boat| boat.save(connection)) {
             Ok((flow, path)) => exit::complain(&format!(
                 "{} {}: saved in {}: see `soccr restore`",
                 flow.local,
@@ -42,28 +43,63 @@ pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyho
     }
 }
 
-fn save(stream: &TcpStream) -> Result<(Flow, PathBuf)> {
-    let flow = Flow::of(stream)?;
-    // Nothing may arrive between the image and the end of the socket; the peer sends it again.
-    let lock = Locker::new(Mode::Drop)?.lock(&[flow])?;
-    let paused: Paused<'_> = soccr::pause(stream)?;
-    let path = write(&paused.save()?)?;
-    let silence = Silence::begin(lock, SILENCE)?;
-    paused.detach()?;
-    silence.stay();
-    Ok((flow, path))
+/// What saving takes, for all of them together.
+struct Lifeboat {
+    locker: Locker,
+    silence: Silence,
+    /// Of the last image.
+    number: usize,
 }
 
-fn write(connection: &Connection) -> Result<PathBuf> {
-    let here = std::env::current_dir().unwrap_or_default();
-    let mut failure = None;
-    for directory in [here, std::env::temp_dir()] {
-        let name = |number| directory.join(format!("soccr-rescued-{}-{number}.soccr", std::process::id()));
-        let path = (1..).map(name).find(|path| !path.exists()).context("there is a free name")?;
-        match soccr_image::save_file(&path, connection) {
-            Ok(()) => return Ok(path),
-            Err(error) => failure = Some(error),
-        }
+impl Lifeboat {
+    fn aboard(boat: &mut Option<Self>) -> Result<&mut Self> {
+        Ok(match boat {
+            Some(boat) => boat,
+            None => boat.insert(Self {
+                locker: Locker::new(Mode::Drop)?,
+                silence: Silence::new(SILENCE),
+                number: 0,
+            }),
+        })
     }
-    Err(failure.context("there is nowhere to save it")?.into())
+
+    fn save(&mut self, stream: &TcpStream) -> Result<(Flow, PathBuf)> {
+        let flow = Flow::of(stream)?;
+        // Nothing may arrive between the image and the end of the socket; the peer sends it again.
+        let _lock = self.locker.lock(&[flow])?;
+        let paused = soccr::pause(stream)?;
+        let path = self.write(&paused.save()?)?;
+        self.silence.extend(vec![flow])?;
+        if let Err(error) = paused.detach() {
+            self.silence.end_about(&[flow])?;
+            return Err(error.into());
+        }
+        Ok((flow, path))
+    }
+
+    fn write(&mut self, connection: &Connection) -> Result<PathBuf> {
+        let here = std::env::current_dir().unwrap_or_default();
+        let mut failure = None;
+        for directory in [here, std::env::temp_dir()] {
+            let path = loop {
+                self.number += 1;
+                let name = format!("soccr-rescued-{}-{}.soccr", std::process::id(), self.number);
+                let path = directory.join(name);
+                if !path.exists() {
+                    break path;
+                }
+            };
+            match soccr_image::save_file(&path, connection) {
+                Ok(()) => return Ok(path),
+                Err(error) => failure = Some(error),
+            }
+        }
+        Err(failure.context("there is nowhere to save it")?.into())
+    }
+}
+
+impl Drop for Lifeboat {
+    fn drop(&mut self) {
+        self.silence.stay();
+    }
 }

@@ -78,7 +78,7 @@ impl Save {
             return Ok(Exit::Done);
         }
         let image = self.write(&connection)?;
-        let silence = Silence::begin(lock, Duration::from_secs(self.silence))?;
+        let mut silence = Silence::begin(lock, Duration::from_secs(self.silence))?;
         // Between the two the connection is in a file without a name.
         let _deaf = Deaf::begin();
         let last = captive.let_go(&connection.control)?;

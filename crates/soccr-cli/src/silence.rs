@@ -64,7 +64,7 @@ impl Silence {
     }
 
     /// The connections have left for good.
-    pub(crate) fn stay(mut self) {
+    pub(crate) fn stay(&mut self) {
         self.locks.clear();
     }
 }
@@ -81,6 +81,9 @@ impl Drop for Silence {
 /// Ends the silence about connections that are back. To be called in their network namespace. Locks that people have made
 /// stay: they have their reasons.
 pub(crate) fn lift(back: &[Flow]) -> Result<()> {
+    if back.is_empty() {
+        return Ok(());
+    }
     let back: HashSet<Flow> = back.iter().map(Flow::on_the_wire).collect();
     for lock in PersistentLock::list()? {
         let held: Vec<Flow> = lock.flows.iter().filter(|flow| back.contains(flow)).copied().collect();

@@ -23,6 +23,7 @@ use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Reader, Writer};
 
 use crate::fidelity::Reports;
+use crate::handover::Recipient;
 use crate::lifeline::Claim;
 use crate::signals::Deaf;
 use crate::{exit, silence};
@@ -42,6 +43,7 @@ pub(crate) struct Target<'a> {
     deaf: Option<Deaf>,
     locker: Locker,
     maps: &'a [AddressMap],
+    recipient: &'a Recipient,
     reports: Reports<'a>,
     /// How many connections are still to come, as the source has said.
     announced: usize,
@@ -122,7 +124,7 @@ struct Batch {
 impl<'a> Target<'a> {
     pub(crate) fn new(
         maps: &'a [AddressMap],
-        room: usize,
+        recipient: &'a Recipient,
         reports: Reports<'a>,
         claim: Claim,
     ) -> Result<Self> {
@@ -131,9 +133,10 @@ impl<'a> Target<'a> {
             deaf: None,
             locker: Locker::new(Mode::HOLD)?,
             maps,
+            recipient,
             reports,
             announced: 0,
-            room,
+            room: recipient.capacity(),
             numbers: HashSet::new(),
             arriving: Vec::new(),
             arriving_bytes: 0,
@@ -192,8 +195,10 @@ impl<'a> Target<'a> {
     fn hear(&mut self, message: Message) -> Result<()> {
         match message {
             Message::Begin { connections, answers } => {
-                Needs { connections: connections as usize, ..Needs::default() }.check()?;
-                self.announced = connections as usize;
+                let connections = connections as usize;
+                Needs { connections, ..Needs::default() }.check()?;
+                self.recipient.check_room(connections)?;
+                self.announced = connections;
                 if answers && self.answers.is_none() {
                     self.answers = Some(Writer::new(Answers)?);
                 }

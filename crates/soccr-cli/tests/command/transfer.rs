@@ -19,6 +19,7 @@ crate::tests![
     what_cannot_be_restored_behind_the_commit_comes_back,
     a_connection_moves_through_a_one_way_pipe,
     what_the_target_refuses_stays,
+    a_target_without_room_for_all_takes_none,
     one_that_fails_does_not_hurt_the_others,
     all_connections_of_a_port_move,
     a_target_that_is_silent_changes_nothing,
@@ -192,6 +193,20 @@ fn what_the_target_refuses_stays() {
         complaint.contains("stays: the target refuses it") && complaint.contains("EADDRNOTAVAIL"),
         "{complaint}"
     );
+    assert_runs(&moving.old.pid());
+    moving.assert_lives_at(Side::A, "old ");
+}
+
+fn a_target_without_room_for_all_takes_none() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(40);
+    // Enough to have them, too few to give them away.
+    let receive = format!("ulimit -n 70; {}", moving.receive());
+    let (code, complaint) = moving.try_send(&["--all", "--via", &receive]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(complaint.contains("83 descriptors for a program: 70 are allowed"), "{complaint}");
     assert_runs(&moving.old.pid());
     moving.assert_lives_at(Side::A, "old ");
 }
