@@ -37,7 +37,8 @@ impl Pattern {
 const RATE: f64 = 125e6;
 /// What may be sent at once after a pause.
 const BURST: f64 = 128e3;
-/// Handed to the kernel at once: little enough that the traffic itself knows no silence.
+/// Written and read at once: little enough that the traffic itself knows no silence, and that the first of many bytes
+/// is heard before the last.
 const CHUNK: usize = 8 << 10;
 /// How long a sender waits for what it may send next.
 const MOMENT: Duration = Duration::from_micros(20);
@@ -101,7 +102,7 @@ impl Traffic {
         set_prompt_timers()?;
         let shared = Arc::clone(&heard);
         let peer = std::thread::spawn(move || be_peer(pattern, peer, &shared, start));
-        let (pace, buffer) = (Pace::default(), vec![0; 256 << 10]);
+        let (pace, buffer) = (Pace::default(), vec![0; CHUNK]);
         Ok(Self {
             pattern,
             stream: Some(stream),
@@ -210,7 +211,7 @@ impl Traffic {
             return Ok(());
         }
         if wanted == PollFlags::OUT {
-            if let Some(length) = some(stream.write(&self.buffer[..CHUNK]))? {
+            if let Some(length) = some(stream.write(&self.buffer))? {
                 self.pace.spend(length);
             }
             return Ok(());
@@ -242,7 +243,7 @@ impl Drop for Traffic {
 
 /// Plays the peer until the connection ends, in whatever way.
 fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instant) {
-    let mut buffer = vec![0; 256 << 10];
+    let mut buffer = vec![0; CHUNK];
     let mut pace = Pace::default();
     let now = || start.elapsed().as_nanos() as u64;
     let listen = |length| heard.note(now(), length);
@@ -256,7 +257,7 @@ fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instan
                 std::thread::sleep(MOMENT);
                 Ok(())
             }
-            Pattern::Upload => stream.write(&buffer[..CHUNK]).map(|length| pace.spend(length)),
+            Pattern::Upload => stream.write(&buffer).map(|length| pace.spend(length)),
             Pattern::Download => match stream.read(&mut buffer) {
                 Ok(0) => return,
                 other => other.map(listen),

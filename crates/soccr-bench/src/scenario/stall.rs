@@ -52,11 +52,11 @@ fn one(
     let locker = Locker::new(mode)?;
     let mut traffic = Traffic::start(pair, pattern)?;
     let mut silences = Samples::default();
-    let (budget, least) = if full { (Duration::ZERO, 100) } else { (Duration::from_millis(800), 3) };
+    let moves = if full { 100 } else { 30 };
     // The first move finds nothing in any cache.
     traffic.settle(rtt)?;
     traffic.move_once(&locker, Duration::ZERO, rtt)?;
-    repeat(budget, least, |_| {
+    repeat(Duration::ZERO, moves, |_| {
         traffic.settle(rtt)?;
         silences.push(traffic.move_once(&locker, lock, rtt)?.silence);
         Ok::<_, anyhow::Error>(())
