@@ -71,7 +71,9 @@ impl Lifeboat {
         let path = self.write(&paused.save()?)?;
         self.silence.extend(vec![flow])?;
         if let Err(error) = paused.detach() {
-            self.silence.end_about(&[flow])?;
+            // It lives on here, if not for long.
+            let _ = self.silence.end_about(&[flow]);
+            let _ = std::fs::remove_file(&path);
             return Err(error.into());
         }
         Ok((flow, path))

@@ -1,7 +1,7 @@
 //! A host that stays silent about connections that have left it: late packets of the peers draw no reset.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -32,12 +32,8 @@ impl Silence {
             return Ok(Self { limit, locks: Vec::new(), _lock: Some(lock) });
         }
         let flows = lock.flows().to_vec();
-        let mut stay = || {
-            let name = name();
-            lock.persist(&name, Some(limit)).map(|()| name)
-        };
-        // A process that had our number may have left a lock of that name.
-        let name = stay().or_else(|_| stay())?;
+        let name = name();
+        lock.persist(&name, Some(limit))?;
         let lock = PersistentLock { name, flows, remaining: Some(limit) };
         Ok(Self { limit, locks: vec![lock], _lock: None })
     }
@@ -48,9 +44,13 @@ impl Silence {
             return Ok(());
         }
         let limit = Some(self.limit);
-        // It may be gone: whoever makes a lock removes those whose time is over.
-        if self.locks.last_mut().is_some_and(|lock| lock.extend(&flows, limit).is_ok()) {
-            return Ok(());
+        if let Some(lock) = self.locks.last_mut() {
+            match lock.extend(&flows, limit) {
+                // The target ends the silence about what has come back, and whoever makes a lock removes those whose time
+                // is over.
+                Err(error) if error.errno() == Some(libc::ENOENT) => drop(self.locks.pop()),
+                extended => return Ok(extended?),
+            }
         }
         let name = name();
         PersistentLock::create(&name, &flows, limit)?;
@@ -60,7 +60,11 @@ impl Silence {
 
     /// These connections have not left after all.
     pub(crate) fn end_about(&self, flows: &[Flow]) -> Result<()> {
-        self.locks.iter().filter(|_| !flows.is_empty()).try_for_each(|lock| Ok(lock.unlock(flows)?))
+        let ended: HashSet<&Flow> = flows.iter().collect();
+        self.locks.iter().try_for_each(|lock| {
+            let silent: Vec<Flow> = lock.flows.iter().filter(|flow| ended.contains(flow)).copied().collect();
+            if silent.is_empty() { Ok(()) } else { Ok(lock.unlock(&silent)?) }
+        })
     }
 
     /// The connections have left for good.
@@ -105,8 +109,7 @@ pub(crate) fn lift(back: &[Flow]) -> Result<()> {
 /// Of the locks that this command leaves by itself.
 const PREFIX: &str = "left-";
 
-/// A name that no other lock of this host has as long as it stays.
+/// A name that no other lock has: the numbers of processes come again, in containers soon.
 fn name() -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("{PREFIX}{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!("{PREFIX}{:016x}", RandomState::new().hash_one(std::process::id()))
 }

@@ -22,7 +22,8 @@ use crate::signals::Deaf;
 use crate::silence::Silence;
 use crate::via::{Answer, Output, Via};
 
-/// How many connections are on their way at a time. They are silent together, and their queues are in memory.
+/// How many connections are on their way at a time: a batch of the target. They are silent together, and their queues are
+/// in memory.
 const WINDOW: usize = 256;
 
 /// What is said of a target that needs longer than it may.
@@ -81,8 +82,8 @@ pub(crate) struct Source {
     locker: Locker,
     /// Those that are on their way.
     window: Range<usize>,
-    /// On them.
-    lock: Option<Lock>,
+    /// On them, in their order.
+    locks: Vec<Lock>,
     limits: Limits,
     silence: Silence,
     /// Since the first connection has left.
@@ -102,7 +103,7 @@ impl Source {
         }
         keeper.stop()?;
         let silence = Silence::new(limits.silence);
-        Ok(Self { items, locker, window: 0..0, lock: None, limits, silence, deaf: None, keeper })
+        Ok(Self { items, locker, window: 0..0, locks: Vec::new(), limits, silence, deaf: None, keeper })
     }
 
     /// Moves the connections to a target that answers.
@@ -147,10 +148,11 @@ impl Source {
             window.for_each(|_| progress.step());
         }
         writer.finish()?;
-        match via.answer(Instant::now() + self.limits.answer) {
-            Answer::Gone(_) | Answer::End | Answer::Late => Ok(()),
-            Answer::Message(message) => Err(anyhow!("the target said {message:?} after the end")),
+        let deadline = Instant::now() + self.limits.answer;
+        while let Answer::Message(message) = via.answer(deadline) {
+            self.hear(message)?;
         }
+        Ok(())
     }
 
     fn windows(&self) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -161,36 +163,37 @@ impl Source {
     /// Begins the time for which the peers of these connections hear nothing.
     fn lock(&mut self, window: Range<usize>) -> Result<()> {
         let flows: Vec<Flow> = self.items[window.clone()].iter().map(|item| item.held.flow).collect();
-        self.lock = Some(self.locker.lock(&flows)?);
-        self.window = window;
+        self.locks.push(self.locker.lock(&flows)?);
+        self.window.end = window.end;
         Ok(())
     }
 
     /// Takes in answers while there is a connection that waits for one.
     fn listen(&mut self, via: &Via, waits: impl Fn(&Item) -> bool) -> Result<()> {
         let deadline = Instant::now() + self.limits.answer;
-        let mut waiting = self.items[self.window.clone()].iter().filter(|item| waits(item)).count();
-        while waiting > 0 {
-            let (id, answered) = match via.answer(deadline) {
-                Answer::Message(message) => answered(message)?,
+        while self.items[self.window.clone()].iter().any(&waits) {
+            match via.answer(deadline) {
+                Answer::Message(message) => self.hear(message)?,
                 Answer::Gone(reason) => return Err(anyhow!("the target is gone: {reason}")),
                 Answer::End => return Err(anyhow!("the target has ended the hand-over")),
                 Answer::Late => return Ok(()),
-            };
-            let item = (id as usize).checked_sub(1).and_then(|index| self.items.get_mut(index));
-            let item = item.context("the target speaks of a connection that was not sent")?;
-            let waited = waits(item);
-            item.hear(answered, &mut self.keeper)?;
-            waiting -= usize::from(waited && !waits(item));
+            }
         }
         Ok(())
+    }
+
+    fn hear(&mut self, message: Message) -> Result<()> {
+        let (id, answered) = answered(message)?;
+        let item = (id as usize).checked_sub(1).and_then(|index| self.items.get_mut(index));
+        let item = item.context("the target speaks of a connection that was not sent")?;
+        item.hear(answered, &mut self.keeper)
     }
 
     /// Lets the connections go that the target has ready.
     fn commit(&mut self, window: Range<usize>, writer: &mut Writer<Output>) -> Result<()> {
         // What has left lives in this process until the target has it.
         self.deaf.get_or_insert_with(Deaf::begin);
-        self.collect()?;
+        self.collect(window.clone())?;
         let ready = self.items[window.clone()].iter().filter(|item| matches!(item.stage, Stage::Ready(_)));
         self.silence.extend(ready.map(|item| item.held.flow).collect())?;
         for item in &mut self.items[window] {
@@ -218,9 +221,9 @@ impl Source {
         writer.send(&Message::Begin { connections: self.items.len() as u32, answers: false })?;
         let mut progress = Progress::new("sent", self.items.len());
         let mut scratch = Connection::empty();
-        // Nobody says when they have arrived: they all wait for the end.
-        self.lock(0..self.items.len())?;
         for window in self.windows() {
+            // Nobody says when they have arrived: it stays to the end.
+            self.lock(window.clone())?;
             for item in &mut self.items[window.clone()] {
                 item.send(&mut writer, &mut scratch)?;
                 item.assume(Answered::Ready);
@@ -233,10 +236,10 @@ impl Source {
         Ok(())
     }
 
-    /// Takes over what the lock has held so far.
-    fn collect(&mut self) -> Result<()> {
-        let Some(lock) = &self.lock else { return Ok(()) };
-        for (item, held) in self.items[self.window.clone()].iter_mut().zip(lock.take()?) {
+    /// Takes over what the last lock has held so far.
+    fn collect(&mut self, window: Range<usize>) -> Result<()> {
+        let Some(lock) = self.locks.last() else { return Ok(()) };
+        for (item, held) in self.items[window].iter_mut().zip(lock.take()?) {
             item.held.packets.extend(held.packets);
         }
         Ok(())
@@ -254,12 +257,13 @@ impl Source {
         staying.iter().for_each(|item| replay(item));
         // What has been held since: for those that have a socket in this network, here or at the target. The rest is thrown
         // away: it would draw a reset.
-        self.lock = None;
+        self.locks.clear();
         // Before, the answers were dropped. Twice does no harm.
         staying.into_iter().for_each(|item| {
             replay(item);
             item.held.packets.clear();
         });
+        self.window.start = self.window.end;
     }
 
     fn has_left(&self) -> bool {

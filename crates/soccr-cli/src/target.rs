@@ -28,7 +28,8 @@ use crate::lifeline::Claim;
 use crate::signals::Deaf;
 use crate::{exit, silence};
 
-/// The most connections of a batch, and the most bytes in their queues.
+/// The most connections of a batch, and the most bytes in their queues. A source that sends as many at a time is not
+/// waited for.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 16 << 20;
 
@@ -197,9 +198,10 @@ impl<'a> Target<'a> {
             Message::Begin { connections, answers } => {
                 let connections = connections as usize;
                 Needs { connections, ..Needs::default() }.check()?;
-                self.recipient.check_room(connections)?;
                 self.announced = connections;
                 if answers && self.answers.is_none() {
+                    // One that does not listen may have let go of them already: they are rescued in the end.
+                    self.recipient.check_room(connections)?;
                     self.answers = Some(Writer::new(Answers)?);
                 }
             }

@@ -13,8 +13,8 @@ pub struct OnCpu {
 }
 
 impl OnCpu {
-    /// Keeps the calling thread on the `nth` CPU of those that the process may use, or on a lower one where there are
-    /// fewer.
+    /// Keeps the calling thread on the `nth` CPU of those that the first thread of the process may use, or on a lower one
+    /// where there are fewer.
     ///
     /// # Panics
     /// Where the kernel refuses it.

@@ -208,8 +208,8 @@ impl Lock {
         }
     }
 
-    /// Unlocks the connections and delivers what has been held, in order and before anything that arrives later.
-    /// Returns how many packets that were.
+    /// Unlocks the connections and delivers what has been held, in order. They answer when all of it is there: a peer hears
+    /// of no gap. Returns how many packets that were.
     ///
     /// Release a restored connection before it is [resumed](crate::Restored::resume): what it then sends at once reaches
     /// the peer.

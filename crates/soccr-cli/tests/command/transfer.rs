@@ -23,6 +23,7 @@ crate::tests![
     one_that_fails_does_not_hurt_the_others,
     all_connections_of_a_port_move,
     a_target_that_is_silent_changes_nothing,
+    a_connection_that_is_taken_late_is_not_lost,
     nothing_is_lost_of_what_a_peer_sends_meanwhile,
 ];
 
@@ -203,12 +204,16 @@ fn a_target_without_room_for_all_takes_none() {
     }
     let mut moving = Move::new(40);
     // Enough to have them, too few to give them away.
-    let receive = format!("ulimit -n 70; {}", moving.receive());
+    let receive = format!("ulimit -n 143; {}", moving.receive());
     let (code, complaint) = moving.try_send(&["--all", "--via", &receive]);
     assert_eq!(code, 1, "{complaint}");
-    assert!(complaint.contains("83 descriptors for a program: 70 are allowed"), "{complaint}");
+    assert!(complaint.contains("144 descriptors for a program: 143 are allowed"), "{complaint}");
     assert_runs(&moving.old.pid());
     moving.assert_lives_at(Side::A, "old ");
+    let receive = format!("ulimit -n 144; {}", moving.receive());
+    assert_eq!(moving.try_send(&["--all", "--via", &receive]), (0, String::new()));
+    moving.assert_lives_at(Side::B, "new ");
+    moving.end();
 }
 
 fn one_that_fails_does_not_hurt_the_others() {
@@ -269,6 +274,23 @@ fn a_target_that_is_silent_changes_nothing() {
     assert_eq!(code, 1, "{complaint}");
     assert!(complaint.contains("stays:"), "{complaint}");
     moving.assert_lives_at(Side::A, "old ");
+}
+
+fn a_connection_that_is_taken_late_is_not_lost() {
+    if !installed("python3") {
+        return;
+    }
+    let moving = Move::new(1);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("answers");
+    let mut answers = Writer::new(std::fs::File::create(&path).unwrap()).unwrap();
+    answers.send(&Message::Ready { connection: 1 }).unwrap();
+    let ready = std::fs::metadata(&path).unwrap().len();
+    answers.send(&Message::Taken { connection: 1 }).unwrap();
+    answers.finish().unwrap();
+    let path = path.display();
+    let target = format!("head -c {ready} {path}; sleep 1.5; tail -c +{} {path}; cat > /dev/null", ready + 1);
+    assert_eq!(moving.try_send(&["--all", "--timeout", "1", "--via", &target]), (0, String::new()));
 }
 
 /// Reads as little as can be: what it has read would be lost with it.

@@ -86,8 +86,8 @@ impl Capture {
     /// Gives these connections their packets, has them unlocked, and gives them what came between.
     /// Returns how many packets that were.
     ///
-    /// What came between is overtaken by what arrives by itself. The connections are kept silent until all of it is there:
-    /// so their peers hear of no gap, and send nothing again.
+    /// What came between is overtaken by what arrives by itself. Connections that have packets are kept silent until all
+    /// of them are there: so their peers hear of no gap, and send nothing again. With the others it is a rare chance.
     ///
     /// # Errors
     /// The first error. Everything is tried nevertheless.
@@ -100,8 +100,7 @@ impl Capture {
         let mut outcome = self.catch_up(flows, &mut replays);
         let (waiting, idle): (Vec<_>, Vec<_>) = flows.iter().partition(|flow| replays.contains_key(flow));
         outcome = outcome.and(unlock(Unlock::Both, &idle));
-        let receive = unlock(Unlock::Receive, &waiting);
-        outcome = outcome.and(receive.or_else(|_| unlock(Unlock::Both, &waiting)));
+        outcome = outcome.and(unlock(Unlock::Receive, &waiting));
         outcome = outcome.and(self.catch_up(flows, &mut replays));
         self.packets.forget(flows);
         outcome = outcome.and(unlock(Unlock::Send, &waiting));

@@ -94,11 +94,12 @@ impl Table {
     /// # Errors
     /// The first one.
     pub(super) fn unlock(&mut self, how: Unlock, flows: &[Flow]) -> Result<()> {
-        let most = most_elements(&self.socket).unwrap_or(1);
-        let most = if how == Unlock::Receive { (most / 2).max(1) } else { most };
+        // Those that go from one set into the other count twice. The same ones go together at each step: what is not there
+        // tells about all of them.
+        let most = (most_elements(&self.socket).unwrap_or(1) / 2).max(1);
         let mut outcome = Ok(());
         for flows in flows.chunks(most) {
-            let mut unlock = || {
+            let mut unlock = |how| {
                 self.transact(|transaction| match how {
                     Unlock::Both => transaction.delete(Set::Flows, flows),
                     Unlock::Receive => {
@@ -109,9 +110,14 @@ impl Table {
                 })
             };
             // What is left locked stays silent: that is worth a second attempt.
-            match unlock().or_else(|_| unlock()) {
-                // They are not locked, or the answer to the first attempt was lost.
-                Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EEXIST)) => {
+            let unlocked = unlock(how).or_else(|_| unlock(how)).or_else(|error| match how {
+                // Better with a gap than not at all.
+                Unlock::Receive if !is_done(&error) => unlock(Unlock::Both),
+                _ => Err(error),
+            });
+            match unlocked {
+                // Otherwise they are not locked, or the answer to the first attempt was lost.
+                Err(error) if !is_done(&error) => {
                     outcome = outcome.and(Err(Error::system("nft delete element", error)));
                 }
                 _ if how == Unlock::Receive => {}
@@ -133,4 +139,9 @@ impl Table {
         fill(&mut transaction);
         transaction.commit(&mut self.socket)
     }
+}
+
+/// The kernel says that nothing is left to do.
+fn is_done(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EEXIST))
 }
