@@ -247,22 +247,19 @@ impl Source {
 
     /// Ends the time of silence: every connection on the way has arrived, or stays.
     fn unlock(&mut self) {
-        let window = &mut self.items[self.window.clone()];
-        let staying: Vec<_> = window.iter_mut().filter(|item| matches!(item.stage, Stage::Stays)).collect();
+        let window = self.items[self.window.clone()].iter();
+        let staying: Vec<_> = window.filter(|item| matches!(item.stage, Stage::Stays)).collect();
         let flows: Vec<Flow> = staying.iter().map(|item| item.held.flow).collect();
         if let Err(error) = self.silence.end_about(&flows) {
             exit::complain(&exit::line(&error));
         }
-        let replay = |item: &Item| drop(item.held.replay(item.captive.socket()));
-        staying.iter().for_each(|item| replay(item));
+        let replay = || staying.iter().for_each(|item| drop(item.held.replay(item.captive.socket())));
+        replay();
         // What has been held since: for those that have a socket in this network, here or at the target. The rest is thrown
         // away: it would draw a reset.
         self.locks.clear();
         // Before, the answers were dropped. Twice does no harm.
-        staying.into_iter().for_each(|item| {
-            replay(item);
-            item.held.packets.clear();
-        });
+        replay();
         self.window.start = self.window.end;
     }
 
