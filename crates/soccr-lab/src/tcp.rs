@@ -63,6 +63,8 @@ pub struct TcpInfo {
     pub snd_wnd: u32,
     /// Segments sent again, over all.
     pub total_retrans: u32,
+    /// Segments received, over all.
+    pub segments_in: u32,
 }
 
 /// `struct tcp_info` up to `tcpi_snd_wnd` (Linux 5.4).
@@ -91,6 +93,7 @@ impl TcpInfo {
             snd_cwnd: number(80),
             snd_wnd: number(228),
             total_retrans: number(100),
+            segments_in: number(140),
         })
     }
 }

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::buffers::{self, Buffer};
-use crate::connection::Urgent;
+use crate::connection::{Urgent, Window};
 use crate::error::{Error, Result};
 use crate::sys::tcp::{self, Queue};
 
@@ -175,6 +175,41 @@ pub(crate) fn fill_receive(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     }
     tcp::select_queue(fd, Queue::Receive)?;
     fill(fd, bytes, RECEIVE_CHUNK, Buffer::Receive, "the receive queue")
+}
+
+/// Appends to the receive queue of a socket in repair mode, if what has arrived ends at `seq`. Returns how many of the pieces
+/// are in it as a whole; without repair mode none.
+///
+/// # Errors
+/// System: the window, which is closed meanwhile, was not opened again. The next acknowledgement does it.
+pub(crate) fn append<'a>(
+    fd: BorrowedFd<'_>,
+    seq: u32,
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<usize> {
+    let Ok(Some(window)) = tcp::window(fd) else { return Ok(0) };
+    // The kernel appends behind whatever has arrived: so nothing may arrive in between. Where `seq` has not been reached
+    // it refuses this.
+    if tcp::set_window(fd, &Window { rcv_wnd: 0, rcv_wup: seq, ..window }).is_err() {
+        return Ok(0);
+    }
+    let fits = tcp::queue_seq(fd, Queue::Receive).is_ok_and(|rcv_nxt| rcv_nxt == seq);
+    let appended = pieces.into_iter().take_while(|piece| fits && append_whole(fd, piece)).count();
+    tcp::set_window(fd, &window).or_else(|_| tcp::set_window(fd, &window))?;
+    tcp::select_queue(fd, None)?;
+    Ok(appended)
+}
+
+/// Returns whether all of it is in the selected queue.
+fn append_whole(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> bool {
+    while !bytes.is_empty() {
+        match send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+    true
 }
 
 /// Puts bytes into the send queue, as sent in repair mode and as unsent else.

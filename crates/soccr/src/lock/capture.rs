@@ -10,11 +10,13 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 
-use super::held::{Held, Replay};
+use super::held::Held;
 use super::packets::Packets;
+use super::replay::Replay;
 use super::rule::{LOG_LIMIT, TAIL};
 use super::table::Unlock;
 use crate::connection::Flow;
@@ -83,8 +85,8 @@ impl Capture {
         Ok(flows.iter().map(|flow| Held { flow: *flow, packets: packets(flow) }).collect())
     }
 
-    /// Gives these connections their packets, has them unlocked, and gives them what came between.
-    /// Returns how many packets that were.
+    /// Gives these connections their packets, has them unlocked, and gives them what came between. `sockets` are the connections,
+    /// in the same order, or none. Returns how many packets that were.
     ///
     /// What came between is overtaken by what arrives by itself. Connections that have packets are kept silent until all
     /// of them are there: so their peers hear of no gap, and send nothing again. With the others it is a rare chance.
@@ -94,14 +96,16 @@ impl Capture {
     pub(super) fn release(
         &mut self,
         flows: &[Flow],
+        sockets: &[BorrowedFd<'_>],
         mut unlock: impl FnMut(Unlock, &[Flow]) -> Result<()>,
     ) -> Result<usize> {
         let mut replays = HashMap::new();
-        let mut outcome = self.catch_up(flows, &mut replays);
+        let mut outcome = self.catch_up(flows, sockets, &mut replays);
         let (waiting, idle): (Vec<_>, Vec<_>) = flows.iter().partition(|flow| replays.contains_key(flow));
         outcome = outcome.and(unlock(Unlock::Both, &idle));
         outcome = outcome.and(unlock(Unlock::Receive, &waiting));
-        outcome = outcome.and(self.catch_up(flows, &mut replays));
+        // From now on packets arrive by themselves.
+        outcome = outcome.and(self.catch_up(flows, &[], &mut replays));
         self.packets.forget(flows);
         outcome = outcome.and(unlock(Unlock::Send, &waiting));
         let mut count = 0;
@@ -116,14 +120,19 @@ impl Capture {
     }
 
     /// Gives these connections their packets until none is left.
-    fn catch_up(&mut self, flows: &[Flow], replays: &mut HashMap<Flow, Replay>) -> Result<()> {
+    fn catch_up(
+        &mut self,
+        flows: &[Flow],
+        sockets: &[BorrowedFd<'_>],
+        replays: &mut HashMap<Flow, Replay>,
+    ) -> Result<()> {
         /// A peer that gets no answer stops within its window; one that never stops must not keep us here.
         const ROUNDS: usize = 8;
         let mut outcome = Ok(());
         for _ in 0..ROUNDS {
             outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
             let mut has_all = true;
-            for flow in flows {
+            for (index, flow) in flows.iter().enumerate() {
                 if self.packets.is_empty() {
                     break;
                 }
@@ -131,7 +140,7 @@ impl Capture {
                 if !held.is_empty() {
                     has_all = false;
                     let replay = replays.entry(*flow).or_insert_with(|| Replay::new(*flow));
-                    outcome = outcome.and(self.packets.replay(replay, held));
+                    outcome = outcome.and(self.packets.replay(replay, held, sockets.get(index).copied()));
                 }
             }
             if has_all {

@@ -1,10 +1,11 @@
-//! Packets that have been captured, by connection: kept in their order and within a limit, and handed to the connection.
+//! Packets that have been captured, by connection: kept in order and within a limit, and handed to the connection.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use super::held::{LONGEST, Replay};
+use super::replay::{LONGEST, Replay};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run};
@@ -129,24 +130,28 @@ impl Packets {
                     self.dropped += 1;
                     return;
                 }
-                if let Some(last) = queue.back_mut() {
-                    let before = cost(last);
-                    if last.join(bytes, &parsed, LONGEST) {
-                        self.bytes += cost(last) - before;
+                let place = place(queue, bytes, &parsed);
+                if let Some(before) = place.checked_sub(1).and_then(|index| queue.get_mut(index)) {
+                    let cost_before = cost(before);
+                    if before.join(bytes, &parsed, LONGEST) {
+                        self.bytes += cost(before) - cost_before;
                         return;
                     }
                     // Now there is time for it.
-                    last.seal();
+                    before.seal();
                 }
                 let run = Run::new(bytes, parsed);
                 self.bytes += cost(&run);
                 *acks += usize::from(is_pure_ack(&run));
-                queue.push_back(run);
+                queue.insert(place, run);
             }
             Some(Fate::Discarded) => {}
             // It was on its way through the rule while its connection was unlocked. What a firewall keeps it
             // from, the peer sends again.
-            None => drop(self.replay(&mut Replay::new(scoped(flow, interface)), [Run::new(bytes, parsed)])),
+            None => {
+                let mut replay = Replay::new(scoped(flow, interface));
+                let _ = self.replay(&mut replay, [Run::new(bytes, parsed)], None);
+            }
         }
     }
 
@@ -161,14 +166,14 @@ impl Packets {
         runs
     }
 
-    /// Injects packets. Every one is tried; the first error is returned.
-    pub(super) fn replay(&self, replay: &mut Replay, runs: impl IntoIterator<Item = Run>) -> Result<()> {
-        let injector = self.injector(&replay.flow())?;
-        let mut outcome = Ok(());
-        for run in runs {
-            outcome = outcome.and(replay.packet(injector, run));
-        }
-        outcome
+    /// Hands packets to their connection, see [`Replay::packets`].
+    pub(super) fn replay(
+        &self,
+        replay: &mut Replay,
+        runs: impl IntoIterator<Item = Run>,
+        socket: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        self.injector(&replay.flow()).and_then(|injector| replay.packets(injector, runs, socket))
     }
 
     /// Makes the connection answer, see [`Replay::finish`].
@@ -185,6 +190,14 @@ impl Packets {
             )
         })
     }
+}
+
+/// Where a packet belongs: at the end, or before what has overtaken it on the last bit of its way.
+fn place(queue: &VecDeque<Run>, packet: &[u8], parsed: &Parsed) -> usize {
+    /// Links overtake by a few packets.
+    const FARTHEST: usize = 8;
+    let overtaking = |run: &&Run| run.has_overtaken(packet, parsed);
+    queue.len() - queue.iter().rev().take(FARTHEST).take_while(overtaking).count()
 }
 
 fn cost(run: &Run) -> usize {
@@ -218,7 +231,13 @@ pub(super) mod tests {
 
     /// A segment of [`flow`].
     pub(in crate::lock) fn packet(seq: u32, payload: &[u8]) -> Vec<u8> {
-        let segment = Segment {
+        let mut packet = Vec::new();
+        segment(seq, payload).write(&mut packet);
+        packet
+    }
+
+    fn segment(seq: u32, payload: &[u8]) -> Segment<'_> {
+        Segment {
             source: flow().remote,
             destination: flow().local,
             seq,
@@ -228,10 +247,7 @@ pub(super) mod tests {
             timestamps: None,
             urgent: 0,
             payload,
-        };
-        let mut packet = Vec::new();
-        segment.write(&mut packet);
-        packet
+        }
     }
 
     fn packets(limit: usize) -> Packets {
@@ -276,6 +292,53 @@ pub(super) mod tests {
         let payload: Vec<u8> = (0..4).flat_map(|index| [index; 500]).collect();
         assert_eq!(taken(&mut packets), [packet(0, &payload)]);
         assert_eq!((packets.is_empty(), packets.dropped), (true, 0));
+    }
+
+    /// Packets of 100 bytes each, by number; `clock` is their timestamp.
+    fn numbered(clock: u32, number: u32, flags: u8) -> Vec<u8> {
+        let mut packet = Vec::new();
+        let payload = [number as u8; 100];
+        let timestamps = Some((clock, 1));
+        Segment { flags, timestamps, ..segment(100 * number, &payload) }.write(&mut packet);
+        packet
+    }
+
+    /// The numbers of the packets that were joined, in order.
+    fn order(packets: &mut Packets) -> Vec<Vec<u8>> {
+        let numbers = |run: Run| run.data().chunks(100).map(|piece| piece[0]).collect();
+        packets.take(&flow()).into_iter().map(numbers).collect()
+    }
+
+    #[test]
+    fn packets_that_were_overtaken_are_put_in_order() {
+        let mut packets = packets(1 << 20);
+        for number in [0, 3, 1, 4, 2, 7, 6, 5, 8] {
+            packets.push(&numbered(10 + number / 2, number, flags::ACK), 1);
+        }
+        assert_eq!(order(&mut packets).concat(), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        assert!(packets.is_empty());
+    }
+
+    #[test]
+    fn what_says_something_new_stays_where_it_came() {
+        // Sent again: with the newer clock it would make what follows invalid.
+        let mut packets = packets(1 << 20);
+        packets.push(&numbered(10, 2, flags::ACK), 1);
+        packets.push(&numbered(11, 1, flags::ACK), 1);
+        assert_eq!(order(&mut packets), [[2], [1]]);
+
+        // Behind an acknowledgement the order is that of what they say.
+        packets.push(&numbered(10, 2, flags::ACK), 1);
+        packets.push(&packet(300, &[]), 1);
+        packets.push(&numbered(10, 1, flags::ACK), 1);
+        assert_eq!(order(&mut packets), [vec![2], vec![], vec![1]]);
+
+        // The end comes last, and something urgent or the same bytes once more are left alone.
+        packets.push(&numbered(10, 2, flags::ACK | flags::FIN), 1);
+        packets.push(&numbered(10, 1, flags::ACK), 1);
+        packets.push(&numbered(10, 1, flags::ACK), 1);
+        packets.push(&numbered(10, 0, flags::ACK | flags::URG), 1);
+        assert_eq!(order(&mut packets), [vec![1], vec![1], vec![2], vec![0]]);
     }
 
     #[test]

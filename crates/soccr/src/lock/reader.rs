@@ -5,9 +5,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 
 use super::capture::Capture;
 
@@ -16,7 +20,7 @@ use super::capture::Capture;
 pub(super) struct Reader {
     capture: Mutex<Capture>,
     readable: OwnedFd,
-    /// Counts up when there is more to do than to read.
+    /// A timer that runs out when there is more to do than to read.
     wake: OwnedFd,
     ended: AtomicBool,
 }
@@ -25,7 +29,7 @@ impl Reader {
     /// Starts the thread. It ends when it is told to [stop](Self::stop).
     pub(super) fn start(capture: Capture) -> io::Result<Arc<Self>> {
         let readable = capture.socket().as_fd().try_clone_to_owned()?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let wake = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
         let reader =
             Arc::new(Self { capture: Mutex::new(capture), readable, wake, ended: AtomicBool::new(false) });
         let shared = Arc::clone(&reader);
@@ -35,18 +39,19 @@ impl Reader {
 
     pub(super) fn stop(&self) {
         self.ended.store(true, Ordering::Release);
-        self.wake();
+        self.wake_in(Duration::from_nanos(1));
     }
 
     /// Lets the thread give back the memory of what has been released: that takes about as long as the release, and the
-    /// connections are not to wait for it.
+    /// connections are not to wait for it, nor is what they do first.
     pub(super) fn tidy(&self) {
-        self.wake();
+        self.wake_in(Duration::from_millis(10));
     }
 
-    fn wake(&self) {
-        // An event counter is full only where it has been forgotten for ages.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    fn wake_in(&self, time: Duration) {
+        let once = Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() };
+        let timer = Itimerspec { it_interval: Timespec::default(), it_value: once };
+        let _ = timerfd_settime(&self.wake, TimerfdTimerFlags::empty(), &timer);
     }
 
     pub(super) fn capture(&self) -> MutexGuard<'_, Capture> {
@@ -66,7 +71,7 @@ impl Reader {
                 if self.ended.load(Ordering::Acquire) {
                     return;
                 }
-                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                let _ = rustix::io::read(&self.wake, &mut [0; size_of::<u64>()]);
                 let spent = self.capture().take_spent();
                 drop(spent);
             }

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::{IPV4_HEADER, IPV6_HEADER, Parsed, TCP, finish, flags, sixteen};
+use crate::connection::after;
 
 /// One segment, or several that follow each other.
 ///
@@ -41,29 +42,45 @@ impl Run {
     /// Appends a packet, unless its data does not follow, or its headers say something new, or the run would become
     /// longer than `limit`. Returns whether it did.
     pub(crate) fn join(&mut self, packet: &[u8], next: &Parsed, limit: usize) -> bool {
-        let run = &mut self.parsed;
-        let follows = run.seq.wrapping_add(run.payload.len() as u32) == next.seq
-            && run.flags & !flags::PSH == flags::ACK
-            && next.flags & !(flags::PSH | flags::FIN) == flags::ACK
-            && !run.payload.is_empty()
-            && !next.payload.is_empty()
-            && [run.missing, next.missing] == [0, 0]
-            && self.packet.len() + next.payload.len() <= limit
-            && headers_agree([&self.packet[run.header.clone()], &packet[next.header.clone()]])
-            && service(&self.packet) == service(packet);
-        if follows {
+        let joins = self.packet.len() + next.payload.len() <= limit && self.is_before(packet, next);
+        if joins {
             self.packet.extend_from_slice(&packet[next.payload.clone()]);
+            let run = &mut self.parsed;
             run.flags |= next.flags;
             self.packet[run.header.start + 13] = run.flags;
             run.payload.end = self.packet.len();
             self.sealed = false;
         }
-        follows
+        joins
+    }
+
+    /// Whether the data of a packet follows, and nothing in its headers is new but a FIN.
+    pub(crate) fn is_before(&self, packet: &[u8], next: &Parsed) -> bool {
+        end(&self.parsed) == next.seq && say_the_same([(&self.packet, &self.parsed), (packet, next)])
+    }
+
+    /// Whether this data was sent after that of a packet which comes only now, and nothing else in the two is new.
+    pub(crate) fn has_overtaken(&self, packet: &[u8], late: &Parsed) -> bool {
+        // What is sent again bears a new timestamp. Before others with old ones it would make them invalid (RFC 7323 §5).
+        let clocks = [clock(&packet[late.header.clone()]), clock(&self.packet[self.parsed.header.clone()])];
+        !after(end(late), self.parsed.seq)
+            && !after(clocks[0], clocks[1])
+            && say_the_same([(packet, late), (&self.packet, &self.parsed)])
+    }
+
+    /// Whether the data of `next` follows that of this one, and is all that is new in it.
+    pub(crate) fn is_continued_by(&self, next: &Self) -> bool {
+        next.parsed.flags & flags::FIN == 0 && self.is_before(&next.packet, &next.parsed)
     }
 
     /// What is known of it.
     pub(crate) fn parsed(&self) -> &Parsed {
         &self.parsed
+    }
+
+    /// Its data.
+    pub(crate) fn data(&self) -> &[u8] {
+        &self.packet[self.parsed.payload.clone()]
     }
 
     /// The bytes of memory that the packet takes.
@@ -153,11 +170,34 @@ impl Run {
     }
 }
 
+/// The sequence number behind the data.
+fn end(segment: &Parsed) -> u32 {
+    segment.seq.wrapping_add(segment.payload.len() as u32)
+}
+
+/// Two whole segments with data, of which the second may end the connection, differ in nothing but what has to.
+fn say_the_same([(first, a), (second, b)]: [(&[u8], &Parsed); 2]) -> bool {
+    a.flags & !flags::PSH == flags::ACK
+        && b.flags & !(flags::PSH | flags::FIN) == flags::ACK
+        && [a, b].iter().all(|segment| !segment.payload.is_empty() && segment.missing == 0)
+        && headers_agree([&first[a.header.clone()], &second[b.header.clone()]])
+        && service(first) == service(second)
+}
+
+/// The kinds of the options, where timestamps are all that there is: two fillers, kind, length.
+const TIMESTAMPS: [u8; 4] = [1, 1, 8, 10];
+
+/// The time of the sender, or zero.
+fn clock(header: &[u8]) -> u32 {
+    match header[20..].split_at_checked(4) {
+        Some((kind, [a, b, c, d, ..])) if kind == TIMESTAMPS => u32::from_be_bytes([*a, *b, *c, *d]),
+        _ => 0,
+    }
+}
+
 /// The TCP headers differ in nothing but what has to: sequence number, flags and checksum. Of the timestamps those of the
 /// first segment count: an acknowledgement echoes the earliest that it acknowledges (RFC 7323 §4.3).
 fn headers_agree(headers: [&[u8]; 2]) -> bool {
-    /// Two fillers, kind, length: what every implementation sends.
-    const TIMESTAMPS: [u8; 4] = [1, 1, 8, 10];
     let fixed = headers.map(|header| {
         let options = match header[20..].split_at_checked(4) {
             Some((kind, [_, _, _, _, _, _, _, _])) if kind == TIMESTAMPS => kind,

@@ -1,13 +1,16 @@
 //! Every system call of a lock fails once: no connection stays locked by mistake, and none is unlocked.
 
 use std::io::{Read, Write};
+use std::thread;
 
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode, PersistentLock};
-use soccr_lab::{Family, wait_until};
+use soccr::{Lock, Restored, pause};
+use soccr_lab::{Family, TcpInfo, wait_until};
 
 use crate::ends::Ends;
 use crate::faults::{Faults, supervised};
+use crate::sys::set_deaf;
 
 /// Calls `body` until it comes to an end without the fault that it arms.
 fn with_every_fault(mut body: impl FnMut(&Faults, &dyn Fn()) -> bool + Send) {
@@ -61,6 +64,73 @@ pub fn a_release_that_fails_unlocks() {
         (&ends.ours).read_exact(&mut read).unwrap();
         assert_eq!(&read, b"held");
         failed.is_some()
+    });
+}
+
+/// More than fits into the longest packet.
+const MUCH: usize = 300_000;
+
+fn much() -> Vec<u8> {
+    (0..MUCH).map(|index| (index % 251) as u8).collect()
+}
+
+/// A connection whose peer sends so much at a time.
+fn warm_connection() -> (Ends, Flow, Locker) {
+    let (ends, flow, locker) = connection();
+    for _ in 0..20 {
+        thread::scope(|scope| {
+            scope.spawn(|| (&ends.peer).write_all(&much()).unwrap());
+            expect_much(&ends);
+        });
+    }
+    (ends, flow, locker)
+}
+
+fn expect_much(ends: &Ends) {
+    let mut read = vec![0; MUCH];
+    (&ends.ours).read_exact(&mut read).unwrap();
+    assert!(read == much(), "other bytes than were sent");
+}
+
+/// Moves the connection into another socket, which gets what the peer sends meanwhile by `release`.
+fn move_much(ends: &mut Ends, lock: Lock, release: impl FnOnce(Lock, &Restored)) {
+    let paused = pause(&ends.ours).unwrap();
+    let connection = paused.save().unwrap();
+    paused.detach().unwrap();
+    let peer = ends.peer.try_clone().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| (&peer).write_all(&much()).unwrap());
+        wait_until("some is held", || lock.held() > 2);
+        let restored = ends.pair.a.run(|| connection.restore()).unwrap();
+        release(lock, &restored);
+        ends.ours = restored.resume().unwrap();
+        expect_much(ends);
+    });
+}
+
+pub fn a_release_into_a_queue_that_fails_loses_nothing() {
+    let (mut ends, flow, locker) = warm_connection();
+    with_every_fault(|faults, arm| {
+        let mut failed = None;
+        move_much(&mut ends, locker.lock(&[flow]).unwrap(), |lock, restored| {
+            arm();
+            let released = lock.release_into(&[restored]);
+            failed = faults.disarm();
+            if let Err(error) = released {
+                assert_eq!((error.step(), error.errno()), ("unlock", Some(libc::ENOMEM)), "{error}");
+            }
+        });
+        failed.is_some()
+    });
+}
+
+pub fn nothing_is_put_behind_what_did_not_arrive() {
+    let (mut ends, flow, locker) = warm_connection();
+    move_much(&mut ends, locker.lock(&[flow]).unwrap(), |lock, restored| {
+        set_deaf(restored, true).unwrap();
+        lock.release_into(&[restored]).unwrap();
+        assert_eq!(TcpInfo::of(restored).unwrap().unread, 0);
+        set_deaf(restored, false).unwrap();
     });
 }
 

@@ -2,6 +2,7 @@
 
 mod firewall;
 mod held;
+mod much;
 mod persistent;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -44,6 +45,13 @@ fn main() -> ExitCode {
         a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass,
         held::the_longest_packets_are_held_whole,
         held::what_is_held_has_a_limit,
+        much::a_restored_connection_gets_it_in_its_queue,
+        much::so_it_does_from_another_host,
+        much::twice_does_no_harm,
+        much::a_connection_that_stayed_gets_it_too,
+        much::a_gap_in_it_is_filled_by_the_peer,
+        much::what_finds_no_room_is_sent_again,
+        much::each_connection_gets_its_own,
         dropping_the_guard_unlocks,
         a_dropped_guard_of_a_connection_that_has_left_draws_no_reset,
         a_connection_is_locked_once,
