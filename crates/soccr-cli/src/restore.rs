@@ -64,7 +64,7 @@ impl Restore {
         reports.add("", &restored)?;
         reports.tell()?;
         silence::lift(&[connection.flow()])?;
-        lock.release()?;
+        lock.release_into(&[&restored])?;
         recipient.give(vec![restored.resume()?], deaf)
     }
 }

@@ -146,7 +146,7 @@ impl Worker {
                 Held { flow, packets }.replay(&restored)?;
             }
         }
-        self.lock.take().context("not locked")?.release()?;
+        self.lock.take().context("not locked")?.release_into(&[&restored])?;
         let stream = restored.resume()?;
         answer(&Answer::Going { unlocked_at: now(), mss: mss(&stream)? }, &[])?;
         self.stream = Some(stream);
