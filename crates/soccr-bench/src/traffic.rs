@@ -127,9 +127,12 @@ impl Traffic {
             self.carry(|heard| heard.bytes.load(Relaxed) - before >= goal && start.elapsed() > least)?;
             let silence = Duration::from_nanos(self.heard.longest.load(Relaxed));
             if is_request || silence < SETTLED_SILENCE || begin.elapsed() > PATIENCE {
-                return Ok(());
+                break;
             }
         }
+        // The traffic may pause by itself just now. That is no part of what a move costs.
+        let before = self.heard.bytes.load(Relaxed);
+        self.carry(|heard| heard.bytes.load(Relaxed) != before)
     }
 
     /// Carries on for so long; notes when how many bytes had been heard.
@@ -156,7 +159,7 @@ impl Traffic {
         let waited = Instant::now();
         let restored = connection.restore()?;
         self.restoring = waited.elapsed();
-        lock.release()?;
+        lock.release_into(&[&restored])?;
         self.stream = Some(restored.resume()?);
         let resumed = self.now();
 
