@@ -160,6 +160,6 @@ fn move_once(pair: &Pair, ours: TcpStream, effort: Effort) -> Result<(TcpStream,
     let path = connection.path.unwrap_or_default();
     effort.reduce(&mut connection);
     let restored = pair.a.run(|| connection.restore())?;
-    lock.release()?;
+    lock.release_into(&[&restored])?;
     Ok((restored.resume()?, path))
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_gettime,
+    timerfd_settime,
 };
 
 use super::capture::Capture;
@@ -45,7 +46,10 @@ impl Reader {
     /// Lets the thread give back the memory of what has been released: that takes about as long as the release, and the
     /// connections are not to wait for it, nor is what they do first.
     pub(super) fn tidy(&self) {
-        self.wake_in(Duration::from_millis(10));
+        // One release after the other must not put it off for ever.
+        if timerfd_gettime(&self.wake).is_ok_and(|timer| timer.it_value == Timespec::default()) {
+            self.wake_in(Duration::from_millis(10));
+        }
     }
 
     fn wake_in(&self, time: Duration) {
