@@ -224,7 +224,8 @@ impl Lock {
     }
 
     /// Like [`release`](Self::release), and quicker where much is held: `sockets` are the restored connections, in the order of
-    /// [`flows`](Self::flows), and not yet resumed. Most of what is held goes straight into their receive queues.
+    /// [`flows`](Self::flows). Most of what is held goes straight into their receive queues, and their peers hear of it when they
+    /// are [resumed](crate::Restored::resume), right after. Who turns repair mode off by other means uses `release`.
     ///
     /// # Errors
     /// Those of `release`. Invalid: as many sockets as connections are needed; they are unlocked nevertheless.

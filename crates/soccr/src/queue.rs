@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::buffers::{self, Buffer};
-use crate::connection::{Urgent, Window};
+use crate::connection::Urgent;
 use crate::error::{Error, Result};
 use crate::sys::tcp::{self, Queue};
 
@@ -177,39 +177,47 @@ pub(crate) fn fill_receive(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     fill(fd, bytes, RECEIVE_CHUNK, Buffer::Receive, "the receive queue")
 }
 
-/// Appends to the receive queue of a socket in repair mode, if what has arrived ends at `seq`. Returns how many of the pieces
-/// are in it as a whole; without repair mode none.
+/// Where what has arrived for a socket in repair mode ends.
+pub(crate) fn rcv_nxt(fd: BorrowedFd<'_>) -> Result<u32> {
+    let rcv_nxt = tcp::queue_seq(fd, Queue::Receive);
+    tcp::select_queue(fd, None)?;
+    rcv_nxt
+}
+
+/// Appends to the receive queue of a socket in repair mode, which ends at `seq`. Nothing may arrive meanwhile: the
+/// kernel appends behind whatever is there by then. Returns how many of the pieces are in the queue as a whole.
 ///
 /// # Errors
-/// System: the window, which is closed meanwhile, was not opened again. The next acknowledgement does it.
+/// [`changed`] where something has arrived nevertheless: then the bytes are not in order.
 pub(crate) fn append<'a>(
     fd: BorrowedFd<'_>,
     seq: u32,
     pieces: impl IntoIterator<Item = &'a [u8]>,
 ) -> Result<usize> {
-    let Ok(Some(window)) = tcp::window(fd) else { return Ok(0) };
-    // The kernel appends behind whatever has arrived: so nothing may arrive in between. Where `seq` has not been reached
-    // it refuses this.
-    if tcp::set_window(fd, &Window { rcv_wnd: 0, rcv_wup: seq, ..window }).is_err() {
-        return Ok(0);
+    tcp::select_queue(fd, Queue::Receive)?;
+    let (mut appended, mut end) = (0, seq);
+    for piece in pieces {
+        let written = append_some(fd, piece);
+        end = end.wrapping_add(written as u32);
+        if written < piece.len() {
+            break;
+        }
+        appended += 1;
     }
-    let fits = tcp::queue_seq(fd, Queue::Receive).is_ok_and(|rcv_nxt| rcv_nxt == seq);
-    let appended = pieces.into_iter().take_while(|piece| fits && append_whole(fd, piece)).count();
-    tcp::set_window(fd, &window).or_else(|_| tcp::set_window(fd, &window))?;
-    tcp::select_queue(fd, None)?;
-    Ok(appended)
+    if rcv_nxt(fd)? == end { Ok(appended) } else { Err(changed()) }
 }
 
-/// Returns whether all of it is in the selected queue.
-fn append_whole(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> bool {
-    while !bytes.is_empty() {
-        match send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-            Ok(written) => bytes = &bytes[written..],
+/// Writes what there is room for, and returns how much that is.
+fn append_some(fd: BorrowedFd<'_>, bytes: &[u8]) -> usize {
+    let mut length = 0;
+    while length < bytes.len() {
+        match send(fd, &bytes[length..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(written) => length += written,
             Err(Errno::INTR) => {}
-            Err(_) => return false,
+            Err(_) => break,
         }
     }
-    true
+    length
 }
 
 /// Puts bytes into the send queue, as sent in repair mode and as unsent else.

@@ -25,10 +25,10 @@ pub struct Held {
 impl Held {
     /// Hands the packets to the connection as if they had just arrived, in their order. Returns how many.
     ///
-    /// `socket` is the restored connection, best before it is [resumed](crate::Restored::resume), and locked here until
-    /// after the replay: of what arrives by itself meanwhile something may be lost, and the peer sends it again. One that
-    /// has been resumed must not be locked: its answers have to reach the peer. Packets that are damaged, or no TCP
-    /// segments of that address family, are left out: the peer sends again what is missing. Replaying twice does no harm.
+    /// `socket` is the restored connection, best before it is [resumed](crate::Restored::resume). It must not be locked
+    /// (any more): its answers have to reach the peer. Packets that are
+    /// damaged, or no TCP segments of that address family, are left out: the peer sends again what is missing.
+    /// Replaying twice does no harm.
     ///
     /// # Errors
     /// Refused: nothing arrived, because of a firewall. `EPERM` without `CAP_NET_RAW`, or where a firewall drops what the
@@ -60,7 +60,7 @@ impl Held {
             let fits = parsed.source.is_ipv4() == self.flow.is_ipv4();
             (fits && parsed.checksum(packet) != Checksum::Wrong).then(|| Run::new(packet, parsed))
         });
-        replay.packets(&injector, runs, Some(socket))?;
+        replay.packets(&injector, runs, None)?;
         let count = replay.finish(&injector)?;
         if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
             return Err(Error::refused(

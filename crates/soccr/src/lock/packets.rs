@@ -294,12 +294,13 @@ pub(super) mod tests {
         assert_eq!((packets.is_empty(), packets.dropped), (true, 0));
     }
 
-    /// Packets of 100 bytes each, by number; `clock` is their timestamp.
+    /// Packets of 100 bytes each, by number, about the end of the sequence space; `clock` is their timestamp.
     fn numbered(clock: u32, number: u32, flags: u8) -> Vec<u8> {
         let mut packet = Vec::new();
         let payload = [number as u8; 100];
         let timestamps = Some((clock, 1));
-        Segment { flags, timestamps, ..segment(100 * number, &payload) }.write(&mut packet);
+        let seq = (100 * number).wrapping_sub(250);
+        Segment { flags, timestamps, ..segment(seq, &payload) }.write(&mut packet);
         packet
     }
 

@@ -53,7 +53,7 @@ impl Reader {
     }
 
     fn wake_in(&self, time: Duration) {
-        let once = Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() };
+        let once = time.try_into().expect("a short time fits");
         let timer = Itimerspec { it_interval: Timespec::default(), it_value: once };
         let _ = timerfd_settime(&self.wake, TimerfdTimerFlags::empty(), &timer);
     }
@@ -72,10 +72,11 @@ impl Reader {
                 Err(_) => return,
             }
             if !events[1].revents().is_empty() {
+                // First, or it could swallow what comes after the question.
+                let _ = rustix::io::read(&self.wake, &mut [0; size_of::<u64>()]);
                 if self.ended.load(Ordering::Acquire) {
                     return;
                 }
-                let _ = rustix::io::read(&self.wake, &mut [0; size_of::<u64>()]);
                 let spent = self.capture().take_spent();
                 drop(spent);
             }

@@ -61,10 +61,12 @@ impl Run {
 
     /// Whether this data was sent after that of a packet which comes only now, and nothing else in the two is new.
     pub(crate) fn has_overtaken(&self, packet: &[u8], late: &Parsed) -> bool {
+        let clocks =
+            || [clock(&packet[late.header.clone()]), clock(&self.packet[self.parsed.header.clone()])];
         // What is sent again bears a new timestamp. Before others with old ones it would make them invalid (RFC 7323 §5).
-        let clocks = [clock(&packet[late.header.clone()]), clock(&self.packet[self.parsed.header.clone()])];
+        let is_sent_again = || matches!(clocks(), [late, ours] if after(late, ours));
         !after(end(late), self.parsed.seq)
-            && !after(clocks[0], clocks[1])
+            && !is_sent_again()
             && say_the_same([(packet, late), (&self.packet, &self.parsed)])
     }
 
