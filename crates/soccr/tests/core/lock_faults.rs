@@ -124,7 +124,8 @@ fn move_much(ends: &mut Ends, release: impl FnOnce(Lock, &Restored)) {
 pub fn a_release_into_a_queue_that_fails_loses_nothing() {
     let _cpu = OnCpu::stay(0);
     let mut ends = warm_connection();
-    with_every_fault(|faults, arm| {
+    // The threads of a new line are supervised as well: they have to end with the body.
+    with_every_fault(move |faults, arm| {
         if !is_warm(&ends) {
             ends = warm_connection();
         }
