@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::sockopt::{set_socket_recv_buffer_size, socket_recv_buffer_size};
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_tcp_cork, socket_recv_buffer_size};
 use soccr::ErrorKind::Invalid;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode};
@@ -47,6 +47,10 @@ fn warm(pair: &Pair, family: Family, port: u16) -> (TcpStream, TcpStream) {
 /// The peer sends, and all of it is held.
 fn send(pair: &Pair, mut peer: &TcpStream, lock: &Lock) {
     peer.write_all(&bytes(MUCH)).unwrap();
+    wait_until_held(pair, peer, lock);
+}
+
+fn wait_until_held(pair: &Pair, peer: &TcpStream, lock: &Lock) {
     wait_until("all has been sent", || TcpInfo::of(peer).unwrap().unsent == 0);
     // What is sent later arrives later.
     let (mut a, mut b) = connect_in(pair, Family::V4, 100);
@@ -108,8 +112,8 @@ pub fn a_connection_that_stayed_gets_it_too() {
     let lock = lock(&ours);
     send(&pair, &peer, &lock);
     assert!(lock.release_into(&[&ours]).unwrap() > 5);
-    expect(&mut ours, &bytes(MUCH));
     wait_until("the peer has heard of it", || TcpInfo::of(&peer).unwrap().unacknowledged == 0);
+    expect(&mut ours, &bytes(MUCH));
     baseline.assert_unchanged("stayed");
 }
 
@@ -126,10 +130,11 @@ pub fn the_end_comes_last() {
         let baseline = Baseline::of(&pair.a.namespace);
         let lock = lock(&ours);
         let connection = take(ours);
-        send(&pair, &peer, &lock);
-        let held = lock.held();
+        // With a cork in place the FIN comes with the last bytes.
+        set_tcp_cork(&peer, true).unwrap();
+        peer.write_all(&bytes(MUCH)).unwrap();
         peer.shutdown(Shutdown::Write).unwrap();
-        wait_until("the FIN is held", || lock.held() > held);
+        wait_until_held(&pair, &peer, &lock);
         let restored = pair.b.run(|| connection.restore()).unwrap();
         lock.release_into(&[&restored]).unwrap();
         let mut ours = restored.resume().unwrap();
