@@ -10,7 +10,7 @@ use soccr::ErrorKind::Invalid;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Lock, Restored, pause};
-use soccr_lab::{Family, OnCpu, Pair, Shape, Side, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Family, OnCpu, Pair, Shape, Side, State, TcpInfo, sysctl, wait_until};
 
 use crate::{Baseline, be_patient, bytes, connect_in, expect, transfer};
 
@@ -81,6 +81,16 @@ fn move_on(pair: &Pair, peer: &TcpStream, ours: TcpStream, prepare: impl FnOnce(
     restored.resume().unwrap()
 }
 
+/// Both ends close, and nothing of the connection is left: what still waits for the peer would keep the kernel from removing
+/// the link.
+fn finish(mut peer: TcpStream, mut ours: TcpStream) {
+    peer.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    ours.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(peer.read(&mut [0]).unwrap(), 0);
+    wait_until("the last acknowledgement has come", || TcpInfo::of(&ours).unwrap().state == State::Close);
+}
+
 pub fn a_restored_connection_gets_it_in_its_queue() {
     for family in Family::ALL {
         let (pair, _cpu) = far_apart();
@@ -99,6 +109,7 @@ pub fn a_restored_connection_gets_it_in_its_queue() {
         expect(&mut ours, &bytes(MUCH));
         transfer(&mut ours, &mut peer, b"and back");
         transfer(&mut peer, &mut ours, b"and on");
+        finish(peer, ours);
         baseline.assert_unchanged(family);
         assert!(count > 5 && 2 * injected < count, "{family:?}: {injected} of {count} were injected");
     }
@@ -114,6 +125,7 @@ pub fn a_connection_that_stayed_gets_it_too() {
     assert!(lock.release_into(&[&ours]).unwrap() > 5);
     wait_until("the peer has heard of it", || TcpInfo::of(&peer).unwrap().unacknowledged == 0);
     expect(&mut ours, &bytes(MUCH));
+    finish(peer, ours);
     baseline.assert_unchanged("stayed");
 }
 
