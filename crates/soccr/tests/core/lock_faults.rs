@@ -16,7 +16,8 @@ use crate::sys::set_deaf;
 
 /// Calls `body` until it comes to an end without the fault that it arms.
 fn with_every_fault(mut body: impl FnMut(&Faults, &dyn Fn()) -> bool + Send) {
-    supervised(|faults| {
+    // What the body has made on the supervised thread ends with it: threads are supervised as well.
+    supervised(move |faults| {
         let mut left = 0;
         while body(faults, &|| faults.arm(left, libc::ENOMEM)) {
             left += 1;
@@ -124,7 +125,6 @@ fn move_much(ends: &mut Ends, release: impl FnOnce(Lock, &Restored)) {
 pub fn a_release_into_a_queue_that_fails_loses_nothing() {
     let _cpu = OnCpu::stay(0);
     let mut ends = warm_connection();
-    // The threads of a new line are supervised as well: they have to end with the body.
     with_every_fault(move |faults, arm| {
         if !is_warm(&ends) {
             ends = warm_connection();
