@@ -61,12 +61,11 @@ impl Run {
 
     /// Whether this data was sent after that of a packet which comes only now, and nothing else in the two is new.
     pub(crate) fn has_overtaken(&self, packet: &[u8], late: &Parsed) -> bool {
-        let clocks =
-            || [clock(&packet[late.header.clone()]), clock(&self.packet[self.parsed.header.clone()])];
         // What is sent again bears a new timestamp. Before others with old ones it would make them invalid (RFC 7323 §5).
-        let is_sent_again = || matches!(clocks(), [late, ours] if after(late, ours));
-        !after(end(late), self.parsed.seq)
-            && !is_sent_again()
+        let is_sent_again =
+            after(clock(&packet[late.header.clone()]), clock(&self.packet[self.parsed.header.clone()]));
+        !is_sent_again
+            && !after(end(late), self.parsed.seq)
             && say_the_same([(packet, late), (&self.packet, &self.parsed)])
     }
 
