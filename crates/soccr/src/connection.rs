@@ -8,11 +8,14 @@
 //!            └──────────── outq_len ────────────┘
 //! ```
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::settings::Settings;
+
+pub use crate::flow::Flow;
+pub use crate::state::State;
 
 /// The longest queue that is carried: 64 MiB.
 pub const QUEUE_LIMIT: u32 = 64 << 20;
@@ -45,15 +48,6 @@ pub struct Connection {
     pub nonblocking: bool,
 }
 
-/// The two ends of a connection, as one of them sees it: what names it on the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Flow {
-    /// Our end.
-    pub local: SocketAddr,
-    /// The peer's end.
-    pub remote: SocketAddr,
-}
-
 /// The transmission control block (RFC 9293 §3.3.1), as far as the kernel gives it away.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlBlock {
@@ -75,24 +69,6 @@ pub struct ControlBlock {
     pub options: Options,
     /// The windows; `None` where the kernel is older than `TCP_REPAIR_WINDOW` (Linux 4.8).
     pub window: Option<Window>,
-}
-
-/// The states of a connection that a socket can be in (RFC 9293 §3.3.2), numbered as the kernel does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-#[allow(missing_docs, reason = "the names are those of the RFC")]
-pub enum State {
-    Established = 1,
-    SynSent = 2,
-    SynReceived = 3,
-    FinWait1 = 4,
-    FinWait2 = 5,
-    TimeWait = 6,
-    Close = 7,
-    CloseWait = 8,
-    LastAck = 9,
-    Listen = 10,
-    Closing = 11,
 }
 
 /// Options negotiated by the handshake.
@@ -178,104 +154,6 @@ pub struct Path {
     pub snd_ssthresh: u32,
     /// The receive window that the kernel is willing to grow to for now, in bytes.
     pub rcv_ssthresh: u32,
-}
-
-impl Flow {
-    /// The packets are IPv4: of an IPv4 socket, or of an IPv6 socket with IPv4-mapped addresses.
-    pub fn is_ipv4(&self) -> bool {
-        self.remote.ip().to_canonical().is_ipv4()
-    }
-
-    /// The connection as its packets show it: its addresses neither IPv4-mapped nor with a scope. So locks name it.
-    pub fn on_the_wire(&self) -> Self {
-        let plain = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
-        Self { local: plain(self.local), remote: plain(self.remote) }
-    }
-
-    /// Checks the two addresses against each other.
-    ///
-    /// # Errors
-    /// Invalid: addresses of two families, unspecified ones, link-local ones without a scope.
-    pub fn validate(&self) -> Result<()> {
-        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
-        check(self.local.is_ipv4() == self.remote.is_ipv4(), "the addresses are of two families")?;
-        if let (IpAddr::V6(local), IpAddr::V6(remote)) = (self.local.ip(), self.remote.ip()) {
-            check(
-                local.to_ipv4_mapped().is_some() == remote.to_ipv4_mapped().is_some(),
-                "one address is IPv4-mapped, the other is not",
-            )?;
-        }
-        check(self.local.port() != 0, "the local port is zero")?;
-        check(self.remote.port() != 0, "the remote port is zero")?;
-        check(!self.local.ip().is_unspecified(), "the local address is unspecified")?;
-        check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")?;
-        for address in [self.local, self.remote] {
-            if let SocketAddr::V6(address) = address {
-                let scoped = !address.ip().is_unicast_link_local() || address.scope_id() != 0;
-                check(scoped, "a link-local address has no scope id")?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl State {
-    /// The state of a kernel number (`tcpi_state`, `TCP_ESTABLISHED` … `TCP_CLOSING`).
-    pub fn from_kernel(number: u8) -> Option<Self> {
-        use State::*;
-        let all = [
-            Established,
-            SynSent,
-            SynReceived,
-            FinWait1,
-            FinWait2,
-            TimeWait,
-            Close,
-            CloseWait,
-            LastAck,
-            Listen,
-            Closing,
-        ];
-        all.into_iter().find(|state| *state as u8 == number)
-    }
-
-    /// The name that RFC 9293 and `ss(8)` users know.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Established => "ESTABLISHED",
-            Self::SynSent => "SYN_SENT",
-            Self::SynReceived => "SYN_RECV",
-            Self::FinWait1 => "FIN_WAIT1",
-            Self::FinWait2 => "FIN_WAIT2",
-            Self::TimeWait => "TIME_WAIT",
-            Self::Close => "CLOSE",
-            Self::CloseWait => "CLOSE_WAIT",
-            Self::LastAck => "LAST_ACK",
-            Self::Listen => "LISTEN",
-            Self::Closing => "CLOSING",
-        }
-    }
-
-    /// We have queued a FIN: nothing more can be written.
-    pub fn fin_queued(self) -> bool {
-        matches!(self, Self::FinWait1 | Self::FinWait2 | Self::Closing | Self::LastAck | Self::Close)
-    }
-
-    /// The peer has acknowledged our FIN.
-    pub fn fin_acknowledged(self) -> bool {
-        matches!(self, Self::FinWait2 | Self::Close)
-    }
-
-    /// We have received the peer's FIN: nothing more will arrive.
-    pub fn fin_received(self) -> bool {
-        matches!(self, Self::CloseWait | Self::LastAck | Self::Closing | Self::Close)
-    }
-}
-
-impl std::fmt::Display for State {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(self.name())
-    }
 }
 
 impl ControlBlock {

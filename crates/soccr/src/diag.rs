@@ -19,8 +19,8 @@ use std::os::fd::BorrowedFd;
 
 use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 
-use crate::connection::State;
 use crate::error::{Error, Result};
+use crate::state::State;
 use crate::sys::namespace;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;

@@ -60,6 +60,7 @@ mod conntrack;
 pub mod diag;
 mod error;
 mod fin;
+mod flow;
 pub mod lock;
 mod pause;
 mod queue;
@@ -70,6 +71,7 @@ mod rtt;
 mod save;
 mod segment;
 pub mod settings;
+mod state;
 mod sys;
 
 pub use congestion::prepare;
