@@ -62,6 +62,7 @@ mod error;
 mod fin;
 mod flow;
 pub mod lock;
+mod nftables;
 mod pause;
 mod queue;
 mod report;

@@ -1,0 +1,274 @@
+//! nftables as netlink messages: tables, sets, chains and rules, made and changed in transactions.
+//!
+//! Locks and steering are tables of this kind. Sets, not rules: what a packet costs does not depend on how many
+//! connections there are, and no rule is ever added for one.
+//!
+//! # References
+//! `linux/netfilter/nf_tables.h`; nft(8).
+
+pub(crate) mod rule;
+pub(crate) mod set;
+
+use std::io;
+
+use rustix::net::sockopt;
+use soccr_netlink::{APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, Socket, attributes};
+
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+use rule::Expressions;
+use set::Set;
+
+/// Opens the way for transactions about many connections: an ordinary user may get less.
+pub(crate) fn set_longest(socket: &Socket) -> Result<()> {
+    /// Enough for as many connections at once as a set can hold.
+    const LONGEST: usize = 8 << 20;
+    socket.set_send_buffer(LONGEST).map_err(|error| Error::system("SO_SNDBUF", error))
+}
+
+/// How many connections one transaction through this socket can add or delete.
+pub(crate) fn most_elements(socket: &Socket) -> Result<usize> {
+    sockopt::socket_send_buffer_size(socket)
+        .map(elements_in)
+        .map_err(|errno| Error::system("SO_SNDBUF", errno))
+}
+
+pub(crate) fn elements_in(length: usize) -> usize {
+    /// What frames the elements, and the table where it is made.
+    const TABLE: usize = 4096;
+    /// One IPv6 element with its time limit, and its share of the headers.
+    const ELEMENT: usize = 72;
+    (length.saturating_sub(TABLE) / ELEMENT).max(1)
+}
+
+/// A table, whether it exists or not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Table<'a> {
+    family: Family,
+    name: &'a str,
+}
+
+/// Which packets the chains of a table see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    /// IPv4 and IPv6.
+    Inet = 1,
+}
+
+impl<'a> Table<'a> {
+    pub(crate) fn inet(name: &'a str) -> Self {
+        Self { family: Family::Inet, name }
+    }
+}
+
+/// Where a chain gets its packets from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hook {
+    pub(crate) number: u32,
+    pub(crate) priority: i32,
+}
+
+impl Hook {
+    /// What arrives, before it is routed.
+    pub(crate) const PREROUTING: u32 = 0;
+    /// What this host sends.
+    pub(crate) const OUTPUT: u32 = 3;
+    /// Before connection tracking and early demux.
+    pub(crate) const RAW: i32 = -300;
+}
+
+/// A transaction in the making: all of it happens, or nothing.
+pub(crate) struct Transaction<'a> {
+    batch: &'a mut Batch,
+    table: Table<'a>,
+    /// Sets made so far: rules of the same transaction refer to them.
+    sets: u32,
+}
+
+impl<'a> Transaction<'a> {
+    /// Begins a transaction about a table. What `batch` held is forgotten.
+    pub(crate) fn begin(batch: &'a mut Batch, table: Table<'a>) -> Self {
+        batch.clear();
+        batch.message(BATCH_BEGIN, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
+        Self { batch, table, sets: 0 }
+    }
+
+    /// Makes the table; `EEXIST` where there is one of this name. The kernel removes an `owned` one when the socket that
+    /// made it is closed.
+    pub(crate) fn create_table(&mut self, owned: bool) {
+        self.message(NEW_TABLE, CREATE | EXCLUSIVE, |m| m.be32(TABLE_FLAGS, u32::from(owned) * TABLE_OWNER));
+    }
+
+    pub(crate) fn create_set(&mut self, set: &Set<'_>) {
+        self.sets += 1;
+        let id = self.sets;
+        self.message(NEW_SET, CREATE, |m| set.write(m, id));
+    }
+
+    pub(crate) fn create_chain(&mut self, name: &str, hook: Hook) {
+        self.message(NEW_CHAIN, CREATE, |m| {
+            m.string(CHAIN_NAME, name);
+            m.nested(CHAIN_HOOK, |h| {
+                h.be32(HOOK_NUMBER, hook.number);
+                h.be32(HOOK_PRIORITY, hook.priority as u32);
+            });
+            m.string(CHAIN_TYPE, "filter");
+        });
+    }
+
+    /// Appends a rule to a chain.
+    pub(crate) fn rule(&mut self, chain: &str, write: impl FnOnce(&mut Expressions<'_, '_>)) {
+        self.message(NEW_RULE, CREATE | APPEND, |m| {
+            m.string(RULE_CHAIN, chain);
+            m.nested(RULE_EXPRESSIONS, |list| write(&mut Expressions::new(list)));
+        });
+    }
+
+    /// Adds connections of one address family to a set; `each` writes what an element holds besides its key.
+    pub(crate) fn add<'f>(
+        &mut self,
+        set: &str,
+        flows: impl Iterator<Item = &'f Flow>,
+        each: impl FnMut(&mut Message<'_>, &Flow),
+    ) {
+        self.elements(NEW_ELEMENTS, CREATE | EXCLUSIVE, set, flows, each);
+    }
+
+    /// Takes connections of one address family out of a set.
+    pub(crate) fn delete<'f>(&mut self, set: &str, flows: impl Iterator<Item = &'f Flow>) {
+        self.elements(DELETE_ELEMENTS, 0, set, flows, |_, _| ());
+    }
+
+    /// Removes the table.
+    pub(crate) fn remove(&mut self) {
+        self.message(DELETE_TABLE, 0, |_| ());
+    }
+
+    /// Sends the transaction and waits for the kernel's verdict.
+    pub(crate) fn commit(self, socket: &mut Socket) -> io::Result<()> {
+        self.batch.acknowledge_last();
+        self.batch.message(BATCH_END, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
+        socket.transact(self.batch)
+    }
+
+    fn elements<'f>(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        set: &str,
+        flows: impl Iterator<Item = &'f Flow>,
+        mut each: impl FnMut(&mut Message<'_>, &Flow),
+    ) {
+        /// As many as fit into one attribute, whose length has 16 bits, with keys of 40 bytes.
+        const AT_ONCE: usize = 900;
+        let mut flows = flows.peekable();
+        while flows.peek().is_some() {
+            self.message(kind, flags, |m| {
+                m.string(ELEMENTS_SET, set);
+                m.nested(ELEMENTS, |list| {
+                    for flow in flows.by_ref().take(AT_ONCE) {
+                        list.nested(LIST_ELEMENT, |element| {
+                            element.nested(set::ELEMENT_KEY, |key| {
+                                key.attribute(DATA_VALUE, &set::key_of(flow));
+                            });
+                            each(element, flow);
+                        });
+                    }
+                });
+            });
+        }
+    }
+
+    fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Message<'_>)) {
+        self.batch.message(SUBSYSTEM | kind, REQUEST | flags, |m| {
+            m.bytes(&header(self.table.family as u8, 0));
+            m.string(TABLE, self.table.name);
+            body(m);
+        });
+    }
+}
+
+/// The names of all tables of a family in the namespace of `socket`.
+pub(crate) fn names(socket: &mut Socket, family: Family) -> io::Result<Vec<String>> {
+    let mut batch = Batch::new();
+    batch.message(SUBSYSTEM | GET_TABLE, REQUEST | DUMP, |m| m.bytes(&header(family as u8, 0)));
+    let mut names = Vec::new();
+    socket.dump(&batch, |_, payload| {
+        let name = value(payload.get(HEADER..).unwrap_or_default(), TABLE);
+        names.extend(
+            name.and_then(|bytes| std::str::from_utf8(bytes.strip_suffix(&[0])?).ok()).map(str::to_owned),
+        );
+    })?;
+    Ok(names)
+}
+
+/// Gives every element of a set to `each`: its connection, and its attributes.
+pub(crate) fn contents(
+    socket: &mut Socket,
+    table: Table<'_>,
+    set: &str,
+    mut each: impl FnMut(Flow, &[u8]),
+) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(SUBSYSTEM | GET_ELEMENTS, REQUEST | DUMP, |m| {
+        m.bytes(&header(table.family as u8, 0));
+        m.string(TABLE, table.name);
+        m.string(ELEMENTS_SET, set);
+    });
+    socket.dump(&batch, |_, payload| {
+        let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
+        for (_, element) in attributes(list) {
+            let key = value(element, set::ELEMENT_KEY).and_then(|key| set::flow_of(value(key, DATA_VALUE)?));
+            if let Some(flow) = key {
+                each(flow, element);
+            }
+        }
+    })
+}
+
+/// The value of an attribute.
+pub(crate) fn value(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|attribute| attribute.0 == kind).map(|attribute| attribute.1)
+}
+
+/// `struct nfgenmsg`: the address family and a resource.
+fn header(family: u8, resource: u16) -> [u8; HEADER] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
+}
+
+// linux/netfilter/nfnetlink.h
+const HEADER: usize = 4;
+const NFTABLES: u16 = 10;
+const SUBSYSTEM: u16 = NFTABLES << 8;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+
+// linux/netfilter/nf_tables.h: message types
+const NEW_TABLE: u16 = 0;
+const GET_TABLE: u16 = 1;
+const DELETE_TABLE: u16 = 2;
+const NEW_CHAIN: u16 = 3;
+const NEW_RULE: u16 = 6;
+const NEW_SET: u16 = 9;
+const NEW_ELEMENTS: u16 = 12;
+const GET_ELEMENTS: u16 = 13;
+const DELETE_ELEMENTS: u16 = 14;
+
+// Attributes of every message
+const TABLE: u16 = 1;
+const LIST_ELEMENT: u16 = 1;
+const DATA_VALUE: u16 = 1;
+
+// Attributes of one kind of message each
+const TABLE_FLAGS: u16 = 2;
+const TABLE_OWNER: u32 = 0x2;
+const CHAIN_NAME: u16 = 3;
+const CHAIN_HOOK: u16 = 4;
+const CHAIN_TYPE: u16 = 7;
+const HOOK_NUMBER: u16 = 1;
+const HOOK_PRIORITY: u16 = 2;
+const RULE_CHAIN: u16 = 2;
+const RULE_EXPRESSIONS: u16 = 4;
+const ELEMENTS_SET: u16 = 2;
+const ELEMENTS: u16 = 3;

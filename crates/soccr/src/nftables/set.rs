@@ -1,0 +1,109 @@
+//! Sets of connections, and their elements.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use soccr_netlink::Message;
+
+use super::LIST_ELEMENT;
+use crate::connection::Flow;
+
+/// The most connections of one address family that a set of fixed size holds.
+pub(crate) const CAPACITY: u32 = 65536;
+
+/// A set of connections of one address family: remote address and port, local address and port.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Set<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) ipv6: bool,
+    /// The kernel makes room for so many at once, which halves the time to add them.
+    pub(crate) size: Option<u32>,
+    /// Its elements can have a time limit.
+    pub(crate) timeout: bool,
+}
+
+impl Set<'_> {
+    pub(super) fn write(self, m: &mut Message<'_>, id: u32) {
+        let address = if self.ipv6 { IPV6 } else { IPV4 };
+        let fields = [address, PORT, address, PORT];
+        m.string(SET_NAME, self.name);
+        m.be32(SET_FLAGS, SET_CONCATENATED | if self.timeout { SET_TIMEOUT } else { 0 });
+        m.be32(SET_KEY_TYPE, fields.iter().fold(0, |all, field| all << 6 | field.kind));
+        m.be32(SET_KEY_LENGTH, 2 * (address.registers() + PORT.registers()) * 4);
+        m.be32(SET_ID, id);
+        m.nested(SET_DESCRIPTION, |description| {
+            if let Some(size) = self.size {
+                description.be32(SET_SIZE, size);
+            }
+            description.nested(SET_FIELDS, |list| {
+                for field in fields {
+                    list.nested(LIST_ELEMENT, |f| f.be32(FIELD_LENGTH, field.length));
+                }
+            });
+        });
+    }
+}
+
+/// A field of a set's key.
+#[derive(Clone, Copy)]
+pub(super) struct Field {
+    /// nft's number for the type, by which it prints the set.
+    kind: u32,
+    /// In bytes.
+    pub(super) length: u32,
+}
+
+impl Field {
+    /// Registers of four bytes that the field takes.
+    pub(super) fn registers(self) -> u32 {
+        self.length.div_ceil(4)
+    }
+}
+
+pub(super) const IPV4: Field = Field { kind: 7, length: 4 };
+pub(super) const IPV6: Field = Field { kind: 8, length: 16 };
+pub(super) const PORT: Field = Field { kind: 13, length: 2 };
+
+/// The key of a connection in a set: remote and local address and port, each padded to four bytes.
+pub(super) fn key_of(flow: &Flow) -> Vec<u8> {
+    let mut key = Vec::with_capacity(40);
+    for end in [flow.remote, flow.local] {
+        match end.ip().to_canonical() {
+            IpAddr::V4(address) => key.extend_from_slice(&address.octets()),
+            IpAddr::V6(address) => key.extend_from_slice(&address.octets()),
+        }
+        key.extend_from_slice(&end.port().to_be_bytes());
+        key.extend_from_slice(&[0; 2]);
+    }
+    key
+}
+
+pub(super) fn flow_of(key: &[u8]) -> Option<Flow> {
+    let end = |bytes: &[u8]| {
+        let (address, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+        let address = match address.len() {
+            4 => IpAddr::from(Ipv4Addr::from(*address.first_chunk()?)),
+            16 => IpAddr::from(Ipv6Addr::from(*address.first_chunk()?)),
+            _ => return None,
+        };
+        Some(SocketAddr::new(address, u16::from_be_bytes([port[0], port[1]])))
+    };
+    let (remote, local) = key.split_at(key.len() / 2);
+    Some(Flow { local: end(local)?, remote: end(remote)? })
+}
+
+pub(super) const ELEMENT_KEY: u16 = 1;
+/// The time limit of an element, in milliseconds.
+pub(crate) const ELEMENT_TIMEOUT: u16 = 4;
+/// What is left of it.
+pub(crate) const ELEMENT_EXPIRATION: u16 = 5;
+const SET_NAME: u16 = 2;
+const SET_FLAGS: u16 = 3;
+const SET_TIMEOUT: u32 = 0x10;
+const SET_CONCATENATED: u32 = 0x80;
+const SET_KEY_TYPE: u16 = 4;
+const SET_KEY_LENGTH: u16 = 5;
+const SET_DESCRIPTION: u16 = 9;
+const SET_ID: u16 = 10;
+const SET_SIZE: u16 = 1;
+const SET_FIELDS: u16 = 2;
+const FIELD_LENGTH: u16 = 1;
