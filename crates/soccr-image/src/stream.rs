@@ -39,6 +39,7 @@
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
 //! | 5, 7 | ABORT, REFUSED | 2 reason |
 //! | 9 | END | 3 count of records before it |
+//! | 10 | STATE | 6 state; critical where a target that cannot pass it on must refuse the connection |
 //!
 //! An address is `family` (u8: 4 or 6), `port` (u16), 4 or 16 bytes; IPv6 appends flow information and scope (u32 each). A
 //! control block is `state` (u8, the kernel's number), `fin_unsent` (u8), then `rcv_nxt`, `inq_len`, `write_seq`,
@@ -52,7 +53,7 @@
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
 //! major version is refused as a whole.
 //!
-//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, with 256 settings; a text 255 bytes. A reader takes memory
+//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, with 256 settings; a text 255 bytes, a state 16 MiB. A reader takes memory
 //! as bytes arrive, never as a length promises.
 //!
 //! # Hand-over
@@ -75,7 +76,7 @@
 //!     │◀───────────────────────────────────────── END ────│
 //! ```
 //!
-//! Both directions are streams of their own, each with preamble and END. Any number of connections is under way at once; each goes
+//! The state that an application keeps about a connection is a record right before that. Both directions are streams of their own, each with preamble and END. Any number of connections is under way at once; each goes
 //! its own way, by number. The source says ABORT instead of COMMIT to keep a connection that the target has ready.
 //! Who sends must read the answers meanwhile: both pipes full at once would wait for each other for ever.
 //!
@@ -133,6 +134,9 @@ use crate::error::{Error, Result};
 /// The longest name or reason, in bytes.
 pub const TEXT_LIMIT: usize = 255;
 
+/// The longest state of an application that goes with a connection, in bytes.
+pub const STATE_LIMIT: usize = 16 << 20;
+
 /// Writes one connection, as a stream of one.
 ///
 /// Everything but the queues goes out in few small writes: a file or a pipe needs no buffer around it.
@@ -155,6 +159,8 @@ pub fn read(reader: impl Read) -> Result<Connection> {
     while let Some(message) = reader.receive().map_err(Error::of_all)? {
         match message {
             Message::Connection { connection, .. } if found.is_none() => found = Some(connection),
+            // Only a hand-over has somebody to give it to.
+            Message::State { critical: false, .. } => {}
             Message::Connection { .. } => return Err(Error::invalid("holds more than one connection")),
             _ => return Err(Error::invalid("is a hand-over in progress, no image of one connection")),
         }

@@ -8,7 +8,7 @@ use common::{SetQueues, connection, idle, sample};
 use proptest::prelude::*;
 use soccr::Connection;
 use soccr::settings::Value;
-use soccr_image::stream::{Message, Reader, Writer};
+use soccr_image::stream::{Message, Reader, STATE_LIMIT, Writer};
 use soccr_image::{ErrorKind, read, write};
 
 fn bytes_of(connection: &Connection) -> Vec<u8> {
@@ -302,7 +302,9 @@ fn small_fields_do_not_add_up_to_much_memory() {
 fn every_message_comes_through() {
     let messages = [
         Message::Begin { connections: 2, answers: true },
+        Message::State { connection: 1, critical: true, bytes: vec![7; 100_000] },
         Message::Connection { id: 1, name: "pid 7 fd 3".into(), connection: sample() },
+        Message::State { connection: 2, critical: false, bytes: Vec::new() },
         Message::Connection { id: 2, name: String::new(), connection: idle() },
         Message::Held { connection: 1, packets: vec![vec![0x45; 20], vec![0x60; 1500]] },
         Message::Commit { connection: 1 },
@@ -323,6 +325,49 @@ fn every_message_comes_through() {
     assert_eq!((reader.receive().unwrap(), dribble.receive().unwrap()), (None, None));
     assert!(reader.into_inner().is_empty());
     assert_eq!(kind(read(&bytes[..])), ErrorKind::Invalid);
+}
+
+#[test]
+fn a_state_is_skipped_by_who_does_not_know_it_unless_it_is_critical() {
+    let with_state = |critical| {
+        let mut writer = Writer::new(Vec::new()).unwrap();
+        writer.state(1, b"nickname", critical).unwrap();
+        writer.connection(1, "", &sample()).unwrap();
+        writer.finish().unwrap()
+    };
+    // An image has nobody to give it to.
+    assert_eq!(read(&with_state(false)[..]).unwrap(), sample());
+    assert_eq!(kind(read(&with_state(true)[..])), ErrorKind::Invalid);
+    // As older readers see it: of a type that they do not know.
+    for (flags, skipped) in [(0, true), (1, false)] {
+        let known = payload(&bytes_of(&sample()));
+        let of_the_future = record(99, flags, 1, &field(0x8000 | 6, b"nickname"));
+        let bytes = [preamble(1, 0), of_the_future, record(1, 1, 1, &known), end(2)].concat();
+        assert_eq!(read(&bytes[..]).is_ok(), skipped);
+        assert_eq!(with_state(flags == 1)[18], flags as u8, "of the first record");
+    }
+}
+
+#[test]
+fn a_state_has_its_limit() {
+    let longest = vec![3; STATE_LIMIT];
+    let mut writer = Writer::new(Vec::new()).unwrap();
+    writer.state(1, &longest, false).unwrap();
+    let refused = writer.state(2, &vec![3; STATE_LIMIT + 1], false).unwrap_err();
+    assert_eq!((refused.kind(), refused.connection()), (ErrorKind::Invalid, Some(2)));
+    assert_eq!(kind(writer.state(0, b"", false)), ErrorKind::Invalid);
+    let bytes = writer.finish().unwrap();
+    let mut reader = Reader::new(&bytes[..]).unwrap();
+    let expected = Message::State { connection: 1, critical: false, bytes: longest };
+    assert!(reader.receive().unwrap() == Some(expected));
+    assert_eq!(reader.receive().unwrap(), None);
+    // One that comes nevertheless concerns its connection only, and takes no memory.
+    let over = record(10, 0, 1, &field(0x8000 | 6, &vec![3; STATE_LIMIT + 1]));
+    let bytes = [preamble(1, 0), over, record(4, 1, 2, b""), end(2)].concat();
+    let mut reader = Reader::new(&bytes[..]).unwrap();
+    let error = reader.receive().unwrap_err();
+    assert_eq!((error.kind(), error.connection()), (ErrorKind::Damaged, Some(1)));
+    assert_eq!(reader.receive().unwrap(), Some(Message::Commit { connection: 2 }));
 }
 
 #[test]

@@ -256,6 +256,51 @@ impl Connection {
         Flow { local: self.local, remote: self.remote }
     }
 
+    /// Puts bytes that the application has read back in front of the receive queue: whoever has the restored socket
+    /// reads them again, first. They are the last ones that were read, in their order.
+    ///
+    /// A program that reads ahead of what it has dealt with (half a request, the frames behind the one it answers)
+    /// moves without keeping a buffer. The next byte to be read, `copied_seq`, moves back by their number, and so does
+    /// nothing else: `rcv_nxt` and the windows are what the peer knows. The urgent mark stays at its byte.
+    ///
+    /// # Errors
+    /// Refused, and nothing changed: more than [`QUEUE_LIMIT`] in the receive queue then; a connection that has not been
+    /// established, which nothing can have been read from.
+    ///
+    /// # Examples
+    /// ```
+    /// # fn example(stream: &std::net::TcpStream, read_ahead: &[u8]) -> soccr::Result<soccr::Connection> {
+    /// let paused = soccr::pause(stream)?;
+    /// let mut connection = paused.save()?;
+    /// connection.unread(read_ahead)?;
+    /// paused.detach()?;
+    /// # Ok(connection)
+    /// # }
+    /// ```
+    pub fn unread(&mut self, bytes: &[u8]) -> Result<()> {
+        let length = self.receive_queue.len().saturating_add(bytes.len());
+        let Some(inq_len) = u32::try_from(length).ok().filter(|length| *length <= QUEUE_LIMIT) else {
+            let what = format!("{length} bytes in the receive queue");
+            return Err(Error::refused(what, "64 MiB are carried: deal with some before").at("unread"));
+        };
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if self.control.state == State::SynSent {
+            return Err(Error::refused(
+                "bytes read from a connection in SYN_SENT",
+                "they are of another connection",
+            )
+            .at("unread"));
+        }
+        self.receive_queue.splice(..0, bytes.iter().copied());
+        self.control.inq_len = inq_len;
+        if let Some(urgent) = &mut self.urgent {
+            urgent.offset += bytes.len() as u32;
+        }
+        Ok(())
+    }
+
     /// Checks every address, length and sequence number against the others: what
     /// [`restore`](Self::restore) does before its first system call.
     ///

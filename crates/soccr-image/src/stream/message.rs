@@ -23,6 +23,15 @@ pub enum Message {
         /// The connection itself.
         connection: Connection,
     },
+    /// What the application knows about a connection: bytes that only it understands. It comes right before the connection.
+    State {
+        /// Whose state.
+        connection: u32,
+        /// A target that cannot pass it on must not take the connection.
+        critical: bool,
+        /// Up to [`STATE_LIMIT`](super::STATE_LIMIT).
+        bytes: Vec<u8>,
+    },
     /// Raw IP packets of the connection that the lock has held back, in their order. There may be several of these.
     Held {
         /// Whose packets.

@@ -4,10 +4,10 @@ use std::io::Read;
 
 use soccr::Connection;
 
-use super::Message;
 use super::connection::{Fields, skip_unknown, text};
 use super::field::{self, tag};
 use super::record::{self, Header, Payload, kind};
+use super::{Message, STATE_LIMIT};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest record of held packets: closed behind the packet that made it large.
@@ -126,18 +126,19 @@ fn parse<R: Read>(
 ) -> Result<Parsed> {
     let id = header.connection;
     match header.kind {
-        kind::CONNECTION | kind::HELD | kind::COMMIT | kind::READY | kind::TAKEN if id == 0 => {
+        kind::CONNECTION | kind::HELD | kind::COMMIT | kind::READY | kind::TAKEN | kind::STATE if id == 0 => {
             return Err(Error::damaged("a record belongs to no connection"));
         }
         kind::CONNECTION => {
             fields.read(payload)?;
             return Ok(Parsed::Nothing);
         }
-        kind::BEGIN..=kind::END | kind::HELD => {}
+        kind::BEGIN..=kind::STATE | kind::HELD => {}
         _ if header.critical => return Err(Error::newer(format_args!("a record of type {}", header.kind))),
         _ => return Ok(Parsed::Nothing),
     }
     let (mut reason, mut count, mut answers, mut packets) = (String::new(), 0, false, Vec::new());
+    let mut state = Vec::new();
     while let Some((tag, length)) = payload.field()? {
         match tag {
             tag::REASON => reason = text(payload.value(length)?.rest())?,
@@ -149,11 +150,18 @@ fn parse<R: Read>(
                 }
                 packets.push(payload.value(length)?.rest().to_vec());
             }
+            tag::STATE if header.kind == kind::STATE => {
+                if length as usize > STATE_LIMIT {
+                    return Err(Error::damaged("a state is over 16 MiB"));
+                }
+                payload.long(length, &mut state)?;
+            }
             _ => skip_unknown(payload, tag, length)?,
         }
     }
     Ok(Parsed::Message(match header.kind {
         kind::BEGIN => Message::Begin { connections: count, answers },
+        kind::STATE => Message::State { connection: id, critical: header.critical, bytes: state },
         kind::HELD => Message::Held { connection: id, packets },
         kind::COMMIT => Message::Commit { connection: id },
         kind::ABORT => Message::Abort { connection: id, reason },

@@ -22,14 +22,14 @@ const PAYLOAD_LIMIT: u32 = 2 * QUEUE_LIMIT + field::LIMIT;
 /// A record of held packets is closed when it is larger than this; then it is at most one packet larger.
 pub(super) const HELD_SIZE: u32 = field::LIMIT;
 
+/// The flag of a record that a reader must not skip when its type is unknown.
+pub(super) const CRITICAL: u16 = 1;
+
 /// How much is read ahead within a payload.
 const CHUNK: usize = 8 << 10;
 
 /// How much memory a queue gets before any of its bytes have come.
 const FIRST: usize = 256 << 10;
-
-/// The flag of a record that a reader must not skip when its type is unknown.
-pub(super) const CRITICAL: u16 = 1;
 
 /// Types of records.
 pub(super) mod kind {
@@ -42,6 +42,7 @@ pub(super) mod kind {
     pub(in super::super) const REFUSED: u16 = 7;
     pub(in super::super) const TAKEN: u16 = 8;
     pub(in super::super) const END: u16 = 9;
+    pub(in super::super) const STATE: u16 = 10;
 }
 
 /// What precedes a payload.
@@ -86,9 +87,14 @@ pub(super) fn read_preamble(reader: &mut impl Read) -> Result<()> {
 
 /// Begins a record in `out`: its fields follow, then [`seal`].
 pub(super) fn open(out: &mut Vec<u8>, kind: u16, connection: u32) {
+    open_flagged(out, kind, CRITICAL, connection);
+}
+
+/// Begins a record that readers may skip, unless its flags say [`CRITICAL`].
+pub(super) fn open_flagged(out: &mut Vec<u8>, kind: u16, flags: u16, connection: u32) {
     out.clear();
     out.extend_from_slice(&kind.to_le_bytes());
-    out.extend_from_slice(&CRITICAL.to_le_bytes());
+    out.extend_from_slice(&flags.to_le_bytes());
     out.extend_from_slice(&connection.to_le_bytes());
     out.extend_from_slice(&[0; 8]);
 }
@@ -206,12 +212,17 @@ impl<'a, R: Read> Payload<'a, R> {
         Ok(field::Value(&self.buffer[start..self.at]))
     }
 
-    /// The value of a field that is a queue, into `queue`: memory grows as bytes come, to exactly what is needed.
+    /// The value of a field that is a queue, into `queue`.
     pub(super) fn queue(&mut self, length: u32, queue: &mut Vec<u8>) -> Result<()> {
-        let length = length as usize;
-        if length > QUEUE_LIMIT as usize {
+        if length > QUEUE_LIMIT {
             return Err(Error::damaged("a queue is over 64 MiB"));
         }
+        self.long(length, queue)
+    }
+
+    /// The value of a long field, into `queue`: memory grows as bytes come, to exactly what is needed.
+    pub(super) fn long(&mut self, length: u32, queue: &mut Vec<u8>) -> Result<()> {
+        let length = length as usize;
         queue.clear();
         let ready = &self.buffer[self.at..];
         let ready = &ready[..ready.len().min(length)];

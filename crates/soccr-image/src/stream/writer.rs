@@ -7,7 +7,7 @@ use soccr::Connection;
 
 use super::field::{self, tag};
 use super::record::{self, kind};
-use super::{Message, TEXT_LIMIT, connection};
+use super::{Message, STATE_LIMIT, TEXT_LIMIT, connection};
 use crate::error::{Error, Result};
 
 /// Writes a stream, one record after the other.
@@ -48,6 +48,27 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
+    /// Writes the state that an application keeps about a connection: right before that.
+    ///
+    /// A reader that does not know such records skips it, or refuses the connection where the state is `critical`.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) and nothing written for more than [`STATE_LIMIT`].
+    pub fn state(&mut self, connection: u32, bytes: &[u8], critical: bool) -> Result<()> {
+        if connection == 0 || bytes.len() > STATE_LIMIT {
+            return Err(
+                Error::invalid("a state belongs to no connection, or is over 16 MiB").of(connection, "")
+            );
+        }
+        let flags = if critical { record::CRITICAL } else { 0 };
+        record::open_flagged(&mut self.small, kind::STATE, flags, connection);
+        field::put_header(&mut self.small, tag::STATE, bytes.len() as u32);
+        let cut = self.small.len();
+        record::seal(&mut self.writer, &mut self.small, [cut; 2], [bytes, &[]])?;
+        self.records = self.records.wrapping_add(1);
+        Ok(())
+    }
+
     /// Writes held packets of a connection.
     ///
     /// # Errors
@@ -75,10 +96,13 @@ impl<W: Write> Writer<W> {
     /// Writes any message.
     ///
     /// # Errors
-    /// Those of [`connection`](Self::connection), [`held`](Self::held) and of the writer.
+    /// Those of [`connection`](Self::connection), [`state`](Self::state), [`held`](Self::held) and of the writer.
     pub fn send(&mut self, message: &Message) -> Result<()> {
         let (kind, id, reason) = match message {
             Message::Connection { id, name, connection } => return self.connection(*id, name, connection),
+            Message::State { connection, critical, bytes } => {
+                return self.state(*connection, bytes, *critical);
+            }
             Message::Held { connection, packets } => return self.held(*connection, packets),
             Message::Begin { connections, answers } => {
                 record::open(&mut self.small, kind::BEGIN, 0);

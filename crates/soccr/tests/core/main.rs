@@ -13,6 +13,7 @@ mod lock_faults;
 mod property;
 mod states;
 mod sys;
+mod unread;
 mod urgent;
 
 /// The named functions of a module as tests.
@@ -68,10 +69,13 @@ fn main() -> ExitCode {
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;
         property: every_connection_comes_back;
+        unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
+            a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
     tests.extend(states::tests());
+    tests.extend(unread::tests());
     tests.extend(urgent::tests());
     soccr_lab::harness(tests)
 }
