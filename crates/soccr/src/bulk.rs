@@ -48,6 +48,7 @@ use crate::pause::{Paused, pause};
 use crate::restore;
 use crate::resume::Restored;
 use crate::settings::Settings;
+use crate::sys::raw::Injectors;
 
 pub use room::Needs;
 
@@ -94,10 +95,10 @@ pub fn restore<K: Send>(
         (connection.control.inq_len + connection.control.outq_len) as usize
     };
     let fresh: [OnceLock<Settings>; 2] = Default::default();
-    let work = |(key, mut connection): (K, Connection)| {
+    let work = |injectors: &mut Injectors, (key, mut connection): (K, Connection)| {
         let family = &fresh[usize::from(connection.local.is_ipv4())];
         connection.settings.forget_defaults(family.get_or_init(|| settings_of_new(connection.local)));
-        (key, connection.restore())
+        (key, connection.restore_with(injectors))
     };
     pool::run(connections, cost, work, |(key, restored)| each(key, restored));
 }
@@ -117,6 +118,7 @@ pub fn resume<K: Send>(
     restored: impl IntoIterator<Item = (K, Restored)>,
     mut each: impl FnMut(K, Result<TcpStream>) + Send,
 ) {
-    let work = |(key, restored): (K, Restored)| (key, restored.resume());
+    let work =
+        |injectors: &mut Injectors, (key, restored): (K, Restored)| (key, restored.resume_with(injectors));
     pool::run(restored, |_| 0, work, |(key, resumed)| each(key, resumed));
 }

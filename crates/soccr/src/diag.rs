@@ -13,7 +13,6 @@
 //! # References
 //! `linux/inet_diag.h`, `linux/sock_diag.h`.
 
-use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 
@@ -94,24 +93,6 @@ impl Socket<'_> {
     }
 }
 
-thread_local! {
-    /// The last one used: opening costs more than asking. It pins at most one namespace per thread.
-    static LAST: RefCell<Option<(u64, Diag)>> = const { RefCell::new(None) };
-}
-
-/// Asks in the network namespace of `socket`.
-pub(crate) fn beside<T>(socket: BorrowedFd<'_>, ask: impl FnOnce(&mut Diag) -> Result<T>) -> Result<T> {
-    let cookie = namespace::cookie(socket).map_err(failed)?;
-    LAST.with_borrow_mut(|last| match last {
-        Some((opened, diag)) if *opened == cookie => ask(diag),
-        _ => {
-            let netlink = || soccr_netlink::Socket::open(Family::SockDiag);
-            let netlink = namespace::open_beside(socket, netlink).map_err(failed)?;
-            ask(&mut last.insert((cookie, Diag { netlink, batch: Batch::new() })).1)
-        }
-    })
-}
-
 impl Diag {
     /// Opens a `sock_diag` socket in the network namespace of the calling thread.
     ///
@@ -119,6 +100,13 @@ impl Diag {
     /// `EPROTONOSUPPORT` or, on asking, `ENOENT` where the kernel has no `inet_diag`; `EMFILE`.
     pub fn open() -> Result<Self> {
         let netlink = soccr_netlink::Socket::open(Family::SockDiag).map_err(failed)?;
+        Ok(Self { netlink, batch: Batch::new() })
+    }
+
+    /// Opens one in the network namespace of `socket`.
+    pub(crate) fn beside(socket: BorrowedFd<'_>) -> Result<Self> {
+        let open = || soccr_netlink::Socket::open(Family::SockDiag);
+        let netlink = namespace::open_beside(socket, open).map_err(failed)?;
         Ok(Self { netlink, batch: Batch::new() })
     }
 

@@ -9,7 +9,7 @@ use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::save;
 use crate::segment::{Segment, flags};
-use crate::sys::raw::{Injector, Via};
+use crate::sys::raw::{Injectors, Via};
 use crate::sys::tcp::{self, Queue};
 
 /// How long a segment may take through `lo`: far longer than it does, unless the machine is very busy.
@@ -19,22 +19,38 @@ pub(crate) const ARRIVAL: Duration = Duration::from_millis(100);
 pub(crate) const FIRST_ARRIVAL: Duration = Duration::from_millis(5);
 
 /// The FIN of the peer arrives.
-pub(crate) fn inject_fin(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {
+pub(crate) fn inject_fin(
+    injectors: &mut Injectors,
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    control: &ControlBlock,
+) -> Result<()> {
     let before = save::state(fd)?;
     let seq = control.rcv_nxt.wrapping_sub(1);
     let segment = from_peer(flow, control, seq, control.first_unacknowledged(), flags::FIN | flags::ACK, &[]);
-    inject(fd, &segment, || Ok(save::state(fd)? != before))
+    inject(injectors, fd, &segment, || Ok(save::state(fd)? != before))
 }
 
 /// The peer's acknowledgement of our FIN arrives.
-pub(crate) fn inject_ack(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock) -> Result<()> {
+pub(crate) fn inject_ack(
+    injectors: &mut Injectors,
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    control: &ControlBlock,
+) -> Result<()> {
     let before = save::state(fd)?;
     let segment = from_peer(flow, control, control.rcv_nxt, control.write_seq, flags::ACK, &[]);
-    inject(fd, &segment, || Ok(save::state(fd)? != before))
+    inject(injectors, fd, &segment, || Ok(save::state(fd)? != before))
 }
 
 /// An urgent byte of the peer arrives, at the end of what has been received.
-pub(crate) fn inject_urgent(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlock, byte: u8) -> Result<()> {
+pub(crate) fn inject_urgent(
+    injectors: &mut Injectors,
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    control: &ControlBlock,
+    byte: u8,
+) -> Result<()> {
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     tcp::select_queue(fd, None)?;
     let payload = [byte];
@@ -46,7 +62,7 @@ pub(crate) fn inject_urgent(fd: BorrowedFd<'_>, flow: Flow, control: &ControlBlo
         tcp::select_queue(fd, None)?;
         Ok(arrived)
     };
-    inject(fd, &segment, arrived)
+    inject(injectors, fd, &segment, arrived)
 }
 
 /// Our acknowledgement and our window, which the kernel's own probe does not tell the peer. Read from a socket in repair
@@ -82,8 +98,12 @@ pub(crate) fn acknowledgement(
 }
 
 /// Sends a segment of ours to the peer.
-pub(crate) fn send_to_peer(fd: BorrowedFd<'_>, segment: &Segment<'_>) -> Result<()> {
-    send(fd, segment, Via::routed(segment.destination.ip()))
+pub(crate) fn send_to_peer(
+    injectors: &mut Injectors,
+    fd: BorrowedFd<'_>,
+    segment: &Segment<'_>,
+) -> Result<()> {
+    send(injectors, fd, segment, Via::routed(segment.destination.ip()))
 }
 
 pub(crate) fn from_peer<'a>(
@@ -113,6 +133,7 @@ pub(crate) fn from_peer<'a>(
 
 /// Tries one injector after the other until the segment has arrived.
 pub(crate) fn inject(
+    injectors: &mut Injectors,
     fd: BorrowedFd<'_>,
     segment: &Segment<'_>,
     arrived: impl Fn() -> Result<bool>,
@@ -126,7 +147,7 @@ pub(crate) fn inject(
             continue;
         }
         let limit = if via == routed && !unknown { FIRST_ARRIVAL } else { ARRIVAL };
-        match send(fd, segment, via) {
+        match send(injectors, fd, segment, via) {
             Ok(()) if wait_for(limit, &arrived)? => return Ok(()),
             Ok(()) => {}
             Err(error) => refusal = Some(error),
@@ -139,10 +160,10 @@ pub(crate) fn inject(
     ))
 }
 
-fn send(fd: BorrowedFd<'_>, segment: &Segment<'_>, via: Via) -> Result<()> {
+fn send(injectors: &mut Injectors, fd: BorrowedFd<'_>, segment: &Segment<'_>, via: Via) -> Result<()> {
     let mut packet = Vec::with_capacity(128);
     segment.write(&mut packet);
-    Injector::for_socket(fd, via)?.send(&packet, segment.destination)
+    injectors.beside(fd, via)?.send(&packet, segment.destination)
 }
 
 /// On an idle machine the segment has arrived before the call that sent it returns.

@@ -51,7 +51,7 @@ use std::time::Duration;
 use soccr_netlink::{Family, Socket};
 
 use crate::connection::Flow;
-use crate::diag;
+use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::sys::namespace;
 use crate::sys::raw::{Injector, Via};
@@ -262,7 +262,16 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         let flows = std::mem::take(&mut self.flows);
-        let (here, gone): (Vec<_>, Vec<_>) = flows.into_iter().partition(|flow| self.shared.has_socket(flow));
+        if flows.is_empty() {
+            return;
+        }
+        let mut diag = self.shared.diag();
+        // What cannot be found out counts as none.
+        let has_socket = |flow: &Flow| match &mut diag {
+            Ok(diag) => matches!(diag.find(flow.local, flow.remote, |_| ()), Ok(Some(()))),
+            Err(_) => false,
+        };
+        let (here, gone): (Vec<_>, Vec<_>) = flows.into_iter().partition(has_socket);
         // There is nobody left to tell.
         let _ = self.shared.release(&here, &[]);
         let _ = self.shared.abandon(&gone);
@@ -317,12 +326,9 @@ impl Shared {
         self.unlock(Unlock::Both, flows)
     }
 
-    /// Whether there is a connection in the namespace of the lock. What cannot be found out counts as none.
-    fn has_socket(&self, flow: &Flow) -> bool {
-        let found = self.with_table(|table| {
-            diag::beside(table.socket().as_fd(), |diag| diag.find(flow.local, flow.remote, |_| ()))
-        });
-        matches!(found, Ok(Some(())))
+    /// Asks about the sockets in the namespace of the lock.
+    fn diag(&self) -> Result<Diag> {
+        self.with_table(|table| Diag::beside(table.socket().as_fd()))
     }
 
     fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {

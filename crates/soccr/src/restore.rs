@@ -23,6 +23,7 @@ use crate::queue;
 use crate::report::Report;
 use crate::resume::{Restored, start_handshake};
 use crate::save::{self, Position};
+use crate::sys::raw::Injectors;
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
 
@@ -151,7 +152,7 @@ impl<'fd> Restore<'fd> {
         let urgent_inside = urgent.is_none_or(|urgent| urgent.offset < self.control.inq_len);
         check(bytes.len() == self.control.inq_len as usize, "inq_len is not the length of the receive queue")
             .and_then(|()| check(urgent_inside, "the urgent mark lies outside the receive queue"))
-            .and_then(|()| self.fill_receive_queue(bytes, urgent))
+            .and_then(|()| self.fill_receive_queue(&mut Injectors::default(), bytes, urgent))
             .map_err(|error| error.at("restore"))
     }
 
@@ -172,7 +173,8 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// Refused: the state was not reached. System: the option.
     pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
-        let flow = self.complete().and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
+        let completed = self.complete(&mut Injectors::default());
+        let flow = completed.and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
         let Self { fd, control, reuse_address, report, .. } = self;
         Ok(Restored { control, flow, reuse_address, report, socket: fd })
     }
@@ -210,12 +212,17 @@ impl<'fd> Restore<'fd> {
         Ok(())
     }
 
-    fn fill_receive_queue(&mut self, bytes: &[u8], urgent: Option<Urgent>) -> Result<()> {
+    fn fill_receive_queue(
+        &mut self,
+        injectors: &mut Injectors,
+        bytes: &[u8],
+        urgent: Option<Urgent>,
+    ) -> Result<()> {
         let Some(urgent) = urgent else { return queue::fill_receive(self.fd, bytes) };
         let (before, rest) = bytes.split_at(urgent.offset as usize);
         queue::fill_receive(self.fd, before)?;
         self.open_window()?;
-        fin::inject_urgent(self.fd, self.flow()?, &self.control, rest[0])?;
+        fin::inject_urgent(injectors, self.fd, self.flow()?, &self.control, rest[0])?;
         queue::fill_receive(self.fd, &rest[1..])?;
         if urgent.consumed { queue::consume_urgent(self.fd) } else { Ok(()) }
     }
@@ -235,14 +242,14 @@ impl<'fd> Restore<'fd> {
         self.with_closed_window(|fd| queue::fill_send(fd, unsent))
     }
 
-    fn complete(&mut self) -> Result<()> {
+    fn complete(&mut self, injectors: &mut Injectors) -> Result<()> {
         if self.control.options.sack && !self.sends_nothing() {
             // With it a sender probes for a lost tail after two round-trip times, and with unsent bytes if there are any:
             // had it been permitted when the send queue was filled, it would not stay silent until it is resumed.
             tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
         }
         if self.control.state != State::Established {
-            self.restore_fins()?;
+            self.restore_fins(injectors)?;
         }
         if let Some(window) = self.control.window {
             let mut wanted = window;
@@ -258,7 +265,7 @@ impl<'fd> Restore<'fd> {
     }
 
     /// The order of the FINs decides the state: ours comes first where the peer's found it sent.
-    fn restore_fins(&mut self) -> Result<()> {
+    fn restore_fins(&mut self, injectors: &mut Injectors) -> Result<()> {
         use State::{Close, CloseWait, Closing, FinWait1, FinWait2, LastAck};
         let flow = self.flow()?;
         let state = self.control.state;
@@ -267,13 +274,13 @@ impl<'fd> Restore<'fd> {
         }
         let seen = self.seen_from_peer()?;
         if state.fin_received() {
-            fin::inject_fin(self.fd, flow, &seen)?;
+            fin::inject_fin(injectors, self.fd, flow, &seen)?;
         }
         if matches!(state, LastAck | Close) {
             self.queue_fin()?;
         }
         if state.fin_acknowledged() {
-            fin::inject_ack(self.fd, flow, &self.control)?;
+            fin::inject_ack(injectors, self.fd, flow, &self.control)?;
         }
         debug_assert!(matches!(state, FinWait1 | FinWait2 | Closing | CloseWait | LastAck | Close));
         Ok(())

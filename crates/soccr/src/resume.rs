@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::fin;
 use crate::pause::set_reuse_address;
 use crate::report::Report;
+use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Repair};
 
 /// A socket in repair mode that holds a restored connection. Dropping it closes it silently, where the socket is its
@@ -35,7 +36,12 @@ impl Restored {
     /// # Errors
     /// System: the option that failed. The socket is closed silently.
     pub fn resume(self) -> Result<TcpStream> {
-        self.turn_on().map_err(|error| error.at("resume"))?;
+        self.resume_with(&mut Injectors::default())
+    }
+
+    /// The same with raw sockets that may serve other connections too.
+    pub(crate) fn resume_with(self, injectors: &mut Injectors) -> Result<TcpStream> {
+        self.turn_on(injectors).map_err(|error| error.at("resume"))?;
         Ok(TcpStream::from(self.socket))
     }
 
@@ -51,7 +57,7 @@ impl Restored<BorrowedFd<'_>> {
     /// # Errors
     /// System: the option that failed.
     pub fn resume(self) -> Result<()> {
-        self.turn_on().map_err(|error| error.at("resume"))
+        self.turn_on(&mut Injectors::default()).map_err(|error| error.at("resume"))
     }
 }
 
@@ -61,9 +67,9 @@ impl<Fd: AsFd> Restored<Fd> {
         &self.report
     }
 
-    fn turn_on(&self) -> Result<()> {
+    fn turn_on(&self, injectors: &mut Injectors) -> Result<()> {
         let fd = self.socket.as_fd();
-        let turned_on = self.turn_repair_off();
+        let turned_on = self.turn_repair_off(injectors);
         if turned_on.is_err() {
             // Out of repair mode the socket would reset the peer when it is closed.
             let _ = tcp::set_repair(fd, Repair::On);
@@ -71,7 +77,7 @@ impl<Fd: AsFd> Restored<Fd> {
         turned_on
     }
 
-    fn turn_repair_off(&self) -> Result<()> {
+    fn turn_repair_off(&self, injectors: &mut Injectors) -> Result<()> {
         let fd = self.socket.as_fd();
         if self.control.state == State::SynSent {
             return start_handshake(fd, self.flow.remote);
@@ -82,7 +88,7 @@ impl<Fd: AsFd> Restored<Fd> {
             set_reuse_address(fd, true)?;
         }
         // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
-        let _ = fin::send_to_peer(fd, &acknowledgement);
+        let _ = fin::send_to_peer(injectors, fd, &acknowledgement);
         if self.control.unsq_len > 0 || self.control.fin_unsent {
             push(fd)?;
         }

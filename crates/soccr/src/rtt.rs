@@ -15,9 +15,8 @@
 //! # References
 //! RFC 6298 (RTO); kernel `tcp_rtt_estimator()`, `tcp_rtt_tsopt_us()` in `net/ipv4/tcp_input.c`.
 
-use std::cell::Cell;
 use std::os::fd::BorrowedFd;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::connection::{Connection, Path};
@@ -26,6 +25,7 @@ use crate::fin;
 use crate::queue;
 use crate::segment::{Segment, flags};
 use crate::sys::namespace;
+use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, info_option};
 
 /// What the kernel adds to the RTT at least, unless it is told otherwise.
@@ -51,10 +51,8 @@ pub(crate) struct Seed {
     samples: u32,
 }
 
-thread_local! {
-    /// The network namespace in which a segment was swallowed, and when.
-    static SWALLOWED: Cell<Option<(u64, Instant)>> = const { Cell::new(None) };
-}
+/// The network namespace in which a segment was swallowed, and when. Only a hint: whoever finds it locked goes on without.
+static SWALLOWED: Mutex<Option<(u64, Instant)>> = Mutex::new(None);
 
 impl Seed {
     /// How to bring back what `connection` had measured, on the fresh socket `fd`; `None` where it had measured nothing,
@@ -82,8 +80,10 @@ impl Seed {
         if control.window.is_none() {
             return Err("needs TCP_REPAIR_WINDOW (Linux 4.8)");
         }
-        let swallowed = SWALLOWED.get().is_some_and(|(cookie, when)| {
-            when.elapsed() < REST && namespace::cookie(fd).is_ok_and(|here| here == cookie)
+        let swallowed = SWALLOWED.try_lock().is_ok_and(|last| {
+            last.is_some_and(|(cookie, when)| {
+                when.elapsed() < REST && namespace::cookie(fd).is_ok_and(|here| here == cookie)
+            })
         });
         if swallowed {
             return Err("a segment that plays the peer's was swallowed a moment ago");
@@ -128,15 +128,28 @@ impl Seed {
     ///
     /// # Errors
     /// An ACK did not arrive. The socket is of no use then: its send queue holds a byte that nobody wrote.
-    pub(crate) fn sow(&self, fd: BorrowedFd<'_>, connection: &Connection) -> Result<()> {
-        let sown = self.take_samples(fd, connection);
+    pub(crate) fn sow(
+        &self,
+        injectors: &mut Injectors,
+        fd: BorrowedFd<'_>,
+        connection: &Connection,
+    ) -> Result<()> {
+        let sown = self.take_samples(injectors, fd, connection);
         if sown.is_err() {
-            SWALLOWED.set(namespace::cookie(fd).ok().map(|cookie| (cookie, Instant::now())));
+            let now = namespace::cookie(fd).ok().map(|cookie| (cookie, Instant::now()));
+            if let Ok(mut last) = SWALLOWED.try_lock() {
+                *last = now;
+            }
         }
         sown
     }
 
-    fn take_samples(&self, fd: BorrowedFd<'_>, connection: &Connection) -> Result<()> {
+    fn take_samples(
+        &self,
+        injectors: &mut Injectors,
+        fd: BorrowedFd<'_>,
+        connection: &Connection,
+    ) -> Result<()> {
         let control = &connection.control;
         let clock = control.options.timestamps.unwrap_or_default();
         let micros = use_microseconds(fd)?;
@@ -161,7 +174,7 @@ impl Seed {
                 timestamps: Some((0, echo)),
                 ..fin::from_peer(connection.flow(), control, seq, ack, flags::ACK, &[])
             };
-            fin::inject(fd, &segment, || Ok(tcp::unacknowledged(fd)? == 0))?;
+            fin::inject(injectors, fd, &segment, || Ok(tcp::unacknowledged(fd)? == 0))?;
         }
         tcp::set_timestamp(fd, clock)
     }

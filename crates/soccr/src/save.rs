@@ -9,7 +9,7 @@ use rustix::net::{getpeername, getsockname};
 
 use crate::buffers;
 use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
-use crate::diag;
+use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
 use crate::settings::{self, Value};
@@ -259,7 +259,7 @@ fn peer_of_handshake(fd: BorrowedFd<'_>, state: State) -> Result<Option<SocketAd
     let local = local_address(fd)?;
     let cookie = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
         .map_err(|error| Error::system("SO_COOKIE", error))?;
-    diag::beside(fd, |diag| diag.peer_of_handshake(local, cookie))
+    Diag::beside(fd)?.peer_of_handshake(local, cookie)
 }
 
 /// Repair mode hides the application's SO_REUSEADDR, so the guard that has read it before tells it.

@@ -23,7 +23,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use crate::diag;
+use crate::diag::{self, Diag};
 use crate::error::Result;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
@@ -152,7 +152,7 @@ impl Settings {
         remote: SocketAddr,
     ) -> Result<()> {
         let keys = |socket: &diag::Socket<'_>| socket.md5_keys().map(<[u8]>::to_vec);
-        if let Some(Some(keys)) = diag::beside(fd, |diag| diag.find(local, remote, keys))? {
+        if let Some(Some(keys)) = Diag::beside(fd)?.find(local, remote, keys)? {
             self.set(table::MD5, Value::Secret(keys));
         }
         Ok(())

@@ -17,26 +17,29 @@ const WORTH_A_THREAD: usize = 32;
 const MOST_THREADS: usize = 8;
 
 /// Does `work` for every item, on other threads but for the first few, and hands the outcomes to `finish`, one at a time. An item is not asked
-/// for while others that `cost` much wait.
-pub(super) fn run<T: Send, R>(
+/// for while others that `cost` much wait. What each thread needs for its work, `Tools`, is made once and lives as long
+/// as the thread.
+pub(super) fn run<T: Send, R, Tools: Default>(
     items: impl IntoIterator<Item = T>,
     cost: impl Fn(&T) -> usize + Sync,
-    work: impl Fn(T) -> R + Sync,
+    work: impl Fn(&mut Tools, T) -> R + Sync,
     finish: impl FnMut(R) + Send,
 ) {
     let (queue, finish) = (Queue::new(), Mutex::new(finish));
     let serve = || {
         let _close = CloseOnPanic(&queue);
+        let mut tools = Tools::default();
         while let Some(handful) = queue.take(&cost) {
             for item in handful {
-                let outcome = work(item);
+                let outcome = work(&mut tools, item);
                 finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
             }
         }
     };
     let mut items = items.into_iter();
+    let mut tools = Tools::default();
     for item in items.by_ref().take(FEW) {
-        let outcome = work(item);
+        let outcome = work(&mut tools, item);
         finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
     }
     let most = thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
@@ -147,7 +150,7 @@ mod tests {
 
     fn squares(count: u64) -> Vec<u64> {
         let mut sink = Vec::new();
-        run(0..count, |_| MOST_COST / 100, |n| n * n, |square| sink.push(square));
+        run(0..count, |_| MOST_COST / 100, |(), n| n * n, |square| sink.push(square));
         sink.sort_unstable();
         sink
     }
@@ -164,22 +167,22 @@ mod tests {
         let (sender, receiver) = std::sync::mpsc::channel();
         // Each item is made only when the one before has come out.
         let items = (0..100).inspect(|n| assert!(*n == 0 || receiver.recv() == Ok(n - 1)));
-        run(items, |_| 0, |n| n, |n| sender.send(n).unwrap());
+        run(items, |_| 0, |(), n| n, |n| sender.send(n).unwrap());
     }
 
     #[test]
     fn an_item_that_costs_too_much_goes_alone() {
         let mut count = 0;
-        run(0..20, |_| 2 * MOST_COST, |_| (), |()| count += 1);
+        run(0..20, |_| 2 * MOST_COST, |(), _| (), |()| count += 1);
         assert_eq!(count, 20);
     }
 
     #[test]
     fn a_panic_ends_it_wherever_it_comes_from() {
         let everywhere: [fn(); 3] = [
-            || run(0..10_000, |_| 0, |n| assert!(n < 500), |()| {}),
-            || run(0..10_000, |_| 0, |n| n, |n| assert!(n < 500)),
-            || run((0..10_000).inspect(|n| assert!(*n < 500)), |_| 0, |n| n, |_| {}),
+            || run(0..10_000, |_| 0, |(), n| assert!(n < 500), |()| {}),
+            || run(0..10_000, |_| 0, |(), n| n, |n| assert!(n < 500)),
+            || run((0..10_000).inspect(|n| assert!(*n < 500)), |_| 0, |(), n| n, |_| {}),
         ];
         for run in everywhere {
             assert!(catch_unwind(AssertUnwindSafe(run)).is_err());

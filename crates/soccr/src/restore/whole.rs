@@ -13,6 +13,7 @@ use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
+use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, TcpInfo, info_option};
 
 impl Connection {
@@ -36,10 +37,15 @@ impl Connection {
     /// - Refused: the socket did not reach the state of the connection, because a firewall or a loopback interface
     ///   that is down swallowed the segment that plays the peer's FIN or ACK.
     pub fn restore(&self) -> Result<Restored> {
-        self.validate().and_then(|()| self.restore_socket()).map_err(|error| error.at("restore"))
+        self.restore_with(&mut Injectors::default())
     }
 
-    fn restore_socket(&self) -> Result<Restored> {
+    /// The same with raw sockets that may serve other connections too.
+    pub(crate) fn restore_with(&self, injectors: &mut Injectors) -> Result<Restored> {
+        self.validate().and_then(|()| self.restore_socket(injectors)).map_err(|error| error.at("restore"))
+    }
+
+    fn restore_socket(&self, injectors: &mut Injectors) -> Result<Restored> {
         if self.has_congestion() {
             // The first time it takes long, and from here on the timers of a socket run.
             congestion::prepare();
@@ -61,7 +67,7 @@ impl Connection {
             let mut steps = self.connect(socket.as_fd(), seed, &mut skipped)?;
             if let Some(seed) = seed {
                 steps.open_window_at(self.control.copied_seq())?;
-                if let Err(error) = seed.sow(socket.as_fd(), self) {
+                if let Err(error) = seed.sow(injectors, socket.as_fd(), self) {
                     untimed = Some(error.to_string());
                     skipped.clear();
                     // Closing it would not free the addresses while a process that is just being started has a copy.
@@ -71,9 +77,9 @@ impl Connection {
                     steps = self.connect(socket.as_fd(), None, &mut skipped)?;
                 }
             }
-            steps.fill_receive_queue(&self.receive_queue, self.urgent)?;
+            steps.fill_receive_queue(injectors, &self.receive_queue, self.urgent)?;
             steps.fill_send_queue(&self.send_queue)?;
-            steps.complete()?;
+            steps.complete(injectors)?;
             let mut report = steps.report;
             let fd = socket.as_fd();
             self.apply(fd, Stage::Injected, &mut skipped);

@@ -3,12 +3,10 @@
 //! # References
 //! `raw(7)`, `packet(7)`; RFC 3542 §3 (raw sockets of IPv6).
 
-use std::cell::RefCell;
 use std::io;
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::rc::Rc;
 
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{
@@ -46,13 +44,30 @@ pub(crate) struct Injector {
     via: Via,
 }
 
-/// An injector, and the cookie of its network namespace.
-type Slot = RefCell<Option<(u64, Rc<Injector>)>>;
+/// The last injector of each kind, and the cookie of its network namespace: opening one costs as much as the rest of a
+/// restore. They belong to the call that restores, or to the thread that restores many connections, and end with it:
+/// the program around it never finds a descriptor that it has not opened.
+#[derive(Debug, Default)]
+pub(crate) struct Injectors {
+    last: [Option<(u64, Injector)>; 3],
+}
 
-thread_local! {
-    /// The last injector of each kind: opening one costs more than the rest of a restore. It pins at
-    /// most one namespace per thread and kind.
-    static LAST: [Slot; 3] = const { [const { RefCell::new(None) }; 3] };
+impl Injectors {
+    /// The injector for the namespace of `socket`.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`, and without `CAP_SYS_ADMIN` where the socket is in
+    /// another namespace than the thread.
+    pub(crate) fn beside(&mut self, socket: BorrowedFd<'_>, via: Via) -> Result<&Injector> {
+        let failed = |error| Error::system("raw socket", error);
+        let cookie = namespace::cookie(socket).map_err(failed)?;
+        let slot = &mut self.last[via as usize];
+        let injector = match slot.take() {
+            Some((last, injector)) if last == cookie => injector,
+            _ => namespace::open_beside(socket, || Injector::open(via)).map_err(failed)?,
+        };
+        Ok(&slot.insert((cookie, injector)).1)
+    }
 }
 
 impl Injector {
@@ -66,26 +81,6 @@ impl Injector {
         let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
         Ok(Self { fd, via })
-    }
-
-    /// The injector for the namespace of `socket`, opened where this thread has not just used it.
-    ///
-    /// # Errors
-    /// `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`, and without `CAP_SYS_ADMIN` where the socket is in
-    /// another namespace than the thread.
-    pub(crate) fn for_socket(socket: BorrowedFd<'_>, via: Via) -> Result<Rc<Self>> {
-        let failed = |error| Error::system("raw socket", error);
-        let cookie = namespace::cookie(socket).map_err(failed)?;
-        LAST.with(|slots| {
-            let mut slot = slots[via as usize].borrow_mut();
-            match &*slot {
-                Some((last, injector)) if *last == cookie => Ok(injector.clone()),
-                _ => {
-                    let opened = namespace::open_beside(socket, || Self::open(via)).map_err(failed)?;
-                    Ok(slot.insert((cookie, Rc::new(opened))).1.clone())
-                }
-            }
-        })
     }
 
     /// Sends a whole packet, IP header included, towards `destination`, whose scope counts and whose port does not.
