@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::fin;
 use crate::pause::set_reuse_address;
 use crate::report::Report;
-use crate::sys::raw::Injectors;
+use crate::sys::raw::{Injectors, Via};
 use crate::sys::tcp::{self, Repair};
 
 /// A socket in repair mode that holds a restored connection. Dropping it closes it silently, where the socket is its
@@ -83,6 +83,8 @@ impl<Fd: AsFd> Restored<Fd> {
             return start_handshake(fd, self.flow.remote);
         }
         let acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
+        // Opened now, so that the ACK follows the probe at once. Without CAP_NET_RAW there is none.
+        let _ = injectors.beside(fd, Via::routed(self.flow.remote.ip()));
         tcp::set_repair(fd, Repair::Off)?;
         if self.reuse_address {
             set_reuse_address(fd, true)?;
