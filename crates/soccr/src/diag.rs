@@ -19,16 +19,19 @@ use std::os::fd::BorrowedFd;
 use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 
 use crate::error::{Error, Result};
+use crate::flow::Flow;
 use crate::state::State;
 use crate::sys::namespace;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
 /// `struct inet_diag_msg`: what every answer begins with, before its attributes.
 const ANSWER: usize = 72;
 /// All states of `tcpi_state`.
 const ALL_STATES: u32 = 0xfff;
 
 const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_SKV6ONLY: u16 = 11;
 const INET_DIAG_MARK: u16 = 15;
 const INET_DIAG_MD5SIG: u16 = 18;
 const INET_DIAG_ULP_INFO: u16 = 19;
@@ -81,6 +84,11 @@ impl Socket<'_> {
         let layer = self.attribute(INET_DIAG_ULP_INFO);
         let name = layer.and_then(|layer| attributes(layer).find(|(kind, _)| *kind == INET_ULP_INFO_NAME));
         name.is_some_and(|(_, name)| name.starts_with(b"mptcp\0"))
+    }
+
+    /// It takes no IPv4 connections (`IPV6_V6ONLY`).
+    pub(crate) fn is_v6_only(&self) -> bool {
+        self.attribute(INET_DIAG_SKV6ONLY).is_some_and(|value| value != [0])
     }
 
     /// TCP MD5 keys, one `struct tcp_diag_md5sig` behind another. The kernel tells them only with `CAP_NET_ADMIN`.
@@ -152,6 +160,40 @@ impl Diag {
         match outcome {
             Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
             outcome => outcome.map(|()| found),
+        }
+    }
+
+    /// Shows the listeners on a port to `each`, IPv4 first.
+    pub(crate) fn visit_listeners(&mut self, port: u16, mut each: impl FnMut(&Socket<'_>)) -> Result<()> {
+        let states = 1 << State::Listen as u8;
+        let local = Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
+        [libc::AF_INET, libc::AF_INET6].into_iter().try_for_each(|family| {
+            self.ask(&Request { family, states, local, remote: None, dump: true }, &mut each)
+        })
+    }
+
+    /// Closes a connection as the kernel's `SOCK_DESTROY` does: its owner sees `ECONNABORTED`, and a reset leaves for the
+    /// peer, unless a lock stops it. One that is gone already counts as closed.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` where the kernel lacks `CONFIG_INET_DIAG_DESTROY`.
+    pub(crate) fn destroy(&mut self, flow: Flow) -> Result<()> {
+        let Flow { local, remote } = flow.on_the_wire();
+        let Some(cookie) = self.find(local, remote, |socket| socket.cookie)? else { return Ok(()) };
+        let request = Request {
+            family: family(local),
+            states: ALL_STATES,
+            local: Some(local),
+            remote: Some(remote),
+            dump: false,
+        };
+        let mut bytes = request.encode();
+        bytes[48..].copy_from_slice(&cookie.to_ne_bytes());
+        self.batch.clear();
+        self.batch.message(SOCK_DESTROY, REQUEST | ACK, |message| message.bytes(&bytes));
+        match self.netlink.transact(&self.batch) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            outcome => outcome.map_err(|error| Error::system("SOCK_DESTROY", error)),
         }
     }
 

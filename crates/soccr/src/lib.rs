@@ -51,6 +51,7 @@
 //!
 //! Who calls this for a socket of another process (`pidfd_getfd(2)`) must stop that process between `pause` and `detach`.
 
+pub mod adopt;
 mod bpf;
 mod buffers;
 pub mod bulk;

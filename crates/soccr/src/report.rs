@@ -6,7 +6,7 @@ use std::fmt;
 use crate::buffers;
 use crate::connection::{Buffers, Connection};
 use crate::error::{Error, Result};
-use crate::settings::Skipped;
+use crate::settings::{Settings, Skipped};
 use crate::sys::tcp::{TcpInfo, info_option};
 
 /// How a restored socket compares with the connection that was saved, value by value.
@@ -149,6 +149,17 @@ impl Report {
             name: skipped.name,
             fidelity: Fidelity::Missing,
             values: None,
+            is_option: true,
+        }));
+    }
+
+    /// Notes options of a socket that another one has taken the place of.
+    pub(crate) fn replaced(&mut self, settings: &Settings) {
+        self.0.extend(settings.iter().map(|(name, _)| Entry {
+            name: name.to_owned().into(),
+            fidelity: Fidelity::Missing,
+            values: None,
+            reason: "the socket has the options of its listener".into(),
             is_option: true,
         }));
     }

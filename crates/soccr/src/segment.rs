@@ -55,8 +55,13 @@ impl Segment<'_> {
     ///
     /// The two addresses must be of one family and the packet fit into [`PACKET_LIMIT`].
     pub(crate) fn write(&self, packet: &mut Vec<u8>) {
+        self.write_with(&[], packet);
+    }
+
+    /// Like [`write`](Self::write), with further TCP options: whole words, 40 bytes with those of its own.
+    pub(crate) fn write_with(&self, further: &[u8], packet: &mut Vec<u8>) {
         packet.clear();
-        let options = if self.timestamps.is_some() { 12 } else { 0 };
+        let options = further.len() + if self.timestamps.is_some() { 12 } else { 0 };
         let ip = match (self.source.ip().to_canonical(), self.destination.ip().to_canonical()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 packet.extend_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, HOP_LIMIT, TCP, 0, 0]);
@@ -84,6 +89,7 @@ impl Segment<'_> {
             packet.extend_from_slice(&value.to_be_bytes());
             packet.extend_from_slice(&echo.to_be_bytes());
         }
+        packet.extend_from_slice(further);
         packet.extend_from_slice(self.payload);
         finish(packet, ip);
     }

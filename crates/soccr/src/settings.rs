@@ -28,7 +28,7 @@ use crate::error::Result;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
 
-pub(crate) use table::{REUSEADDR, Stage};
+pub(crate) use table::{MD5, REUSEADDR, Stage};
 
 /// The value of a socket option.
 #[derive(Clone, PartialEq, Eq)]

@@ -18,7 +18,6 @@ use std::ops::Range;
 pub(crate) enum Kind {
     Struct = 4,
     /// A function of the kernel, such as those that programs may call.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for programs that call kernel functions"))]
     Function = 12,
 }
 

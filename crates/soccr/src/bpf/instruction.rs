@@ -2,9 +2,10 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+use crate::bpf::Type;
 use crate::sys::bpf::Map;
 
-/// Registers: `R0` holds results, `R1` … `R5` arguments, `R6` … `R9` survive calls.
+/// Registers: `R0` holds results, `R1` … `R5` arguments, `R6` … `R9` survive calls, `R10` is the end of the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Register {
     R0,
@@ -12,7 +13,12 @@ pub(crate) enum Register {
     R2,
     R3,
     R4,
-    R6 = 6,
+    R5,
+    R6,
+    R7,
+    R8,
+    R9,
+    R10,
 }
 
 /// How many bytes a load or store moves.
@@ -52,6 +58,11 @@ impl Assembler {
         self.push(0xb7, to, 0, 0, value);
     }
 
+    /// `to += value`.
+    pub(crate) fn add(&mut self, to: Register, value: i32) {
+        self.push(0x07, to, 0, 0, value);
+    }
+
     /// `to = &map`: two instructions long, the second one without an operation.
     pub(crate) fn map(&mut self, to: Register, map: &Map) {
         const PSEUDO_MAP_FD: u8 = 1;
@@ -64,9 +75,29 @@ impl Assembler {
         self.push(0x85, Register::R0, 0, 0, helper);
     }
 
+    /// `R0 = function(R1, …)`, a function of the kernel.
+    pub(crate) fn call_kernel(&mut self, function: &Type) {
+        const PSEUDO_KFUNC_CALL: u8 = 2;
+        self.push(0x85, Register::R0, PSEUDO_KFUNC_CALL, 0, function.number as i32);
+    }
+
     /// Jumps to where the jump lands, if the register is zero.
     pub(crate) fn jump_if_zero(&mut self, register: Register) -> Jump {
-        self.push(0x15, register, 0, 0, 0);
+        self.jump(0x15, register, 0)
+    }
+
+    /// Jumps to where the jump lands, unless the register is zero.
+    pub(crate) fn jump_unless_zero(&mut self, register: Register) -> Jump {
+        self.jump(0x55, register, 0)
+    }
+
+    /// Jumps to where the jump lands, unless the register's lower half is `value`.
+    pub(crate) fn jump_unless(&mut self, register: Register, value: u32) -> Jump {
+        self.jump(0x56, register, value as i32)
+    }
+
+    fn jump(&mut self, operation: u8, register: Register, value: i32) -> Jump {
+        self.push(operation, register, 0, 0, value);
         Jump(self.0.len() - 1)
     }
 

@@ -8,6 +8,6 @@ mod btf;
 mod instruction;
 
 pub(crate) use btf::{Btf, Kind, Type, describe_map};
-pub(crate) use instruction::{Assembler, Register, Size};
+pub(crate) use instruction::{Assembler, Jump, Register, Size};
 
-pub(crate) use crate::sys::bpf::{Map, MapSpec, ProgramSpec, link, load_btf, load_program};
+pub(crate) use crate::sys::bpf::{Map, MapSpec, ProgramSpec, link, load_btf, load_program, test_run};

@@ -9,6 +9,7 @@ const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_BTF_LOAD: libc::c_long = 18;
 const BPF_LINK_CREATE: libc::c_long = 28;
 
@@ -85,6 +86,19 @@ struct ProgramAttr {
     line_info: u64,
     line_info_cnt: u32,
     attach_btf_id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct TestRunAttr {
+    prog_fd: RawFd,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
 }
 
 #[repr(C)]
@@ -181,6 +195,24 @@ pub(crate) fn link(object: BorrowedFd<'_>, target: u32, attach_type: u32) -> io:
     unsafe { new(BPF_LINK_CREATE, &attr) }
 }
 
+/// Runs a traffic control program on a frame, in the network namespace of the calling thread. The program may change the
+/// frame. Returns what it returns.
+pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &mut [u8]) -> io::Result<u32> {
+    let at = frame.as_mut_ptr().expose_provenance() as u64;
+    let size = frame.len() as u32;
+    let mut attr = TestRunAttr {
+        prog_fd: program.as_raw_fd(),
+        data_size_in: size,
+        data_size_out: size,
+        data_in: at,
+        data_out: at,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads and writes `size` bytes at `at`, which the frame has, and `retval` in `attr`.
+    unsafe { call_mut(BPF_PROG_TEST_RUN, &mut attr) }?;
+    Ok(attr.retval)
+}
+
 fn address(bytes: &[u8]) -> u64 {
     bytes.as_ptr().expose_provenance() as u64
 }
@@ -199,5 +231,13 @@ unsafe fn new<T>(command: libc::c_long, attr: &T) -> io::Result<OwnedFd> {
 unsafe fn call<T>(command: libc::c_long, attr: &T) -> io::Result<i32> {
     // SAFETY: `attr` is readable for its size, and its pointers are valid by this function's contract.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attr, size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+}
+
+/// # Safety
+/// As [`call`], for a command that answers in the attribute.
+unsafe fn call_mut<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: as above, and `attr` is writable.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
 }

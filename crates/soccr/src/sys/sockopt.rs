@@ -33,6 +33,13 @@ pub(crate) fn get<T: Plain>(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Re
     Ok(unsafe { value.assume_init() })
 }
 
+/// The value that `bytes` begin with; `None` where they are too few.
+pub(crate) fn read_from<T: Plain>(bytes: &[u8]) -> Option<T> {
+    let bytes = bytes.get(..size_of::<T>())?;
+    // SAFETY: there are as many bytes as `T` has, any of which are a value of it, and their alignment does not matter.
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
 /// Reads an option of any length; returns how many bytes the kernel filled in.
 pub(crate) fn get_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> io::Result<usize> {
     let mut length = value.len() as libc::socklen_t;

@@ -1,0 +1,408 @@
+//! [`Adopter`]: a live connection enters the accept queue of an unmodified server.
+//!
+//! The server listens as ever; its next `accept(2)` returns the connection, with bytes to read, as if the client had just
+//! connected. Nothing in the server knows of this crate.
+//!
+//! ```no_run
+//! # fn main() -> soccr::Result<()> {
+//! # let stream = std::net::TcpStream::connect("192.0.2.1:80").unwrap();
+//! let locker = soccr::lock::Locker::new(soccr::lock::Mode::HOLD)?;
+//! let mut adopter = soccr::adopt::Adopter::new()?; // in the network namespace of the listener
+//!
+//! // A socket of ours. It waits until the client has acknowledged everything, and leaves.
+//! for outcome in adopter.give(&locker, vec![stream.into()], soccr::adopt::DRAIN) {
+//!     match outcome {
+//!         Ok(adopted) => print!("{}", adopted.report()),
+//!         Err(kept) => eprintln!("{}", kept.error()), // and the connection is in it
+//!     }
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # How
+//! A listener that answers with SYN cookies makes a connection of one ACK. A program on `lo` tells the kernel what the cookie
+//! would have told, by `bpf_sk_assign_tcp_reqsk`; the ACK is ours, and says that the peer sent it:
+//!
+//! ```text
+//!  Lock                                       the peer's packets wait, ours are dropped
+//!  ACK, seq = copied_seq, ack = write_seq  ─► lo ─► program ─► listener: a connection in its accept queue
+//!  unread bytes, FIN                       ─► lo ─► that connection
+//!  read back                                  state and sequence numbers, by a second program; options by sock_diag
+//!  unlock, announce                           what was held arrives; the peer hears of the new window
+//! ```
+//!
+//! # What comes back
+//! Sequence numbers, every unread byte, MSS, window scale, SACK, timestamps and ECN: exactly. The congestion window, the
+//! round-trip time and the receive window begin anew. Socket options are those of the listener, as for every
+//! connection that it accepts: the [report](Adopted::report) lists what the old socket had.
+//!
+//! # Needs
+//! Linux 6.9; `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_NET_RAW` in the initial user namespace; `net.ipv4.tcp_syncookies` 1 or 2; `lo` up.
+//!
+//! # When to use it
+//! At boundaries of the application's protocol: a server that knows nothing of the connection's past gets it. Idle HTTP/1.1
+//! connections suit; TLS sessions, HTTP/2, logins and selected databases live in the old server and do not come along.
+
+mod attributes;
+mod give;
+mod obstacle;
+mod program;
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use crate::connection::{Connection, ControlBlock, Flow, State};
+use crate::diag::{self, Diag};
+use crate::error::{Error, Result};
+use crate::fin::{self, FIRST_ARRIVAL};
+use crate::lock::Lock;
+use crate::report::Report;
+use crate::segment::{Segment, flags};
+use crate::sys::namespace;
+use crate::sys::raw::{Injector, Via};
+use crate::sys::sockopt;
+use crate::sys::tcp::{TcpInfo, info_option};
+use obstacle::Sysctls;
+use program::{Position, Programs};
+
+pub use give::{DRAIN, Kept};
+
+/// How many unread bytes arrive at a time, at most.
+const CHUNK: usize = 32_000;
+/// And at least, where the server's buffer is nearly full.
+const SMALLEST_CHUNK: usize = 500;
+
+/// How long a server may take to read what does not fit into its buffer.
+const READ: Duration = Duration::from_secs(5);
+
+/// How often the first segment is sent.
+const ATTEMPTS: usize = 3;
+
+/// Gives connections to the listeners of one network namespace. Making one takes some 10 ms: keep it for many.
+///
+/// Its program is attached to `lo` and touches packets with this library's mark only; the kernel detaches it when the
+/// process ends.
+#[derive(Debug)]
+pub struct Adopter {
+    programs: Programs,
+    ipv4: Injector,
+    ipv6: Option<Injector>,
+    diag: Diag,
+    sysctls: Sysctls,
+    namespace: u64,
+    packet: Vec<u8>,
+}
+
+/// A connection that is in a server's accept queue, or was accepted already.
+#[derive(Debug)]
+pub struct Adopted {
+    flow: Flow,
+    accepted: bool,
+    report: Report,
+}
+
+impl Adopted {
+    /// Its addresses.
+    pub fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    /// The server had accepted it by the time it was looked at. Until then the kernel owns it: it stays alive in the
+    /// queue, and is closed with the listener. See [`Adopter::is_accepted`].
+    pub fn accepted(&self) -> bool {
+        self.accepted
+    }
+
+    /// What came back exactly, approximately, not at all.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+}
+
+impl Adopter {
+    /// For the listeners in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `EPERM` without the capabilities; refused where the kernel lacks `bpf_sk_assign_tcp_reqsk` (Linux 6.9) or type
+    /// information (`CONFIG_DEBUG_INFO_BTF`), or where `net.ipv4.tcp_syncookies` is 0.
+    pub fn new() -> Result<Self> {
+        Self::start().map_err(|error| error.at("adopt"))
+    }
+
+    fn start() -> Result<Self> {
+        let raw = |error| Error::system("raw socket", error);
+        let programs = Programs::load().map_err(obstacle::explain)?;
+        let ipv4 = Injector::open(Via::Ipv4).map_err(raw)?;
+        let ipv6 = match Injector::open(Via::Ipv6) {
+            // The machine may have no IPv6 at all.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => None,
+            opened => Some(opened.map_err(raw)?),
+        };
+        let namespace = namespace::cookie(ipv4.as_fd()).map_err(raw)?;
+        let sysctls = Sysctls::open()?;
+        sysctls.check_cookies()?;
+        Ok(Self { programs, ipv4, ipv6, diag: Diag::open()?, sysctls, namespace, packet: Vec::new() })
+    }
+
+    /// Checks, without touching anything, that a connection can be adopted here: its state, and the listener for it.
+    ///
+    /// # Errors
+    /// Refused, with the reason and the remedy: a state other than ESTABLISHED and CLOSE_WAIT, urgent data, TCP MD5, a
+    /// link-local address; no listener, one that speaks MPTCP, one whose queue is full; a sysctl without which an
+    /// option would be lost. A send queue is no obstacle here, since [`give`](Self::give) drains it.
+    pub fn check(&mut self, connection: &Connection) -> Result<()> {
+        self.in_namespace()
+            .and_then(|()| obstacle::in_connection(connection))
+            .and_then(|()| self.sysctls.check(connection))
+            .and_then(|()| obstacle::in_listener(&mut self.diag, connection.flow()))
+            .map_err(|error| error.at("adopt"))
+    }
+
+    /// Puts connections into the accept queues of their listeners: those of `lock`, in the order of its
+    /// [flows](Lock::flows). They have no socket any more ([`Paused::detach`](crate::Paused::detach)) and an empty send queue;
+    /// see [`give`](Self::give) for sockets.
+    ///
+    /// Afterwards, and before [`announce`](Self::announce), release the lock.
+    ///
+    /// # Errors
+    /// One for each connection that was not adopted. Nothing is left of it here: the value is the connection still, and the
+    /// lock keeps its peer waiting.
+    pub fn adopt(&mut self, lock: &Lock, connections: &[Connection]) -> Vec<Result<Adopted>> {
+        let beginning = self.in_namespace();
+        let flows = lock.flows();
+        let each = connections.iter().enumerate().map(|(index, connection)| {
+            let locked = flows.get(index).map(Flow::on_the_wire) == Some(connection.flow().on_the_wire());
+            let outcome = match &beginning {
+                Err(error) => Err(again(error)),
+                Ok(()) if !locked => Err(Error::invalid("the connection is not the one that is locked")),
+                Ok(()) => self.adopt_one(connection),
+            };
+            outcome.map_err(|error| error.at("adopt"))
+        });
+        each.collect()
+    }
+
+    /// Lets the new socket tell the peer its window, and push what the server has written under the lock. To be called when
+    /// the lock is released.
+    ///
+    /// # Errors
+    /// System: the raw socket.
+    pub fn announce(&mut self, connection: &Connection) -> Result<()> {
+        // Like a keepalive probe: it lies before what is expected, so the answer is one ACK.
+        let control = &connection.control;
+        let seq = control.rcv_nxt.wrapping_sub(1);
+        let segment = fin::from_peer(connection.flow(), control, seq, control.write_seq, flags::ACK, &[]);
+        self.send(&segment, &[]).map_err(|error| error.at("adopt"))
+    }
+
+    /// Whether a server has accepted the connection by now; `None` where it has ended.
+    ///
+    /// # Errors
+    /// Those of `sock_diag(7)`.
+    pub fn is_accepted(&mut self, flow: Flow) -> Result<Option<bool>> {
+        let inode = self.diag.find(flow.local, flow.remote, |socket| socket.inode);
+        inode.map(|inode| inode.map(|inode| inode != 0)).map_err(|error| error.at("adopt"))
+    }
+
+    fn adopt_one(&mut self, connection: &Connection) -> Result<Adopted> {
+        let control = &connection.control;
+        obstacle::in_connection(connection)?;
+        if control.outq_len > 0 {
+            return Err(Error::refused(
+                "bytes that the peer has not acknowledged",
+                "restore the connection and give its socket away: that waits until they are",
+            ));
+        }
+        // Where it is 0 the kernel would not look at what the program says, and reset the peer.
+        self.sysctls.check_cookies()?;
+        let flow = connection.flow();
+        match self.look(flow)? {
+            Some(position) if position.state == State::Listen => {}
+            Some(_) => {
+                return Err(Error::refused(
+                    "a connection with these addresses",
+                    "close or detach the old socket first",
+                ));
+            }
+            None => {
+                obstacle::in_listener(&mut self.diag, flow)?;
+                return Err(obstacle::no_listener(flow));
+            }
+        }
+        self.make(connection)?;
+        let filled = self.feed(connection).and_then(|()| self.verify(connection));
+        filled.map_err(|error| self.undo(flow, error))
+    }
+
+    /// The first segment: the listener's queue has a connection, with as many unread bytes as ride in one segment.
+    fn make(&mut self, connection: &Connection) -> Result<()> {
+        let control = &connection.control;
+        let flow = connection.flow();
+        let first = &connection.receive_queue[..connection.receive_queue.len().min(CHUNK)];
+        let push = if first.is_empty() { 0 } else { flags::PSH };
+        let seq = control.copied_seq();
+        let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | push, first);
+        let option = attributes::option(&control.options);
+        for _ in 0..ATTEMPTS {
+            self.send(&segment, &option)?;
+            let made = fin::wait_for(FIRST_ARRIVAL, &|| {
+                Ok(self.look(flow)?.is_some_and(|position| position.state != State::Listen))
+            })?;
+            if made {
+                return Ok(());
+            }
+        }
+        // What stands against it is looked for only now: beside thousands of connections each look counts.
+        obstacle::in_listener(&mut self.diag, flow)?;
+        self.sysctls.check(connection)?;
+        Err(Error::refused(
+            "the listener did not take the segment that plays the peer's",
+            "bring `lo` up, and let packets with the mark 0xC114 pass the firewall",
+        ))
+    }
+
+    /// The rest of the unread bytes, as far as the server's buffer takes them, and the peer's FIN.
+    fn feed(&mut self, connection: &Connection) -> Result<()> {
+        let control = &connection.control;
+        let flow = connection.flow();
+        let bytes = &connection.receive_queue;
+        let start = control.copied_seq();
+        let mut deadline = Instant::now() + READ;
+        let (mut chunk, mut before) = (CHUNK, None);
+        loop {
+            let arrived = self.expect(flow)?.rcv_nxt.wrapping_sub(start) as usize;
+            if before.is_some_and(|before| arrived > before) {
+                deadline = Instant::now() + READ;
+            } else if before.is_some() && chunk > SMALLEST_CHUNK {
+                // The kernel takes nothing of a segment that does not fit into its window.
+                chunk = (chunk / 2).max(SMALLEST_CHUNK);
+            } else if before.is_some() {
+                if Instant::now() >= deadline {
+                    return Err(Error::refused(
+                        format!(
+                            "a server that does not read: {arrived} of {} bytes fit into its buffer",
+                            bytes.len()
+                        ),
+                        "raise SO_RCVBUF of its listener, or net.ipv4.tcp_rmem",
+                    ));
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            before = Some(arrived);
+            let seq = start.wrapping_add(arrived as u32);
+            if seq == control.rcv_nxt {
+                return Ok(());
+            }
+            let rest = &bytes[arrived.min(bytes.len())..];
+            let payload = &rest[..rest.len().min(chunk)];
+            let last = if rest.is_empty() { flags::FIN } else { flags::PSH };
+            let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | last, payload);
+            self.send(&segment, &[])?;
+            fin::wait_for(FIRST_ARRIVAL, &|| Ok(self.look(flow)?.is_none_or(|now| now.rcv_nxt != seq)))?;
+        }
+    }
+
+    /// Compares what the server got with the connection.
+    fn verify(&mut self, connection: &Connection) -> Result<Adopted> {
+        let ControlBlock { write_seq, rcv_nxt, options, .. } = &connection.control;
+        let flow = connection.flow();
+        let position = self.expect(flow)?;
+        let differs =
+            |what: &str| Err(Error::refused(format!("an adopted connection with another {what}"), RESTORED));
+        if position.rcv_nxt != *rcv_nxt || position.snd_una != *write_seq {
+            return differs("sequence number");
+        }
+        let read =
+            |socket: &diag::Socket<'_>| (sockopt::read_from::<TcpInfo>(socket.tcp_info()), socket.inode != 0);
+        let Some((Some(info), accepted)) = self.diag.find(flow.local, flow.remote, read)? else {
+            return Err(gone());
+        };
+        let negotiated = [
+            (options.timestamps.is_some(), info_option::TIMESTAMPS),
+            (options.sack, info_option::SACK),
+            (options.window_scale.is_some(), info_option::WINDOW_SCALE),
+        ];
+        if negotiated.iter().any(|(on, bit)| *on != (info.options & bit != 0)) {
+            return differs("set of options");
+        }
+        let scales = options.window_scale.map_or(0, |scale| scale.snd | scale.rcv << 4);
+        if options.window_scale.is_some() && info.window_scales != scales {
+            return differs("window scale");
+        }
+        let mut report = Report::default();
+        let anew = "the server's socket learns it anew";
+        report.speed(connection, &info, Some(anew.into()), Some(anew.into()));
+        report.replaced(&connection.settings);
+        Ok(Adopted { flow, accepted, report })
+    }
+
+    /// Takes what was made out of the server again. The lock keeps the reset of `SOCK_DESTROY` from the peer.
+    fn undo(&mut self, flow: Flow, error: Error) -> Error {
+        match self.diag.destroy(flow) {
+            Ok(()) => error,
+            Err(failed) => {
+                error.advise(format!("the server has the connection nevertheless, incomplete: {failed}"))
+            }
+        }
+    }
+
+    fn expect(&self, flow: Flow) -> Result<Position> {
+        match self.look(flow)? {
+            Some(position) if position.state != State::Listen => Ok(position),
+            _ => Err(gone()),
+        }
+    }
+
+    fn look(&self, flow: Flow) -> Result<Option<Position>> {
+        self.programs.inspect(flow).map_err(|error| Error::system("BPF_PROG_TEST_RUN", error))
+    }
+
+    fn send(&mut self, segment: &Segment<'_>, options: &[u8]) -> Result<()> {
+        segment.write_with(options, &mut self.packet);
+        let injector = match Via::routed(segment.destination.ip()) {
+            Via::Ipv6 => self.ipv6.as_ref(),
+            _ => Some(&self.ipv4),
+        };
+        let injector =
+            injector.ok_or_else(|| Error::refused("an IPv6 connection", "this machine has no IPv6"))?;
+        injector.send(&self.packet, segment.destination)
+    }
+
+    /// Programs that are run by hand see the namespace of the thread.
+    fn in_namespace(&self) -> Result<()> {
+        let failed = |error| Error::system("SO_NETNS_COOKIE", error);
+        let here = UnixDatagram::unbound().map_err(failed)?;
+        if namespace::cookie(here.as_fd()).map_err(failed)? == self.namespace {
+            return Ok(());
+        }
+        Err(Error::refused(
+            "an adopter of another network namespace",
+            "call it on a thread in the namespace where it was made",
+        ))
+    }
+}
+
+const RESTORED: &str = "it was taken back; the connection is with the caller";
+
+/// The same error for another connection.
+fn again(error: &Error) -> Error {
+    match error.errno() {
+        Some(errno) => Error::system(error.what().to_owned(), std::io::Error::from_raw_os_error(errno)),
+        None => Error::refused(error.what().to_owned(), ""),
+    }
+    .advise(error.remedy().to_owned())
+}
+
+fn gone() -> Error {
+    Error::refused("a server that closed the connection while it was adopted", RESTORED)
+}
+
+impl fmt::Display for Adopted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Flow { local, remote } = self.flow;
+        let state = if self.accepted { "accepted" } else { "in the accept queue" };
+        write!(f, "{local} ← {remote}: {state}")
+    }
+}

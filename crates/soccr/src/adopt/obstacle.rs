@@ -1,0 +1,195 @@
+//! What stands against an adoption, in words, with the remedy.
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileExt;
+
+use crate::adopt::program::Failure;
+use crate::connection::{Connection, Flow, State};
+use crate::diag::{Diag, Socket};
+use crate::error::{Error, Result};
+use crate::settings::MD5;
+
+/// The kernel takes no smaller MSS for a connection made of a segment.
+const MIN_MSS: [u16; 2] = [536, 1220];
+
+/// Why a program could not be loaded.
+pub(super) fn explain(Failure { step, error }: Failure) -> Error {
+    use std::io::ErrorKind::{NotFound, PermissionDenied};
+    match (error.kind(), step) {
+        (PermissionDenied, _) => Error::system(step, error).advise(
+            "needs CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW in the initial user namespace: run as root",
+        ),
+        (NotFound, "BTF") => Error::system(step, error).advise("needs a kernel with CONFIG_DEBUG_INFO_BTF"),
+        (NotFound, _) => {
+            Error::refused("a kernel without bpf_sk_assign_tcp_reqsk", "needs Linux 6.9 (CONFIG_SYN_COOKIES)")
+        }
+        (_, "BPF_LINK_CREATE") => Error::system(step, error).advise("needs Linux 6.6 (tcx)"),
+        _ => Error::system(step, error),
+    }
+}
+
+/// What of a connection a listener's socket cannot have.
+pub(super) fn in_connection(connection: &Connection) -> Result<()> {
+    connection.validate()?;
+    let control = &connection.control;
+    let refuse = |what: &str, remedy: &str| Err(Error::refused(what.to_owned(), remedy.to_owned()));
+    if !matches!(control.state, State::Established | State::CloseWait) {
+        let what = format!("a connection in {}", control.state);
+        return refuse(
+            &what,
+            "a server accepts only those that can be written to: ESTABLISHED and CLOSE_WAIT",
+        );
+    }
+    if connection.urgent.is_some() {
+        return refuse("urgent data", "let the old server read it first");
+    }
+    if connection.settings.get(MD5).is_some() {
+        return refuse("TCP MD5", "restore it into a program that takes descriptors");
+    }
+    let link_local =
+        |end: SocketAddr| matches!(end.ip(), IpAddr::V6(address) if address.is_unicast_link_local());
+    if link_local(connection.local) || link_local(connection.remote) {
+        return refuse("a link-local address", "a connection that comes by way of `lo` has another scope");
+    }
+    let min = MIN_MSS[usize::from(!connection.flow().is_ipv4())];
+    if control.options.mss_clamp < min {
+        let what = format!("an MSS of {}", control.options.mss_clamp);
+        return refuse(
+            &what,
+            &format!("the kernel makes no connection with less than {min} out of a segment"),
+        );
+    }
+    Ok(())
+}
+
+/// Why no connection came into being.
+pub(super) fn in_listener(diag: &mut Diag, flow: Flow) -> Result<()> {
+    let local = flow.on_the_wire().local;
+    let mut best: Option<(u8, Listener)> = None;
+    diag.visit_listeners(local.port(), |socket| {
+        if let Some(rank) = rank(socket, local.ip())
+            && best.as_ref().is_none_or(|(known, _)| *known < rank)
+        {
+            best = Some((rank, Listener::of(socket)));
+        }
+    })?;
+    let Some((_, listener)) = best else { return Err(no_listener(flow)) };
+    if listener.is_mptcp {
+        return Err(Error::refused(
+            format!("the listener on {} speaks MPTCP", listener.local),
+            "open it with IPPROTO_TCP (Go: GODEBUG=multipathtcp=0)",
+        ));
+    }
+    if listener.interface != 0 {
+        return Err(Error::refused(
+            format!("the listener on {} is bound to a device", listener.local),
+            "let it listen without SO_BINDTODEVICE: the connection comes by way of `lo`",
+        ));
+    }
+    if listener.waiting > listener.backlog {
+        return Err(Error::refused(
+            format!("the accept queue of {} is full: {} connections", listener.local, listener.waiting),
+            "let the server accept them, or raise its backlog and net.core.somaxconn",
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn no_listener(flow: Flow) -> Error {
+    Error::refused(
+        format!("nobody listens on {}", flow.local),
+        "start the server in this network namespace, on that address and port, before the connections arrive",
+    )
+}
+
+struct Listener {
+    local: SocketAddr,
+    interface: u32,
+    waiting: u32,
+    backlog: u32,
+    is_mptcp: bool,
+}
+
+impl Listener {
+    fn of(socket: &Socket<'_>) -> Self {
+        Self {
+            local: socket.local,
+            interface: socket.interface,
+            waiting: socket.receive_queue,
+            backlog: socket.send_queue,
+            is_mptcp: socket.is_mptcp(),
+        }
+    }
+}
+
+/// How well a listener matches: the kernel prefers the one that names the address, then the one of the family.
+fn rank(socket: &Socket<'_>, wanted: IpAddr) -> Option<u8> {
+    let address = socket.local.ip();
+    match address {
+        _ if address.to_canonical() == wanted => Some(3),
+        _ if address.is_unspecified() && address.is_ipv4() == wanted.is_ipv4() => Some(2),
+        IpAddr::V6(_) if address.is_unspecified() && !socket.is_v6_only() => Some(1),
+        _ => None,
+    }
+}
+
+/// The sysctls of the listener's network namespace that decide.
+#[derive(Debug)]
+pub(super) struct Sysctls {
+    cookies: File,
+    scaling: File,
+    sack: File,
+    timestamps: File,
+    ecn: File,
+}
+
+impl Sysctls {
+    /// Those of the calling thread's namespace: an open file stays with it.
+    pub(super) fn open() -> Result<Self> {
+        let open = |name: &'static str| {
+            let path = format!("/proc/sys/net/ipv4/{name}");
+            File::open(&path).map_err(|error| Error::system(path, error))
+        };
+        Ok(Self {
+            cookies: open("tcp_syncookies")?,
+            scaling: open("tcp_window_scaling")?,
+            sack: open("tcp_sack")?,
+            timestamps: open("tcp_timestamps")?,
+            ecn: open("tcp_ecn")?,
+        })
+    }
+
+    pub(super) fn check_cookies(&self) -> Result<()> {
+        insist(&self.cookies, "tcp_syncookies", "a kernel that takes no SYN cookies")
+    }
+
+    /// What was negotiated must be allowed here.
+    pub(super) fn check(&self, connection: &Connection) -> Result<()> {
+        let options = &connection.control.options;
+        self.check_cookies()?;
+        if options.window_scale.is_some() {
+            insist(&self.scaling, "tcp_window_scaling", "a connection with window scaling")?;
+        }
+        if options.sack {
+            insist(&self.sack, "tcp_sack", "a connection with SACK")?;
+        }
+        if options.timestamps.is_some() {
+            insist(&self.timestamps, "tcp_timestamps", "a connection with timestamps")?;
+        }
+        if options.ecn {
+            insist(&self.ecn, "tcp_ecn", "a connection with ECN")?;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses where a sysctl is 0.
+fn insist(file: &File, name: &str, what: &'static str) -> Result<()> {
+    let mut text = [0; 16];
+    let length = file.read_at(&mut text, 0).map_err(|error| Error::system(name.to_owned(), error))?;
+    match text[..length].trim_ascii() {
+        b"0" => Err(Error::refused(what, format!("set it: sysctl -w net.ipv4.{name}=1"))),
+        _ => Ok(()),
+    }
+}

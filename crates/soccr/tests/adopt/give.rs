@@ -1,0 +1,131 @@
+//! Live sockets are given to a server.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketType, socket, sockopt};
+use soccr::adopt::DRAIN;
+use soccr_lab::{Family, TcpInfo};
+
+use crate::ends::{Ends, On, PORT, accept, adopter, connect, pattern, read};
+
+/// Writes until the client, which does not read, takes no more. Returns what was written.
+fn overfill(ends: &Ends) -> Vec<u8> {
+    let bytes = pattern(16 << 20);
+    let mut socket = &ends.ours;
+    socket.set_nonblocking(true).unwrap();
+    let mut written = 0;
+    while let Ok(count) = socket.write(&bytes[written..]) {
+        written += count;
+    }
+    socket.set_nonblocking(false).unwrap();
+    assert!(TcpInfo::of(socket).unwrap().unacknowledged > 0, "the client took everything");
+    bytes[..written].to_vec()
+}
+
+fn ours(ends: &Ends) -> OwnedFd {
+    ends.ours.try_clone().unwrap().into()
+}
+
+pub fn a_socket_waits_until_its_peer_has_acknowledged() {
+    for family in [Family::V4, Family::V6] {
+        let mut ends = Ends::new(family);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let listener = ends.listen(family, On::DualStack);
+        let bytes = overfill(&ends);
+        let client = ends.client.try_clone().unwrap();
+        let length = bytes.len();
+        let reader = thread::spawn(move || read(&client, length));
+        let (locker, socket) = (ends.locker(), ours(&ends));
+        let adopted = ends.pair.a.run(|| adopter.give(&locker, vec![socket], DRAIN)).remove(0).unwrap();
+        assert_eq!(adopted.flow().local.port(), PORT);
+        assert!(reader.join().unwrap() == bytes, "the client read other bytes");
+        ends.talk(&accept(&listener));
+    }
+}
+
+pub fn a_socket_that_is_never_acknowledged_stays() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let _listener = ends.listen(Family::V4, On::Wildcard);
+    let bytes = overfill(&ends);
+    let (locker, socket) = (ends.locker(), ours(&ends));
+    let limit = Duration::from_millis(50);
+    let kept = ends.pair.a.run(|| adopter.give(&locker, vec![socket], limit)).remove(0).unwrap_err();
+    assert!(kept.error().to_string().contains("not acknowledged in time"), "{kept}");
+    let socket = TcpStream::from(kept.into_socket().unwrap());
+    assert!(read(&ends.client, bytes.len()) == bytes, "the client read other bytes");
+    ends.talk(&socket);
+}
+
+pub fn many_sockets_enter_one_queue() {
+    let count = 300;
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let (old, new) = (shared(&ends), shared(&ends));
+    // Until now only one of the two takes connections.
+    drop(new);
+    let clients: Vec<TcpStream> = (0..count).map(|_| connect(&ends.pair, Family::V4)).collect();
+    let sockets: Vec<OwnedFd> = clients.iter().map(|_| accept(&old).into()).collect();
+    drop(old);
+    let listener = shared(&ends);
+    let locker = ends.locker();
+    let outcomes = ends.pair.a.run(|| adopter.give(&locker, sockets, DRAIN));
+    assert_eq!(outcomes.len(), count);
+    for outcome in outcomes {
+        outcome.unwrap();
+    }
+    let servers: Vec<TcpStream> = clients.iter().map(|_| accept(&listener)).collect();
+    for (mut client, number) in clients.iter().zip(0_u32..) {
+        client.write_all(&number.to_be_bytes()).unwrap();
+        let address = client.local_addr().unwrap();
+        let server = servers.iter().find(|server| server.peer_addr().unwrap() == address).unwrap();
+        assert_eq!(read(server, 4), number.to_be_bytes());
+    }
+    ends.no_reset();
+}
+
+pub fn a_full_queue_keeps_the_rest() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let old = shared(&ends);
+    let clients: Vec<TcpStream> = (0..6).map(|_| connect(&ends.pair, Family::V4)).collect();
+    let sockets: Vec<OwnedFd> = clients.iter().map(|_| accept(&old).into()).collect();
+    drop(old);
+    let listener = listen_with(&ends, 2);
+    let locker = ends.locker();
+    let outcomes = ends.pair.a.run(|| adopter.give(&locker, sockets, DRAIN));
+    // The kernel lets one more in than the backlog says.
+    let (adopted, kept): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
+    assert_eq!((adopted.len(), kept.len()), (3, 3));
+    let mut servers: Vec<TcpStream> = adopted.iter().map(|_| accept(&listener)).collect();
+    for outcome in kept {
+        let kept = outcome.unwrap_err();
+        assert!(kept.error().to_string().contains("is full"), "{kept}");
+        servers.push(kept.into_socket().unwrap().into());
+    }
+    for mut client in &clients {
+        client.write_all(b"alive").unwrap();
+    }
+    servers.iter().for_each(|server| assert_eq!(read(server, 5), b"alive"));
+    ends.no_reset();
+}
+
+/// A listener beside which others may listen.
+fn shared(ends: &Ends) -> TcpListener {
+    listen_with(ends, 1000)
+}
+
+fn listen_with(ends: &Ends, backlog: i32) -> TcpListener {
+    ends.pair.a.run(|| {
+        let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        sockopt::set_socket_reuseport(&listener, true).unwrap();
+        sockopt::set_socket_reuseaddr(&listener, true).unwrap();
+        rustix::net::bind(&listener, &ends.pair.a.address(Family::V4, PORT)).unwrap();
+        rustix::net::listen(&listener, backlog).unwrap();
+        listener.into()
+    })
+}

@@ -1,0 +1,226 @@
+//! Live connections enter the accept queues of servers that know nothing of it. Needs BPF: as root, on Linux 6.9.
+
+mod ends;
+mod give;
+mod refused;
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::thread;
+
+use ends::{Ends, On, accept, adopter, connect, pattern, read};
+use soccr::connection::{ControlBlock, State};
+use soccr::pause;
+use soccr_lab::{Family, TcpInfo, set_option, sysctl, wait_until};
+
+macro_rules! tests {
+    ($($module:ident: $($name:ident)*;)*) => {
+        [$($(soccr_lab::Test::new(concat!(stringify!($module), "::", stringify!($name)), $module::$name),)*)*]
+    };
+}
+
+fn main() -> std::process::ExitCode {
+    soccr_lab::harness(tests! {
+        adopted: every_kind_of_listener_accepts_it
+            what_was_negotiated_comes_back
+            a_long_queue_follows_as_the_server_reads
+            what_arrives_meanwhile_follows
+            a_listener_that_waits_for_data_gets_it_without
+            clients_that_connect_are_not_touched;
+        give: a_socket_waits_until_its_peer_has_acknowledged
+            a_socket_that_is_never_acknowledged_stays
+            many_sockets_enter_one_queue
+            a_full_queue_keeps_the_rest;
+        refused: what_no_server_can_have_stays
+            a_server_that_does_not_read_gives_it_back
+            a_kernel_without_cookies
+            a_kernel_without_an_option
+            a_listener_that_speaks_mptcp
+            a_listener_that_is_bound_to_a_device
+            nobody_listens
+            a_socket_is_in_the_way;
+    })
+}
+
+mod adopted {
+    use super::*;
+
+    pub fn every_kind_of_listener_accepts_it() {
+        let kinds = [
+            (Family::V4, On::Address),
+            (Family::V4, On::Wildcard),
+            (Family::V4, On::DualStack),
+            (Family::V6, On::Address),
+            (Family::V6, On::DualStack),
+            (Family::Mapped, On::DualStack),
+            (Family::Mapped, On::Wildcard),
+        ];
+        for (family, on) in kinds {
+            for (received, fin) in [(0, false), (5000, false), (40_000, true), (0, true)] {
+                one(family, on, received, fin);
+            }
+        }
+    }
+
+    fn one(family: Family, on: On, received: usize, fin: bool) {
+        let seen = if family == Family::Mapped { Family::V4 } else { family };
+        let mut ends = Ends::new(seen);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        ends.client.write_all(&pattern(received)).unwrap();
+        if fin {
+            ends.client.shutdown(Shutdown::Write).unwrap();
+            wait_until("CLOSE_WAIT", || {
+                TcpInfo::of(&ends.ours).unwrap().state == soccr_lab::State::CloseWait
+            });
+        }
+        ends.received(received);
+        let listener = ends.listen(family, on);
+        let (lock, connection) = ends.leave();
+        let connections = [connection];
+        let outcome = ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0);
+        let adopted = outcome.unwrap_or_else(|error| panic!("{family:?} {on:?} {received} {fin}: {error}"));
+        assert!(!adopted.accepted());
+        lock.release().unwrap();
+        adopter.announce(&connections[0]).unwrap();
+
+        let mut server = accept(&listener);
+        assert_eq!(server.peer_addr().unwrap().ip().to_canonical(), connections[0].remote.ip());
+        assert_eq!(adopter.is_accepted(adopted.flow()).unwrap(), Some(true));
+        assert!(read(&server, received) == pattern(received), "other bytes than were unread");
+        if fin {
+            assert_eq!(server.read(&mut [0]).unwrap(), 0, "the end is missing");
+            server.write_all(b"farewell").unwrap();
+            drop(server);
+            assert_eq!(read(&ends.client, 8), b"farewell");
+            assert_eq!(ends.client.read(&mut [0]).unwrap(), 0);
+            ends.no_reset();
+        } else {
+            ends.talk(&server);
+        }
+    }
+
+    pub fn what_was_negotiated_comes_back() {
+        for (name, value) in [
+            ("tcp_ecn", "1"),
+            ("tcp_window_scaling", "0"),
+            ("tcp_sack", "0"),
+            ("tcp_timestamps", "0"),
+            ("tcp_rmem", "4096 16384 16384"),
+        ] {
+            for family in [Family::V4, Family::V6] {
+                let mut ends = Ends::prepared(family, |host| {
+                    host.run(|| sysctl(&format!("net/ipv4/{name}"), value)).unwrap();
+                });
+                let Some(mut adopter) = adopter(&ends.pair) else { return };
+                let listener = ends.listen(family, On::Address);
+                let (lock, connection) = ends.leave();
+                let connections = [connection];
+                let adopted = ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0).unwrap();
+                let server = accept(&listener);
+                // Before a byte has passed, it is the same connection to the last number.
+                let paused = pause(&server).unwrap();
+                let now = paused.save().unwrap();
+                paused.resume().unwrap();
+                let saved = &connections[0].control;
+                assert_eq!(fixed(&now.control), fixed(saved), "{name} = {value}");
+                let (before, after) = (saved.options.timestamps, now.control.options.timestamps);
+                let ahead = after.unwrap_or(0).wrapping_sub(before.unwrap_or(0)) as i32;
+                assert!(before.is_some() == after.is_some() && ahead >= 0, "{before:?} became {after:?}");
+                assert_eq!(adopted.report().get("snd_mss").unwrap().reason(), "");
+                lock.release().unwrap();
+                adopter.announce(&connections[0]).unwrap();
+                ends.talk(&server);
+            }
+        }
+    }
+
+    /// What must not differ.
+    fn fixed(control: &ControlBlock) -> (State, [u32; 4], u16, [Option<u8>; 2], [bool; 3]) {
+        let ControlBlock { state, rcv_nxt, inq_len, write_seq, outq_len, options, .. } = control;
+        let scale = options.window_scale;
+        (
+            *state,
+            [*rcv_nxt, *inq_len, *write_seq, *outq_len],
+            options.mss_clamp,
+            [scale.map(|scale| scale.snd), scale.map(|scale| scale.rcv)],
+            [options.sack, options.ecn, options.microseconds],
+        )
+    }
+
+    pub fn a_long_queue_follows_as_the_server_reads() {
+        for family in [Family::V4, Family::V6] {
+            let length = 8 << 20;
+            let mut ends = Ends::prepared(family, |host| {
+                let sizes = format!("4096 {0} {0}", length * 4);
+                host.run(|| sysctl("net/ipv4/tcp_rmem", &sizes).and(sysctl("net/ipv4/tcp_wmem", &sizes)))
+                    .unwrap();
+            });
+            let Some(mut adopter) = adopter(&ends.pair) else { return };
+            ends.client.write_all(&pattern(length)).unwrap();
+            ends.received(length);
+            // The new server has small buffers, as usual.
+            ends.pair.a.run(|| sysctl("net/ipv4/tcp_rmem", "4096 131072 6291456")).unwrap();
+            let listener = ends.listen(family, On::Address);
+            let (lock, connection) = ends.leave();
+            let connections = [connection];
+            let server = thread::spawn(move || {
+                let server = accept(&listener);
+                (read(&server, length), server)
+            });
+            let outcome = ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0);
+            assert!(outcome.unwrap().accepted());
+            lock.release().unwrap();
+            adopter.announce(&connections[0]).unwrap();
+            let (bytes, server) = server.join().unwrap();
+            assert!(bytes == pattern(length), "other bytes than were unread");
+            ends.talk(&server);
+        }
+    }
+
+    pub fn what_arrives_meanwhile_follows() {
+        let mut ends = Ends::new(Family::V4);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let listener = ends.listen(Family::V4, On::Wildcard);
+        ends.client.write_all(b"before, ").unwrap();
+        ends.received(8);
+        let (lock, connection) = ends.leave();
+        ends.client.write_all(b"meanwhile, ").unwrap();
+        wait_until("a packet is held", || lock.held() > 0);
+        let connections = [connection];
+        ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0).unwrap();
+        ends.client.write_all(b"and after").unwrap();
+        lock.release().unwrap();
+        adopter.announce(&connections[0]).unwrap();
+        let server = accept(&listener);
+        assert_eq!(read(&server, 28), b"before, meanwhile, and after");
+        ends.talk(&server);
+    }
+
+    pub fn a_listener_that_waits_for_data_gets_it_without() {
+        let mut ends = Ends::new(Family::V4);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let listener = ends.listen(Family::V4, On::Wildcard);
+        let seconds = 5_i32.to_ne_bytes();
+        set_option(&listener, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, &seconds).unwrap();
+        let (lock, connection) = ends.leave();
+        let connections = [connection];
+        ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0).unwrap();
+        lock.release().unwrap();
+        adopter.announce(&connections[0]).unwrap();
+        ends.talk(&accept(&listener));
+    }
+
+    pub fn clients_that_connect_are_not_touched() {
+        let ends = Ends::new(Family::V4);
+        let Some(adopter) = adopter(&ends.pair) else { return };
+        let listener = ends.listen(Family::V4, On::Wildcard);
+        let mut client = connect(&ends.pair, Family::V4);
+        client.write_all(b"new").unwrap();
+        assert_eq!(read(&accept(&listener), 3), b"new");
+        // A connection over `lo`, where the program is.
+        let mut local = ends.pair.a.run(|| std::net::TcpStream::connect(("127.0.0.1", ends::PORT))).unwrap();
+        local.write_all(b"near").unwrap();
+        assert_eq!(read(&accept(&listener), 4), b"near");
+        drop(adopter);
+    }
+}

@@ -1,0 +1,151 @@
+//! What cannot be adopted is refused before anything is touched, and goes on.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream};
+use std::num::NonZeroU32;
+
+use rustix::net::{AddressFamily, Protocol, SocketType, bind, listen, socket, sockopt};
+use soccr::adopt::Adopter;
+use soccr::{Connection, Lock};
+use soccr_lab::{Family, set_option, sysctl, wait_until};
+
+use crate::ends::{Ends, On, PORT, adopter, pattern, read};
+
+/// The adoption fails with this reason; restored, the connection goes on.
+fn assert_stays(ends: &mut Ends, adopter: &mut Adopter, reason: &str) {
+    let (lock, connection) = ends.leave();
+    assert_refused(ends, adopter, &lock, &connection, reason);
+    go_on(ends, lock, &connection);
+}
+
+fn assert_refused(ends: &Ends, adopter: &mut Adopter, lock: &Lock, connection: &Connection, reason: &str) {
+    let connections = [connection.clone()];
+    let error = ends.pair.a.run(|| adopter.adopt(lock, &connections)).remove(0).unwrap_err();
+    assert!(error.to_string().contains(reason), "{error}");
+}
+
+fn go_on(ends: &mut Ends, lock: Lock, connection: &Connection) {
+    let restored = ends.pair.a.run(|| connection.restore()).unwrap();
+    lock.release().unwrap();
+    let ours = restored.resume().unwrap();
+    ends.talk(&ours);
+}
+
+pub fn what_no_server_can_have_stays() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let _listener = ends.listen(Family::V4, On::Wildcard);
+    let (lock, connection) = ends.leave();
+    let mut other = connection.clone();
+    other.urgent = Some(soccr::connection::Urgent { offset: 0, consumed: false });
+    other.control.inq_len = 1;
+    other.receive_queue = vec![0];
+    assert_refused(&ends, &mut adopter, &lock, &other, "urgent data");
+    other = connection.clone();
+    other.control.options.mss_clamp = 500;
+    assert_refused(&ends, &mut adopter, &lock, &other, "an MSS of 500");
+    other = connection.clone();
+    other.remote.set_port(1);
+    assert_refused(&ends, &mut adopter, &lock, &other, "not the one that is locked");
+    go_on(&mut ends, lock, &connection);
+
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = self::adopter(&ends.pair) else { return };
+    ends.ours.shutdown(Shutdown::Write).unwrap();
+    wait_until("FIN_WAIT2", || {
+        soccr_lab::TcpInfo::of(&ends.ours).unwrap().state == soccr_lab::State::FinWait2
+    });
+    let (lock, connection) = ends.leave();
+    assert_refused(&ends, &mut adopter, &lock, &connection, "FIN_WAIT2");
+    let restored = ends.pair.a.run(|| connection.restore()).unwrap();
+    lock.release().unwrap();
+    let ours = restored.resume().unwrap();
+    ends.client.write_all(b"last words").unwrap();
+    assert_eq!(read(&ours, 10), b"last words");
+    ends.no_reset();
+}
+
+pub fn a_server_that_does_not_read_gives_it_back() {
+    let length = 4 << 20;
+    let mut ends = Ends::prepared(Family::V4, |host| {
+        let sizes = format!("4096 {0} {0}", length * 4);
+        host.run(|| sysctl("net/ipv4/tcp_rmem", &sizes).and(sysctl("net/ipv4/tcp_wmem", &sizes))).unwrap();
+    });
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    ends.client.write_all(&pattern(length)).unwrap();
+    ends.received(length);
+    let listener = ends.listen(Family::V4, On::Wildcard);
+    ends.pair.a.run(|| sysctl("net/ipv4/tcp_rmem", "4096 131072 131072")).unwrap();
+    let small = ends.pair.a.run(|| rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 60_000));
+    small.unwrap();
+    let (lock, connection) = ends.leave();
+    assert_refused(&ends, &mut adopter, &lock, &connection, "a server that does not read");
+    let restored = ends.pair.a.run(|| connection.restore()).unwrap();
+    lock.release().unwrap();
+    let ours = restored.resume().unwrap();
+    assert!(read(&ours, length) == pattern(length), "other bytes than were unread");
+    ends.talk(&ours);
+}
+
+pub fn a_kernel_without_cookies() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let _listener = ends.listen(Family::V4, On::Wildcard);
+    ends.pair.a.run(|| sysctl("net/ipv4/tcp_syncookies", "0")).unwrap();
+    assert_stays(&mut ends, &mut adopter, "net.ipv4.tcp_syncookies=1");
+    let error = ends.pair.a.run(Adopter::new).unwrap_err();
+    assert!(error.remedy().contains("net.ipv4.tcp_syncookies=1"), "{error}");
+}
+
+pub fn a_kernel_without_an_option() {
+    for name in ["tcp_sack", "tcp_timestamps", "tcp_window_scaling"] {
+        let mut ends = Ends::new(Family::V4);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let _listener = ends.listen(Family::V4, On::Wildcard);
+        ends.pair.a.run(|| sysctl(&format!("net/ipv4/{name}"), "0")).unwrap();
+        assert_stays(&mut ends, &mut adopter, name);
+    }
+}
+
+pub fn a_listener_that_speaks_mptcp() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let mptcp = Protocol::from_raw(NonZeroU32::new(262).unwrap());
+    let listener = ends.pair.a.run(|| {
+        let listener = socket(AddressFamily::INET, SocketType::STREAM, Some(mptcp))?;
+        sockopt::set_socket_reuseaddr(&listener, true)?;
+        bind(&listener, &ends.pair.a.address(Family::V4, PORT))?;
+        listen(&listener, 10).map(|()| listener)
+    });
+    let Ok(_listener) = listener else {
+        eprintln!("\nSKIPPED: this kernel has no MPTCP: {listener:?}\n");
+        return;
+    };
+    assert_stays(&mut ends, &mut adopter, "speaks MPTCP");
+}
+
+pub fn a_listener_that_is_bound_to_a_device() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let listener = ends.listen(Family::V4, On::Wildcard);
+    set_option(&listener, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"eth0\0").unwrap();
+    assert_stays(&mut ends, &mut adopter, "is bound to a device");
+}
+
+pub fn nobody_listens() {
+    let mut ends = Ends::new(Family::V6);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    assert_stays(&mut ends, &mut adopter, "nobody listens on [2001:db8::1]:80");
+}
+
+pub fn a_socket_is_in_the_way() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let _listener = ends.listen(Family::V4, On::Wildcard);
+    let (lock, connection) = ends.leave();
+    let restored = ends.pair.a.run(|| connection.restore()).unwrap();
+    assert_refused(&ends, &mut adopter, &lock, &connection, "a connection with these addresses");
+    lock.release().unwrap();
+    let ours: TcpStream = restored.resume().unwrap();
+    ends.talk(&ours);
+}
