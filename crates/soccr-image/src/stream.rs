@@ -115,6 +115,7 @@
 //! ```
 
 mod connection;
+mod decoder;
 mod field;
 mod message;
 mod reader;
@@ -125,6 +126,7 @@ use std::io::{Read, Write};
 
 use soccr::Connection;
 
+pub use decoder::{Decoded, Decoder};
 pub use message::Message;
 pub use reader::Reader;
 pub use writer::Writer;

@@ -8,7 +8,7 @@ use common::{SetQueues, connection, idle, sample};
 use proptest::prelude::*;
 use soccr::Connection;
 use soccr::settings::Value;
-use soccr_image::stream::{Message, Reader, STATE_LIMIT, Writer};
+use soccr_image::stream::{Decoded, Decoder, Message, Reader, STATE_LIMIT, Writer};
 use soccr_image::{ErrorKind, read, write};
 
 fn bytes_of(connection: &Connection) -> Vec<u8> {
@@ -369,6 +369,55 @@ fn a_state_has_its_limit() {
     assert_eq!((error.kind(), error.connection()), (ErrorKind::Damaged, Some(1)));
     assert_eq!(reader.receive().unwrap(), Some(Message::Commit { connection: 2 }));
 }
+
+#[test]
+fn a_decoder_takes_bytes_as_they_come() {
+    let mut writer = Writer::new(Vec::new()).unwrap();
+    writer.connection(1, "", &sample()).unwrap();
+    writer.send(&Message::Commit { connection: 1 }).unwrap();
+    let mut bytes = writer.finish().unwrap();
+    // Of the future, and to be skipped: nothing comes of it.
+    let end = bytes.split_off(bytes.len() - end(2).len());
+    assert_eq!(end, self::end(2));
+    bytes.extend([record(99, 0, 1, b"?"), self::end(3), b"behind".to_vec()].concat());
+    for size in [1, 7, 1000, bytes.len()] {
+        let mut decoder = Decoder::new();
+        let mut found = Vec::new();
+        for piece in bytes.chunks(size) {
+            decoder.feed(piece);
+            loop {
+                match decoder.decode().unwrap() {
+                    Decoded::Incomplete => break,
+                    Decoded::End => {
+                        found.push("end".to_owned());
+                        break;
+                    }
+                    Decoded::Begin => found.push("begin".into()),
+                    Decoded::Message(Message::Connection { connection, .. }) => {
+                        assert_eq!(connection, sample());
+                        found.push("connection".into());
+                    }
+                    Decoded::Message(message) => found.push(format!("{message:?}")),
+                    _ => unreachable!(),
+                }
+            }
+        }
+        found.dedup();
+        assert_eq!(found, ["begin", "connection", "Commit { connection: 1 }", "end"], "pieces of {size}");
+        assert_eq!(decoder.into_rest(), b"behind");
+    }
+}
+
+#[test]
+fn a_decoder_of_words_takes_no_more_than_its_limit() {
+    let bytes = bytes_of(&sample());
+    let mut decoder = Decoder::with_limit(100);
+    decoder.feed(&bytes[..PREAMBLE_AND_HEADER]);
+    assert!(matches!(decoder.decode(), Ok(Decoded::Begin)));
+    assert_eq!(kind(decoder.decode()), ErrorKind::Damaged);
+}
+
+const PREAMBLE_AND_HEADER: usize = 32;
 
 #[test]
 fn texts_reach_no_terminal_with_control_characters() {

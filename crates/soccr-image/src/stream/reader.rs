@@ -7,7 +7,7 @@ use soccr::Connection;
 use super::connection::{Fields, skip_unknown, text};
 use super::field::{self, tag};
 use super::record::{self, Header, Payload, kind};
-use super::{Message, STATE_LIMIT};
+use super::{Decoded, Message, STATE_LIMIT};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest record of held packets: closed behind the packet that made it large.
@@ -60,6 +60,25 @@ impl<R: Read> Reader<R> {
             }
         }
         Ok(None)
+    }
+
+    /// Reads one record and no further.
+    pub(super) fn receive_one(&mut self) -> Result<Decoded> {
+        Ok(match self.record()? {
+            Parsed::Message(message) => Decoded::Message(message),
+            Parsed::End => Decoded::End,
+            Parsed::Nothing => Decoded::Incomplete,
+        })
+    }
+
+    /// What is read from.
+    pub(super) fn get_ref(&self) -> &R {
+        &self.reader
+    }
+
+    /// What is read from: to put more bytes into it.
+    pub(super) fn get_mut(&mut self) -> &mut R {
+        &mut self.reader
     }
 
     fn record(&mut self) -> Result<Parsed> {

@@ -14,7 +14,8 @@ const MAJOR: u16 = 1;
 const MINOR: u16 = 0;
 
 pub(super) const HEADER: usize = 16;
-const CHECKSUM: usize = 4;
+pub(super) const CHECKSUM: usize = 4;
+pub(super) const PREAMBLE: usize = 16;
 
 /// The largest payload: two full queues, and as much as one field for everything else.
 const PAYLOAD_LIMIT: u32 = 2 * QUEUE_LIMIT + field::LIMIT;
@@ -54,9 +55,29 @@ pub(super) struct Header {
     pub(super) length: u32,
 }
 
+impl Header {
+    /// Takes a header apart, and believes it only where its checksum is right.
+    pub(super) fn parse(bytes: &[u8; HEADER]) -> Result<Self> {
+        let mut value = field::Value(bytes);
+        let header = Self {
+            kind: value.u16()?,
+            critical: value.u16()? & CRITICAL != 0,
+            connection: value.u32()?,
+            length: value.u32()?,
+        };
+        if value.u32()? != crc32fast::hash(&bytes[..12]) {
+            return Err(Error::damaged("the checksum of a record's header is wrong"));
+        }
+        if header.length > PAYLOAD_LIMIT {
+            return Err(Error::damaged("a record is larger than any can be"));
+        }
+        Ok(header)
+    }
+}
+
 /// The bytes that a stream begins with.
-pub(super) fn preamble() -> [u8; 16] {
-    let mut bytes = [0; 16];
+pub(super) fn preamble() -> [u8; PREAMBLE] {
+    let mut bytes = [0; PREAMBLE];
     bytes[..8].copy_from_slice(&MAGIC);
     bytes[8..10].copy_from_slice(&MAJOR.to_le_bytes());
     bytes[10..12].copy_from_slice(&MINOR.to_le_bytes());
@@ -67,7 +88,7 @@ pub(super) fn preamble() -> [u8; 16] {
 
 /// Reads a preamble and checks that this version can read what follows.
 pub(super) fn read_preamble(reader: &mut impl Read) -> Result<()> {
-    let mut bytes = [0; 16];
+    let mut bytes = [0; PREAMBLE];
     // The magic first: who isn't ours may be shorter than a preamble of ours.
     reader.read_exact(&mut bytes[..8]).map_err(Error::reading)?;
     if bytes[..8] != MAGIC {
@@ -164,19 +185,7 @@ impl<'a, R: Read> Payload<'a, R> {
     pub(super) fn open(reader: &'a mut R, buffer: &'a mut Vec<u8>) -> Result<(Header, Self)> {
         let mut bytes = [0; HEADER];
         reader.read_exact(&mut bytes).map_err(Error::reading)?;
-        let mut value = field::Value(&bytes);
-        let header = Header {
-            kind: value.u16()?,
-            critical: value.u16()? & CRITICAL != 0,
-            connection: value.u32()?,
-            length: value.u32()?,
-        };
-        if value.u32()? != crc32fast::hash(&bytes[..12]) {
-            return Err(Error::damaged("the checksum of a record's header is wrong"));
-        }
-        if header.length > PAYLOAD_LIMIT {
-            return Err(Error::damaged("a record is larger than any can be"));
-        }
+        let header = Header::parse(&bytes)?;
         let mut hasher = Hasher::new();
         hasher.update(&bytes);
         buffer.clear();

@@ -133,6 +133,11 @@ impl<W: Write> Writer<W> {
         self.writer.flush().map_err(|error| Error::io("write", error))
     }
 
+    /// What is written to: bytes written beside the writer damage the stream.
+    pub fn get_mut(&mut self) -> &mut W {
+        &mut self.writer
+    }
+
     /// Writes the end of the stream, flushes, and gives the writer back.
     ///
     /// # Errors

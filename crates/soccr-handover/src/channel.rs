@@ -1,0 +1,234 @@
+//! What the two ends talk through: anything that can be read and written, with a limit on the time.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+/// Both directions between the two ends of a hand-over.
+///
+/// A socket or any other descriptor that is read and written is a channel; [`Pair`] makes one of two descriptors, such as the
+/// pipes to a child process, and [`Threads`] of anything else.
+pub trait Channel {
+    /// Writes what can be written of `output`, and reads what can be read into `input`: waits until one of the two is
+    /// possible, or until the deadline. What is empty is not waited for.
+    ///
+    /// # Errors
+    /// The channel is broken. Of the `output` of the failed call nothing was passed on, unless
+    /// [`hides`](Self::hides_writes) says otherwise.
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged>;
+
+    /// Bytes of a write that fails may have been passed on nevertheless: there is a layer of encryption or a thread between.
+    fn hides_writes(&self) -> bool {
+        false
+    }
+}
+
+/// What [`Channel::exchange`] has done: nothing at all where the deadline is over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exchanged {
+    /// Bytes of the output that are written.
+    pub written: usize,
+    /// Bytes that were read; zero is the end.
+    pub read: Option<usize>,
+}
+
+impl<T: AsFd> Channel for T {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        exchange(self.as_fd(), self.as_fd(), output, input, deadline)
+    }
+}
+
+/// Two descriptors: one to read from, one to write to.
+#[derive(Debug)]
+pub struct Pair<R, W> {
+    /// What the other end says.
+    pub read: R,
+    /// What is said to it.
+    pub write: W,
+}
+
+impl<R: AsFd, W: AsFd> Channel for Pair<R, W> {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        exchange(self.read.as_fd(), self.write.as_fd(), output, input, deadline)
+    }
+}
+
+/// The most that a pipe takes without waiting once it is writable (`PIPE_BUF`).
+const PIECE: usize = 4096;
+
+fn exchange(
+    read: BorrowedFd<'_>,
+    write: BorrowedFd<'_>,
+    output: &[u8],
+    input: &mut [u8],
+    deadline: Option<Instant>,
+) -> io::Result<Exchanged> {
+    loop {
+        let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = timeout.map(|timeout| timeout.try_into().expect("a time limit fits"));
+        let mut events = Vec::with_capacity(2);
+        if !input.is_empty() {
+            events.push(PollFd::from_borrowed_fd(read, PollFlags::IN));
+        }
+        if !output.is_empty() {
+            events.push(PollFd::from_borrowed_fd(write, PollFlags::OUT));
+        }
+        match poll(&mut events, timeout.as_ref()) {
+            Ok(0) => return Ok(Exchanged::default()),
+            Err(Errno::INTR) => continue,
+            polled => polled?,
+        };
+        let mut exchanged = Exchanged::default();
+        let mut events = events.iter().map(|event| !event.revents().is_empty());
+        if !input.is_empty() && events.next() == Some(true) {
+            exchanged.read = unless_busy(rustix::io::read(read, &mut *input))?;
+        }
+        if !output.is_empty() && events.next() == Some(true) {
+            match unless_busy(write_some(write, output)) {
+                // What has been read counts first: it may say why.
+                Err(_) if exchanged.read.is_some() => {}
+                written => exchanged.written = written?.unwrap_or(0),
+            }
+        }
+        if exchanged != Exchanged::default() {
+            return Ok(exchanged);
+        }
+    }
+}
+
+/// Writes without waiting for the reader.
+fn write_some(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
+    use rustix::net::{SendFlags, send};
+    match send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        Err(Errno::NOTSOCK) => rustix::io::write(write, &output[..output.len().min(PIECE)]),
+        sent => sent,
+    }
+}
+
+fn unless_busy(outcome: rustix::io::Result<usize>) -> rustix::io::Result<Option<usize>> {
+    match outcome {
+        Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// A channel of any reader and writer, each served by a thread that waits for it.
+///
+/// A thread that waits in vain stays until its reader or writer fails: dropping the channel does not end it.
+#[derive(Debug)]
+pub struct Threads {
+    output: Sender<Vec<u8>>,
+    /// What both threads tell.
+    told: Receiver<Told>,
+    /// Bytes handed to the writer and not confirmed.
+    writing: bool,
+    /// What was read and did not fit.
+    left: Vec<u8>,
+}
+
+#[derive(Debug)]
+enum Told {
+    Read(Vec<u8>),
+    Wrote(usize),
+    Failed(io::Error),
+}
+
+impl Threads {
+    /// Starts the two threads.
+    ///
+    /// # Errors
+    /// Those of starting a thread.
+    pub fn new(
+        mut reader: impl Read + Send + 'static,
+        mut writer: impl Write + Send + 'static,
+    ) -> io::Result<Self> {
+        // Bounded: who floods us waits.
+        let (tell, told) = sync_channel(1);
+        let (output, pieces) = channel::<Vec<u8>>();
+        let tell_wrote = tell.clone();
+        std::thread::Builder::new().name("soccr-read".into()).spawn(move || {
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                let read = match reader.read(&mut buffer) {
+                    Ok(length) => Told::Read(buffer[..length].to_vec()),
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => Told::Failed(error),
+                };
+                let is_last = !matches!(&read, Told::Read(bytes) if !bytes.is_empty());
+                if tell.send(read).is_err() || is_last {
+                    break;
+                }
+            }
+        })?;
+        std::thread::Builder::new().name("soccr-write".into()).spawn(move || {
+            for piece in pieces {
+                let wrote = writer.write_all(&piece).and_then(|()| writer.flush());
+                let wrote = wrote.map_or_else(Told::Failed, |()| Told::Wrote(piece.len()));
+                if tell_wrote.send(wrote).is_err() {
+                    break;
+                }
+            }
+        })?;
+        Ok(Self { output, told, writing: false, left: Vec::new() })
+    }
+
+    fn give(&mut self, bytes: Vec<u8>, input: &mut [u8]) -> Option<usize> {
+        let length = bytes.len().min(input.len());
+        input[..length].copy_from_slice(&bytes[..length]);
+        self.left = bytes[length..].to_vec();
+        Some(length)
+    }
+}
+
+impl Channel for Threads {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        if !self.left.is_empty() && !input.is_empty() {
+            let left = std::mem::take(&mut self.left);
+            return Ok(Exchanged { written: 0, read: self.give(left, input) });
+        }
+        if !self.writing && !output.is_empty() {
+            // The thread is gone only when the writer has failed, which it has told.
+            self.writing = self.output.send(output.to_vec()).is_ok();
+        }
+        let far = Duration::from_secs(86_400);
+        let limit = deadline.map_or(far, |deadline| deadline.saturating_duration_since(Instant::now()));
+        match self.told.recv_timeout(limit) {
+            Ok(Told::Read(bytes)) => Ok(Exchanged { written: 0, read: self.give(bytes, input) }),
+            Ok(Told::Wrote(written)) => {
+                self.writing = false;
+                Ok(Exchanged { written, read: None })
+            }
+            Ok(Told::Failed(error)) => Err(error),
+            Err(RecvTimeoutError::Timeout) => Ok(Exchanged::default()),
+            Err(RecvTimeoutError::Disconnected) => Err(ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    fn hides_writes(&self) -> bool {
+        true
+    }
+}

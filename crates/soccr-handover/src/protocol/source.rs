@@ -1,0 +1,308 @@
+//! The source: it lets connections go, one window after the other.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::{Id, Violation};
+
+/// What the target says about a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Answer {
+    /// It is in place there, silent: the source may let it go.
+    Ready,
+    /// It comes to life there.
+    Taken,
+    /// It cannot be had there.
+    Refused,
+}
+
+/// What happens to a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// The target has said its first word: it is there, and prepared.
+    Hello,
+    /// [`Action::Lock`] is done. What could not be locked is not offered.
+    Locked,
+    /// [`Action::Offer`] is done: the connection is written, or could not be saved.
+    Offered(Id, bool),
+    /// [`Action::Commit`] is done: the connection is detached and its COMMIT written, or it is still in its socket.
+    Committed(Id, bool),
+    /// The target says something about a connection.
+    Heard(Id, Answer),
+    /// The target has said its last word.
+    End,
+    /// The time for what is waited for is over.
+    Late,
+    /// The channel has failed, and the COMMIT of this connection cannot have been read whole. Comes before [`Event::Cut`].
+    Unread(Id),
+    /// The channel has failed, or the target has ended too early.
+    Cut {
+        /// The target is known to have ended, and to have taken nothing.
+        proven: bool,
+    },
+}
+
+/// What a source is to do, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Action {
+    /// Keep the connections from this one to that silent. Answered by [`Event::Locked`].
+    Lock(Id, Id),
+    /// Save the connection and write it. Answered by [`Event::Offered`].
+    Offer(Id),
+    /// Write ABORT: it stays.
+    Abort(Id),
+    /// Write what was held, detach, write COMMIT. Answered by [`Event::Committed`].
+    Commit(Id),
+    /// Put the value back into the socket that it came from: nobody else has it.
+    Return(Id),
+    /// Let them be heard again, wherever they are.
+    Unlock(Id, Id),
+    /// Write END.
+    Finish,
+}
+
+/// What has become of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fate {
+    /// The target has it.
+    Moved,
+    /// It is in the socket that it was in.
+    Stays,
+    /// The target has it, or nobody.
+    Unknown,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Stage {
+    Here,
+    Offered,
+    Ready,
+    /// Its COMMIT is the driver's next task.
+    Leaving,
+    Left,
+    Settled(Fate),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Phase {
+    /// Nothing is locked before the target is there.
+    Greeting,
+    Moving,
+    /// END is said.
+    Ending,
+    Over,
+}
+
+/// The machine of the source. See the [module](super).
+///
+/// The driver takes the [actions](Self::action) one by one, and reports the outcome of each before anything else.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// Of connection 1, 2 …
+    stages: Vec<Stage>,
+    /// The most connections that are silent at a time.
+    most: usize,
+    /// Those that are on their way, by index.
+    window: Range<usize>,
+    phase: Phase,
+    /// No further window begins, and nobody is waited for at the end.
+    late: bool,
+    actions: VecDeque<Action>,
+}
+
+impl Source {
+    /// A source of connections 1 to `count`, of which at most `window` are on their way at a time.
+    pub fn new(count: usize, window: usize) -> Self {
+        let stages = vec![Stage::Here; count];
+        let actions = VecDeque::new();
+        Self { stages, most: window.max(1), window: 0..0, phase: Phase::Greeting, late: false, actions }
+    }
+
+    /// The next thing to do. `None`: wait for an event, until [`is_over`](Self::is_over).
+    pub fn action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Everything is settled, and nothing is waited for.
+    pub fn is_over(&self) -> bool {
+        self.phase == Phase::Over && self.actions.is_empty()
+    }
+
+    /// What has become of a connection; `None` while that is open.
+    pub fn fate(&self, id: Id) -> Option<Fate> {
+        match self.stage(id) {
+            Some(Stage::Settled(fate)) => Some(fate),
+            _ => None,
+        }
+    }
+
+    /// Takes in what has happened.
+    ///
+    /// # Errors
+    /// The target does not know its part. The channel is of no use any more: [`Event::Cut`] has to follow.
+    pub fn handle(&mut self, event: Event) -> Result<(), Violation> {
+        match event {
+            Event::Hello if self.phase == Phase::Greeting => {
+                self.phase = Phase::Moving;
+                self.begin_window();
+            }
+            Event::Hello => return Err(Violation("the target begins twice")),
+            Event::Locked => {
+                let offers = self.ids().map(Action::Offer);
+                self.actions.extend(offers);
+            }
+            Event::Offered(id, true) => self.set(id, Stage::Offered),
+            Event::Offered(id, false) => self.set(id, Stage::Settled(Fate::Stays)),
+            Event::Committed(id, true) => self.set(id, Stage::Left),
+            Event::Committed(id, false) => {
+                self.set(id, Stage::Settled(Fate::Stays));
+                self.actions.push_front(Action::Abort(id));
+            }
+            Event::Heard(id, answer) => self.hear(id, answer)?,
+            Event::End if matches!(self.phase, Phase::Ending | Phase::Over) => self.phase = Phase::Over,
+            Event::End => return Err(Violation("the target has ended the hand-over")),
+            Event::Late => self.late(),
+            Event::Unread(id) => {
+                self.come_back(id);
+                return Ok(());
+            }
+            Event::Cut { proven } => self.cut(proven),
+        }
+        self.go_on();
+        Ok(())
+    }
+
+    fn hear(&mut self, id: Id, answer: Answer) -> Result<(), Violation> {
+        let Some(stage) = self.stage(id) else {
+            return Err(Violation("the target speaks of a connection that there is not"));
+        };
+        match (stage, answer) {
+            (Stage::Offered, Answer::Ready) => self.set(id, Stage::Ready),
+            (Stage::Offered | Stage::Ready, Answer::Refused) => self.set(id, Stage::Settled(Fate::Stays)),
+            (Stage::Left, Answer::Taken) => self.set(id, Stage::Settled(Fate::Moved)),
+            // Only behind the COMMIT could it try.
+            (Stage::Left, Answer::Refused) => self.come_back(id),
+            // Words that have crossed with ours.
+            (Stage::Settled(Fate::Stays), Answer::Ready | Answer::Refused) => {}
+            _ => return Err(Violation("the target answers what was not asked")),
+        }
+        Ok(())
+    }
+
+    /// The connection is nowhere but here, as a value.
+    fn come_back(&mut self, id: Id) {
+        if self.stage(id) == Some(Stage::Left) {
+            self.set(id, Stage::Settled(Fate::Stays));
+            self.actions.push_back(Action::Return(id));
+        }
+    }
+
+    /// What has not been answered in time stays, as far as that is still ours to say. Nothing more is begun.
+    fn late(&mut self) {
+        self.late = true;
+        match self.phase {
+            Phase::Greeting | Phase::Ending => self.cut(false),
+            Phase::Over => {}
+            Phase::Moving => {
+                let waiting =
+                    self.ids().filter(|id| self.stage(*id) == Some(Stage::Offered)).collect::<Vec<_>>();
+                if waiting.is_empty() {
+                    self.settle(|stage| (*stage == Stage::Left).then_some(Fate::Unknown));
+                }
+                for id in waiting {
+                    self.set(id, Stage::Settled(Fate::Stays));
+                    self.actions.push_back(Action::Abort(id));
+                }
+            }
+        }
+    }
+
+    /// Nothing can be said or heard any more.
+    fn cut(&mut self, proven: bool) {
+        if self.phase == Phase::Over {
+            return;
+        }
+        // What comes back does so nevertheless, and what was to be unlocked is.
+        self.actions.retain(|action| matches!(action, Action::Return(_) | Action::Unlock(..)));
+        if proven {
+            self.ids().for_each(|id| self.come_back(id));
+        }
+        self.settle(|stage| match stage {
+            Stage::Settled(_) => None,
+            Stage::Left => Some(Fate::Unknown),
+            _ => Some(Fate::Stays),
+        });
+        if self.phase == Phase::Moving {
+            self.unlock();
+        }
+        self.give_up_rest();
+        self.phase = Phase::Over;
+    }
+
+    /// Begins the next step where this one is complete.
+    fn go_on(&mut self) {
+        let any = |wanted: Stage| self.stages[self.window.clone()].contains(&wanted);
+        if self.phase != Phase::Moving || [Stage::Here, Stage::Offered, Stage::Leaving].into_iter().any(any) {
+            return;
+        }
+        if any(Stage::Ready) {
+            for id in self.ids().filter(|id| self.stage(*id) == Some(Stage::Ready)).collect::<Vec<_>>() {
+                self.set(id, Stage::Leaving);
+                self.actions.push_back(Action::Commit(id));
+            }
+        } else if !any(Stage::Left) {
+            self.unlock();
+            self.begin_window();
+        }
+    }
+
+    fn begin_window(&mut self) {
+        let (start, count) = (self.window.end, self.stages.len());
+        if self.late {
+            self.give_up_rest();
+        }
+        if self.late || start == count {
+            self.window = start..start;
+            self.actions.push_back(Action::Finish);
+            self.phase = if self.late { Phase::Over } else { Phase::Ending };
+            return;
+        }
+        self.window = start..count.min(start + self.most);
+        self.actions.push_back(Action::Lock(start as Id + 1, self.window.end as Id));
+    }
+
+    fn unlock(&mut self) {
+        if !self.window.is_empty() {
+            self.actions.push_back(Action::Unlock(self.window.start as Id + 1, self.window.end as Id));
+        }
+    }
+
+    /// Those that no window has begun for stay.
+    fn give_up_rest(&mut self) {
+        let rest = &mut self.stages[self.window.end..];
+        rest.fill(Stage::Settled(Fate::Stays));
+    }
+
+    fn settle(&mut self, fate: impl Fn(&Stage) -> Option<Fate>) {
+        for stage in &mut self.stages[self.window.clone()] {
+            if let Some(fate) = fate(stage) {
+                *stage = Stage::Settled(fate);
+            }
+        }
+    }
+
+    /// The connections of the window.
+    fn ids(&self) -> Range<Id> {
+        self.window.start as Id + 1..self.window.end as Id + 1
+    }
+
+    fn stage(&self, id: Id) -> Option<Stage> {
+        self.stages.get((id as usize).checked_sub(1)?).copied()
+    }
+
+    fn set(&mut self, id: Id, stage: Stage) {
+        self.stages[id as usize - 1] = stage;
+    }
+}

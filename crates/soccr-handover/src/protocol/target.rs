@@ -1,0 +1,202 @@
+//! The target: it brings connections to life that the source has let go of, and no others.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::{Id, Violation};
+
+/// What happens to a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum News {
+    /// BEGIN: so many connections are to come.
+    Begin(u32),
+    /// CONNECTION.
+    Offer(Id),
+    /// A record about this connection that cannot be understood.
+    Bad(Id),
+    /// COMMIT.
+    Commit(Id),
+    /// ABORT.
+    Abort(Id),
+    /// The outcome of [`Deed::Place`].
+    Placed(Id, bool),
+    /// The outcome of [`Deed::Take`].
+    Taken(Id, bool),
+    /// The source has not decided in time about what is ready.
+    Late,
+    /// The source has said its last word, or is gone.
+    End,
+}
+
+/// What a target is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Deed {
+    /// Lock the connection and put it into a silent socket; or, where its old socket is in the way, check that it could be.
+    Place(Id),
+    /// Say READY.
+    Ready(Id),
+    /// Say REFUSED. No later word about the connection counts.
+    Refuse(Id),
+    /// Say TAKEN, and then bring it to life; where it has no socket yet, that comes first.
+    Take(Id),
+    /// Close its socket silently.
+    Forget(Id),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Stage {
+    Arriving,
+    /// READY is said.
+    Waiting,
+    /// COMMIT is heard.
+    Raising,
+    Taken,
+    /// Damaged, or given up by the source, while it is being placed.
+    Unwanted,
+    Over,
+}
+
+/// The machine of the target. See the [module](super).
+///
+/// [`Place`](Deed::Place) and [`Take`](Deed::Take) may be done for many at once, and later: other news may come before their
+/// outcome.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Target {
+    announced: u32,
+    stages: BTreeMap<Id, Stage>,
+    deeds: VecDeque<Deed>,
+    ended: bool,
+}
+
+impl Target {
+    /// A target that has heard nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The next thing to do.
+    pub fn deed(&mut self) -> Option<Deed> {
+        self.deeds.pop_front()
+    }
+
+    /// The source has nothing more to say, and everything it has let go of is settled.
+    pub fn is_over(&self) -> bool {
+        let open = |stage: &Stage| {
+            matches!(stage, Stage::Arriving | Stage::Waiting | Stage::Raising | Stage::Unwanted)
+        };
+        self.ended && self.deeds.is_empty() && !self.stages.values().any(open)
+    }
+
+    /// How many connections are still to come, as the source has said.
+    pub fn announced(&self) -> u32 {
+        self.announced - self.stages.len() as u32
+    }
+
+    /// How many are ready, and wait for the source.
+    pub fn waiting(&self) -> usize {
+        self.stages.values().filter(|stage| **stage == Stage::Waiting).count()
+    }
+
+    /// The connection waits for the source: what was held for it counts.
+    pub fn waits(&self, id: Id) -> bool {
+        self.stages.get(&id) == Some(&Stage::Waiting)
+    }
+
+    /// Takes in what has happened.
+    ///
+    /// # Errors
+    /// The source does not know its part: nothing it says counts any more. [`News::End`] has to follow.
+    pub fn handle(&mut self, news: News) -> Result<(), Violation> {
+        match news {
+            News::Begin(count) if self.announced == 0 && self.stages.is_empty() => self.announced = count,
+            News::Begin(_) => return Err(Violation("the source begins twice")),
+            News::Offer(id) => {
+                self.appear(id, Stage::Arriving)?;
+                self.deeds.push_back(Deed::Place(id));
+            }
+            News::Bad(id) => return self.bad(id),
+            News::Placed(id, is_placed) => match (self.stages.get(&id), is_placed) {
+                (Some(Stage::Arriving), true) if self.ended => self.forget(id),
+                (Some(Stage::Arriving), true) => {
+                    self.stages.insert(id, Stage::Waiting);
+                    self.deeds.push_back(Deed::Ready(id));
+                }
+                (Some(Stage::Unwanted), true) => {
+                    self.forget(id);
+                    self.refuse(id);
+                }
+                _ => self.refuse(id),
+            },
+            News::Commit(id) => match self.stages.get(&id) {
+                Some(Stage::Waiting) => {
+                    self.stages.insert(id, Stage::Raising);
+                    self.deeds.push_back(Deed::Take(id));
+                }
+                // Our REFUSED has crossed with it.
+                Some(Stage::Unwanted | Stage::Over) => {}
+                _ => return Err(Violation("the source lets go of what was not ready")),
+            },
+            News::Abort(id) => match self.stages.get(&id) {
+                Some(Stage::Arriving) => drop(self.stages.insert(id, Stage::Unwanted)),
+                Some(Stage::Waiting) => self.forget(id),
+                Some(Stage::Unwanted | Stage::Over) => {}
+                _ => return Err(Violation("the source keeps what it has let go of")),
+            },
+            News::Taken(id, true) => drop(self.stages.insert(id, Stage::Taken)),
+            News::Taken(id, false) => self.refuse(id),
+            News::Late => {
+                for id in self.all(Stage::Waiting) {
+                    self.forget(id);
+                    self.refuse(id);
+                }
+            }
+            News::End => {
+                self.ended = true;
+                self.all(Stage::Waiting).into_iter().for_each(|id| self.forget(id));
+            }
+        }
+        Ok(())
+    }
+
+    fn bad(&mut self, id: Id) -> Result<(), Violation> {
+        match self.stages.get(&id) {
+            None => {
+                self.appear(id, Stage::Over)?;
+                self.refuse(id);
+            }
+            Some(Stage::Arriving) => drop(self.stages.insert(id, Stage::Unwanted)),
+            Some(Stage::Waiting) => {
+                // In this order: the source may go on with it as soon as it hears.
+                self.forget(id);
+                self.refuse(id);
+            }
+            Some(Stage::Unwanted | Stage::Over) => {}
+            Some(Stage::Raising | Stage::Taken) => return Err(Violation("a damaged record behind a COMMIT")),
+        }
+        Ok(())
+    }
+
+    /// A number must be new, and announced.
+    fn appear(&mut self, id: Id, stage: Stage) -> Result<(), Violation> {
+        if self.ended || self.announced() == 0 || self.stages.contains_key(&id) {
+            return Err(Violation("the source uses a number twice, or more of them than it has announced"));
+        }
+        self.stages.insert(id, stage);
+        Ok(())
+    }
+
+    fn forget(&mut self, id: Id) {
+        self.stages.insert(id, Stage::Over);
+        self.deeds.push_back(Deed::Forget(id));
+    }
+
+    fn refuse(&mut self, id: Id) {
+        self.stages.insert(id, Stage::Over);
+        self.deeds.push_back(Deed::Refuse(id));
+    }
+
+    fn all(&self, wanted: Stage) -> Vec<Id> {
+        self.stages.iter().filter(|(_, stage)| **stage == wanted).map(|(id, _)| *id).collect()
+    }
+}
