@@ -252,14 +252,14 @@ impl Handle {
         if !bytes.is_empty() && matches!(self.stage, Stage::Restoring(_)) && !self.misses(queue) {
             return Err(Failure::new("restore: the queue is filled already, or is empty in this connection"));
         }
-        self.step(|staged| staged.fill(queue, bytes))?;
+        self.step(|staged, flow| staged.fill(queue, bytes, flow))?;
         self.finish_if_full()
     }
 
     /// The last stage: done as soon as the queues are there.
     pub(crate) fn restore_last(&mut self) -> Result<()> {
-        self.step(|staged| {
-            staged.connect()?;
+        self.step(|staged, flow| {
+            staged.connect(flow)?;
             staged.finishing = true;
             Ok(())
         })?;
@@ -281,14 +281,15 @@ impl Handle {
     }
 
     /// One step of a restore in stages. A mistake that no system call has seen yet can be mended.
-    fn step(&mut self, step: impl FnOnce(&mut Staged) -> soccr_core::Result<()>) -> Result<()> {
+    fn step(&mut self, step: impl FnOnce(&mut Staged, Option<Flow>) -> soccr_core::Result<()>) -> Result<()> {
+        let told = self.own_address.zip(self.peer_address).map(|(local, remote)| Flow { local, remote });
         let Stage::Restoring(staged) = &mut self.stage else {
             return Err(Failure::new(format!(
                 "restore: {} — libsoccr_set_sk_data_unbound comes first",
                 self.stage.is()
             )));
         };
-        step(staged).map_err(|error| {
+        step(staged, told).map_err(|error| {
             if error.kind() != ErrorKind::Invalid {
                 self.stage = Stage::Failed;
             }

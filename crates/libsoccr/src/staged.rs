@@ -1,6 +1,6 @@
 //! A restore in stages: the caller binds and connects, and fills the queues before or after the final step.
 
-use soccr_core::connection::ControlBlock;
+use soccr_core::connection::{ControlBlock, Flow};
 use soccr_core::{Queue, Restore, Result};
 
 /// What has been done of a restore in stages.
@@ -25,17 +25,17 @@ impl Staged {
         }
     }
 
-    /// The caller has bound and connected the socket.
-    pub(crate) fn connect(&mut self) -> Result<()> {
+    /// The caller has bound and connected the socket, to the addresses of `flow` if he has told them.
+    pub(crate) fn connect(&mut self, flow: Option<Flow>) -> Result<()> {
         if !self.connected {
-            self.steps.connected()?;
+            self.steps.connected(flow)?;
             self.connected = true;
         }
         Ok(())
     }
 
-    pub(crate) fn fill(&mut self, queue: Queue, bytes: &[u8]) -> Result<()> {
-        self.connect()?;
+    pub(crate) fn fill(&mut self, queue: Queue, bytes: &[u8], flow: Option<Flow>) -> Result<()> {
+        self.connect(flow)?;
         match queue {
             Queue::Receive => {
                 self.steps.receive_queue(bytes, None)?;

@@ -138,7 +138,7 @@ impl Captive {
             rustix::net::bind(&self.socket, &connection.local).context("bind")?;
         }
         rustix::net::connect(&self.socket, &connection.remote).context("connect")?;
-        steps.connected()?;
+        steps.connected(Some(connection.flow()))?;
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
         steps.finish()?.resume()?;

@@ -155,6 +155,18 @@ impl Rtnetlink {
         self.change(RTM_NEWLINK, 0, |message| message.bytes(&link_header(index, IFF_UP)))
     }
 
+    /// Sets a link up, with packets of so many bytes at most.
+    ///
+    /// # Errors
+    /// `ENODEV` where there is no such link, `EINVAL` for an MTU outside 68–65535.
+    pub fn set_mtu(&mut self, link: &str, mtu: u32) -> io::Result<()> {
+        let index = self.index(link)?;
+        self.change(RTM_NEWLINK, 0, |message| {
+            message.bytes(&link_header(index, IFF_UP));
+            message.u32(IFLA_MTU, mtu);
+        })
+    }
+
     /// Sets a link down. Its IPv6 addresses and its routes are gone then.
     ///
     /// # Errors

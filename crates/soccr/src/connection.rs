@@ -94,7 +94,7 @@ pub struct Options {
 }
 
 /// Window scale of the two directions: shift counts up to 14.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WindowScale {
     /// For windows that the peer announces.
     pub snd: u8,

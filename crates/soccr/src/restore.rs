@@ -10,6 +10,7 @@
 //!  6 finish         FINs, windows; then everything is verified
 //! ```
 
+mod derived;
 mod whole;
 
 use std::net::SocketAddr;
@@ -24,16 +25,9 @@ use crate::report::Report;
 use crate::resume::{Restored, start_handshake};
 use crate::save::{self, Position};
 use crate::sys::raw::Injectors;
-use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
 
 pub(crate) use whole::open;
-
-/// The kernel takes no smaller `TCP_MAXSEG`, though a peer may have announced less.
-const MIN_SEGMENT_LIMIT: u32 = 88;
-
-/// The kernel takes no larger `TCP_MAXSEG`, though loopback connections have a larger MSS.
-const MAX_SEGMENT_LIMIT: u32 = 32767;
 
 /// Room for a peer that may fill the window it once saw, where ours has closed meanwhile.
 const OPEN_WINDOW: u32 = 65535;
@@ -114,22 +108,21 @@ impl<'fd> Restore<'fd> {
                 report.buffers(wanted, now);
             }
         }
-        // connect() derives the MSS from it; without, the connection would stay at 524 bytes.
-        tcp::set_max_segment(
-            fd,
-            u32::from(control.options.mss_clamp).clamp(MIN_SEGMENT_LIMIT, MAX_SEGMENT_LIMIT),
-        )?;
+        derived::limit_segments(fd, &control.options)?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
         Ok(Self { fd, control, buffers: later, flow: None, reuse_address: false, report })
     }
 
-    /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated.
+    /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated. `flow` is what the socket is to be,
+    /// where the caller knows it.
     ///
     /// # Errors
-    /// System: the option, or `ENOTCONN` where the socket is not connected.
-    pub fn connected(&mut self) -> Result<()> {
-        Flow::of(&self.fd).and_then(|flow| self.set_options(flow)).map_err(|error| error.at("restore"))
+    /// Refused: a socket with other addresses. System: the option, or `ENOTCONN` where the socket is not connected.
+    pub fn connected(&mut self, flow: Option<Flow>) -> Result<()> {
+        flow.map_or_else(|| Flow::of(&self.fd), Ok)
+            .and_then(|flow| self.set_options(flow))
+            .map_err(|error| error.at("restore"))
     }
 
     /// Steps 2 and 3: binds and connects the socket, and tells it what the two ends had negotiated.
@@ -180,6 +173,7 @@ impl<'fd> Restore<'fd> {
     }
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {
+        derived::check_flow(self.fd, flow)?;
         let options = &self.control.options;
         let mut list = [[0; 2]; 4];
         let mut length = 0;
@@ -190,9 +184,9 @@ impl<'fd> Restore<'fd> {
         if options.sack && self.sends_nothing() {
             add(option_kind::SACK_PERMITTED, 0);
         }
-        if let Some(scale) = options.window_scale {
-            add(option_kind::WINDOW_SCALE, u32::from(scale.snd) | u32::from(scale.rcv) << 16);
-        }
+        // Always: connect() has chosen a shift count by the local sysctl, which the peer would know nothing of.
+        let scale = options.window_scale.unwrap_or_default();
+        add(option_kind::WINDOW_SCALE, u32::from(scale.snd) | u32::from(scale.rcv) << 16);
         if options.timestamps.is_some() {
             add(option_kind::TIMESTAMPS, 0);
         }
@@ -203,10 +197,10 @@ impl<'fd> Restore<'fd> {
         }
         // The application may have had no limit of its own, and the clamp has done its work.
         tcp::set_max_segment(self.fd, 0)?;
-        if u32::from(options.mss_clamp) > MAX_SEGMENT_LIMIT && flow.is_ipv4() {
-            // Setting no IP options makes the kernel compute the MSS anew, now without the limit.
-            sockopt::set_bytes(self.fd, libc::IPPROTO_IP, libc::IP_OPTIONS, &[])
-                .map_err(|error| Error::system("IP_OPTIONS", error))?;
+        let max_window = self.control.window.map_or(0, |window| window.max_window);
+        if derived::segments_differ(options, max_window) {
+            self.open_window_at(self.control.copied_seq())?;
+            derived::derive_segment_size(self.fd, flow)?;
         }
         self.flow = Some(flow);
         Ok(())
@@ -259,6 +253,7 @@ impl<'fd> Restore<'fd> {
                 self.report.approximate("rcv_wnd", [window.rcv_wnd.into(), wanted.rcv_wnd.into()], reason);
             }
             tcp::set_window(self.fd, &wanted)?;
+            derived::widen_receive_window(self.fd, &self.control.options, &wanted)?;
         }
         self.restore_buffers()?;
         self.verify()
@@ -373,7 +368,8 @@ impl<'fd> Restore<'fd> {
     }
 
     fn verify(&self) -> Result<()> {
-        let state = self.state()?;
+        let info = tcp::info(self.fd)?;
+        let state = save::kernel_state(&info)?;
         if state != self.control.state {
             return Err(Error::refused(
                 format!("the socket came back in {state}, not in {}", self.control.state),
@@ -381,6 +377,7 @@ impl<'fd> Restore<'fd> {
                  mark 0xC114 pass the firewall",
             ));
         }
+        derived::check_negotiated(&self.control, &info)?;
         let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
         let unchanged = if self.sends_nothing() {
             tcp::select_queue(self.fd, None)?;
@@ -400,15 +397,6 @@ impl<'fd> Restore<'fd> {
     /// Neither bytes nor a FIN of ours are in the send queue.
     fn sends_nothing(&self) -> bool {
         self.control.outq_len == 0 && !self.control.state.fin_queued()
-    }
-
-    /// The state of the socket. `TCP_INFO` costs as much as five other calls; a socket that is not to have seen a FIN
-    /// can only have been reset, and then the kernel forgets the peer.
-    fn state(&self) -> Result<State> {
-        match rustix::net::getpeername(self.fd) {
-            Ok(Some(_)) if self.control.state == State::Established => Ok(State::Established),
-            _ => save::state(self.fd),
-        }
     }
 
     fn flow(&self) -> Result<Flow> {
@@ -441,6 +429,7 @@ pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -
     // In repair mode no other socket is in the way: the old one may still hold the port.
     tcp::set_repair(fd, Repair::On)?;
     bind(fd, local)?;
+    derived::check_local(fd, local)?;
     tcp::set_queue_seq(fd, Queue::Send, write_seq.wrapping_sub(1))?;
     tcp::set_repair(fd, Repair::OffNoProbe)
 }

@@ -213,7 +213,7 @@ pub(crate) fn state(fd: BorrowedFd<'_>) -> Result<State> {
     kernel_state(&tcp::info(fd)?)
 }
 
-fn kernel_state(info: &TcpInfo) -> Result<State> {
+pub(crate) fn kernel_state(info: &TcpInfo) -> Result<State> {
     State::from_kernel(info.state).ok_or_else(|| Error::invalid("tcpi_state is unknown"))
 }
 

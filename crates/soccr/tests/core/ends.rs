@@ -325,7 +325,7 @@ pub fn comparable(connection: &Connection) -> Connection {
     same
 }
 
-fn info_bytes(end: &TcpStream) -> [u8; 512] {
+pub fn info_bytes(end: &TcpStream) -> [u8; 512] {
     let mut info = [0; 512];
     sys::get_option(end, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
     info

@@ -10,7 +10,9 @@ mod faults;
 mod full;
 mod lessons;
 mod lock_faults;
+mod matrix;
 mod property;
+mod stages;
 mod states;
 mod sys;
 mod unread;
@@ -72,10 +74,12 @@ fn main() -> ExitCode {
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
             a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;
+        stages: a_socket_with_other_addresses_is_refused the_receive_window_is_not_limited_by_the_local_sysctl;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
     tests.extend(states::tests());
     tests.extend(unread::tests());
     tests.extend(urgent::tests());
+    tests.extend(matrix::tests());
     soccr_lab::harness(tests)
 }

@@ -1,0 +1,64 @@
+//! The staged form, on sockets that the caller has bound and connected.
+
+use std::net::TcpStream;
+use std::os::fd::BorrowedFd;
+
+use rustix::net::sockopt::set_socket_recv_buffer_size;
+use soccr::connection::{Connection, Flow};
+use soccr::{ErrorKind, Restore, Restored};
+use soccr_lab::{Family, sysctl};
+
+use crate::ends::{Ends, option, unconnected};
+
+/// Restores onto `socket` by stages; the caller connects it as `actual`.
+fn restore<'fd>(
+    socket: &'fd TcpStream,
+    connection: &Connection,
+    actual: Flow,
+) -> soccr::Result<Restored<BorrowedFd<'fd>>> {
+    let mut steps = Restore::unbound(socket, &connection.control, None)?;
+    rustix::net::bind(socket, &actual.local).unwrap();
+    rustix::net::connect(socket, &actual.remote).unwrap();
+    steps.connected(Some(connection.flow()))?;
+    steps.receive_queue(&connection.receive_queue, connection.urgent)?;
+    steps.send_queue(&connection.send_queue)?;
+    steps.finish()
+}
+
+pub fn a_socket_with_other_addresses_is_refused() {
+    for family in Family::ALL {
+        let mut ends = Ends::new(family);
+        let connection = ends.take();
+        let Flow { mut local, mut remote } = connection.flow();
+        local.set_port(local.port() ^ 1);
+        remote.set_port(remote.port() + 1);
+        for actual in [Flow { local, ..connection.flow() }, Flow { remote, ..connection.flow() }] {
+            let socket = ends.pair.a.run(|| unconnected(family));
+            let error = restore(&socket, &connection, actual).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+            assert!(error.to_string().contains(&actual.local.to_string()), "{error}");
+        }
+        ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
+
+/// connect() limits the receive window for good where the local sysctl knows no scaling.
+pub fn the_receive_window_is_not_limited_by_the_local_sysctl() {
+    let large = |ours: &TcpStream| set_socket_recv_buffer_size(ours, 1 << 21).unwrap();
+    let mut ends = Ends::with(Family::V4, large, |_| {});
+    // It opens as data comes.
+    ends.receive(300_000);
+    let connection = ends.take();
+    let window = connection.control.window.unwrap().rcv_wnd;
+    assert!(window > 65535, "{window}");
+    ends.pair.a.run(|| sysctl("net/ipv4/tcp_window_scaling", "0")).unwrap();
+    let socket = ends.pair.a.run(|| unconnected(Family::V4));
+    let restored = restore(&socket, &connection, connection.flow()).unwrap();
+    let limit = option(&restored, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap() as u32;
+    assert!(limit >= window, "{limit} of {window}");
+    ends.connect_hosts();
+    restored.resume().unwrap();
+    ends.ours = socket;
+    ends.finish();
+}
