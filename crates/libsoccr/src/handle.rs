@@ -49,9 +49,7 @@ pub(crate) enum Owner {
 #[derive(Debug)]
 pub(crate) struct Handle {
     stage: Stage,
-    /// What the last save has found.
-    saved: Option<ControlBlock>,
-    /// Queues that were read since, for whoever asks again.
+    /// The queues that the last save has read, until they are given away.
     read: PerQueue<Option<Memory>>,
     /// Queues and addresses that the caller may still look at.
     lent: Vec<Memory>,
@@ -92,7 +90,6 @@ impl Handle {
         let paused = Paused::take_over(socket).or_else(|_| Paused::new(socket))?;
         Ok(Self {
             stage: Stage::Paused(paused),
-            saved: None,
             read: PerQueue::default(),
             lent: Vec::new(),
             given: PerQueue::default(),
@@ -134,37 +131,27 @@ impl Handle {
         // What was handed out before stays readable.
         self.lent.extend(self.read.of(Queue::Receive).take());
         self.lent.extend(self.read.of(Queue::Send).take());
-        self.saved = None;
-        let control = self.paused("save")?.control_block()?;
-        let data = Data::new(&control);
-        self.saved = Some(control);
-        Ok(data)
+        let bare = self.paused("save")?.save_bare(|length| Memory::new(length).ok())?;
+        if bare.urgent.is_some() {
+            return Err(Failure::new(
+                "save: urgent data in the receive queue — let the application read it first",
+            ));
+        }
+        self.read = PerQueue { receive: Some(bare.receive_queue), send: Some(bare.send_queue) };
+        Ok(Data::new(&bare.control))
     }
 
-    /// The bytes of a queue, from the kernel or from the last time.
+    /// The bytes of a queue, as the last save has read them: the socket may be closed by now.
     pub(crate) fn queue_bytes(&mut self, queue: Queue, owner: Owner) -> Result<*mut u8> {
-        let bytes = match self.read.of(queue).take() {
-            Some(bytes) => bytes,
-            None => self.read_queue(queue)?,
+        let Some(bytes) = self.read.of(queue).take() else {
+            return Err(Failure::new(
+                "save: there are no bytes of this queue, or they were given away — libsoccr_save reads them",
+            ));
         };
         if owner == Owner::Caller {
             return Ok(bytes.into_raw());
         }
         Ok(self.read.of(queue).insert(bytes).as_ptr())
-    }
-
-    fn read_queue(&self, queue: Queue) -> Result<Memory> {
-        let paused = self.paused("save")?;
-        let Some(saved) = &self.saved else {
-            return Err(Failure::new("save: a queue is asked for before libsoccr_save has told its length"));
-        };
-        let length = match queue {
-            Queue::Receive => saved.inq_len,
-            Queue::Send => saved.outq_len,
-        };
-        let mut bytes = Memory::new(length as usize)?;
-        paused.copy_queue(queue, bytes.as_mut_slice())?;
-        Ok(bytes)
     }
 
     pub(crate) fn address(&mut self, end: End, owner: Owner) -> Result<*mut u8> {

@@ -117,6 +117,23 @@ pub struct Window {
     pub rcv_wup: u32,
 }
 
+/// A connection without its addresses and socket options, its queues in memory of the caller: what
+/// [`Paused::save_bare`](crate::Paused::save_bare) reads.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Bare<M> {
+    /// Lengths, sequence numbers, options and windows.
+    pub control: ControlBlock,
+    /// The urgent mark in the receive queue.
+    pub urgent: Option<Urgent>,
+    /// What the connection has learned about its path.
+    pub path: Path,
+    /// Begins with the `inq_len` bytes that the application has not read.
+    pub receive_queue: M,
+    /// Begins with the `outq_len` bytes that the peer has not acknowledged.
+    pub send_queue: M,
+}
+
 /// The urgent mark in the receive queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Urgent {

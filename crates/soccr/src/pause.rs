@@ -1,10 +1,11 @@
 //! [`pause`] a socket: repair mode on, behind a guard that turns it off again.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::connection::{Buffers, Connection, ControlBlock, Flow};
+use crate::connection::{Bare, Buffers, Connection, ControlBlock, Flow};
 use crate::error::{Error, Result};
 use crate::queue;
 use crate::restore::{self, Restore};
@@ -134,33 +135,18 @@ impl<'fd> Paused<'fd> {
         Ok(())
     }
 
-    /// Reads everything but the bytes in the queues: the first part of [`save`](Self::save), for callers who keep those
-    /// in memory of their own.
+    /// Reads what the kernel knows of the connection, without addresses and socket options, for callers who keep the
+    /// queues in memory of their own: `memory` gives so many bytes, which nobody has written to.
     ///
     /// # Errors
-    /// Those of [`save`](Self::save), and refused where an urgent mark lies in the receive queue: only a
-    /// [`Connection`] carries it.
-    pub fn control_block(&self) -> Result<ControlBlock> {
-        let refused =
-            || Error::refused("urgent data in the receive queue", "let the application read it first");
-        let read = || match save::control_block(self.fd)? {
-            (_, Some(_), _) => Err(refused()),
-            (control, None, _) if save::is_unchanged(self.fd, Position::of(&control))? => {
-                self.saved.set(Some(Position::of(&control)));
-                Ok(control)
-            }
-            _ => Err(queue::changed()),
-        };
-        read().map_err(|error| error.at("save"))
-    }
-
-    /// Copies a queue into `bytes`, which has its length of the [control block](Self::control_block). Nothing is
-    /// consumed.
-    ///
-    /// # Errors
-    /// Refused where the queue has another length by now: its traffic was not locked.
-    pub fn copy_queue(&self, queue: Queue, bytes: &mut [u8]) -> Result<()> {
-        queue::copy(self.fd, queue, bytes).map_err(|error| error.at("save"))
+    /// Those of [`save`](Self::save), and `ENOMEM` where there is no memory.
+    pub fn save_bare<M: AsMut<[MaybeUninit<u8>]>>(
+        &self,
+        memory: impl FnMut(usize) -> Option<M>,
+    ) -> Result<Bare<M>> {
+        let bare = save::bare(self.fd, memory).map_err(|error| error.at("save"))?;
+        self.saved.set(Some(Position::of(&bare.control)));
+        Ok(bare)
     }
 
     /// The address of our end.

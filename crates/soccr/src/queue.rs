@@ -1,5 +1,6 @@
 //! The bytes in the two queues: read without consuming them, written without sending them.
 
+use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
@@ -63,53 +64,82 @@ pub(crate) fn peek(
     marked: bool,
 ) -> Result<()> {
     bytes.clear();
-    if length == 0 {
-        return Ok(());
-    }
     // One byte more than expected, so that a queue that has grown is noticed.
     bytes
         .try_reserve_exact(length as usize + 1)
         .map_err(|_| Error::system("memory for a queue", Errno::NOMEM))?;
+    peek_into(fd, queue, bytes, length, marked)
+}
+
+/// The same into memory that nobody has written to, of one byte more than the queue has.
+pub(crate) fn peek_uninit(
+    fd: BorrowedFd<'_>,
+    queue: Queue,
+    bytes: &mut [MaybeUninit<u8>],
+    length: u32,
+    marked: bool,
+) -> Result<()> {
+    peek_into(fd, queue, &mut Uninit { bytes, filled: 0 }, length, marked)
+}
+
+fn peek_into(
+    fd: BorrowedFd<'_>,
+    queue: Queue,
+    room: &mut impl Room,
+    length: u32,
+    marked: bool,
+) -> Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
     tcp::select_queue(fd, queue)?;
     match queue {
-        Queue::Receive if marked => peek_across_mark(fd, bytes, length)?,
-        Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, bytes))?,
+        Queue::Receive if marked => peek_across_mark(fd, room, length)?,
+        Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room))?,
         Queue::Send => {
-            peek_once(fd, bytes)?;
+            peek_once(fd, room)?;
             tcp::select_queue(fd, Queue::Receive)?;
         }
     }
-    if bytes.len() == length as usize { Ok(()) } else { Err(changed()) }
+    if room.filled() == length as usize { Ok(()) } else { Err(changed()) }
+}
+
+/// Memory that fills up from its beginning.
+trait Room {
+    fn filled(&self) -> usize;
+
+    /// `recv(2)` behind what is there.
+    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<()>;
+}
+
+impl Room for Vec<u8> {
+    fn filled(&self) -> usize {
+        self.len()
+    }
+
+    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<()> {
+        recv(fd, rustix::buffer::spare_capacity(self), flags).map(drop)
+    }
+}
+
+struct Uninit<'a> {
+    bytes: &'a mut [MaybeUninit<u8>],
+    filled: usize,
+}
+
+impl Room for Uninit<'_> {
+    fn filled(&self) -> usize {
+        self.filled
+    }
+
+    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<()> {
+        let ((received, _), _) = recv(fd, &mut self.bytes[self.filled..], flags)?;
+        self.filled += received.len();
+        Ok(())
+    }
 }
 
 const CHANGED: &str = "a connection that changes while it is read";
-
-/// Copies a queue without an urgent mark into a buffer of exactly its length.
-pub(crate) fn copy(fd: BorrowedFd<'_>, queue: Queue, bytes: &mut [u8]) -> Result<()> {
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    let mut read = || loop {
-        match recv(fd, &mut *bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Err(changed()),
-            Ok((_, length)) if length == bytes.len() => return Ok(()),
-            Ok(_) => return Err(changed()),
-            Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
-        }
-    };
-    tcp::select_queue(fd, queue)?;
-    if queue == Queue::Receive {
-        with_peek_offset(fd, NO_PEEK_OFFSET, read)?;
-        // A peek says nothing about what lies behind.
-        if tcp::unread(fd)? as usize != bytes.len() {
-            return Err(changed());
-        }
-    } else {
-        read()?
-    }
-    tcp::select_queue(fd, None)
-}
 
 /// The queues were not the same before and after they were read.
 pub(crate) fn changed() -> Error {
@@ -121,25 +151,25 @@ pub(crate) fn is_change(error: &Error) -> bool {
     error.what() == CHANGED
 }
 
-fn peek_once(fd: BorrowedFd<'_>, bytes: &mut Vec<u8>) -> Result<()> {
+fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<()> {
     loop {
-        match recv(fd, rustix::buffer::spare_capacity(bytes), RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        match room.receive(fd, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) | Ok(_) => return Ok(()),
+            Err(Errno::AGAIN) | Ok(()) => return Ok(()),
             Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
         }
     }
 }
 
 /// A peek ends at the urgent mark, whatever is asked; `SO_PEEK_OFF` goes on behind it, if urgent data is in line.
-fn peek_across_mark(fd: BorrowedFd<'_>, bytes: &mut Vec<u8>, length: u32) -> Result<()> {
+fn peek_across_mark(fd: BorrowedFd<'_>, room: &mut impl Room, length: u32) -> Result<()> {
     let inline = get_inline(fd)?;
     set_inline(fd, true)?;
     let read = with_peek_offset(fd, 0, || {
         let mut before = usize::MAX;
-        while bytes.len() != before && bytes.len() < length as usize {
-            before = bytes.len();
-            peek_once(fd, bytes)?;
+        while room.filled() != before && room.filled() < length as usize {
+            before = room.filled();
+            peek_once(fd, room)?;
         }
         Ok(())
     });

@@ -1,5 +1,6 @@
 //! Kernel → [`Connection`], in the order the kernel demands.
 
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -8,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{getpeername, getsockname};
 
 use crate::buffers;
-use crate::connection::{Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
+use crate::connection::{Bare, Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
 use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
@@ -41,14 +42,13 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
         .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
         .contains(rustix::fs::OFlags::NONBLOCK);
     // Late, so that little can arrive between this and a detach.
-    let mut attempts = 1;
-    while let Err(error) = save_queues(fd, connection) {
-        if attempts == ATTEMPTS || !is_change(&error) {
-            return Err(error);
-        }
-        attempts += 1;
-        std::thread::sleep(PAUSE);
-    }
+    let (control, urgent, path, ()) = standing_still(fd, |control, marked| {
+        queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
+        queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, marked)
+    })?;
+    connection.urgent = urgent;
+    connection.path = Some(path);
+    connection.control = control;
     connection.remote = remote_address(fd, peer)?;
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 {
@@ -57,23 +57,49 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     connection.validate()
 }
 
-/// Everything that moves with the traffic, verified to have stood still meanwhile.
-fn save_queues(fd: BorrowedFd<'_>, connection: &mut Connection) -> Result<()> {
-    let (control, urgent, path) = control_block(fd)?;
-    queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
-    queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, urgent.is_some())?;
-    if !is_unchanged(fd, Position::of(&control))? {
-        return Err(changed());
+/// Everything that moves with the traffic, its queues in memory that `memory` gives.
+pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
+    fd: BorrowedFd<'_>,
+    mut memory: impl FnMut(usize) -> Option<M>,
+) -> Result<Bare<M>> {
+    let mut peek = |queue, length: u32, marked| {
+        let room = memory(length as usize + 1);
+        let mut room = room.ok_or_else(|| Error::system("memory for a queue", rustix::io::Errno::NOMEM))?;
+        queue::peek_uninit(fd, queue, room.as_mut(), length, marked)?;
+        Ok(room)
+    };
+    let (control, urgent, path, (send_queue, receive_queue)) = standing_still(fd, |control, marked| {
+        Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))
+    })?;
+    Ok(Bare { control, urgent, path, receive_queue, send_queue })
+}
+
+/// Reads the control block, and by `read_queues` the queues, whose lengths it tells; and whether a mark is in the
+/// receive queue. All of it has stood still meanwhile.
+fn standing_still<T>(
+    fd: BorrowedFd<'_>,
+    mut read_queues: impl FnMut(&ControlBlock, bool) -> Result<T>,
+) -> Result<(ControlBlock, Option<Urgent>, Path, T)> {
+    let mut read = || {
+        let (control, urgent, path) = control_block(fd)?;
+        let queues = read_queues(&control, urgent.is_some())?;
+        match is_unchanged(fd, Position::of(&control))? {
+            true => Ok((control, urgent, path, queues)),
+            false => Err(changed()),
+        }
+    };
+    for _ in 1..ATTEMPTS {
+        match read() {
+            Err(error) if is_change(&error) => std::thread::sleep(PAUSE),
+            outcome => return outcome,
+        }
     }
-    connection.urgent = urgent;
-    connection.path = Some(path);
-    connection.control = control;
-    Ok(())
+    read()
 }
 
 /// Reads everything but the queues' bytes and the addresses. Leaves the receive queue selected, for
 /// [`is_unchanged`]: beside fifty reads of options every call counts.
-pub(crate) fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Path)> {
+fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Path)> {
     let write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let info = tcp::info(fd)?;

@@ -42,7 +42,7 @@ pub(crate) unsafe fn from_c(address: *const Address) -> Result<SocketAddr> {
 
 /// A union of its own, zeroed where the address has nothing to say.
 pub(crate) fn to_c(address: SocketAddr) -> Result<Memory> {
-    let mut memory = Memory::new(size_of::<Address>())?;
+    let mut memory = Memory::zeroed(size_of::<Address>())?;
     let start = memory.as_ptr().cast::<Address>();
     match address {
         SocketAddr::V4(address) => {

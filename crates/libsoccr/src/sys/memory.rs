@@ -1,5 +1,7 @@
 //! Memory that C may free, and memory that C has given.
 
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::slice;
 
@@ -13,19 +15,23 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// Zeroed bytes. Never null, even for none: a queue that is empty is no failure.
+    /// Bytes that nobody has written to. Never null, even for none: a queue that is empty is no failure.
     pub(crate) fn new(length: usize) -> Result<Self> {
         // SAFETY: any size may be asked for.
-        let start = unsafe { libc::calloc(length.max(1), 1) };
+        Self::of(unsafe { libc::malloc(length.max(1)) }, length)
+    }
+
+    /// Bytes that are zero.
+    pub(crate) fn zeroed(length: usize) -> Result<Self> {
+        // SAFETY: any size may be asked for.
+        Self::of(unsafe { libc::calloc(length.max(1), 1) }, length)
+    }
+
+    fn of(start: *mut c_void, length: usize) -> Result<Self> {
         match NonNull::new(start.cast()) {
             Some(start) => Ok(Self { start, length }),
             None => Err(Failure::new(format!("out of memory for {length} bytes"))),
         }
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: `new` has allocated and zeroed so many bytes; nobody else has them while `self` is borrowed.
-        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
     }
 
     pub(crate) fn as_ptr(&mut self) -> *mut u8 {
@@ -38,9 +44,16 @@ impl Memory {
     }
 }
 
+impl AsMut<[MaybeUninit<u8>]> for Memory {
+    fn as_mut(&mut self) -> &mut [MaybeUninit<u8>] {
+        // SAFETY: so many bytes were allocated; nobody else has them while `self` is borrowed.
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.length) }
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: it comes from calloc and has not been given away.
+        // SAFETY: it comes from malloc or calloc and has not been given away.
         unsafe { libc::free(self.start.as_ptr().cast()) }
     }
 }

@@ -159,9 +159,12 @@ static void memory_that_is_got(void)
 	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
 	lent = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0);
 	CHECK(lent && lent == libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0));
-	/* The same memory, now the caller's; the next one is another. */
+	/* The same memory, now the caller's; there is no other before the next save. */
 	kept = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
 	CHECK(kept == lent);
+	CHECK(!libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0));
+	kit_error_has(sk, "given away");
+	SAME(libsoccr_save(sk, &data, sizeof(data)), 68);
 	again = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, 0);
 	CHECK(again && again != kept);
 	/* What was lent stays readable after another save. */

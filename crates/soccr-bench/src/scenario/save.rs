@@ -50,11 +50,11 @@ fn fresh_memory(pair: &Pair, budget: Duration, report: &mut Report) -> Result<()
     let case = Case { family: Family::V4, state: State::Established, received: length, sent: 0, unsent: 0 };
     let (made, _) = make(pair, &case);
     let paused = soccr::pause(&made.socket)?;
-    let mut memory = vec![0; length];
+    let mut connection = paused.save()?;
     let (mut ours, mut fresh) = (Samples::default(), Samples::default());
     repeat(budget, 20, |_| {
-        ours.time(|| paused.copy_queue(soccr::Queue::Receive, &mut memory))?;
-        // `copy_queue` leaves no queue selected.
+        ours.time(|| paused.save_into(&mut connection))?;
+        // A save leaves no queue selected.
         floor::select_receive(made.socket.as_fd());
         fresh.time(|| sys::peek_fresh(made.socket.as_fd(), length));
         Ok::<_, soccr::Error>(())

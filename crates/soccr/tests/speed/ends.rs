@@ -78,9 +78,9 @@ impl Ends {
     /// The windows of our socket, where they stand still.
     pub fn window(&self) -> Option<Window> {
         let paused = pause(&self.ours).unwrap();
-        let control = paused.control_block();
+        let saved = paused.save();
         paused.resume().unwrap();
-        control.ok()?.window
+        saved.ok()?.control.window
     }
 
     /// Takes the connection from our socket.
