@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
 
 use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
 use rustix::net::{ipproto, sockopt};
 use soccr::Connection;
 use soccr::connection::{ControlBlock, Flow, State};
@@ -132,10 +133,11 @@ impl Captive {
 
     fn restore(&self, connection: &Connection) -> Result<()> {
         let mut steps = soccr::pause(&self.socket)?.restore(&connection.control, connection.buffers)?;
-        let bound = rustix::net::getsockname(&self.socket).ok().and_then(|address| address.try_into().ok());
-        // A socket that was bound to its port by name has stayed so.
-        if bound != Some(connection.local) {
-            rustix::net::bind(&self.socket, &connection.local).context("bind")?;
+        match rustix::net::bind(&self.socket, &connection.local) {
+            // A socket that was bound to its port by name still has it. Every other has given it back, though getsockname(2) may
+            // go on telling it.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => return Err(error).context("bind"),
         }
         rustix::net::connect(&self.socket, &connection.remote).context("connect")?;
         steps.connected(Some(connection.flow()))?;

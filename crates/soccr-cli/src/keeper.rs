@@ -12,7 +12,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use soccr::{Flow, Paused};
 
-use crate::stop::Stopper;
+use crate::process::Sharing;
+use crate::stop::Stopped;
 use crate::{exit, network, silence, sys};
 
 /// Stop the processes.
@@ -21,6 +22,8 @@ const STOP: u8 = 0;
 const FILLING: u8 = 1;
 /// Socket number … is complete again.
 const FILLED: u8 = 2;
+/// Let the processes go on.
+const CONTINUE: u8 = 3;
 
 /// The keeper, as this process sees it. Dropping it lets the stopped processes go on.
 #[derive(Debug)]
@@ -30,8 +33,8 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper, and has it prepare to stop the processes. This process must not have started a thread.
-    pub(crate) fn start(sockets: &[BorrowedFd<'_>], processes: &[Pid]) -> Result<Self> {
+    /// Starts the keeper. This process must not have started a thread.
+    pub(crate) fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
         match sys::fork().context("fork")? {
             Some(pid) => {
@@ -42,7 +45,7 @@ impl Keeper {
             }
             None => {
                 drop(ours);
-                keep(theirs, sockets, processes);
+                keep(theirs, sockets, sharing);
                 std::process::exit(0)
             }
         }
@@ -51,6 +54,11 @@ impl Keeper {
     /// Stops the processes; returns when none of their threads runs.
     pub(crate) fn stop(&mut self) -> Result<()> {
         self.say(STOP, 0)
+    }
+
+    /// Lets the processes go on, until they are stopped again.
+    pub(crate) fn go_on(&mut self) -> Result<()> {
+        self.say(CONTINUE, 0)
     }
 
     /// A connection is put back into the socket with this number.
@@ -91,21 +99,25 @@ impl Drop for Keeper {
 }
 
 /// The life of the keeper.
-fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], processes: &[Pid]) {
+fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing) {
     let _ = setsid();
     // Those are somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
     let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
     let mut filling = vec![false; sockets.len()];
-    let mut stopper = None;
-    let seized = Stopper::seize(processes).map(|seized| stopper = Some(seized));
-    if answer(&mut talk, seized).is_ok() {
+    let mut stopped = None;
+    if answer(&mut talk, Ok(())).is_ok() {
         let mut message = [0; 5];
         while talk.read_exact(&mut message).is_ok() {
             let number = u32::from_ne_bytes([message[1], message[2], message[3], message[4]]) as usize;
-            let outcome = match (message[0], filling.get_mut(number), &mut stopper) {
-                (STOP, _, Some(stopper)) => stopper.stop(),
-                (word @ (FILLING | FILLED), Some(filling), _) => {
+            let outcome = match (message[0], filling.get_mut(number)) {
+                (STOP, _) if stopped.is_some() => Ok(()),
+                (STOP, _) => Stopped::stop(&mut sharing).map(|now| stopped = Some(now)),
+                (CONTINUE, _) => {
+                    stopped = None;
+                    Ok(())
+                }
+                (word @ (FILLING | FILLED), Some(filling)) => {
                     *filling = word == FILLING;
                     Ok(())
                 }
@@ -127,7 +139,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], processes: &[Pid]) {
     if !here.is_empty() && network::enter_of(sockets[0]).is_ok() {
         let _ = silence::lift(&here);
     }
-    drop(stopper);
+    drop(stopped);
 }
 
 fn answer(talk: &mut UnixStream, outcome: Result<()>) -> std::io::Result<()> {

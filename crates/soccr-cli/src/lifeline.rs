@@ -23,7 +23,7 @@ use crate::sys;
 
 const VARIABLE: &str = "SOCCR_LIFELINE";
 
-/// How long a target may take to die once its pipe is closed.
+/// How long a target may take at most to die once its pipe is closed.
 const LIMIT: Duration = Duration::from_secs(2);
 
 /// The end of the source.
@@ -49,13 +49,13 @@ impl Lifeline {
         Ok((Self { socket: ours, target: None }, started))
     }
 
-    /// Whether the target is known to have ended without a connection. Waits a moment for it.
-    pub(crate) fn is_cut(&mut self) -> bool {
+    /// Whether the target is known to have ended without a connection. Waits a moment for it, and not beyond `remaining`.
+    pub(crate) fn is_cut(&mut self, remaining: Duration) -> bool {
         if self.target.is_none() {
             self.target = self.receive();
         }
         let Some(target) = &self.target else { return false };
-        let limit = LIMIT.try_into().expect("seconds fit");
+        let limit = LIMIT.min(remaining).try_into().expect("seconds fit");
         let mut ended = [PollFd::new(target, PollFlags::IN)];
         poll(&mut ended, Some(&limit)).is_ok_and(|count| count > 0) && !self.has_taken()
     }

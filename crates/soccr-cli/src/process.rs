@@ -1,6 +1,6 @@
 //! Processes and their sockets, by `/proc` and pidfds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -57,10 +57,20 @@ pub(crate) fn all() -> Result<Vec<Pid>> {
     numbers("/proc").map(|numbers| numbers.into_iter().filter_map(Pid::from_raw).collect()).context("/proc")
 }
 
-/// The threads of a process.
+/// The threads of a process; none where it has ended.
 pub(crate) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
-    let threads = numbers(&format!("/proc/{pid}/task"));
-    threads.map(|numbers| numbers.into_iter().filter_map(Pid::from_raw).collect())
+    match numbers(&format!("/proc/{pid}/task")) {
+        Ok(numbers) => Ok(numbers.into_iter().filter_map(Pid::from_raw).collect()),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a thread has ended, be it that nobody has waited for it yet.
+pub(crate) fn has_ended(thread: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{thread}/stat")).map_or(true, |stat| {
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
+    })
 }
 
 /// Shows the sockets among the descriptors of a process: descriptor and inode.
@@ -93,18 +103,45 @@ pub(crate) fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
     holders
 }
 
-/// The processes that share any of these sockets, without this one.
-pub(crate) fn sharing(inodes: &[u64]) -> Result<Vec<Pid>> {
-    let wanted: std::collections::HashSet<u64> = inodes.iter().copied().collect();
-    let mut sharing = Vec::new();
-    for pid in all()?.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
-        let mut shares = false;
-        let _ = sockets(pid, |_, inode| shares |= wanted.contains(&inode));
-        if shares {
-            sharing.push(pid);
-        }
+/// The processes that share sockets.
+#[derive(Debug)]
+pub(crate) struct Sharing {
+    inodes: HashSet<u64>,
+    /// The processes that have been looked into.
+    seen: HashSet<Pid>,
+    processes: Vec<Pid>,
+}
+
+impl Sharing {
+    /// Looks for the processes that share any of these sockets, without whoever looks.
+    pub(crate) fn find(inodes: &[u64]) -> Result<Self> {
+        let inodes = inodes.iter().copied().collect();
+        let mut sharing = Self { inodes, seen: HashSet::new(), processes: Vec::new() };
+        sharing.look_again()?;
+        Ok(sharing)
     }
-    Ok(sharing)
+
+    /// Looks into the processes that have started since, and whether there are any of interest: a child inherits sockets.
+    pub(crate) fn look_again(&mut self) -> Result<bool> {
+        let before = self.processes.len();
+        self.seen.insert(rustix::process::getpid());
+        for pid in all()? {
+            if !self.seen.insert(pid) {
+                continue;
+            }
+            let mut shares = false;
+            // One that has ended, or that may not be looked into, has none of ours.
+            let _ = sockets(pid, |_, inode| shares |= self.inodes.contains(&inode));
+            if shares {
+                self.processes.push(pid);
+            }
+        }
+        Ok(self.processes.len() > before)
+    }
+
+    pub(crate) fn processes(&self) -> &[Pid] {
+        &self.processes
+    }
 }
 
 fn numbers(path: &str) -> io::Result<Vec<i32>> {

@@ -17,10 +17,10 @@ use crate::captive::Captive;
 use crate::exit::Exit;
 use crate::keeper::Keeper;
 use crate::network;
-use crate::process::{self, Process, parse_pid};
+use crate::process::{Process, Sharing, parse_pid};
 use crate::signals::Deaf;
 use crate::silence::Silence;
-use crate::via::Output;
+use crate::via::{Deadline, Output};
 
 /// Save a connection of a running process in a file
 ///
@@ -63,8 +63,8 @@ impl Save {
             bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
         }
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
-        let sharing = process::sharing(&[captive.inode])?;
-        let mut keeper = Keeper::start(&[captive.socket().as_fd()], &sharing)?;
+        let sharing = Sharing::find(&[captive.inode])?;
+        let mut keeper = Keeper::start(&[captive.socket().as_fd()], sharing)?;
         network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
         let flow = captive.flow()?;
         let locker = Locker::new(Mode::HOLD)?;
@@ -96,7 +96,7 @@ impl Save {
     fn write(&self, connection: &Connection) -> Result<Option<AtomicFile>> {
         let Some(path) = &self.output else {
             let stdout = rustix::stdio::stdout().try_clone_to_owned().context("standard output")?;
-            let mut output = Output::new(stdout, Duration::from_secs(self.timeout));
+            let mut output = Output::new(stdout, Deadline::after(Duration::from_secs(self.timeout)));
             soccr_image::write(&mut output, connection)?;
             return Ok(None);
         };

@@ -13,13 +13,15 @@ use crate::captive::Captive;
 use crate::exit::Exit;
 use crate::keeper::Keeper;
 use crate::network::{self, Identity};
-use crate::process::{self, Holder, Process, parse_pid};
+use crate::process::{self, Holder, Process, Sharing, parse_pid};
 use crate::source::{Limits, Source};
-use crate::{descriptors, exit, via};
+use crate::via::{self, Deadline, Output};
+use crate::{descriptors, exit};
 
 /// Move connections of running processes through a pipe
 ///
-/// The processes are stopped while their connections move, and what the peers send meanwhile is held and sent along. With --via a
+/// A process is stopped only while connections of it are on their way, not before the target has started, and what the peers send
+/// meanwhile is held and sent along. With --via a
 /// connection leaves only when the target has said that it has it, or, in the same network, that it can have it;
 /// whatever breaks before leaves it where it is, and the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
 ///
@@ -49,7 +51,8 @@ pub(crate) struct Send {
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
-    /// How many seconds the target may take to answer, and to read on
+    /// How many seconds the target may take to start, and then to read and answer each 256 connections: a process is stopped no
+    /// longer
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,
     /// For how many seconds this host stays silent about connections that have left it
@@ -92,19 +95,18 @@ impl Send {
         });
         let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
         let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
-        let keeper = Keeper::start(&sockets, &process::sharing(&inodes)?)?;
+        let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(via::Started::new).transpose()?;
         network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
+        let deadline = Deadline::after(limits.answer);
+        let source = Source::new(captives, keeper, limits, deadline.clone())?;
         let outcome = match via {
             Some(started) => {
-                let (via, output) = started.listen(limits.answer)?;
-                Source::new(captives, keeper, limits)?.hand_over(via, output)?
+                let (via, output) = started.listen(deadline)?;
+                source.hand_over(via, output)?
             }
-            None => {
-                let output = via::Output::new(rustix::stdio::stdout().try_clone_to_owned()?, limits.answer);
-                Source::new(captives, keeper, limits)?.push(output)?
-            }
+            None => source.push(Output::new(rustix::stdio::stdout().try_clone_to_owned()?, deadline))?,
         };
         Ok(match (outcome.lost, outcome.failed + failed, outcome.gone) {
             (1.., _, _) => Exit::Lost,

@@ -58,7 +58,7 @@ impl Silence {
         Ok(())
     }
 
-    /// These connections have not left after all.
+    /// These connections have not left after all, or are back.
     pub(crate) fn end_about(&self, flows: &[Flow]) -> Result<()> {
         let ended: HashSet<&Flow> = flows.iter().collect();
         self.locks.iter().try_for_each(|lock| {

@@ -1,11 +1,13 @@
 //! The source of a hand-over: connections on their way out of a process.
 //!
-//! The words and their order are those of [`soccr_image::stream`]. Until its COMMIT a connection lives on in its process, kept silent
-//! by the lock alone; see [`captive`](crate::captive). With its COMMIT it leaves. Where the COMMIT could not be written, or
-//! the target is known to have ended without a TAKEN, or cannot restore it, the process gets it back in the same socket.
+//! The words and their order are those of [`soccr_image::stream`]. Nothing is stopped or locked before the target has said hello:
+//! that is its preamble. Then windows of connections move one after the other, and the processes are stopped only while one is on its
+//! way. Until its COMMIT a connection lives on in its process, kept silent by the lock alone; see [`captive`](crate::captive). With
+//! its COMMIT it leaves. Where the COMMIT could not be written, or the target is known to have ended without a TAKEN, or cannot
+//! restore it, the process gets it back in the same socket: it is stopped until that is known, or the time limit is over.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use soccr::Connection;
@@ -20,11 +22,14 @@ use crate::keeper::Keeper;
 use crate::progress::Progress;
 use crate::signals::Deaf;
 use crate::silence::Silence;
-use crate::via::{Answer, Output, Via};
+use crate::via::{Answer, Deadline, Output, Via};
 
 /// How many connections are on their way at a time: a batch of the target. They are silent together, and their queues are
 /// in memory.
-const WINDOW: usize = 256;
+pub(crate) const WINDOW: usize = 256;
+
+/// The most that a target has to say about a connection: READY, TAKEN, and a word that comes too late.
+const WORDS: usize = 3;
 
 /// What is said of a target that needs longer than it may.
 const TOO_LATE: &str = "the target answers too late";
@@ -32,7 +37,7 @@ const TOO_LATE: &str = "the target answers too late";
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// For an answer of the target.
+    /// For the target to start, and then for each window to move.
     pub(crate) answer: Duration,
     /// For which this host stays silent about what has left it.
     pub(crate) silence: Duration,
@@ -85,6 +90,9 @@ pub(crate) struct Source {
     /// On them, in their order.
     locks: Vec<Lock>,
     limits: Limits,
+    deadline: Deadline,
+    /// How many answers have come.
+    heard: usize,
     silence: Silence,
     /// Since the first connection has left.
     deaf: Option<Deaf>,
@@ -93,17 +101,22 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Stops the processes; to be called in their network namespace.
-    pub(crate) fn new(captives: Vec<Captive>, mut keeper: Keeper, limits: Limits) -> Result<Self> {
+    /// To be called in the network namespace of the connections. Whatever is written to the target has this `deadline`.
+    pub(crate) fn new(
+        captives: Vec<Captive>,
+        keeper: Keeper,
+        limits: Limits,
+        deadline: Deadline,
+    ) -> Result<Self> {
         let locker = Locker::new(Mode::HOLD)?;
         let mut items = Vec::with_capacity(captives.len());
         for (captive, id) in captives.into_iter().zip(1..) {
             let held = Held { flow: captive.flow()?, packets: Vec::new() };
             items.push(Item { id, captive, held, stage: Stage::Here });
         }
-        keeper.stop()?;
         let silence = Silence::new(limits.silence);
-        Ok(Self { items, locker, window: 0..0, locks: Vec::new(), limits, silence, deaf: None, keeper })
+        let (window, locks, heard, deaf) = (0..0, Vec::new(), 0, None);
+        Ok(Self { items, locker, window, locks, limits, deadline, heard, silence, deaf, keeper })
     }
 
     /// Moves the connections to a target that answers.
@@ -113,7 +126,7 @@ impl Source {
             // What it said before it broke still counts.
             let _ = self.listen(&via, |item| matches!(item.stage, Stage::Left(_)));
         }
-        let certain = broken.is_some() && self.has_left() && via.target_has_ended();
+        let certain = broken.is_some() && self.has_left() && via.target_has_ended(&self.deadline);
         let reason = broken.unwrap_or_else(|| anyhow!(TOO_LATE));
         let outcome = self.settle(&exit::line(&reason), certain);
         via.part();
@@ -123,6 +136,11 @@ impl Source {
     fn talk(&mut self, via: &mut Via, output: Output) -> Result<()> {
         let mut writer = Writer::new(output)?;
         writer.send(&Message::Begin { connections: self.items.len() as u32, answers: true })?;
+        match via.answer(&self.deadline) {
+            Answer::Hello => {}
+            Answer::Gone(reason) => return Err(anyhow!("the target is gone: {reason}")),
+            _ => return Err(anyhow!(TOO_LATE)),
+        }
         let mut progress = Progress::new("handed over", self.items.len());
         let mut scratch = Connection::empty();
         for window in self.windows() {
@@ -141,15 +159,16 @@ impl Source {
             }
             self.commit(window.clone(), &mut writer)?;
             self.listen(via, |item| matches!(item.stage, Stage::Left(_)))?;
+            self.unlock();
+            self.keeper.go_on()?;
             if late || self.has_left() {
                 break;
             }
-            self.unlock();
             window.for_each(|_| progress.step());
         }
+        self.deadline.set(self.limits.answer);
         writer.finish()?;
-        let deadline = Instant::now() + self.limits.answer;
-        while let Answer::Message(message) = via.answer(deadline) {
+        while let Answer::Message(message) = via.answer(&self.deadline) {
             self.hear(message)?;
         }
         Ok(())
@@ -160,19 +179,20 @@ impl Source {
         (0..end).step_by(WINDOW).map(move |start| start..end.min(start + WINDOW))
     }
 
-    /// Begins the time for which the peers of these connections hear nothing.
+    /// Begins the time for which the processes do not run, and the peers of these connections hear nothing.
     fn lock(&mut self, window: Range<usize>) -> Result<()> {
         let flows: Vec<Flow> = self.items[window.clone()].iter().map(|item| item.held.flow).collect();
-        self.locks.push(self.locker.lock(&flows)?);
+        self.deadline.set(self.limits.answer);
         self.window.end = window.end;
-        Ok(())
+        self.locks.push(self.locker.lock(&flows)?);
+        self.keeper.stop()
     }
 
     /// Takes in answers while there is a connection that waits for one.
     fn listen(&mut self, via: &Via, waits: impl Fn(&Item) -> bool) -> Result<()> {
-        let deadline = Instant::now() + self.limits.answer;
         while self.items[self.window.clone()].iter().any(&waits) {
-            match via.answer(deadline) {
+            match via.answer(&self.deadline) {
+                Answer::Hello => {}
                 Answer::Message(message) => self.hear(message)?,
                 Answer::Gone(reason) => return Err(anyhow!("the target is gone: {reason}")),
                 Answer::End => return Err(anyhow!("the target has ended the hand-over")),
@@ -183,6 +203,10 @@ impl Source {
     }
 
     fn hear(&mut self, message: Message) -> Result<()> {
+        self.heard += 1;
+        if self.heard > WORDS * self.items.len() {
+            return Err(anyhow!("the target says more than there is to say"));
+        }
         let (id, answered) = answered(message)?;
         let item = (id as usize).checked_sub(1).and_then(|index| self.items.get_mut(index));
         let item = item.context("the target speaks of a connection that was not sent")?;
@@ -231,6 +255,7 @@ impl Source {
             }
             self.commit(window.clone(), &mut writer)?;
             self.items[window].iter_mut().for_each(|item| item.assume(Answered::Taken));
+            self.keeper.go_on()?;
         }
         writer.finish()?;
         Ok(())
@@ -245,7 +270,7 @@ impl Source {
         Ok(())
     }
 
-    /// Ends the time of silence: every connection on the way has arrived, or stays.
+    /// Ends the time of silence: every connection on the way has arrived, or stays, or the target has had its time.
     fn unlock(&mut self) {
         let window = self.items[self.window.clone()].iter();
         let staying: Vec<_> = window.filter(|item| matches!(item.stage, Stage::Stays)).collect();
@@ -260,7 +285,9 @@ impl Source {
         self.locks.clear();
         // Before, the answers were dropped. Twice does no harm.
         replay();
-        self.window.start = self.window.end;
+        if !self.has_left() {
+            self.window.start = self.window.end;
+        }
     }
 
     fn has_left(&self) -> bool {
@@ -320,7 +347,7 @@ impl Item {
     /// Takes in an answer.
     fn hear(&mut self, answered: Answered, keeper: &mut Keeper) -> Result<()> {
         match (&self.stage, answered) {
-            (Stage::Sent(_), Answered::Refused(reason)) => {
+            (Stage::Sent(_) | Stage::Ready(_), Answered::Refused(reason)) => {
                 self.stays(&format!("the target refuses it: {reason}"))
             }
             // Only behind the COMMIT it could try.
@@ -398,9 +425,13 @@ impl Item {
 
     fn come_back(&mut self, connection: &Connection, reason: &str, keeper: &mut Keeper) {
         let number = self.id as usize - 1;
-        let filled = keeper.filling(number).and_then(|()| self.captive.take_back(connection));
-        match filled.and_then(|()| keeper.filled(number)) {
-            Ok(()) => self.stays(reason),
+        // A keeper that has been killed must not cost the connection: it lives in this process alone.
+        let _ = keeper.stop().and_then(|()| keeper.filling(number));
+        match self.captive.take_back(connection) {
+            Ok(()) => {
+                let _ = keeper.filled(number);
+                self.stays(reason);
+            }
             Err(error) => {
                 exit::complain(&format!("{}: lost: {reason}; {}", self.captive.name, exit::line(&error)));
                 self.stage = Stage::Lost;

@@ -1,7 +1,8 @@
 //! A process stopped for an instant, by ptrace(2).
 //!
 //! Unlike SIGSTOP it is invisible to the parent of the process (a shell would take its terminal back), unlike the
-//! freezer of cgroups it concerns no other process, and unlike both it ends by itself when this process dies.
+//! freezer of cgroups it concerns no other process, and unlike both it ends by itself when this process dies. Like both it
+//! makes some system calls fail with EINTR, such as epoll_wait(2): on x86-64 they are [made again](sys::make_call_again).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,15 +12,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::Pid;
 
-use crate::{process, sys};
+use crate::process::{self, Sharing};
+use crate::sys;
 
 /// How long a thread may take to stop: one that waits for a disk cannot be interrupted.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Processes that this one can stop and continue. Dropping it continues them.
+/// Processes that do not run. Dropping it continues them.
 #[derive(Debug)]
-pub(crate) struct Stopper {
-    processes: Vec<Pid>,
+pub(crate) struct Stopped {
     threads: BTreeMap<i32, Thread>,
     /// Only the thread that has seized another can stop or continue it.
     same_thread: PhantomData<*const ()>,
@@ -39,23 +40,17 @@ enum State {
     Gone,
 }
 
-impl Stopper {
-    /// Prepares to stop all threads of the processes.
-    pub(crate) fn seize(processes: &[Pid]) -> Result<Self> {
-        let mut stopper =
-            Self { processes: processes.to_vec(), threads: BTreeMap::new(), same_thread: PhantomData };
-        stopper.seize_new_threads()?;
-        Ok(stopper)
-    }
-
+impl Stopped {
     /// Stops the processes; returns when none of their threads runs.
-    pub(crate) fn stop(&mut self) -> Result<()> {
+    pub(crate) fn stop(sharing: &mut Sharing) -> Result<Self> {
+        sharing.look_again()?;
+        let mut stopped = Self { threads: BTreeMap::new(), same_thread: PhantomData };
         loop {
-            self.interrupt_and_wait()?;
-            // A thread may have started another one before it stopped.
-            if !self.seize_new_threads()? {
-                return Ok(());
+            // A thread may have started another one before it stopped, and a process another process.
+            if !stopped.seize_new_threads(sharing.processes())? && !sharing.look_again()? {
+                return Ok(stopped);
             }
+            stopped.interrupt_and_wait()?;
         }
     }
 
@@ -71,7 +66,13 @@ impl Stopper {
         for thread in self.threads.values_mut().filter(running) {
             while thread.state == State::Running {
                 match sys::status(thread.id) {
-                    Ok(Some(status)) => thread.state = after(status),
+                    Ok(Some(status)) => {
+                        thread.state = after(status);
+                        if let State::Stopped(_) = thread.state {
+                            // An error here: it has just been killed.
+                            let _ = sys::make_call_again(thread.id);
+                        }
+                    }
                     Ok(None) if start.elapsed() > LIMIT => {
                         bail!("thread {} does not stop: it waits for a device", thread.id)
                     }
@@ -84,9 +85,9 @@ impl Stopper {
     }
 
     /// Whether there were any.
-    fn seize_new_threads(&mut self) -> Result<bool> {
+    fn seize_new_threads(&mut self, processes: &[Pid]) -> Result<bool> {
         let mut found = false;
-        for pid in &self.processes {
+        for pid in processes {
             for id in process::threads(*pid).with_context(|| format!("pid {pid}"))? {
                 if self.threads.contains_key(&id.as_raw_pid()) {
                     continue;
@@ -94,7 +95,9 @@ impl Stopper {
                 match sys::seize(id) {
                     Ok(()) => {}
                     // It has just ended.
-                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) || process::has_ended(id) => {
+                        continue;
+                    }
                     Err(error) => return Err(refused(*pid, error)),
                 }
                 self.threads.insert(id.as_raw_pid(), Thread { id, state: State::Running });
@@ -128,7 +131,7 @@ fn refused(pid: Pid, error: io::Error) -> anyhow::Error {
     anyhow::Error::new(error).context(format!("pid {pid}: PTRACE_SEIZE — {advice}"))
 }
 
-impl Drop for Stopper {
+impl Drop for Stopped {
     fn drop(&mut self) {
         // Only a stopped thread can be let go; what cannot be stopped is let go when this process ends.
         let _ = self.interrupt_and_wait();

@@ -110,6 +110,61 @@ fn ptrace(request: libc::c_uint, thread: Pid, data: i32) -> io::Result<()> {
     check(unsafe { libc::ptrace(request, thread.as_raw_pid(), address, data) })
 }
 
+/// The system calls that fail with EINTR when their thread is stopped, though no signal has arrived (see signal(7)). close(2) is
+/// not among them: it cannot be made twice.
+#[cfg(target_arch = "x86_64")]
+const INTERRUPTED: [libc::c_long; 21] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_getevents,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_rt_sigtimedwait,
+    // With SO_RCVTIMEO or SO_SNDTIMEO.
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_connect,
+];
+
+/// Where the stop made the system call of a thread fail with EINTR, the kernel makes the call again when the thread goes on
+/// (`ERESTARTNOHAND`), unless a signal handler runs first. Its time limit begins anew.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn make_call_again(thread: Pid) -> io::Result<()> {
+    const ERESTARTNOHAND: i64 = 514;
+    let thread = thread.as_raw_pid();
+    let (address, mut registers) =
+        (std::ptr::null_mut::<libc::c_void>(), std::mem::MaybeUninit::<libc::user_regs_struct>::uninit());
+    // SAFETY: the kernel writes this structure.
+    check(unsafe { libc::ptrace(libc::PTRACE_GETREGS, thread, address, registers.as_mut_ptr()) })?;
+    // SAFETY: it is written; any bits are a value of it.
+    let mut registers = unsafe { registers.assume_init() };
+    let failed = registers.rax as i64 == -i64::from(libc::EINTR);
+    if !failed || !INTERRUPTED.contains(&(registers.orig_rax as libc::c_long)) {
+        return Ok(());
+    }
+    registers.rax = -ERESTARTNOHAND as u64;
+    // SAFETY: the kernel reads this structure.
+    check(unsafe { libc::ptrace(libc::PTRACE_SETREGS, thread, address, &raw const registers) })
+}
+
+/// Elsewhere the kernel does not show what would be needed.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn make_call_again(_: Pid) -> io::Result<()> {
+    Ok(())
+}
+
 /// The status of a traced thread that has changed since it was asked for last.
 pub(crate) fn status(thread: Pid) -> io::Result<Option<i32>> {
     let mut status = 0;

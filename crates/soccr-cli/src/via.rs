@@ -1,9 +1,11 @@
 //! The command at the other end of a hand-over (`--via`), and the pipes to it.
 
+use std::cell::Cell;
 use std::io::{self, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -20,23 +22,44 @@ const PIECE: usize = 4096;
 /// How long to watch a command that has what it needs.
 const PARTING: Duration = Duration::from_millis(200);
 
+/// How many answers wait for this process: two for each connection of a window. A target that says more waits.
+const ANSWERS: usize = 2 * crate::source::WINDOW;
+
+/// The instant by which the other end must have read and answered; whoever has a clone may move it.
+#[derive(Clone, Debug)]
+pub(crate) struct Deadline(Rc<Cell<Instant>>);
+
+impl Deadline {
+    pub(crate) fn after(limit: Duration) -> Self {
+        Self(Rc::new(Cell::new(Instant::now() + limit)))
+    }
+
+    /// The time begins anew.
+    pub(crate) fn set(&self, limit: Duration) {
+        self.0.set(Instant::now() + limit);
+    }
+
+    pub(crate) fn remaining(&self) -> Duration {
+        self.0.get().saturating_duration_since(Instant::now())
+    }
+}
+
 /// A pipe to write to, which does not wait for its reader for ever.
 #[derive(Debug)]
 pub(crate) struct Output {
     fd: OwnedFd,
-    limit: Duration,
+    deadline: Deadline,
 }
 
 impl Output {
-    /// Every piece is to be read within the limit.
-    pub(crate) fn new(fd: OwnedFd, limit: Duration) -> Self {
-        Self { fd, limit }
+    pub(crate) fn new(fd: OwnedFd, deadline: Deadline) -> Self {
+        Self { fd, deadline }
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let limit = self.limit.try_into().expect("a time limit fits");
+        let limit = self.deadline.remaining().try_into().expect("a time limit fits");
         let mut writable = [PollFd::new(&self.fd, PollFlags::OUT)];
         if poll(&mut writable, Some(&limit))? == 0 {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end does not read"));
@@ -53,6 +76,8 @@ impl Write for Output {
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "they are short-lived, and most are messages")]
 pub(crate) enum Answer {
+    /// The target is there, and prepared.
+    Hello,
     Message(Message),
     /// It has said everything that it had to say.
     End,
@@ -89,14 +114,13 @@ impl Started {
     }
 
     /// Listens to it, on a thread. Its standard input is returned.
-    pub(crate) fn listen(self, limit: Duration) -> Result<(Via, Output)> {
+    pub(crate) fn listen(self, deadline: Deadline) -> Result<(Via, Output)> {
         let Self { lifeline, mut child } = self;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         let (stdin, stdout) = stdin.zip(stdout).context("--via: no pipes")?;
-        let (send, answers) = channel();
+        let (send, answers) = sync_channel(ANSWERS);
         std::thread::Builder::new().name("answers".into()).spawn(move || {
-            let outcome =
-                listen(BufReader::new(stdout), |message| send.send(Answer::Message(message)).is_ok());
+            let outcome = listen(BufReader::new(stdout), |answer| send.send(answer).is_ok());
             // Nobody listens any longer: then nobody cares.
             let _ = send.send(match outcome {
                 Ok(()) => Answer::End,
@@ -104,14 +128,14 @@ impl Started {
             });
         })?;
         let stdin = stdin.as_fd().try_clone_to_owned().context("fcntl(F_DUPFD_CLOEXEC)")?;
-        Ok((Via { answers, lifeline, child }, Output::new(stdin, limit)))
+        Ok((Via { answers, lifeline, child }, Output::new(stdin, deadline)))
     }
 }
 
 impl Via {
-    /// Waits for an answer, until this instant.
-    pub(crate) fn answer(&self, deadline: Instant) -> Answer {
-        match self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+    /// Waits for an answer. What has come by the deadline is returned behind it, too.
+    pub(crate) fn answer(&self, deadline: &Deadline) -> Answer {
+        match self.answers.recv_timeout(deadline.remaining()) {
             Ok(answer) => answer,
             Err(RecvTimeoutError::Timeout) => Answer::Late,
             Err(RecvTimeoutError::Disconnected) => Answer::Gone("it has ended".into()),
@@ -131,16 +155,17 @@ impl Via {
         }
     }
 
-    /// Whether the target, not only the pipe to it, is known to have ended.
-    pub(crate) fn target_has_ended(&mut self) -> bool {
-        self.lifeline.is_cut()
+    /// Whether the target, not only the pipe to it, is known to have ended. Waits a moment for that.
+    pub(crate) fn target_has_ended(&mut self, deadline: &Deadline) -> bool {
+        self.lifeline.is_cut(deadline.remaining())
     }
 }
 
-fn listen(reader: impl io::Read, mut each: impl FnMut(Message) -> bool) -> soccr_image::Result<()> {
+fn listen(reader: impl io::Read, mut each: impl FnMut(Answer) -> bool) -> soccr_image::Result<()> {
     let mut reader = Reader::new(reader)?;
+    each(Answer::Hello);
     while let Some(message) = reader.receive()? {
-        if !each(message) {
+        if !each(Answer::Message(message)) {
             break;
         }
     }

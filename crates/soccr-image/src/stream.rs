@@ -60,8 +60,9 @@
 //!
 //! ```text
 //!   source                                              target
-//!     │ lock, pause, save                                 │
-//!     │─── BEGIN (answers expected) ─────────────────────▶│
+//!     │─── BEGIN (answers expected) ─────────────────────▶│ whatever takes time, or can be refused by now
+//!     │◀───────────────────────────────────── preamble ───│ ready to begin
+//!     │ lock, stop the process, pause, save               │
 //!     │─── CONNECTION 1 ─────────────────────────────────▶│ restore, in repair and locked: silent
 //!     │◀───────────────────────────────────── READY 1 ────│
 //!     │─── CONNECTION 2 ─────────────────────────────────▶│ cannot
@@ -76,7 +77,8 @@
 //!     │◀───────────────────────────────────────── END ────│
 //! ```
 //!
-//! The state that an application keeps about a connection is a record right before that. Both directions are streams of their own, each with preamble and END. Any number of connections is under way at once; each goes
+//! The state that an application keeps about a connection is a record right before that. Both directions are streams of their own, each with preamble and END. The target answers BEGIN with its preamble, and the source
+//! disturbs nobody before that has come. Any number of connections is under way at once; each goes
 //! its own way, by number. The source says ABORT instead of COMMIT to keep a connection that the target has ready.
 //! Who sends must read the answers meanwhile: both pipes full at once would wait for each other for ever.
 //!
