@@ -293,16 +293,19 @@ fn the_process_goes_on_when_the_target_is_late() {
     let (hello, gate) = (Answers::new(&[]), Gate::new());
     let told = tempfile::NamedTempFile::new().unwrap();
     let via = format!("cat {}; cat > {}; {}", hello.path(), told.path().display(), gate.command());
-    let mut send = moving.send(&["--fd", &fd, "--timeout", "3", "--via", &via]).spawn().unwrap();
+    let limit = 8;
+    let mut send =
+        moving.send(&["--fd", &fd, "--timeout", &limit.to_string(), "--via", &via]).spawn().unwrap();
     // Its last words: it still waits for those of the target.
     wait_until("the source has given up", || {
         let told = std::fs::read(told.path()).unwrap();
         told.windows(4).any(|bytes| bytes == b"late")
     });
+    let start = std::time::Instant::now();
     for client in &mut moving.clients {
         assert_eq!(ask(client, "more", "old "), "old more");
     }
-    assert_eq!(send.try_wait().unwrap(), None, "it no longer waits");
+    assert!(start.elapsed().as_secs() < limit, "they were stopped for as long again");
     gate.open();
     assert_eq!(send.wait().unwrap().code(), Some(1));
     moving.lab.a.run(assert_unlocked);
@@ -313,8 +316,10 @@ fn a_target_that_says_too_much_is_not_listened_to() {
         return;
     }
     let mut moving = Move::new(1);
-    let (hello, answers) =
-        (Answers::new(&[]), Answers::new(&[Message::Refused { connection: 1, reason: "no".into() }; 1]));
+    let (hello, answers) = (
+        Answers::new(&[]),
+        Answers::new(&vec![Message::Refused { connection: 1, reason: "no".into() }; 100_000]),
+    );
     let record = format!("tail -c +17 {}", answers.path());
     let via = format!("cat {}; while {record}; do :; done", hello.path());
     let (code, complaint) = moving.try_send(&["--all", "--timeout", "2", "--via", &via]);
