@@ -1,4 +1,4 @@
-//! How a program gets connections: as descriptors from 3 on, as standard input and output, or through a socket.
+//! How a program gets connections: as descriptors from 3 on, as standard input and output, through a socket, or from `accept(2)`.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -10,12 +10,15 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Resource, getrlimit};
+use soccr::Connection;
 
+use crate::adopt::Server;
 use crate::exit::{Coded, Exit};
 use crate::rescue::rescue;
 use crate::signals::Deaf;
@@ -25,6 +28,15 @@ use crate::{descriptors, lifeline, sys};
 #[derive(clap::Args, Debug)]
 #[group(required = true, multiple = true)]
 pub(crate) struct Handover {
+    /// Put the connection into the accept queue of the server that listens on its address and port
+    ///
+    /// The server is any program, unmodified, in this network namespace. It gets the unread bytes, and nothing of what
+    /// the old server knew. Needs root and Linux 6.9.
+    #[arg(long, conflicts_with_all = ["stdio", "send_fd", "program"])]
+    adopt: bool,
+    /// With --adopt: how long a peer may take to acknowledge what was sent to it, before its connection moves on
+    #[arg(long, value_name = "SECONDS", default_value = "5", requires = "adopt")]
+    drain: u64,
     /// Give the connection as standard input and output, like inetd
     #[arg(long, requires = "program", conflicts_with = "send_fd")]
     stdio: bool,
@@ -49,11 +61,17 @@ const BATCH: usize = 253;
 pub(crate) enum Recipient {
     Program { path: PathBuf, arguments: Vec<String>, stdio: bool },
     Socket(UnixStream),
+    Server(Server),
 }
 
 impl Handover {
     /// Looks for the recipient, before a connection is touched.
+    ///
+    /// A server is looked for in the network namespace of the caller.
     pub(crate) fn find(&self) -> Result<Recipient> {
+        if self.adopt {
+            return Ok(Recipient::Server(Server::new(Duration::from_secs(self.drain))?));
+        }
         if let Some(path) = &self.send_fd {
             let socket = UnixStream::connect(path).with_context(|| format!("{}", path.display()))?;
             return Ok(Recipient::Socket(socket));
@@ -121,6 +139,14 @@ impl Recipient {
         }
     }
 
+    /// Checks that this connection can be given away, before it is taken from where it is.
+    pub(crate) fn check(&self, connection: &Connection) -> Result<()> {
+        match self {
+            Self::Server(server) => server.check(connection),
+            _ => Ok(()),
+        }
+    }
+
     /// Gives the connections away. Where that is a program, this one becomes it, and heeds signals again. What cannot be
     /// given is [rescued](rescue).
     pub(crate) fn give(self, mut connections: Vec<TcpStream>, deaf: Deaf) -> Result<Exit> {
@@ -129,6 +155,7 @@ impl Recipient {
             Self::Program { path, arguments, stdio } => {
                 execute(&path, &arguments, stdio, &mut connections, deaf)
             }
+            Self::Server(server) => server.give(&mut connections).map(|()| Exit::Done),
         };
         given.map_err(|error| rescue(&connections, &error))
     }

@@ -3,6 +3,7 @@
 //! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`keeper`], [`network`],
 //! [`captive`], [`silence`], [`handover`], [`rescue`], [`signals`], [`describe`], [`table`], [`exit`].
 
+mod adopt;
 mod captive;
 mod cli;
 mod completions;

@@ -20,11 +20,13 @@ use crate::{descriptors, exit, lifeline, network};
 #[command(
     override_usage = "\
 soccr receive [OPTIONS] [--stdio] -- PROGRAM [ARGUMENT]...
-       soccr receive [OPTIONS] --send-fd UNIX_SOCKET",
+       soccr receive [OPTIONS] --send-fd UNIX_SOCKET
+       soccr receive [OPTIONS] --adopt",
     after_help = "\
 Examples:
   soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
-  soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'"
+  soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
+  soccr send --pid 4711 --all --via 'soccr receive --adopt'     to the server that listens on that port now"
 )]
 pub(crate) struct Receive {
     /// Receive under another address: each end that is OLD becomes NEW (IP, or IP:PORT)
@@ -44,8 +46,8 @@ impl Receive {
         // Not while the connections wait for it.
         soccr::prepare();
         let claim = lifeline::claim()?;
-        let recipient = self.handover.find()?;
         network::enter(self.netns.as_deref())?;
+        let recipient = self.handover.find()?;
         descriptors::raise_limit();
         let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
         let mut target = Target::new(&self.map, &recipient, self.demands.reports(), claim)?;

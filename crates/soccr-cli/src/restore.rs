@@ -23,12 +23,14 @@ use crate::{network, silence};
 #[command(
     override_usage = "\
 soccr restore [OPTIONS] [FILE] [--stdio] -- PROGRAM [ARGUMENT]...
-       soccr restore [OPTIONS] [FILE] --send-fd UNIX_SOCKET",
+       soccr restore [OPTIONS] [FILE] --send-fd UNIX_SOCKET
+       soccr restore [OPTIONS] [FILE] --adopt",
     after_help = "\
 Examples:
   soccr restore c.soccr -- ./server                 as descriptor 3
   soccr restore c.soccr --stdio -- cat              as standard input and output
   soccr restore c.soccr --send-fd /run/server.sock  to a process that waits for it
+  soccr restore c.soccr --adopt                     to the server that listens on its port
   soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server"
 )]
 pub(crate) struct Restore {
@@ -51,10 +53,11 @@ pub(crate) struct Restore {
 
 impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
-        let recipient = self.handover.find()?;
         let mut connection = read(self.file.as_deref())?;
         AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
+        let recipient = self.handover.find()?;
+        recipient.check(&connection)?;
         soccr::prepare();
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;

@@ -243,10 +243,13 @@ impl<'a> Target<'a> {
             }
             if self.room == 0 {
                 self.refuse(arriving.id, &anyhow!("{}: --stdio takes one connection", arriving.name));
-            } else {
-                AddressMap::apply_to_connection(self.maps, &mut arriving.connection);
-                self.room -= 1;
-                batch.push(arriving);
+                continue;
+            }
+            AddressMap::apply_to_connection(self.maps, &mut arriving.connection);
+            self.room -= 1;
+            match self.recipient.check(&arriving.connection) {
+                Ok(()) => batch.push(arriving),
+                Err(error) => self.give_up(arriving.id, &arriving.name, error),
             }
         }
         let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();

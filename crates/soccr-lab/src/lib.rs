@@ -50,7 +50,7 @@ pub use namespace::{Namespace, sysctl};
 pub use rtnetlink::{Rtnetlink, VethEnd};
 pub use segment::{Flags, Segment};
 pub use sniffer::Sniffer;
-pub use sys::set_option;
+pub use sys::{attach_filter, set_option};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
 pub use wait::wait_until;

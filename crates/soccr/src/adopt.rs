@@ -47,6 +47,7 @@ mod attributes;
 mod give;
 mod obstacle;
 mod program;
+mod wide;
 
 use std::fmt;
 use std::os::fd::AsFd;
@@ -66,13 +67,17 @@ use crate::sys::sockopt;
 use crate::sys::tcp::{TcpInfo, info_option};
 use obstacle::Sysctls;
 use program::{Position, Programs};
+use wide::Wide;
 
 pub use give::{DRAIN, Kept};
 
 /// How many unread bytes arrive at a time, at most.
 const CHUNK: usize = 32_000;
 /// And at least, where the server's buffer is nearly full.
-const SMALLEST_CHUNK: usize = 500;
+const SMALLEST_CHUNK: usize = 1000;
+
+/// A queue for which every listener's buffer has room.
+const ALWAYS_FITS: u32 = 16 << 10;
 
 /// How long a server may take to read what does not fit into its buffer.
 const READ: Duration = Duration::from_secs(5);
@@ -231,6 +236,11 @@ impl Adopter {
                 return Err(obstacle::no_listener(flow));
             }
         }
+        // Until the server has it, whatever the server is doing.
+        let _wide = match control.inq_len {
+            0..=ALWAYS_FITS => None,
+            bytes => Some(Wide::new(&obstacle::listeners(&mut self.diag, flow)?, bytes)),
+        };
         self.make(connection)?;
         let filled = self.feed(connection).and_then(|()| self.verify(connection));
         filled.map_err(|error| self.undo(flow, error))
@@ -263,44 +273,50 @@ impl Adopter {
         ))
     }
 
-    /// The rest of the unread bytes, as far as the server's buffer takes them, and the peer's FIN.
+    /// The rest of the unread bytes, and the peer's FIN. The kernel takes nothing of a segment that does not fit into its window:
+    /// so they become smaller where none is taken, until the server reads.
     fn feed(&mut self, connection: &Connection) -> Result<()> {
         let control = &connection.control;
         let flow = connection.flow();
         let bytes = &connection.receive_queue;
         let start = control.copied_seq();
-        let mut deadline = Instant::now() + READ;
-        let (mut chunk, mut before) = (CHUNK, None);
+        let (mut deadline, mut chunk) = (Instant::now() + READ, CHUNK);
         loop {
-            let arrived = self.expect(flow)?.rcv_nxt.wrapping_sub(start) as usize;
-            if before.is_some_and(|before| arrived > before) {
-                deadline = Instant::now() + READ;
-            } else if before.is_some() && chunk > SMALLEST_CHUNK {
-                // The kernel takes nothing of a segment that does not fit into its window.
-                chunk = (chunk / 2).max(SMALLEST_CHUNK);
-            } else if before.is_some() {
-                if Instant::now() >= deadline {
-                    return Err(Error::refused(
-                        format!(
-                            "a server that does not read: {arrived} of {} bytes fit into its buffer",
-                            bytes.len()
-                        ),
-                        "raise SO_RCVBUF of its listener, or net.ipv4.tcp_rmem",
-                    ));
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            before = Some(arrived);
-            let seq = start.wrapping_add(arrived as u32);
+            let seq = self.expect(flow)?.rcv_nxt;
             if seq == control.rcv_nxt {
                 return Ok(());
             }
-            let rest = &bytes[arrived.min(bytes.len())..];
-            let payload = &rest[..rest.len().min(chunk)];
+            let arrived = (seq.wrapping_sub(start) as usize).min(bytes.len());
+            let rest = &bytes[arrived..];
             let last = if rest.is_empty() { flags::FIN } else { flags::PSH };
+            let payload = &rest[..rest.len().min(chunk)];
             let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | last, payload);
             self.send(&segment, &[])?;
-            fin::wait_for(FIRST_ARRIVAL, &|| Ok(self.look(flow)?.is_none_or(|now| now.rcv_nxt != seq)))?;
+            let taken = |this: &Self| Ok(this.look(flow)?.is_none_or(|now| now.rcv_nxt != seq));
+            if fin::wait_for(Duration::ZERO, &|| taken(self))? {
+                (deadline, chunk) = (Instant::now() + READ, CHUNK);
+                continue;
+            }
+            if let Some(read) = arrived.checked_sub(1) {
+                // A byte once more is answered at once, and the window grows with the answer.
+                let seq = seq.wrapping_sub(1);
+                let again = &bytes[read..arrived];
+                let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK, again);
+                self.send(&segment, &[])?;
+            }
+            if chunk > SMALLEST_CHUNK {
+                chunk = (chunk / 2).max(SMALLEST_CHUNK);
+            } else if Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            } else {
+                return Err(Error::refused(
+                    format!(
+                        "a server that does not read: {arrived} of {} bytes fit into its buffer",
+                        bytes.len()
+                    ),
+                    "raise SO_RCVBUF of its listener, or net.ipv4.tcp_rmem",
+                ));
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! The command as its users run it: the real binary, in private networks, against programs that know nothing of it.
 
+mod adopt;
 mod images;
 mod kill;
 mod programs;
@@ -10,8 +11,15 @@ mod steps;
 mod transfer;
 
 fn main() -> std::process::ExitCode {
-    let tests =
-        [images::tests(), save::tests(), transfer::tests(), kill::tests(), real::tests(), rescue::tests()];
+    let tests = [
+        adopt::tests(),
+        images::tests(),
+        save::tests(),
+        transfer::tests(),
+        kill::tests(),
+        real::tests(),
+        rescue::tests(),
+    ];
     soccr_lab::harness(tests.into_iter().flatten())
 }
 

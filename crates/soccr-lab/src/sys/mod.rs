@@ -48,7 +48,7 @@ pub(crate) fn option(socket: impl AsFd, level: c_int, name: c_int, value: &mut [
 }
 
 /// Lets only packets pass to the socket that the classic BPF program accepts (`SO_ATTACH_FILTER`).
-pub(crate) fn attach_filter(socket: impl AsFd, program: &[libc::sock_filter]) -> io::Result<()> {
+pub fn attach_filter(socket: impl AsFd, program: &[libc::sock_filter]) -> io::Result<()> {
     let fprog = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
     let (fd, size) = (socket.as_fd().as_raw_fd(), size_of_val(&fprog) as u32);
     // SAFETY: the kernel copies one sock_fprog and the len instructions it points to, and changes neither.

@@ -63,18 +63,27 @@ pub(super) fn in_connection(connection: &Connection) -> Result<()> {
     Ok(())
 }
 
+/// The inode numbers of the listeners that may get the connection: several, where they share the port.
+pub(super) fn listeners(diag: &mut Diag, flow: Flow) -> Result<Vec<u32>> {
+    Ok(find(diag, flow)?.into_iter().map(|listener| listener.inode).collect())
+}
+
+/// Those that match best.
+fn find(diag: &mut Diag, flow: Flow) -> Result<Vec<Listener>> {
+    let local = flow.on_the_wire().local;
+    let (mut best, mut found) = (0, Vec::new());
+    diag.visit_listeners(local.port(), |socket| match rank(socket, local.ip()) {
+        Some(rank) if rank > best => (best, found) = (rank, vec![Listener::of(socket)]),
+        Some(rank) if rank == best => found.push(Listener::of(socket)),
+        _ => {}
+    })?;
+    Ok(found)
+}
+
 /// Why no connection came into being.
 pub(super) fn in_listener(diag: &mut Diag, flow: Flow) -> Result<()> {
-    let local = flow.on_the_wire().local;
-    let mut best: Option<(u8, Listener)> = None;
-    diag.visit_listeners(local.port(), |socket| {
-        if let Some(rank) = rank(socket, local.ip())
-            && best.as_ref().is_none_or(|(known, _)| *known < rank)
-        {
-            best = Some((rank, Listener::of(socket)));
-        }
-    })?;
-    let Some((_, listener)) = best else { return Err(no_listener(flow)) };
+    // Which one of several the kernel chooses is not known, but they are alike.
+    let Some(listener) = find(diag, flow)?.into_iter().next() else { return Err(no_listener(flow)) };
     if listener.is_mptcp {
         return Err(Error::refused(
             format!("the listener on {} speaks MPTCP", listener.local),
@@ -108,6 +117,7 @@ struct Listener {
     interface: u32,
     waiting: u32,
     backlog: u32,
+    inode: u32,
     is_mptcp: bool,
 }
 
@@ -118,6 +128,7 @@ impl Listener {
             interface: socket.interface,
             waiting: socket.receive_queue,
             backlog: socket.send_queue,
+            inode: socket.inode,
             is_mptcp: socket.is_mptcp(),
         }
     }

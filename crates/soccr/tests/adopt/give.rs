@@ -1,8 +1,9 @@
 //! Live sockets are given to a server.
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -112,6 +113,54 @@ pub fn a_full_queue_keeps_the_rest() {
     }
     servers.iter().for_each(|server| assert_eq!(read(server, 5), b"alive"));
     ends.no_reset();
+}
+
+/// Echoes until it is told to stop, at a boundary: what it has read is answered.
+fn echo(stream: TcpStream, stop: &AtomicBool) -> TcpStream {
+    let mut buffer = vec![0; 65536];
+    while !stop.load(Ordering::Relaxed) {
+        match (&stream).read(&mut buffer).unwrap() {
+            0 => break,
+            count => (&stream).write_all(&buffer[..count]).unwrap(),
+        }
+    }
+    stream
+}
+
+pub fn every_byte_arrives_while_the_client_talks() {
+    for (family, moves) in [(Family::V4, 15), (Family::V6, 15)] {
+        let ends = Ends::new(family);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let locker = ends.locker();
+        let listener = ends.listen(family, On::Address);
+        let length = 64 << 20;
+        thread::scope(|scope| {
+            let client = &ends.client;
+            let talk = scope.spawn(move || {
+                for chunk in pattern(length).chunks(8192) {
+                    (&*client).write_all(chunk).unwrap();
+                }
+            });
+            let listen = scope.spawn(move || assert!(read(client, length) == pattern(length), "other bytes"));
+            let mut server = ends.ours.try_clone().unwrap();
+            for _ in 0..moves {
+                let stop = AtomicBool::new(false);
+                let ours = thread::scope(|inner| {
+                    let server = inner.spawn(|| echo(server, &stop));
+                    thread::yield_now();
+                    stop.store(true, Ordering::Relaxed);
+                    server.join().unwrap()
+                });
+                let outcome = ends.pair.a.run(|| adopter.give(&locker, vec![ours.into()], DRAIN)).remove(0);
+                outcome.unwrap();
+                server = accept(&listener);
+            }
+            scope.spawn(move || drop(echo(server, &AtomicBool::new(false))));
+            talk.join().unwrap();
+            listen.join().unwrap();
+            client.shutdown(Shutdown::Both).unwrap();
+        });
+    }
 }
 
 /// A listener beside which others may listen.

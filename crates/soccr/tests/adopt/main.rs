@@ -6,7 +6,6 @@ mod refused;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::thread;
 
 use ends::{Ends, On, accept, adopter, connect, pattern, read};
 use soccr::connection::{ControlBlock, State};
@@ -23,16 +22,17 @@ fn main() -> std::process::ExitCode {
     soccr_lab::harness(tests! {
         adopted: every_kind_of_listener_accepts_it
             what_was_negotiated_comes_back
-            a_long_queue_follows_as_the_server_reads
+            a_long_queue_enters_before_the_server_reads
             what_arrives_meanwhile_follows
             a_listener_that_waits_for_data_gets_it_without
             clients_that_connect_are_not_touched;
         give: a_socket_waits_until_its_peer_has_acknowledged
             a_socket_that_is_never_acknowledged_stays
+            every_byte_arrives_while_the_client_talks
             many_sockets_enter_one_queue
             a_full_queue_keeps_the_rest;
         refused: what_no_server_can_have_stays
-            a_server_that_does_not_read_gives_it_back
+            what_does_not_enter_as_a_whole_is_taken_back
             a_kernel_without_cookies
             a_kernel_without_an_option
             a_listener_that_speaks_mptcp
@@ -147,7 +147,7 @@ mod adopted {
         )
     }
 
-    pub fn a_long_queue_follows_as_the_server_reads() {
+    pub fn a_long_queue_enters_before_the_server_reads() {
         for family in [Family::V4, Family::V6] {
             let length = 8 << 20;
             let mut ends = Ends::prepared(family, |host| {
@@ -163,16 +163,12 @@ mod adopted {
             let listener = ends.listen(family, On::Address);
             let (lock, connection) = ends.leave();
             let connections = [connection];
-            let server = thread::spawn(move || {
-                let server = accept(&listener);
-                (read(&server, length), server)
-            });
             let outcome = ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0);
-            assert!(outcome.unwrap().accepted());
+            assert!(!outcome.unwrap().accepted());
             lock.release().unwrap();
             adopter.announce(&connections[0]).unwrap();
-            let (bytes, server) = server.join().unwrap();
-            assert!(bytes == pattern(length), "other bytes than were unread");
+            let server = accept(&listener);
+            assert!(read(&server, length) == pattern(length), "other bytes than were unread");
             ends.talk(&server);
         }
     }

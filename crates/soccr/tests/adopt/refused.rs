@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use rustix::net::{AddressFamily, Protocol, SocketType, bind, listen, socket, sockopt};
 use soccr::adopt::Adopter;
 use soccr::{Connection, Lock};
-use soccr_lab::{Family, set_option, sysctl, wait_until};
+use soccr_lab::{Family, attach_filter, set_option, sysctl, wait_until};
 
 use crate::ends::{Ends, On, PORT, adopter, pattern, read};
 
@@ -65,26 +65,36 @@ pub fn what_no_server_can_have_stays() {
     ends.no_reset();
 }
 
-pub fn a_server_that_does_not_read_gives_it_back() {
-    let length = 4 << 20;
+pub fn what_does_not_enter_as_a_whole_is_taken_back() {
+    let length = 100_000;
     let mut ends = Ends::prepared(Family::V4, |host| {
-        let sizes = format!("4096 {0} {0}", length * 4);
-        host.run(|| sysctl("net/ipv4/tcp_rmem", &sizes).and(sysctl("net/ipv4/tcp_wmem", &sizes))).unwrap();
+        host.run(|| sysctl("net/ipv4/tcp_rmem", "4096 400000 400000")).unwrap();
     });
     let Some(mut adopter) = adopter(&ends.pair) else { return };
     ends.client.write_all(&pattern(length)).unwrap();
     ends.received(length);
     let listener = ends.listen(Family::V4, On::Wildcard);
-    ends.pair.a.run(|| sysctl("net/ipv4/tcp_rmem", "4096 131072 131072")).unwrap();
-    let small = ends.pair.a.run(|| rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 60_000));
-    small.unwrap();
+    // The first segments are long and pass; the last one is short.
+    let instruction = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let only_long = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, 20_000),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ];
+    attach_filter(&listener, &only_long).unwrap();
     let (lock, connection) = ends.leave();
-    assert_refused(&ends, &mut adopter, &lock, &connection, "a server that does not read");
+    assert_refused(&ends, &mut adopter, &lock, &connection, "96000 of 100000 bytes");
     let restored = ends.pair.a.run(|| connection.restore()).unwrap();
     lock.release().unwrap();
     let ours = restored.resume().unwrap();
     assert!(read(&ours, length) == pattern(length), "other bytes than were unread");
     ends.talk(&ours);
+    // The server finds an end where the connection was, or nothing.
+    listener.set_nonblocking(true).unwrap();
+    if let Ok((server, _)) = listener.accept() {
+        assert_eq!(server.take_error().unwrap().unwrap().raw_os_error(), Some(libc::ECONNABORTED));
+    }
 }
 
 pub fn a_kernel_without_cookies() {

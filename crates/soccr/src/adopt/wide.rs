@@ -1,0 +1,70 @@
+//! Room for a long queue: the receive buffer of a listener, which its connections inherit, is large for a moment.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::buffers;
+use crate::connection::Buffers;
+use crate::error::Result;
+
+/// Listeners with large buffers. Dropping it gives them their own back.
+#[derive(Debug)]
+pub(super) struct Wide(Vec<(OwnedFd, Buffers)>);
+
+impl Wide {
+    /// Widens the sockets with these inode numbers, in whatever processes have them, for a queue of `bytes`. What belongs to nobody
+    /// whom we may look at stays as it is: the queue then enters as the server reads.
+    pub(super) fn new(inodes: &[u32], bytes: u32) -> Self {
+        // Half of a buffer is announced as window, and short segments take twice their length.
+        let receive = bytes.saturating_mul(4).min(i32::MAX as u32);
+        let widen = |listener: OwnedFd| -> Result<(OwnedFd, Buffers)> {
+            let before = buffers::read(listener.as_fd())?.buffers;
+            let receive = receive.max(before.receive);
+            buffers::write(listener.as_fd(), before, Buffers { receive, ..before })?;
+            Ok((listener, before))
+        };
+        Self(find(inodes).into_iter().filter_map(|listener| widen(listener).ok()).collect())
+    }
+}
+
+impl Drop for Wide {
+    fn drop(&mut self) {
+        for (listener, before) in &self.0 {
+            // There is nobody left to tell, and a listener works with any buffer.
+            if let Ok(now) = buffers::read(listener.as_fd()) {
+                let _ = buffers::write(listener.as_fd(), now.buffers, *before);
+            }
+        }
+    }
+}
+
+/// Duplicates of the sockets, each once (`pidfd_getfd(2)`).
+fn find(inodes: &[u32]) -> Vec<OwnedFd> {
+    let mut wanted: Vec<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
+    let mut found = Vec::new();
+    let names = |path: String| {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+    };
+    for pid in names("/proc".into()) {
+        for fd in names(format!("/proc/{pid}/fd")) {
+            let Ok(target) = fs::read_link(format!("/proc/{pid}/fd/{fd}")) else { continue };
+            let Some(place) = wanted.iter().position(|name| target.as_os_str() == name.as_str()) else {
+                continue;
+            };
+            let duplicate = Pid::from_raw(pid)
+                .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+                .and_then(|process| pidfd_getfd(process, fd, PidfdGetfdFlags::empty()).ok());
+            if let Some(duplicate) = duplicate {
+                found.push(duplicate);
+                wanted.swap_remove(place);
+            }
+            if wanted.is_empty() {
+                return found;
+            }
+        }
+    }
+    found
+}
