@@ -291,7 +291,7 @@ fn every_byte_arrives_while_clients_talk() {
             bytes
         });
         let end = End(&stop);
-        lab.a.run(|| {
+        let _last = lab.a.run(move || {
             for _ in 0..moves {
                 wait_for_listener(false);
                 // What the old server has read and not answered would go with it.
@@ -305,6 +305,7 @@ fn every_byte_arrives_while_clients_talk() {
                 adopt_all(&server.pid(), "");
                 old = new;
             }
+            old
         });
         drop(end);
         let (sent, heard) = (talk.join().unwrap(), listen.join().unwrap());
