@@ -7,10 +7,14 @@
  *
  * No packet may reach the socket, nor leave it, from before the pause until the connection is resumed. All calls need
  * CAP_NET_ADMIN (and, for connections that are half closed, CAP_NET_RAW) in the user namespace of the socket's network.
- * A handle is used by one thread at a time; its descriptor stays open as long as the handle. See soccr(7).
+ * A handle is used by one thread at a time. Its descriptor stays open while the connection is paused, saved, asked for
+ * its addresses, restored or resumed. See soccr(7).
  *
  * Functions that return int give a negative number, and those that return a pointer NULL, when they fail; a line in the
- * log, and libsoccr_last_error(), say why.
+ * log, libsoccr_last_error() and errno say why. A call that succeeds leaves errno as it was.
+ *
+ * The library is a guest: after each call the process has the descriptors, threads and signal masks that it had before.
+ * Only a lock has some until libsoccr_unlock(): they are closed on exec, and numbered high where the limit allows.
  */
 #ifndef LIBSOCCR_SOCCR_H
 #define LIBSOCCR_SOCCR_H
@@ -114,8 +118,9 @@ void libsoccr_release(struct libsoccr_sk *sk);
 int libsoccr_save(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
 
 /*
- * The bytes of a queue, TCP_RECV_QUEUE or TCP_SEND_QUEUE, as many as the last save has put into inq_len or outq_len;
- * not NULL if that is none. Without SOCCR_MEM_EXCL they are freed together with the handle, and can be had again.
+ * The bytes of a queue, TCP_RECV_QUEUE or TCP_SEND_QUEUE, as the last save has read them: inq_len or outq_len of them,
+ * not NULL if that is none. The socket may be closed by now. Without SOCCR_MEM_EXCL they are freed together with the
+ * handle, and can be had again; with it once for each save.
  */
 char *libsoccr_get_queue_bytes(struct libsoccr_sk *sk, int queue_id, unsigned flags);
 
@@ -172,6 +177,17 @@ int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, struct libsoccr_sk_data *da
  */
 const char *libsoccr_last_error(const struct libsoccr_sk *sk);
 
+/* Its errno, as the call has left it: EINVAL if SOCCR_INVALID, EOPNOTSUPP if SOCCR_REFUSED. 0 if there is no failure. */
+int libsoccr_last_errno(const struct libsoccr_sk *sk);
+
+/* Kinds of failures. */
+#define SOCCR_INVALID 1 /* arguments, or values that contradict each other: the caller's mistake */
+#define SOCCR_REFUSED 2 /* it cannot be done with this connection, or did not come out as it should */
+#define SOCCR_SYSTEM 3  /* a system call has failed, or memory is short */
+
+/* Its kind. 0 if there is no failure. */
+int libsoccr_last_kind(const struct libsoccr_sk *sk);
+
 /* A connection, by its two addresses. */
 struct libsoccr_flow {
 	union libsoccr_addr self;
@@ -190,7 +206,10 @@ struct libsoccr_lock;
  */
 struct libsoccr_lock *libsoccr_lock(const struct libsoccr_flow *flows, unsigned count, unsigned flags);
 
-/* Unlocks the connections and frees the lock, whether it returns 0 or -1. */
+/*
+ * Unlocks the connections, closes what the lock has open, and frees it, whether it returns 0 or -1. The kernel takes
+ * some 20 ms to remove the table; the connections are unlocked before.
+ */
 int libsoccr_unlock(struct libsoccr_lock *lock);
 
 /* The version of the library, such as "1.0.0". */

@@ -1,22 +1,48 @@
-//! Why a call failed, as the line of text that the log and `libsoccr_last_error` give.
+//! Why a call failed, as the line of text and the numbers that C gets.
 
 use std::fmt;
+
+use soccr_core::ErrorKind;
 
 /// The result of a call, before the border turns it into −1 or null.
 pub(crate) type Result<T> = std::result::Result<T, Failure>;
 
-/// One line: step, option, errno, remedy.
+/// `SOCCR_INVALID` and its siblings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    Invalid = 1,
+    Refused = 2,
+    System = 3,
+}
+
+/// One line: step, option, errno, remedy; and what can be acted on.
 #[derive(Debug)]
-pub(crate) struct Failure(String);
+pub(crate) struct Failure {
+    text: String,
+    pub(crate) kind: Kind,
+    pub(crate) errno: i32,
+}
 
 impl Failure {
+    /// A call that makes no sense: the mistake is the caller's.
     pub(crate) fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
+        Self { text: text.into(), kind: Kind::Invalid, errno: libc::EINVAL }
     }
 
     /// Names the argument that is null.
     pub(crate) fn null(argument: &str) -> Self {
-        Self(format!("{argument} is NULL"))
+        Self::new(format!("{argument} is NULL"))
+    }
+
+    /// It cannot be done with this connection.
+    pub(crate) fn refused(text: impl Into<String>) -> Self {
+        Self { text: text.into(), kind: Kind::Refused, errno: libc::EOPNOTSUPP }
+    }
+
+    /// The kernel, or the C library, has refused.
+    pub(crate) fn system(text: impl Into<String>, errno: i32) -> Self {
+        Self { text: text.into(), kind: Kind::System, errno }
     }
 }
 
@@ -24,12 +50,17 @@ impl From<soccr_core::Error> for Failure {
     fn from(error: soccr_core::Error) -> Self {
         // Only values that were given for a restore are checked outside of a step.
         let step = if error.step().is_empty() { "restore: " } else { "" };
-        Self(format!("{step}{error}"))
+        let text = format!("{step}{error}");
+        match (error.kind(), error.errno()) {
+            (_, Some(errno)) => Self::system(text, errno),
+            (ErrorKind::Refused, None) => Self::refused(text),
+            _ => Self::new(text),
+        }
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }

@@ -1,6 +1,5 @@
 //! `struct libsoccr_sk`: a socket, what is being done with it, and the memory that belongs to it.
 
-use std::ffi::CString;
 use std::mem::replace;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -12,6 +11,7 @@ use crate::data::Data;
 use crate::failure::{Failure, Result};
 use crate::staged::Staged;
 use crate::sys::address;
+use crate::sys::border::LastError;
 use crate::sys::claim::Claim;
 use crate::sys::memory::{Given, Memory};
 
@@ -48,6 +48,7 @@ pub(crate) enum Owner {
 /// An open handle.
 #[derive(Debug)]
 pub(crate) struct Handle {
+    socket: BorrowedFd<'static>,
     stage: Stage,
     /// The queues that the last save has read, until they are given away.
     read: PerQueue<Option<Memory>>,
@@ -57,7 +58,7 @@ pub(crate) struct Handle {
     pub(crate) given: PerQueue<Option<Given>>,
     own_address: Option<SocketAddr>,
     peer_address: Option<SocketAddr>,
-    pub(crate) last_error: Option<CString>,
+    pub(crate) last_error: Option<LastError>,
     claim: Claim,
 }
 
@@ -89,6 +90,7 @@ impl Handle {
         // Repair mode without a handle here is what a process has left behind that died: there is nobody to disturb.
         let paused = Paused::take_over(socket).or_else(|_| Paused::new(socket))?;
         Ok(Self {
+            socket,
             stage: Stage::Paused(paused),
             read: PerQueue::default(),
             lent: Vec::new(),
@@ -101,10 +103,10 @@ impl Handle {
     }
 
     pub(crate) fn resume(self) -> Result<()> {
-        if !self.claim.holds() {
+        if !self.claim.holds(self.socket) {
             self.release();
             return Err(Failure::new(
-                "resume: the socket has got another handle since — this one has only ended",
+                "resume: the socket was closed, or has got another handle since — this one has only ended",
             ));
         }
         match self.stage {
@@ -133,7 +135,7 @@ impl Handle {
         self.lent.extend(self.read.of(Queue::Send).take());
         let bare = self.paused("save")?.save_bare(|length| Memory::new(length).ok())?;
         if bare.urgent.is_some() {
-            return Err(Failure::new(
+            return Err(Failure::refused(
                 "save: urgent data in the receive queue — let the application read it first",
             ));
         }
@@ -156,6 +158,9 @@ impl Handle {
 
     pub(crate) fn address(&mut self, end: End, owner: Owner) -> Result<*mut u8> {
         let given = if end == End::Own { self.own_address } else { self.peer_address };
+        if given.is_none() && !self.claim.holds(self.socket) {
+            return Err(Failure::new("save: the socket was closed — its addresses are asked for before"));
+        }
         let address = match (&self.stage, given) {
             (Stage::Paused(paused), None) if end == End::Own => paused.local_address()?,
             (Stage::Paused(paused), None) => paused.peer_address()?,

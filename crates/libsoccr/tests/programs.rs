@@ -9,7 +9,7 @@ mod common;
 use common::{build_library, include, installed, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 4] = ["connections", "staged", "border", "lessons"];
+const PROGRAMS: [&str; 5] = ["connections", "staged", "border", "lessons", "host"];
 
 fn main() -> ExitCode {
     let libraries = build_library();

@@ -68,6 +68,12 @@ impl Socket {
         Ok(Self { fd, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0 })
     }
 
+    /// Gives the socket another descriptor, such as one with a higher number.
+    pub fn with_descriptor(mut self, change: impl FnOnce(OwnedFd) -> OwnedFd) -> Self {
+        self.fd = change(self.fd);
+        self
+    }
+
     /// Sends the batch and waits until the kernel has acknowledged every message that asked for it.
     ///
     /// # Errors

@@ -46,6 +46,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use soccr_netlink::{Family, Socket};
@@ -53,8 +54,8 @@ use soccr_netlink::{Family, Socket};
 use crate::connection::Flow;
 use crate::diag::Diag;
 use crate::error::{Error, Result};
-use crate::sys::namespace;
 use crate::sys::raw::{Injector, Via};
+use crate::sys::{descriptor, namespace};
 use capture::Capture;
 use reader::Reader;
 use table::{Table, Unlock};
@@ -98,6 +99,7 @@ struct Shared {
     /// `None` only while it is dropped.
     table: Mutex<Option<Table>>,
     reader: Option<Arc<Reader>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Locker {
@@ -132,9 +134,10 @@ impl Locker {
             _ => None,
         };
         let table = Table::create(table, format!("soccr-{port:08x}"), capture.as_ref().map(Capture::group))?;
-        let reader =
+        let started =
             capture.map(Reader::start).transpose().map_err(|error| Error::system("thread", error))?;
-        Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader }) })
+        let (reader, thread) = started.unzip();
+        Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader, thread }) })
     }
 
     /// Locks connections: both directions of all of them, in one transaction.
@@ -145,6 +148,14 @@ impl Locker {
     pub fn lock(&self, flows: &[Flow]) -> Result<Lock> {
         self.shared.lock(flows).map_err(|error| error.at("lock"))?;
         Ok(Lock { shared: Arc::clone(&self.shared), flows: flows.to_vec() })
+    }
+
+    /// Waits until nothing is left of the locker, if none of its locks is: no thread, no descriptor, no table. The kernel
+    /// takes some 20 ms for that; dropping a locker leaves the waiting to a thread.
+    pub fn close(mut self) {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.close();
+        }
     }
 
     /// Packets that arrived for locked connections and could not be kept: over the limit, or because the
@@ -337,14 +348,31 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
-    fn drop(&mut self) {
+impl Shared {
+    fn close(&mut self) {
+        drop(self.stop());
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been told already.
+            let _ = thread.join();
+        }
+        self.reader = None;
+    }
+
+    /// Ends the thread that holds, and takes the table, which is gone when it is dropped.
+    fn stop(&mut self) -> Option<Table> {
         if let Some(reader) = &self.reader {
             reader.stop();
         }
-        let table = self.table.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        // The kernel takes milliseconds to remove a table: not while connections wait to be resumed.
-        let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(table));
+        self.table.get_mut().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(table) = self.stop() {
+            // The kernel takes milliseconds to remove a table: not while connections wait to be resumed.
+            let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(table));
+        }
     }
 }
 
@@ -362,7 +390,8 @@ impl Sockets {
         // Tables and groups vanish with the port of their owner: no other socket may ever have it.
         let own = || {
             let port = RandomState::new().hash_one(std::process::id()) as u32;
-            Socket::open_at(Family::Netfilter, port).map(|socket| (port, socket))
+            Socket::open_at(Family::Netfilter, port)
+                .map(|socket| (port, socket.with_descriptor(descriptor::high)))
         };
         let (port, table) = own()?;
         if mode == Mode::Drop {
@@ -371,7 +400,7 @@ impl Sockets {
         // A kernel without one of the families has no connections of it either.
         let injector = |via| match Injector::open(via) {
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
-            other => other.map(Some),
+            other => other.map(|injector| Some(injector.kept())),
         };
         let injectors = [injector(Via::Ipv4)?, injector(Via::Ipv6)?];
         Ok(Self { port, table, log: Some(own()?.1), injectors })

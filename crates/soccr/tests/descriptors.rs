@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use soccr::lock::{Locker, Mode};
 use soccr::{Connection, bulk, pause};
 use soccr_lab::{Case, Family, Made, Pair, State};
 
@@ -54,6 +55,11 @@ fn no_call_leaves_a_descriptor() {
             let mut restored = Vec::new();
             leaves(1, &name, || {
                 bulk::restore([((), connection.clone())], |(), one| restored.push(((), one.unwrap())))
+            });
+            leaves(0, &name, || {
+                let locker = Locker::new(Mode::HOLD).unwrap();
+                locker.lock(&[connection.flow()]).unwrap().release().unwrap();
+                locker.close();
             });
             let mut streams = Vec::new();
             leaves(0, &name, || bulk::resume(restored, |(), one| streams.push(one.unwrap())));

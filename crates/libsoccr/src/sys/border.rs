@@ -5,30 +5,58 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int, c_uint};
 use std::mem::size_of;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr;
 
 use soccr_core::Queue;
 
 use crate::data::Data;
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, Kind, Result};
 use crate::handle::Handle;
-use crate::sys::log;
+use crate::sys::{errno, log};
 
 /// A larger size is a mistake: a negative number.
 const LARGEST_DATA: usize = c_int::MAX as usize;
 
 thread_local! {
-    /// The last failure on this thread, whichever handle it was about, or none.
-    static LAST_ERROR: RefCell<Option<CString>> = const { RefCell::new(None) };
+    /// The last failure on this thread, whichever handle it was about, or none: what `errno` is to system calls.
+    static LAST_ERROR: RefCell<Option<LastError>> = const { RefCell::new(None) };
+}
+
+/// A failure as `libsoccr_last_error` and its siblings tell it.
+#[derive(Clone, Debug)]
+pub(crate) struct LastError {
+    text: CString,
+    kind: Kind,
+    errno: c_int,
+}
+
+impl LastError {
+    pub(super) fn text(&self) -> *const c_char {
+        self.text.as_ptr()
+    }
+
+    pub(super) fn kind(&self) -> c_int {
+        self.kind as c_int
+    }
+
+    pub(super) fn errno(&self) -> c_int {
+        self.errno
+    }
 }
 
 /// Runs the body of a function without a handle.
 pub(super) fn run<T>(failed: T, body: impl FnOnce() -> Result<T>) -> T {
-    outcome(body).unwrap_or_else(|failure| {
-        record(&failure);
-        report(&failure);
-        failed
-    })
+    let before = errno::get();
+    match outcome(body) {
+        Ok(value) => {
+            errno::set(before);
+            value
+        }
+        Err(failure) => {
+            record(&failure);
+            report(&failure);
+            failed
+        }
+    }
 }
 
 /// Runs the body of a function with a handle.
@@ -44,8 +72,12 @@ pub(super) unsafe fn with<T>(
     let Some(handle) = (unsafe { handle.as_mut() }) else {
         return run(failed, || Err(Failure::null("sk")));
     };
+    let before = errno::get();
     match outcome(|| body(handle)) {
-        Ok(value) => value,
+        Ok(value) => {
+            errno::set(before);
+            value
+        }
         Err(failure) => {
             handle.last_error = Some(record(&failure));
             // Behind the last use of the handle: the callback may ask for its error.
@@ -55,18 +87,19 @@ pub(super) unsafe fn with<T>(
     }
 }
 
-/// The last failure of a handle, or of this thread: null if there is none.
-pub(super) fn last_error(handle: Option<&Handle>) -> *const c_char {
-    let pointer = |error: &Option<CString>| error.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+/// What there is to tell of the last failure of a handle, or of this thread; `none` if there is none.
+pub(super) fn last_error<T>(handle: Option<&Handle>, none: T, tell: impl FnOnce(&LastError) -> T) -> T {
+    let tell = |error: &Option<LastError>| error.as_ref().map_or(none, tell);
     match handle {
-        Some(handle) => pointer(&handle.last_error),
-        None => LAST_ERROR.with_borrow(pointer),
+        Some(handle) => tell(&handle.last_error),
+        None => LAST_ERROR.with_borrow(tell),
     }
 }
 
 /// A panic is a failure like others; the stage that a handle was in when it happened cannot be resumed.
 fn outcome<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Failure::new(panic_text(&*panic))))
+    catch_unwind(AssertUnwindSafe(body))
+        .unwrap_or_else(|panic| Err(Failure::system(panic_text(&*panic), libc::ENOTRECOVERABLE)))
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {
@@ -75,14 +108,27 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 }
 
 /// Keeps the failure for [`last_error`].
-fn record(failure: &Failure) -> CString {
+fn record(failure: &Failure) -> LastError {
     let text = log::c_string(failure.to_string());
-    LAST_ERROR.set(Some(text.clone()));
-    text
+    let error = LastError { text, kind: failure.kind, errno: failure.errno };
+    LAST_ERROR.set(Some(error.clone()));
+    error
 }
 
+/// Hosts look for lines that begin like this. The callback may change `errno`, which is to tell of the failure.
 fn report(failure: &Failure) {
-    log::line(log::ERROR, || failure.to_string());
+    log::line(log::ERROR, || format!("Error (libsoccr): {failure}"));
+    errno::set(failure.errno);
+}
+
+/// Logs what a call has done, unless it has failed: behind the last use of its handle, which the callback may use.
+pub(super) fn told(result: c_int, text: impl FnOnce() -> String) -> c_int {
+    if result >= 0 {
+        let before = errno::get();
+        log::line(log::DEBUG, || format!("libsoccr: {}", text()));
+        errno::set(before);
+    }
+    result
 }
 
 /// Reads the caller's data; what a longer structure has behind is of a newer library, and passed over.

@@ -23,14 +23,15 @@ impl Claim {
     /// Claims a socket. A handle that was left behind, whose socket somebody else has taken out of repair mode since,
     /// has lost it.
     pub(crate) fn new(socket: BorrowedFd<'_>) -> Result<Self> {
-        let cookie = rustix::net::sockopt::socket_cookie(socket)
-            .map_err(|error| Failure::new(format!("pause: SO_COOKIE: {error} — no socket, or closed")))?;
+        let cookie = rustix::net::sockopt::socket_cookie(socket).map_err(|error| {
+            Failure::system(format!("pause: SO_COOKIE: {error} — no socket, or closed"), error.raw_os_error())
+        })?;
         let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
         let generation = match claimed.get(&cookie) {
             None => 0,
             Some(generation) if !is_in_repair(socket) => generation + 1,
             Some(_) => {
-                return Err(Failure::new(
+                return Err(Failure::refused(
                     "pause: the socket has a handle already — resume or release that one first",
                 ));
             }
@@ -39,9 +40,12 @@ impl Claim {
         Ok(Self { cookie, generation })
     }
 
-    /// The socket has not been claimed by another handle since.
-    pub(crate) fn holds(&self) -> bool {
-        CLAIMED.lock().unwrap_or_else(PoisonError::into_inner).get(&self.cookie) == Some(&self.generation)
+    /// The descriptor is still that of the socket, which has not been claimed by another handle since.
+    pub(crate) fn holds(&self, socket: BorrowedFd<'_>) -> bool {
+        let is_same = rustix::net::sockopt::socket_cookie(socket).is_ok_and(|cookie| cookie == self.cookie);
+        is_same
+            && CLAIMED.lock().unwrap_or_else(PoisonError::into_inner).get(&self.cookie)
+                == Some(&self.generation)
     }
 }
 

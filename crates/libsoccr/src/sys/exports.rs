@@ -7,11 +7,13 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::os::fd::BorrowedFd;
 use std::ptr;
 
+use soccr_core::connection::State;
+
 use crate::data::Data;
 use crate::failure::{Failure, Result};
 use crate::handle::{End, Handle, Owner};
 use crate::sys::address::{self, Address};
-use crate::sys::border::{last_error, queue, read_data, run, with, write_data};
+use crate::sys::border::{LastError, last_error, queue, read_data, run, told, with, write_data};
 use crate::sys::log::{self, Callback};
 use crate::sys::memory::Given;
 
@@ -40,15 +42,16 @@ extern "C" fn libsoccr_set_log(level: c_uint, callback: Option<Callback>) {
 
 #[unsafe(no_mangle)]
 extern "C" fn libsoccr_pause(fd: c_int) -> *mut Handle {
-    run(ptr::null_mut(), || {
+    let handle = run(ptr::null_mut(), || {
         if fd < 0 {
             return Err(Failure::new(format!("pause: {fd} is no descriptor")));
         }
         // SAFETY: the descriptor stays open as long as the handle, by contract; a closed one is told by the kernel.
         let handle = Handle::pause(unsafe { BorrowedFd::borrow_raw(fd) })?;
-        log::line(log::DEBUG, || format!("pause: descriptor {fd} is in repair mode"));
         Ok(Box::into_raw(Box::new(handle)))
-    })
+    });
+    told(if handle.is_null() { -1 } else { 0 }, || format!("pause: descriptor {fd} is in repair mode"));
+    handle
 }
 
 #[unsafe(no_mangle)]
@@ -79,14 +82,9 @@ unsafe fn end_handle(handle: *mut Handle, how: impl FnOnce(Handle) -> Result<()>
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn libsoccr_save(handle: *mut Handle, data: *mut Data, size: c_uint) -> c_int {
-    let save = |handle: &mut Handle| {
-        // SAFETY: by contract.
-        let filled = unsafe { write_data(data, size, || handle.save()) }?;
-        log::line(log::DEBUG, || "save: the connection has been read".to_owned());
-        Ok(filled)
-    };
     // SAFETY: by contract.
-    unsafe { with(handle, -1, save) }
+    let filled = unsafe { with(handle, -1, |handle| write_data(data, size, || handle.save())) };
+    told(filled, || "save: the connection has been read".to_owned())
 }
 
 #[unsafe(no_mangle)]
@@ -147,10 +145,12 @@ unsafe extern "C" fn libsoccr_set_addr(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn libsoccr_restore(handle: *mut Handle, data: *const Data, size: c_uint) -> c_int {
+    let mut state: Option<State> = None;
     let restore = |handle: &mut Handle| {
         // SAFETY: by contract.
         let data = unsafe { read_data(data, size) }?;
         let control = data.control_block()?;
+        state = Some(control.state);
         let bytes = |given: &Option<Given>, length| match given {
             // SAFETY: by contract; the handle keeps the queue until it is restored.
             Some(given) => unsafe { given.bytes(length) },
@@ -159,17 +159,29 @@ unsafe extern "C" fn libsoccr_restore(handle: *mut Handle, data: *const Data, si
         let receive = bytes(handle.given.of(soccr_core::Queue::Receive), data.inq_len);
         let send = bytes(handle.given.of(soccr_core::Queue::Send), data.outq_len);
         handle.restore(&control, receive, send)?;
-        log::line(log::DEBUG, || format!("restore: a connection in {}", control.state));
         Ok(0)
     };
     // SAFETY: by contract.
-    unsafe { with(handle, -1, restore) }
+    let restored = unsafe { with(handle, -1, restore) };
+    told(restored, || state.map_or_else(String::new, |state| format!("restore: a connection in {state}")))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn libsoccr_last_error(handle: *const Handle) -> *const c_char {
     // SAFETY: by contract.
-    last_error(unsafe { handle.as_ref() })
+    last_error(unsafe { handle.as_ref() }, ptr::null(), LastError::text)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn libsoccr_last_errno(handle: *const Handle) -> c_int {
+    // SAFETY: by contract.
+    last_error(unsafe { handle.as_ref() }, 0, LastError::errno)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn libsoccr_last_kind(handle: *const Handle) -> c_int {
+    // SAFETY: by contract.
+    last_error(unsafe { handle.as_ref() }, 0, LastError::kind)
 }
 
 #[unsafe(no_mangle)]

@@ -3,16 +3,21 @@
 use std::ffi::{c_int, c_uint};
 use std::ptr;
 
-use soccr_core::Lock;
 use soccr_core::connection::Flow;
+use soccr_core::lock::{Lock, Locker, Mode};
 
 use crate::failure::{Failure, Result};
 use crate::sys::address::{self, Address};
-use crate::sys::border::run;
-use crate::sys::log;
+use crate::sys::border::{run, told};
 
 /// `SOCCR_LOCK_HOLD`.
 const HOLD: c_uint = 1;
+
+/// `struct libsoccr_lock`.
+struct Held {
+    lock: Lock,
+    locker: Locker,
+}
 
 /// `struct libsoccr_flow`.
 #[repr(C)]
@@ -22,33 +27,44 @@ struct AddressPair {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn libsoccr_lock(pairs: *const AddressPair, count: c_uint, flags: c_uint) -> *mut Lock {
-    run(ptr::null_mut(), || {
+unsafe extern "C" fn libsoccr_lock(pairs: *const AddressPair, count: c_uint, flags: c_uint) -> *mut Held {
+    let lock = run(ptr::null_mut(), || {
         // SAFETY: by contract.
         let flows = unsafe { read_flows(pairs, count) }?;
-        let lock = match flags {
-            0 => Lock::drop_traffic(&flows)?,
-            HOLD => Lock::hold(&flows)?,
+        let mode = match flags {
+            0 => Mode::Drop,
+            HOLD => Mode::HOLD,
             _ => {
                 return Err(Failure::new(format!(
                     "lock: flags are {flags:#x}, of which only SOCCR_LOCK_HOLD is known"
                 )));
             }
         };
-        log::line(log::DEBUG, || format!("lock: {count} connections"));
-        Ok(Box::into_raw(Box::new(lock)))
-    })
+        let locker = Locker::new(mode)?;
+        match locker.lock(&flows) {
+            Ok(lock) => Ok(Box::into_raw(Box::new(Held { lock, locker }))),
+            Err(error) => {
+                locker.close();
+                Err(error.into())
+            }
+        }
+    });
+    told(if lock.is_null() { -1 } else { 0 }, || format!("lock: {count} connections"));
+    lock
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn libsoccr_unlock(lock: *mut Lock) -> c_int {
+unsafe extern "C" fn libsoccr_unlock(lock: *mut Held) -> c_int {
     run(-1, || {
         if lock.is_null() {
             return Err(Failure::null("lock"));
         }
         // SAFETY: it comes from Box::into_raw in libsoccr_lock, and ends only once.
-        unsafe { Box::from_raw(lock) }.release()?;
-        Ok(0)
+        let Held { lock, locker } = *unsafe { Box::from_raw(lock) };
+        let released = lock.release();
+        // Nothing of the library stays behind a call.
+        locker.close();
+        Ok(released.map(|_| 0)?)
     })
 }
 

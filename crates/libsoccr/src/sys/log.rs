@@ -27,8 +27,14 @@ pub(crate) fn line(level: c_uint, text: impl FnOnce() -> String) {
     unsafe { callback(level, format.as_ptr(), line.as_ptr()) }
 }
 
-/// Text for C, up to a NUL if there is one.
+/// Text for C, in the characters that every log can show, up to a NUL if there is one.
 pub(crate) fn c_string(text: String) -> CString {
+    let ascii = |character| match character {
+        '—' | '–' | '−' => '-',
+        character if character.is_ascii() => character,
+        _ => '?',
+    };
+    let text = if text.is_ascii() { text } else { text.chars().map(ascii).collect() };
     CString::new(text).unwrap_or_else(|error| {
         let end = error.nul_position();
         let mut bytes = error.into_vec();

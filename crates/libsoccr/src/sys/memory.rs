@@ -30,7 +30,7 @@ impl Memory {
     fn of(start: *mut c_void, length: usize) -> Result<Self> {
         match NonNull::new(start.cast()) {
             Some(start) => Ok(Self { start, length }),
-            None => Err(Failure::new(format!("out of memory for {length} bytes"))),
+            None => Err(Failure::system(format!("out of memory for {length} bytes"), libc::ENOMEM)),
         }
     }
 

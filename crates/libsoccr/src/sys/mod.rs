@@ -2,10 +2,11 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod address;
-mod border;
+pub(crate) mod border;
 pub(crate) mod claim;
+mod errno;
 mod exports;
 mod exports_2016;
 mod exports_lock;
-mod log;
+pub(crate) mod log;
 pub(crate) mod memory;

@@ -344,13 +344,17 @@ static void the_log_is_variadic_and_has_levels(void)
 	CHECK(!libsoccr_pause(-1));
 	SAME(levels, 1u << SOCCR_LOG_ERR);
 	SAME(lines, 1);
-	SAME(strcmp(logged, "pause: -1 is no descriptor\n"), 0);
+	SAME(strcmp(logged, "Error (libsoccr): pause: -1 is no descriptor\n"), 0);
 	libsoccr_resume(pause_one(&pair));
 	SAME(lines, 1);
 
 	libsoccr_set_log(SOCCR_LOG_DBG, log_line);
 	sk = libsoccr_pause(pair.here);
 	CHECK(levels & 1u << SOCCR_LOG_DBG);
+	/* Plain ASCII, whatever the library says to Rust. */
+	CHECK(!libsoccr_pause(pair.here));
+	for (const char *character = logged; *character; character++)
+		CHECK(*character > 0);
 	libsoccr_resume(sk);
 
 	libsoccr_set_log(SOCCR_LOG_DBG, NULL);
@@ -382,6 +386,7 @@ static void the_log_may_be_used_by_all_threads(void)
 }
 
 static struct libsoccr_sk *held;
+static struct libsoccr_sk_data data_of_held;
 static int nested;
 
 static void log_and_call(unsigned int level, const char *format, ...)
@@ -392,6 +397,11 @@ static void log_and_call(unsigned int level, const char *format, ...)
 		kit_error_has(NULL, "is no descriptor");
 		CHECK(!libsoccr_get_queue_bytes(held, 9, 0));
 		kit_error_has(held, "neither TCP_RECV_QUEUE");
+	} else if (level == SOCCR_LOG_DBG && held && !nested++) {
+		/* It can use what is told of, and end it. */
+		SAME(libsoccr_save(held, &data_of_held, sizeof(data_of_held)), 68);
+		CHECK(libsoccr_get_queue_bytes(held, TCP_RECV_QUEUE, 0));
+		libsoccr_resume(held);
 	}
 }
 
@@ -403,8 +413,11 @@ static void the_log_may_call_the_library(void)
 	libsoccr_set_log(SOCCR_LOG_ERR, log_and_call);
 	CHECK(!libsoccr_pause(-1));
 	SAME(nested, 2);
+	nested = 0;
+	libsoccr_set_log(SOCCR_LOG_DBG, log_and_call);
+	SAME(libsoccr_save(held, &data_of_held, sizeof(data_of_held)), 68);
 	libsoccr_set_log(0, NULL);
-	libsoccr_resume(held);
+	kit_talk(&pair);
 }
 
 static void the_version_is_that_of_the_header(void)

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -15,6 +15,7 @@ use rustix::time::{
 };
 
 use super::capture::Capture;
+use crate::sys::descriptor;
 
 /// A [`Capture`], and what its thread shares with the locks.
 #[derive(Debug)]
@@ -27,15 +28,19 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// Starts the thread. It ends when it is told to [stop](Self::stop).
-    pub(super) fn start(capture: Capture) -> io::Result<Arc<Self>> {
-        let readable = capture.socket().as_fd().try_clone_to_owned()?;
+    /// Starts the thread, which ends when it is told to [stop](Self::stop).
+    pub(super) fn start(capture: Capture) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
+        let readable = descriptor::high(capture.socket().as_fd().try_clone_to_owned()?);
         let wake = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        let reader =
-            Arc::new(Self { capture: Mutex::new(capture), readable, wake, ended: AtomicBool::new(false) });
+        let reader = Arc::new(Self {
+            capture: Mutex::new(capture),
+            readable,
+            wake: descriptor::high(wake),
+            ended: AtomicBool::new(false),
+        });
         let shared = Arc::clone(&reader);
-        thread::Builder::new().name("soccr-hold".into()).spawn(move || shared.run())?;
-        Ok(reader)
+        let thread = thread::Builder::new().name("soccr-hold".into()).spawn(move || shared.run())?;
+        Ok((reader, thread))
     }
 
     pub(super) fn stop(&self) {

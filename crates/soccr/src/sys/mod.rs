@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod bpf;
+pub(crate) mod descriptor;
 pub(crate) mod filter;
 pub(crate) mod namespace;
 pub(crate) mod raw;

@@ -14,7 +14,7 @@ use rustix::net::{
 };
 
 use crate::error::{Error, Result};
-use crate::sys::{namespace, sockopt};
+use crate::sys::{descriptor, namespace, sockopt};
 
 /// The firewall mark (`SO_MARK`) of every packet sent here: a lock lets it pass.
 pub(crate) const MARK: u32 = 0xc114;
@@ -81,6 +81,11 @@ impl Injector {
         let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
         Ok(Self { fd, via })
+    }
+
+    /// The same socket, for whoever keeps it.
+    pub(crate) fn kept(self) -> Self {
+        Self { fd: descriptor::high(self.fd), via: self.via }
     }
 
     /// Sends a whole packet, IP header included, towards `destination`, whose scope counts and whose port does not.
