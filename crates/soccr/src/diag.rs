@@ -14,17 +14,18 @@
 //! `linux/inet_diag.h`, `linux/sock_diag.h`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 
 use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::state::State;
-use crate::sys::namespace;
+use crate::sys::{namespace, sockopt};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
+const RTM_GETLINK: u16 = 18;
 /// `struct inet_diag_msg`: what every answer begins with, before its attributes.
 const ANSWER: usize = 72;
 /// All states of `tcpi_state`.
@@ -129,7 +130,8 @@ impl Diag {
         Ok(())
     }
 
-    /// Looks for the socket with exactly these addresses and shows it to `read`; `None` where there is none.
+    /// Looks for the connection with exactly these addresses, bound to whichever link or to none, and shows it to `read`;
+    /// `None` where there is none.
     ///
     /// # Errors
     /// Those of `sock_diag(7)`.
@@ -139,21 +141,70 @@ impl Diag {
         remote: SocketAddr,
         read: impl FnOnce(&Socket<'_>) -> T,
     ) -> Result<Option<T>> {
+        self.find_any(Flow { local, remote }, None, read)
+    }
+
+    /// Shows a connected socket of this namespace to `read`.
+    ///
+    /// # Errors
+    /// Refused where the kernel does not find it by its addresses. Those of `sock_diag(7)`.
+    pub(crate) fn describe<T>(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        flow: Flow,
+        read: impl FnOnce(&Socket<'_>) -> T,
+    ) -> Result<T> {
+        let cookie = sockopt::get(socket, libc::SOL_SOCKET, libc::SO_COOKIE)
+            .map_err(|error| Error::system("SO_COOKIE", error))?;
+        self.find_any(flow, Some(cookie), read)?.ok_or_else(|| {
+            let what =
+                format!("a socket that sock_diag does not find from {} to {}", flow.local, flow.remote);
+            Error::refused(what, "a BPF program of its cgroup may hide its true addresses")
+        })
+    }
+
+    /// The connection with these addresses, and with this cookie if there is one.
+    fn find_any<T>(
+        &mut self,
+        flow: Flow,
+        cookie: Option<u64>,
+        read: impl FnOnce(&Socket<'_>) -> T,
+    ) -> Result<Option<T>> {
         // The kernel finds IPv4 connections of IPv6 sockets, too.
         let plain = |end: SocketAddr| match end.ip().to_canonical() {
             address @ IpAddr::V4(_) => SocketAddr::new(address, end.port()),
             IpAddr::V6(_) => end,
         };
-        let (local, remote) = (plain(local), plain(remote));
-        let family = family(local);
-        let request =
-            Request { family, states: ALL_STATES, local: Some(local), remote: Some(remote), dump: false };
-        let (mut read, mut found) = (Some(read), None);
-        let outcome = self.ask(&request, |socket| {
+        let mut request = Request::exact(plain(flow.local), plain(flow.remote));
+        let mut read = Some(read);
+        let found = self.ask_exactly(&request, cookie, &mut read)?;
+        if found.is_some() {
+            return Ok(found);
+        }
+        // A socket that is bound to a link is found by that link alone.
+        for link in self.links()? {
+            request.interface = link;
+            let found = self.ask_exactly(&request, cookie, &mut read)?;
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    fn ask_exactly<T>(
+        &mut self,
+        request: &Request,
+        cookie: Option<u64>,
+        read: &mut Option<impl FnOnce(&Socket<'_>) -> T>,
+    ) -> Result<Option<T>> {
+        let port = request.remote.map(|remote| remote.port());
+        let mut found = None;
+        let outcome = self.ask(request, |socket| {
             // The kernel answers with a listener where there is no connection.
-            if socket.remote.port() == remote.port()
-                && let Some(read) = read.take()
-            {
+            let is_it =
+                Some(socket.remote.port()) == port && cookie.is_none_or(|cookie| cookie == socket.cookie);
+            if is_it && let Some(read) = read.take() {
                 found = Some(read(socket));
             }
         });
@@ -163,12 +214,29 @@ impl Diag {
         }
     }
 
+    /// The indices of the links in the namespace that is asked.
+    fn links(&self) -> Result<Vec<u32>> {
+        let open = || soccr_netlink::Socket::open(Family::Route);
+        let mut batch = Batch::new();
+        // struct ifinfomsg, whose index stands behind four bytes.
+        batch.message(RTM_GETLINK, REQUEST | DUMP, |message| message.bytes(&[0; 16]));
+        let mut links = Vec::new();
+        let answer = |_, link: &[u8]| {
+            let index = link.get(4..).and_then(|bytes| bytes.first_chunk());
+            links.extend(index.map(|bytes| u32::from_ne_bytes(*bytes)));
+        };
+        namespace::open_beside(self.netlink.as_fd(), open)
+            .and_then(|mut netlink| netlink.dump(&batch, answer))
+            .map_err(|error| Error::system("rtnetlink", error))?;
+        Ok(links)
+    }
+
     /// Shows the listeners on a port to `each`, IPv4 first.
     pub(crate) fn visit_listeners(&mut self, port: u16, mut each: impl FnMut(&Socket<'_>)) -> Result<()> {
         let states = 1 << State::Listen as u8;
         let local = Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
         [libc::AF_INET, libc::AF_INET6].into_iter().try_for_each(|family| {
-            self.ask(&Request { family, states, local, remote: None, dump: true }, &mut each)
+            self.ask(&Request { family, states, local, dump: true, ..Request::default() }, &mut each)
         })
     }
 
@@ -179,14 +247,9 @@ impl Diag {
     /// `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` where the kernel lacks `CONFIG_INET_DIAG_DESTROY`.
     pub(crate) fn destroy(&mut self, flow: Flow) -> Result<()> {
         let Flow { local, remote } = flow.on_the_wire();
-        let Some(cookie) = self.find(local, remote, |socket| socket.cookie)? else { return Ok(()) };
-        let request = Request {
-            family: family(local),
-            states: ALL_STATES,
-            local: Some(local),
-            remote: Some(remote),
-            dump: false,
-        };
+        let key = |socket: &Socket<'_>| (socket.cookie, socket.interface);
+        let Some((cookie, interface)) = self.find(local, remote, key)? else { return Ok(()) };
+        let request = Request { interface, ..Request::exact(local, remote) };
         let mut bytes = request.encode();
         bytes[48..].copy_from_slice(&cookie.to_ne_bytes());
         self.batch.clear();
@@ -200,7 +263,8 @@ impl Diag {
     /// The peer of the connection in SYN_SENT that has this cookie: `getpeername(2)` does not tell it yet.
     pub(crate) fn peer_of_handshake(&mut self, local: SocketAddr, cookie: u64) -> Result<Option<SocketAddr>> {
         let states = 1 << State::SynSent as u8;
-        let request = Request { family: family(local), states, local: Some(local), remote: None, dump: true };
+        let request =
+            Request { family: family(local), states, local: Some(local), dump: true, ..Request::default() };
         let mut peer = None;
         self.ask(&request, |socket| {
             if socket.cookie == cookie {
@@ -230,10 +294,22 @@ struct Request {
     states: u32,
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,
+    /// The link that the socket is bound to; zero for none.
+    interface: u32,
     dump: bool,
 }
 
 impl Request {
+    /// For the one connection with these addresses. A link-local one is bound to its link.
+    fn exact(local: SocketAddr, remote: SocketAddr) -> Self {
+        let interface = match local {
+            SocketAddr::V6(local) => local.scope_id(),
+            SocketAddr::V4(_) => 0,
+        };
+        let (family, local, remote) = (family(local), Some(local), Some(remote));
+        Self { family, states: ALL_STATES, local, remote, interface, dump: false }
+    }
+
     fn encode(&self) -> [u8; 56] {
         let mut bytes = [0; 56];
         bytes[0] = self.family as u8;
@@ -249,11 +325,7 @@ impl Request {
                 IpAddr::V6(v6) => bytes[ip..ip + 16].copy_from_slice(&v6.octets()),
             }
         }
-        let scope = match self.local {
-            Some(SocketAddr::V6(address)) => address.scope_id(),
-            _ => 0,
-        };
-        bytes[44..48].copy_from_slice(&scope.to_ne_bytes());
+        bytes[44..48].copy_from_slice(&self.interface.to_ne_bytes());
         // INET_DIAG_NOCOOKIE: whatever its cookie.
         bytes[48..].fill(0xff);
         bytes
@@ -302,10 +374,8 @@ fn failed(error: std::io::Error) -> Error {
 mod tests {
     use std::io::Write;
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::AsFd;
 
     use super::*;
-    use crate::sys::sockopt;
 
     #[test]
     fn connections_are_found_by_their_addresses() {
@@ -330,6 +400,23 @@ mod tests {
             assert_eq!(seen, 1);
             let nobody = SocketAddr::new(remote.ip(), 1);
             assert_eq!(diag.find(local, nobody, |_| ()).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn what_is_bound_to_a_link_is_found() {
+        for host in ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
+            let listener = TcpListener::bind(host).unwrap();
+            let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            sockopt::set_bytes(ours.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"lo\0").unwrap();
+            let flow = Flow::of(&ours).unwrap();
+            let mut diag = Diag::open().unwrap();
+            let interface = diag.find(flow.local, flow.remote, |socket| socket.interface).unwrap();
+            assert_eq!(interface, Some(1), "{flow:?}");
+            assert_eq!(diag.describe(ours.as_fd(), flow, |socket| socket.interface).unwrap(), 1);
+            // Another socket than that of these addresses.
+            let error = diag.describe(listener.as_fd(), flow, |_| ()).unwrap_err();
+            assert_eq!(error.kind(), crate::ErrorKind::Refused, "{error}");
         }
     }
 }

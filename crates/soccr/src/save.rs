@@ -51,8 +51,8 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     connection.control = control;
     connection.remote = remote_address(fd, peer)?;
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
-    if memory.options > 0 {
-        connection.settings.read_keys(fd, connection.local, connection.remote)?;
+    if memory.options > 0 && connection.control.state != State::Close {
+        connection.settings.read_keys(fd, connection.flow())?;
     }
     connection.validate()
 }

@@ -24,7 +24,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
 use crate::diag::{self, Diag};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::flow::Flow;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
 
@@ -144,16 +145,14 @@ impl Settings {
     /// much as ten options.
     ///
     /// # Errors
-    /// Those of `sock_diag(7)`.
-    pub(crate) fn read_keys(
-        &mut self,
-        fd: BorrowedFd<'_>,
-        local: SocketAddr,
-        remote: SocketAddr,
-    ) -> Result<()> {
-        let keys = |socket: &diag::Socket<'_>| socket.md5_keys().map(<[u8]>::to_vec);
-        if let Some(Some(keys)) = Diag::beside(fd)?.find(local, remote, keys)? {
-            self.set(table::MD5, Value::Secret(keys));
+    /// Refused where `sock_diag(7)` does not find the socket, or hides its keys; those of `sock_diag(7)`.
+    pub(crate) fn read_keys(&mut self, fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
+        // Whoever is not told the mark is not told the keys either.
+        let keys = |socket: &diag::Socket<'_>| socket.mark().map(|_| socket.md5_keys().map(<[u8]>::to_vec));
+        match Diag::beside(fd)?.describe(fd, flow, keys)? {
+            Some(Some(keys)) => self.set(table::MD5, Value::Secret(keys)),
+            Some(None) => {}
+            None => return Err(Error::system("sock_diag", rustix::io::Errno::PERM)),
         }
         Ok(())
     }

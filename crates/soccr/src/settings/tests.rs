@@ -166,7 +166,7 @@ fn md5_keys_are_carried_and_never_printed() {
     let read = |socket: &TcpStream| {
         let (local, remote) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
         let mut settings = read(socket.as_fd(), local);
-        settings.read_keys(socket.as_fd(), local, remote).unwrap();
+        settings.read_keys(socket.as_fd(), Flow { local, remote }).unwrap();
         settings
     };
     for local in LOCAL.map(|text| text.parse().unwrap()) {

@@ -141,7 +141,9 @@ fn key(peer: std::net::IpAddr) -> Vec<u8> {
 }
 
 pub fn keys_come_back() {
-    for family in [Family::V4, Family::V6] {
+    for (family, bound) in
+        [Family::V4, Family::V6].into_iter().flat_map(|family| [(family, false), (family, true)])
+    {
         let mut ends = Ends::near(family);
         ends.take();
         let paused = pause(&ends.peer).unwrap();
@@ -150,6 +152,9 @@ pub fn keys_come_back() {
         // Both ends begin to sign.
         for connection in [&mut ends.saved, &mut peer] {
             connection.settings.set("TCP_MD5SIG", Value::Secret(key(connection.remote.ip())));
+        }
+        if bound {
+            ends.saved.settings.set("SO_BINDTODEVICE", Value::Bytes(b"eth0\0".to_vec()));
         }
         let restored = ends.restore();
         if let Some(entry) = restored.report().get("TCP_MD5SIG") {
