@@ -23,7 +23,7 @@ const NO_PEEK_OFFSET: i32 = -1;
 pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Urgent>)> {
     let first = tcp::unread(fd)?;
     if first == 0 && !tcp::at_mark(fd)? {
-        return Ok((0, None));
+        return is_empty(fd)?.then_some((0, None)).ok_or_else(changed);
     }
     let inline = get_inline(fd)?;
     let lengths = both_lengths(fd, inline, first);
@@ -31,6 +31,19 @@ pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Ur
     let (to_mark, whole, unread_mark) = lengths?;
     let urgent = (to_mark < whole).then_some(Urgent { offset: to_mark, consumed: !unread_mark });
     Ok((whole, urgent))
+}
+
+/// The second witness of a receive queue, which is selected, without a byte.
+fn is_empty(fd: BorrowedFd<'_>) -> Result<bool> {
+    loop {
+        match recv(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Err(Errno::INTR) => {}
+            // Or behind the peer's FIN.
+            Err(Errno::AGAIN) | Ok((_, 0)) => return Ok(true),
+            Ok(_) => return Ok(false),
+            Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
+        }
+    }
 }
 
 /// `SIOCINQ` up to the mark and altogether, and whether the urgent byte can still be read out of band; `first` is

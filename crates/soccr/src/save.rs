@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{getpeername, getsockname};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, getpeername, getsockname, recv};
 
 use crate::buffers;
 use crate::connection::{Bare, Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
@@ -218,13 +219,27 @@ fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<()> {
     }
     // TLS in the kernel: its keys cannot be read, and the queues hold what they encrypt.
     let mut upper_layer = [0; 16];
-    if sockopt::get_bytes(fd, tcp::SOL_TCP, libc::TCP_ULP, &mut upper_layer).is_ok_and(|length| length > 0) {
-        return refuse(
-            "a socket with an upper layer protocol (kTLS)",
-            "the kernel does not give its keys away",
-        );
+    match sockopt::get_bytes(fd, tcp::SOL_TCP, libc::TCP_ULP, &mut upper_layer) {
+        Ok(0) => {}
+        // Linux 4.13
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
+        Ok(_) => {
+            return refuse(
+                "a socket with an upper layer protocol (kTLS)",
+                "the kernel does not give its keys away",
+            );
+        }
+        Err(error) => return Err(Error::system("TCP_ULP", error)),
     }
-    Ok(())
+    // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place.
+    match recv(fd, &mut [0; 0], RecvFlags::DONTWAIT) {
+        Err(Errno::PERM) => Ok(()),
+        Ok(_) | Err(Errno::AGAIN) => refuse(
+            "a socket in a BPF map of sockets (sockmap)",
+            "neither its program nor what waits there can be carried: delete it from the map first",
+        ),
+        Err(error) => Err(Error::system("recv", error)),
+    }
 }
 
 /// Errors and hang-ups that wait for the application; nothing is consumed, unlike with `SO_ERROR`.
@@ -263,7 +278,7 @@ pub(crate) fn remote_address(fd: BorrowedFd<'_>, peer: Option<SocketAddr>) -> Re
     match address {
         Ok(Some(address)) => SocketAddr::try_from(address)
             .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried")),
-        Err(rustix::io::Errno::NOTCONN) | Ok(None) => {
+        Err(Errno::NOTCONN) | Ok(None) => {
             let state = state(fd)?;
             match peer.map_or_else(|| peer_of_handshake(fd, state), |peer| Ok(Some(peer)))? {
                 Some(peer) => Ok(peer),
@@ -292,5 +307,45 @@ fn peer_of_handshake(fd: BorrowedFd<'_>, state: State) -> Result<Option<SocketAd
 pub(crate) fn reuse_address(connection: &mut Connection, on: bool) {
     if on {
         connection.settings.set(settings::REUSEADDR, Value::Number(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+    use crate::sys::bpf::{Map, MapSpec};
+
+    #[test]
+    fn what_is_in_a_sockmap_is_refused() {
+        const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
+        let spec = MapSpec {
+            map_type: BPF_MAP_TYPE_SOCKMAP,
+            key_size: 4,
+            value_size: 4,
+            max_entries: 1,
+            ..Default::default()
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = listener.accept().unwrap().0;
+        let map = match (Map::create(&spec), crate::pause(&ours)) {
+            (Ok(map), Ok(paused)) => paused.resume().map(|()| map).unwrap(),
+            (map, paused) => {
+                let reason = map.err().map(|error| error.to_string());
+                eprintln!("SKIPPED: a BPF map: {reason:?}, a pause: {:?}", paused.err());
+                return;
+            }
+        };
+        map.update(&[0; 4], &ours.as_raw_fd().to_ne_bytes()).unwrap();
+        peer.write_all(b"SIOCINQ says none of this").unwrap();
+        let error = crate::pause(&ours).unwrap().save().unwrap_err();
+        assert!(error.to_string().contains("sockmap"), "{error}");
+        map.delete(&[0; 4]).unwrap();
+        let saved = crate::pause(&ours).unwrap().save().unwrap();
+        assert_eq!(saved.receive_queue, b"SIOCINQ says none of this");
     }
 }
