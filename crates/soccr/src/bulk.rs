@@ -92,7 +92,8 @@ pub fn restore<K: Send>(
     mut each: impl FnMut(K, Result<Restored>) + Send,
 ) {
     let cost = |(_, connection): &(K, Connection)| {
-        (connection.control.inq_len + connection.control.outq_len) as usize
+        // Nothing is validated yet.
+        connection.receive_queue.len() + connection.send_queue.len()
     };
     let fresh: [OnceLock<Settings>; 2] = Default::default();
     let work = |injectors: &mut Injectors, (key, mut connection): (K, Connection)| {

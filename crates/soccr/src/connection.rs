@@ -20,6 +20,13 @@ pub use crate::state::State;
 /// The longest queue that is carried: 64 MiB.
 pub const QUEUE_LIMIT: u32 = 64 << 20;
 
+/// No window is larger: 65,535 bytes, shifted by 14 (RFC 7323 §2.3).
+const WINDOW_LIMIT: u32 = 65535 << 14;
+
+/// Three times as many segments as the largest window has of the smallest size. The kernel goes on to count from here, and
+/// takes 2³¹ for negative.
+pub(crate) const SEGMENTS_LIMIT: u32 = 1 << 26;
+
 /// A live TCP connection as a value: everything that one end of it knows.
 ///
 /// It comes from [`Paused::save`](crate::Paused::save), can be cloned, compared, sent anywhere, and becomes a socket
@@ -173,6 +180,34 @@ pub struct Path {
     pub rcv_ssthresh: u32,
 }
 
+impl Buffers {
+    pub(crate) fn validate(&self) -> Result<()> {
+        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
+        check(self.lock <= 3, "SO_BUF_LOCK has unknown bits")?;
+        check(self.send <= i32::MAX as u32, "SO_SNDBUF is no int")?;
+        check(self.receive <= i32::MAX as u32, "SO_RCVBUF is no int")
+    }
+}
+
+impl Path {
+    /// What is compared, computed with or written into the kernel is what `TCP_INFO` can tell.
+    fn validate(&self) -> Result<()> {
+        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
+        for (time, what) in [
+            (self.rtt, "rtt is over an hour"),
+            (self.rttvar, "rttvar is over an hour"),
+            (self.rto, "rto is over an hour"),
+        ] {
+            check(time <= Duration::from_secs(3600), what)?;
+        }
+        check(self.snd_mss <= u16::MAX.into(), "snd_mss is larger than a packet")?;
+        check(self.snd_cwnd <= SEGMENTS_LIMIT, "snd_cwnd is over 2^26 segments")?;
+        // The kernel's value for none.
+        check(self.snd_ssthresh <= i32::MAX as u32, "snd_ssthresh is no int")?;
+        check(self.rcv_ssthresh <= i32::MAX as u32, "rcv_ssthresh is no int")
+    }
+}
+
 impl ControlBlock {
     /// The oldest sequence number that the peer has not acknowledged.
     pub fn snd_una(&self) -> u32 {
@@ -229,6 +264,8 @@ impl ControlBlock {
         }
         if let Some(window) = self.window {
             check(window.snd_wnd <= window.max_window, "snd_wnd is larger than max_window")?;
+            check(window.max_window <= WINDOW_LIMIT, "max_window is over 1 GiB")?;
+            check(window.rcv_wnd <= WINDOW_LIMIT, "rcv_wnd is over 1 GiB")?;
             check(!after(window.rcv_wup, self.rcv_nxt), "rcv_wup is after rcv_nxt")?;
             check(
                 !after(window.snd_wl1, self.rcv_nxt.wrapping_add(window.rcv_wnd)),
@@ -335,7 +372,8 @@ impl Connection {
             self.send_queue.len() == self.control.outq_len as usize,
             "outq_len is not the length of the send queue",
         )?;
-        check(self.buffers.is_none_or(|buffers| buffers.lock <= 3), "SO_BUF_LOCK has unknown bits")?;
+        self.buffers.as_ref().map_or(Ok(()), Buffers::validate)?;
+        self.path.as_ref().map_or(Ok(()), Path::validate)?;
         if let Some(urgent) = self.urgent {
             check(urgent.offset < self.control.inq_len, "the urgent mark lies outside the receive queue")?;
         }

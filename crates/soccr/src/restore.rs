@@ -76,6 +76,7 @@ impl<'fd> Restore<'fd> {
         reuse_address: bool,
     ) -> Result<Self> {
         control.validate()?;
+        buffers.as_ref().map_or(Ok(()), Buffers::validate)?;
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }

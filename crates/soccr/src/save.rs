@@ -10,7 +10,9 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, getpeername, getsockname, recv};
 
 use crate::buffers;
-use crate::connection::{Bare, Connection, ControlBlock, Flow, Options, Path, State, Urgent, WindowScale};
+use crate::connection::{
+    Bare, Connection, ControlBlock, Flow, Options, Path, SEGMENTS_LIMIT, State, Urgent, WindowScale,
+};
 use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed, is_change};
@@ -198,7 +200,7 @@ fn path(info: &TcpInfo) -> Path {
         // Doubled while nothing comes back, as behind a lock.
         rto: microseconds(info.rto.checked_shr(info.backoff.into()).unwrap_or_default()),
         snd_mss: info.snd_mss,
-        snd_cwnd: info.snd_cwnd,
+        snd_cwnd: info.snd_cwnd.min(SEGMENTS_LIMIT),
         snd_ssthresh: info.snd_ssthresh,
         rcv_ssthresh: info.rcv_ssthresh,
     }
@@ -316,7 +318,6 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
 
-    use super::*;
     use crate::sys::bpf::{Map, MapSpec};
 
     #[test]

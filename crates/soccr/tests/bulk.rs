@@ -13,10 +13,11 @@ use soccr::{Connection, ErrorKind, Flow};
 
 const COUNT: usize = 300;
 const BAD: usize = 123;
+const ABSURD: usize = 200;
 
 soccr_lab::tests![
     one_bad_socket_among_300_stays_alone,
-    one_bad_connection_among_300_is_lost_alone,
+    bad_connections_among_300_are_lost_alone,
     what_follows_an_error_of_the_caller_is_not_touched,
     a_slow_source_gets_its_answers,
     queues_travel_in_reused_memory,
@@ -104,21 +105,24 @@ fn one_bad_socket_among_300_stays_alone() {
     }
 }
 
-fn one_bad_connection_among_300_is_lost_alone() {
+fn bad_connections_among_300_are_lost_alone() {
     let (ours, peers) = connect(COUNT);
     let lock = Locker::new(Mode::HOLD).unwrap().lock(&flows(&ours)).unwrap();
     let mut connections = save_all(&ours);
-    // An address that this host does not have.
+    // An address that this host does not have, and lengths that nobody has.
     connections[BAD].1.local = "192.0.2.77:8080".parse().unwrap();
+    connections[ABSURD].1.control.inq_len = u32::MAX;
+    connections[ABSURD].1.control.outq_len = u32::MAX;
     let (mut restored, mut failed) = (Vec::new(), Vec::new());
     bulk::restore(connections, |index, outcome| match outcome {
         Ok(socket) => restored.push((index, socket)),
         Err(error) => failed.push((index, error.errno())),
     });
-    assert_eq!(failed, [(BAD, Some(libc::EADDRNOTAVAIL))]);
+    failed.sort_unstable();
+    assert_eq!(failed, [(BAD, Some(libc::EADDRNOTAVAIL)), (ABSURD, None)]);
     lock.release().unwrap();
     let streams = resume_all(restored);
-    assert_eq!(streams.len(), COUNT - 1);
+    assert_eq!(streams.len(), COUNT - 2);
     for (number, stream) in &streams {
         assert_alive(*number, stream, &peers[*number]);
     }

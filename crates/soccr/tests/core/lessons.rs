@@ -46,7 +46,7 @@ type Damage = fn(&mut Connection);
 pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call() {
     let ends = busy();
     let connection = ends.take();
-    let damage: [(&str, Damage); 12] = [
+    let damage: [(&str, Damage); 23] = [
         ("unsq_len", |connection| connection.control.unsq_len = connection.control.outq_len + 1),
         ("outq_len", |connection| connection.control.outq_len += 1),
         ("outq_len", |connection| connection.control.outq_len = u32::MAX),
@@ -61,6 +61,18 @@ pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call
         ("snd_wnd", |connection| edit(connection, |window, _| window.snd_wnd = window.max_window + 1)),
         ("famil", |connection| connection.remote = "[2001:db8::2]:5000".parse().unwrap()),
         ("port", |connection| connection.local.set_port(0)),
+        // What the kernel would compute with.
+        ("rcv_wnd", |connection| edit(connection, |window, _| window.rcv_wnd = 1 << 30)),
+        ("max_window", |connection| edit(connection, |window, _| window.max_window = 1 << 30)),
+        ("SO_SNDBUF", |connection| connection.buffers.as_mut().unwrap().send = u32::MAX),
+        ("SO_RCVBUF", |connection| connection.buffers.as_mut().unwrap().receive = 1 << 31),
+        ("rtt ", |connection| connection.path.as_mut().unwrap().rtt = Duration::MAX),
+        ("rttvar", |connection| connection.path.as_mut().unwrap().rttvar = Duration::from_secs(3601)),
+        ("rto", |connection| connection.path.as_mut().unwrap().rto = Duration::MAX),
+        ("snd_mss", |connection| connection.path.as_mut().unwrap().snd_mss = 1 << 16),
+        ("snd_cwnd", |connection| connection.path.as_mut().unwrap().snd_cwnd = 1 << 31),
+        ("snd_ssthresh", |connection| connection.path.as_mut().unwrap().snd_ssthresh = 1 << 31),
+        ("rcv_ssthresh", |connection| connection.path.as_mut().unwrap().rcv_ssthresh = u32::MAX),
     ];
     supervised(|faults| {
         for (what, damage) in damage {
