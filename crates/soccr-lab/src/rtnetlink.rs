@@ -181,7 +181,15 @@ impl Rtnetlink {
     /// # Errors
     /// `ENODEV` where there is no such link, `EEXIST` where it has the address.
     pub fn add_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
-        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix)
+        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, IFA_F_NODAD)
+    }
+
+    /// Gives a link an IPv6 address that is tentative until duplicate address detection has ended.
+    ///
+    /// # Errors
+    /// Those of [`add_address`](Self::add_address).
+    pub fn add_tentative_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
+        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, 0)
     }
 
     /// Takes an address from a link.
@@ -189,7 +197,7 @@ impl Rtnetlink {
     /// # Errors
     /// `ENODEV` where there is no such link, `EADDRNOTAVAIL` where it has no such address.
     pub fn remove_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
-        self.address(RTM_DELADDR, 0, link, address, prefix)
+        self.address(RTM_DELADDR, 0, link, address, prefix, 0)
     }
 
     /// Sends packets for `destination/prefix` out of a link, to the `gateway` or straight to their destination.
@@ -282,14 +290,22 @@ impl Rtnetlink {
         })
     }
 
-    fn address(&mut self, kind: u16, flags: u16, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
+    fn address(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        link: &str,
+        address: IpAddr,
+        prefix: u8,
+        of_address: u32,
+    ) -> io::Result<()> {
         let mut header = vec![family(address), prefix, 0, 0];
         header.extend(self.index(link)?.to_ne_bytes());
         self.change(kind, flags, |message| {
             message.bytes(&header);
             message.attribute(IFA_LOCAL, &octets(address));
             message.attribute(IFA_ADDRESS, &octets(address));
-            message.u32(IFA_FLAGS, IFA_F_NODAD);
+            message.u32(IFA_FLAGS, of_address);
         })
     }
 

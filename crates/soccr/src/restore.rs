@@ -10,6 +10,7 @@
 //!  6 finish         FINs, windows; then everything is verified
 //! ```
 
+mod bind;
 mod derived;
 mod whole;
 
@@ -26,6 +27,7 @@ use crate::resume::{Restored, start_handshake};
 use crate::save::{self, Position};
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
+use bind::bind;
 
 pub(crate) use whole::open;
 
@@ -412,10 +414,6 @@ fn opened(window: Window, rcv_nxt: u32) -> Window {
 
 fn check(holds: bool, what: &str) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::invalid(what)) }
-}
-
-fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
-    rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error))
 }
 
 /// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.

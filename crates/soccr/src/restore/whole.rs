@@ -33,7 +33,8 @@ impl Connection {
     /// # Errors
     /// - Invalid: values that contradict each other.
     /// - System: the option that the kernel refused. `EADDRNOTAVAIL` where the local address is not configured here,
-    ///   or another socket has the same pair of addresses. Nothing has been sent, and nothing is left behind.
+    ///   or another socket has the same pair of addresses. An IPv6 address that is still tentative is waited for, up to three
+    ///   seconds. Nothing has been sent, and nothing is left behind.
     /// - Refused: the socket did not reach the state of the connection, because a firewall or a loopback interface
     ///   that is down swallowed the segment that plays the peer's FIN or ACK.
     pub fn restore(&self) -> Result<Restored> {

@@ -4,7 +4,7 @@ use std::thread;
 
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use soccr::{ErrorKind, pause};
-use soccr_lab::Family;
+use soccr_lab::{Family, sysctl};
 
 use crate::ends::Ends;
 
@@ -64,6 +64,33 @@ pub fn a_restore_where_the_address_is_not() {
         ends.restore_and_resume(&connection);
         ends.finish();
     }
+}
+
+/// The address of our host comes anew, and others may have it.
+fn readdress(ends: &Ends, detections: &str) {
+    let host = &ends.pair.a;
+    host.run(|| sysctl("net/ipv6/conf/eth0/dad_transmits", detections)).unwrap();
+    let mut control = host.namespace.rtnetlink().unwrap();
+    control.remove_address("eth0", host.v6.into(), 64).unwrap();
+    control.add_tentative_address("eth0", host.v6.into(), 64).unwrap();
+}
+
+pub fn a_restore_where_the_address_is_tentative_waits() {
+    let mut ends = Ends::new(Family::V6);
+    let connection = ends.take();
+    readdress(&ends, "1");
+    ends.restore_and_resume(&connection);
+    ends.finish();
+}
+
+pub fn a_restore_where_the_address_stays_tentative() {
+    let mut ends = Ends::new(Family::V6);
+    let connection = ends.take();
+    readdress(&ends, "1000");
+    assert_line(ends.restore(&connection), "restore: bind: EADDRNOTAVAIL", "the address is tentative");
+    readdress(&ends, "0");
+    ends.restore_and_resume(&connection);
+    ends.finish();
 }
 
 pub fn what_is_no_socket() {

@@ -33,6 +33,8 @@ fn main() -> ExitCode {
             a_restore_without_capabilities
             a_restore_where_the_old_socket_lives
             a_restore_where_the_address_is_not
+            a_restore_where_the_address_is_tentative_waits
+            a_restore_where_the_address_stays_tentative
             what_is_no_socket;
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
             every_fault_of_a_resume_is_told_and_silent

@@ -1,0 +1,70 @@
+//! `bind(2)`, which waits until an IPv6 address that has just come to this host is known to be unique (RFC 4862 §5.4).
+
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use soccr_netlink::{Batch, DUMP, Family, REQUEST, Socket, attributes};
+
+use crate::error::{Error, Result};
+use crate::sys::namespace;
+
+/// Detection takes two seconds at most, unless it is told to repeat itself.
+const LIMIT: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(10);
+
+// linux/rtnetlink.h, linux/if_addr.h
+const RTM_GETADDR: u16 = 22;
+const IFA_ADDRESS: u16 = 1;
+/// `struct ifaddrmsg`, whose flags are its third byte.
+const HEADER: usize = 8;
+const IFA_F_DADFAILED: u8 = 0x08;
+const IFA_F_TENTATIVE: u8 = 0x40;
+
+pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
+    let try_it = || rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error));
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let error = match (try_it(), address) {
+            (Err(error), SocketAddr::V6(_)) if error.errno() == Some(libc::EADDRNOTAVAIL) => error,
+            (outcome, _) => return outcome,
+        };
+        let flags = flags(fd, address).unwrap_or_default();
+        if flags & IFA_F_DADFAILED != 0 {
+            return Err(error
+                .advise("duplicate address detection has failed: another host on the link has the address"));
+        }
+        if flags & IFA_F_TENTATIVE == 0 {
+            // Detection may have ended just now.
+            return try_it();
+        }
+        if Instant::now() >= deadline {
+            return Err(error.advise(
+                "the address is tentative: duplicate address detection goes on, see net.ipv6.conf.*.dad_transmits",
+            ));
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// The flags of an address, in the namespace of the socket; none where no link has it.
+fn flags(fd: BorrowedFd<'_>, address: SocketAddr) -> io::Result<u8> {
+    let mut batch = Batch::new();
+    let mut header = [0; HEADER];
+    header[0] = libc::AF_INET6 as u8;
+    batch.message(RTM_GETADDR, REQUEST | DUMP, |message| message.bytes(&header));
+    let mut found = 0;
+    let answer = |_, payload: &[u8]| {
+        let Some((header, rest)) = payload.split_first_chunk::<HEADER>() else { return };
+        let is_it = |(kind, bytes): (u16, &[u8])| {
+            let ip = <[u8; 16]>::try_from(bytes).map(Ipv6Addr::from);
+            kind == IFA_ADDRESS && ip.is_ok_and(|ip| ip == address.ip())
+        };
+        if attributes(rest).any(is_it) {
+            found |= header[2];
+        }
+    };
+    namespace::open_beside(fd, || Socket::open(Family::Route))?.dump(&batch, answer)?;
+    Ok(found)
+}
