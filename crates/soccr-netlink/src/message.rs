@@ -25,6 +25,7 @@ pub struct Batch {
     last: usize,
     messages: u32,
     acknowledged: u32,
+    too_long: bool,
 }
 
 impl Batch {
@@ -44,7 +45,7 @@ impl Batch {
         self.bytes.extend_from_slice(&flags.to_ne_bytes());
         self.bytes.extend_from_slice(&self.messages.to_ne_bytes());
         self.bytes.extend_from_slice(&[0; 4]);
-        body(&mut Message { bytes: &mut self.bytes });
+        body(&mut Message { bytes: &mut self.bytes, too_long: &mut self.too_long });
         let length = (self.bytes.len() - start) as u32;
         self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
     }
@@ -61,6 +62,11 @@ impl Batch {
     /// Everything appended so far.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// An attribute is longer than its length of 16 bits can tell: the kernel would take its end for something else.
+    pub(crate) fn is_too_long(&self) -> bool {
+        self.too_long
     }
 
     /// How many messages there are.
@@ -92,6 +98,7 @@ impl Batch {
         self.last = 0;
         self.messages = 0;
         self.acknowledged = 0;
+        self.too_long = false;
     }
 }
 
@@ -99,6 +106,7 @@ impl Batch {
 #[derive(Debug)]
 pub struct Message<'a> {
     bytes: &'a mut Vec<u8>,
+    too_long: &'a mut bool,
 }
 
 impl Message<'_> {
@@ -110,9 +118,8 @@ impl Message<'_> {
 
     /// Appends an attribute.
     pub fn attribute(&mut self, kind: u16, value: &[u8]) {
-        self.bytes.extend_from_slice(&(value.len() as u16 + 4).to_ne_bytes());
-        self.bytes.extend_from_slice(&kind.to_ne_bytes());
-        self.bytes(value);
+        self.enclose(kind, |message| message.bytes.extend_from_slice(value));
+        self.pad();
     }
 
     /// Appends a number in the byte order of this machine (routing, `sock_diag`).
@@ -135,11 +142,18 @@ impl Message<'_> {
 
     /// Appends an attribute that holds further ones.
     pub fn nested(&mut self, kind: u16, body: impl FnOnce(&mut Message<'_>)) {
+        self.enclose(kind | NESTED, body);
+    }
+
+    fn enclose(&mut self, kind: u16, body: impl FnOnce(&mut Message<'_>)) {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(&[0; 2]);
-        self.bytes.extend_from_slice(&(kind | NESTED).to_ne_bytes());
-        body(&mut Message { bytes: self.bytes });
-        let length = (self.bytes.len() - start) as u16;
+        self.bytes.extend_from_slice(&kind.to_ne_bytes());
+        body(&mut Message { bytes: self.bytes, too_long: self.too_long });
+        let length = u16::try_from(self.bytes.len() - start).unwrap_or_else(|_| {
+            *self.too_long = true;
+            u16::MAX
+        });
         self.bytes[start..start + 2].copy_from_slice(&length.to_ne_bytes());
     }
 
@@ -171,15 +185,25 @@ impl<'a> Iterator for Attributes<'a> {
     }
 }
 
-/// Splits what the kernel sent into (type, sequence number, payload).
-pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
+/// A message that the kernel sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Received<'a> {
+    pub(crate) kind: u16,
+    pub(crate) flags: u16,
+    pub(crate) sequence: u32,
+    pub(crate) payload: &'a [u8],
+}
+
+/// Splits what the kernel sent.
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
         let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
         let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
+        let flags = u16::from_ne_bytes(bytes.get(6..8)?.try_into().ok()?);
         let sequence = u32::from_ne_bytes(bytes.get(8..12)?.try_into().ok()?);
         let payload = bytes.get(HEADER..length)?;
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, sequence, payload))
+        Some(Received { kind, flags, sequence, payload })
     })
 }
 
@@ -193,17 +217,31 @@ mod tests {
         batch.message(1, crate::REQUEST | crate::ACK, |m| m.u32(5, 77));
         batch.message(2, crate::REQUEST, |m| m.nested(3, |n| n.attribute(9, b"abc")));
         let all: Vec<_> = messages(batch.as_bytes()).collect();
-        assert_eq!(all.iter().map(|m| (m.0, m.1)).collect::<Vec<_>>(), [(1, 1), (2, 2)]);
-        assert_eq!(attributes(all[0].2).next(), Some((5, &77u32.to_ne_bytes()[..])));
-        let (kind, inner) = attributes(all[1].2).next().unwrap();
+        assert_eq!(all.iter().map(|m| (m.kind, m.sequence)).collect::<Vec<_>>(), [(1, 1), (2, 2)]);
+        assert_eq!(attributes(all[0].payload).next(), Some((5, &77u32.to_ne_bytes()[..])));
+        let (kind, inner) = attributes(all[1].payload).next().unwrap();
         assert_eq!((kind, attributes(inner).next()), (3, Some((9, &b"abc"[..]))));
         let mut numbered = Vec::new();
         batch.number(u32::MAX, &mut numbered);
-        assert_eq!(messages(&numbered).map(|m| (m.0, m.1)).collect::<Vec<_>>(), [(1, 0), (2, 1)]);
+        assert_eq!(messages(&numbered).map(|m| (m.kind, m.sequence)).collect::<Vec<_>>(), [(1, 0), (2, 1)]);
         assert_eq!(batch.acknowledged(), 1);
         batch.acknowledge_last();
         batch.acknowledge_last();
         assert_eq!(batch.acknowledged(), 2);
+    }
+
+    #[test]
+    fn no_length_is_cut_to_16_bits() {
+        let whole = |value: &[u8]| {
+            let mut batch = Batch::new();
+            batch.message(1, crate::REQUEST, |m| m.nested(1, |n| n.attribute(2, value)));
+            !batch.is_too_long()
+        };
+        let longest = 65_524;
+        assert!(whole(&vec![0; longest]));
+        for length in [longest + 1, longest + 8, 65_536, 1 << 20] {
+            assert!(!whole(&vec![0; length]), "{length}");
+        }
     }
 
     #[test]

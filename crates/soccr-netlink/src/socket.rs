@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{
     AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with,
@@ -34,11 +35,17 @@ impl Family {
 
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
+const NO_ROOM: i32 = Errno::NOBUFS.raw_os_error();
+/// Where `struct nfgenmsg` has its `res_id`.
+const RESOURCE: std::ops::Range<usize> = 2..4;
+/// What is dumped has changed since the dump began (`NLM_F_DUMP_INTR`).
+const DUMP_INTERRUPTED: u16 = 0x10;
 
 /// One netlink socket, in the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub struct Socket {
     fd: OwnedFd,
+    family: Family,
     buffer: Vec<u8>,
     outgoing: Vec<u8>,
     /// The number of the last message that was sent.
@@ -65,7 +72,7 @@ impl Socket {
         let fd =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
         bind(&fd, &SocketAddrNetlink::new(port, 0))?;
-        Ok(Self { fd, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0 })
+        Ok(Self { fd, family, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0 })
     }
 
     /// Gives the socket another descriptor, such as one with a higher number.
@@ -78,24 +85,30 @@ impl Socket {
     ///
     /// # Errors
     /// The first error that the kernel reports. The socket stays usable: answers that come later are
-    /// not taken for those to the next batch.
+    /// not taken for those to the next batch. `EMSGSIZE` where an attribute is longer than netlink can tell.
     pub fn transact(&mut self, batch: &Batch) -> io::Result<()> {
         let ours = self.send(batch)?;
         let mut outcome = Ok(());
-        let mut missing = batch.acknowledged();
+        let (mut missing, mut flags) = (batch.acknowledged(), RecvFlags::empty());
         while missing > 0 {
-            let length = self.receive(RecvFlags::empty())?;
-            for (kind, sequence, payload) in messages(&self.buffer[..length]) {
-                if kind == ERROR && ours.include(sequence) {
+            let length = match self.receive(flags) {
+                Ok(length) => length,
+                // There was no room for all answers, but the first ones are there.
+                Err(error) if error.raw_os_error() == Some(NO_ROOM) && flags.is_empty() => {
+                    flags = RecvFlags::DONTWAIT;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Errno::NOBUFS.into()),
+                Err(error) => return Err(error),
+            };
+            for message in messages(&self.buffer[..length]) {
+                if message.kind == ERROR && ours.include(message.sequence) {
                     // A failed batch answers once for the failing message and may stay silent for the rest.
-                    let answer = error_of(payload);
+                    let answer = error_of(message.payload);
                     missing = if answer.is_err() { 0 } else { missing.saturating_sub(1) };
                     outcome = outcome.and(answer);
                 }
             }
-        }
-        if outcome.is_err() {
-            while self.receive(RecvFlags::DONTWAIT).is_ok() {}
         }
         outcome
     }
@@ -103,20 +116,58 @@ impl Socket {
     /// Sends the batch, which must hold one dump request, and gives every answer's type and payload to `each`.
     ///
     /// # Errors
-    /// The error that the kernel reports.
+    /// The error that the kernel reports, in an answer of its own or behind all others. `EINTR` where what is dumped has
+    /// changed meanwhile: something may be missing, or there twice.
     pub fn dump(&mut self, batch: &Batch, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let ours = self.send(batch)?;
+        let (mut interrupted, mut generation) = (false, None);
         loop {
             let length = self.receive(RecvFlags::empty())?;
-            for (kind, sequence, payload) in messages(&self.buffer[..length]) {
-                match kind {
-                    _ if !ours.include(sequence) => {}
-                    ERROR => return error_of(payload),
-                    DONE => return Ok(()),
-                    _ => each(kind, payload),
+            for message in messages(&self.buffer[..length]) {
+                if !ours.include(message.sequence) {
+                    continue;
+                }
+                interrupted |= message.flags & DUMP_INTERRUPTED != 0;
+                match message.kind {
+                    ERROR => return error_of(message.payload),
+                    // Kernels before 3.19 say nothing here.
+                    DONE if message.payload.is_empty() => return complete(interrupted),
+                    DONE => return error_of(message.payload).and_then(|()| complete(interrupted)),
+                    kind => {
+                        if self.family == Family::Netfilter {
+                            // The flag says nothing about the elements of a set, but each part tells the generation of the rules.
+                            let now =
+                                message.payload.get(RESOURCE).and_then(<[u8]>::first_chunk::<2>).copied();
+                            interrupted |= *generation.get_or_insert(now) != now;
+                        }
+                        each(kind, message.payload);
+                    }
                 }
             }
         }
+    }
+
+    /// Like [`dump`](Self::dump), for answers that must be complete: `each` adds what it finds in one to the list, which
+    /// begins anew where something has changed meanwhile.
+    ///
+    /// # Errors
+    /// Those of `dump`: `EINTR` where it changes every time.
+    pub fn dump_all<T>(
+        &mut self,
+        batch: &Batch,
+        mut each: impl FnMut(&mut Vec<T>, &[u8]),
+    ) -> io::Result<Vec<T>> {
+        /// Something that changes without end must not keep us here.
+        const ATTEMPTS: usize = 100;
+        let mut outcome = Ok(Vec::new());
+        for _ in 0..ATTEMPTS {
+            let mut all = Vec::new();
+            outcome = self.dump(batch, |_, payload| each(&mut all, payload)).map(|()| all);
+            if !matches!(&outcome, Err(error) if error.kind() == io::ErrorKind::Interrupted) {
+                break;
+            }
+        }
+        outcome
     }
 
     /// Reads what the kernel has sent unasked, without waiting, and gives every message's type and payload to `each`.
@@ -127,7 +178,7 @@ impl Socket {
     pub fn poll(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
         match self.receive(RecvFlags::DONTWAIT) {
             Ok(length) => {
-                messages(&self.buffer[..length]).for_each(|(kind, _, payload)| each(kind, payload));
+                messages(&self.buffer[..length]).for_each(|message| each(message.kind, message.payload));
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -156,20 +207,29 @@ impl Socket {
     }
 
     fn send(&mut self, batch: &Batch) -> io::Result<Numbers> {
+        if batch.is_too_long() {
+            return Err(Errno::MSGSIZE.into());
+        }
+        self.forget_answers();
         let ours = Numbers { base: self.sequence, count: batch.messages() };
         batch.number(ours.base, &mut self.outgoing);
         self.sequence = ours.base.wrapping_add(ours.count);
-        sendto(&self.fd, &self.outgoing, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        let kernel = SocketAddrNetlink::new(0, 0);
+        retry_on_intr(|| sendto(&self.fd, &self.outgoing, SendFlags::empty(), &kernel))?;
         Ok(ours)
     }
 
+    /// Makes room for the next answers. Where there was none for the last ones, the kernel says so only once, and drops
+    /// further ones silently until all that it has kept has been read.
+    fn forget_answers(&mut self) {
+        while match self.receive(RecvFlags::DONTWAIT) {
+            Ok(_) => true,
+            Err(error) => error.raw_os_error() == Some(NO_ROOM),
+        } {}
+    }
+
     fn receive(&mut self, flags: RecvFlags) -> io::Result<usize> {
-        loop {
-            match recv(&self.fd, &mut self.buffer[..], flags) {
-                Err(rustix::io::Errno::INTR) => {}
-                other => return Ok(other?.0),
-            }
-        }
+        Ok(retry_on_intr(|| recv(&self.fd, &mut self.buffer[..], flags))?.0)
     }
 }
 
@@ -193,6 +253,10 @@ impl Numbers {
     }
 }
 
+fn complete(interrupted: bool) -> io::Result<()> {
+    if interrupted { Err(Errno::INTR.into()) } else { Ok(()) }
+}
+
 /// An `NLMSG_ERROR` carries the negated errno, or zero for an acknowledgement.
 fn error_of(payload: &[u8]) -> io::Result<()> {
     match payload.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes)) {
@@ -212,6 +276,21 @@ mod tests {
         let mut batch = Batch::new();
         batch.message(kind, REQUEST | ACK, |m| m.bytes(&[0; 4]));
         batch
+    }
+
+    #[test]
+    fn more_answers_than_there_is_room_for_do_no_harm() {
+        let mut many = Batch::new();
+        for _ in 0..45 {
+            // An error comes back with all that it is about.
+            many.message(0xfff, REQUEST | ACK, |m| m.bytes(&[0; 4000]));
+        }
+        let mut socket = Socket::open(Family::Route).unwrap();
+        let error = socket.transact(&of(0xfff)).unwrap_err();
+        for _ in 0..3 {
+            assert_eq!(socket.transact(&many).unwrap_err().raw_os_error(), error.raw_os_error());
+        }
+        socket.transact(&of(1)).unwrap();
     }
 
     #[test]

@@ -137,6 +137,7 @@ impl Locker {
         let started =
             capture.map(Reader::start).transpose().map_err(|error| Error::system("thread", error))?;
         let (reader, thread) = started.unzip();
+        let thread = thread.flatten();
         Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader, thread }) })
     }
 

@@ -192,36 +192,32 @@ impl<'a> Transaction<'a> {
 pub(crate) fn names(socket: &mut Socket, family: Family) -> io::Result<Vec<String>> {
     let mut batch = Batch::new();
     batch.message(SUBSYSTEM | GET_TABLE, REQUEST | DUMP, |m| m.bytes(&header(family as u8, 0)));
-    let mut names = Vec::new();
-    socket.dump(&batch, |_, payload| {
+    socket.dump_all(&batch, |names, payload| {
         let name = value(payload.get(HEADER..).unwrap_or_default(), TABLE);
         names.extend(
             name.and_then(|bytes| std::str::from_utf8(bytes.strip_suffix(&[0])?).ok()).map(str::to_owned),
         );
-    })?;
-    Ok(names)
+    })
 }
 
-/// Gives every element of a set to `each`: its connection, and its attributes.
-pub(crate) fn contents(
+/// What `read` makes of every element of a set: of its connection, and its attributes.
+pub(crate) fn contents<T>(
     socket: &mut Socket,
     table: Table<'_>,
     set: &str,
-    mut each: impl FnMut(Flow, &[u8]),
-) -> io::Result<()> {
+    mut read: impl FnMut(Flow, &[u8]) -> T,
+) -> io::Result<Vec<T>> {
     let mut batch = Batch::new();
     batch.message(SUBSYSTEM | GET_ELEMENTS, REQUEST | DUMP, |m| {
         m.bytes(&header(table.family as u8, 0));
         m.string(TABLE, table.name);
         m.string(ELEMENTS_SET, set);
     });
-    socket.dump(&batch, |_, payload| {
+    socket.dump_all(&batch, |contents, payload| {
         let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
         for (_, element) in attributes(list) {
             let key = value(element, set::ELEMENT_KEY).and_then(|key| set::flow_of(value(key, DATA_VALUE)?));
-            if let Some(flow) = key {
-                each(flow, element);
-            }
+            contents.extend(key.map(|flow| read(flow, element)));
         }
     })
 }

@@ -213,13 +213,14 @@ impl<'fd> Paused<'fd> {
     /// - Refused where the connection has changed since it was last saved: its traffic was not locked.
     /// - System: `connect` to `AF_UNSPEC`.
     ///
-    /// The connection is resumed then.
+    /// The connection is resumed then. There is no error once it has been forgotten: nobody may believe that it is
+    /// still here.
     pub fn detach(self) -> Result<()> {
         self.forget_connection().map_err(|error| error.at("detach"))?;
-        // Repair mode would turn the owner's later calls into EPERM, which says nothing.
-        let off = tcp::set_repair(self.fd, Repair::OffNoProbe);
+        // Repair mode would turn the owner's later calls into EPERM, which says less. It is all that can still go wrong.
+        let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
         self.release();
-        off.map_err(|error| error.at("detach"))
+        Ok(())
     }
 
     fn forget_connection(&self) -> Result<()> {

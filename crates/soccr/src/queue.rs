@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::buffers::{self, Buffer};
@@ -57,7 +57,7 @@ fn both_lengths(fd: BorrowedFd<'_>, inline: bool, first: u32) -> Result<(u32, u3
     }
     set_inline(fd, false)?;
     tcp::select_queue(fd, Queue::Receive)?;
-    match recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+    match retry_on_intr(|| recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT)) {
         Ok(_) => Ok((to_mark, whole, true)),
         Err(Errno::INVAL) => Ok((to_mark, whole, false)),
         Err(error) => Err(Error::system("recv(MSG_OOB)", error)),
@@ -270,10 +270,9 @@ pub(crate) fn fill_send(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
 
 /// Reads the urgent byte out of band, as the application had done.
 pub(crate) fn consume_urgent(fd: BorrowedFd<'_>) -> Result<()> {
-    match recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::DONTWAIT) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(Error::system("recv(MSG_OOB)", error)),
-    }
+    retry_on_intr(|| recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::DONTWAIT))
+        .map(|_| ())
+        .map_err(|error| Error::system("recv(MSG_OOB)", error))
 }
 
 fn fill(

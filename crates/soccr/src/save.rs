@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, getpeername, getsockname, recv};
 
 use crate::buffers;
@@ -248,7 +248,7 @@ fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<()> {
 fn pending(fd: BorrowedFd<'_>) -> Result<PollFlags> {
     let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut polled, Some(&now)).map_err(|error| Error::system("poll", error))?;
+    retry_on_intr(|| poll(&mut polled, Some(&now))).map_err(|error| Error::system("poll", error))?;
     Ok(polled[0].revents())
 }
 

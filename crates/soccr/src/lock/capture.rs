@@ -9,8 +9,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 
@@ -24,6 +26,10 @@ use crate::error::{Error, Result};
 use crate::segment::{Parsed, Run};
 use crate::sys::raw::Injector;
 
+/// How long connections may catch up with their packets. A peer that gets no answer stops within its window: only one that
+/// never stops makes it as long.
+const LONGEST_RELEASE: Duration = Duration::from_secs(1);
+
 /// A log group, the packets that have come from it, and the way back for them.
 #[derive(Debug)]
 pub(super) struct Capture {
@@ -33,6 +39,8 @@ pub(super) struct Capture {
     next: u32,
     /// What has been released, until its memory is given back.
     spent: Vec<Run>,
+    /// Why nothing is read any more while nobody asks.
+    failure: Option<io::Error>,
 }
 
 impl Capture {
@@ -43,16 +51,17 @@ impl Capture {
         injectors: [Option<Injector>; 2],
         limit: usize,
     ) -> io::Result<Self> {
+        /// Enough to find a free group where nine of ten are taken, many times over.
+        const ATTEMPTS: usize = 256;
         // What the kernel may keep until the thread comes; more only with privileges in the first namespace.
         socket.set_receive_buffer(limit)?;
-        let first = std::process::id() as u16;
         let mut outcome = Err(io::ErrorKind::AddrInUse.into());
-        for attempt in 0..256u16 {
-            let group = first.wrapping_add(attempt.wrapping_mul(251)).max(1);
+        for _ in 0..ATTEMPTS {
+            let group = (RandomState::new().hash_one(std::process::id()) as u16).max(1);
             match bind(&mut socket, group) {
                 Ok(()) => {
                     let packets = Packets::new(injectors, limit);
-                    return Ok(Self { socket, group, packets, next: 0, spent: Vec::new() });
+                    return Ok(Self { socket, group, packets, next: 0, spent: Vec::new(), failure: None });
                 }
                 // Another socket has this group.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EBUSY)) => {
@@ -80,7 +89,8 @@ impl Capture {
 
     /// The packets of these connections, in order; further ones are kept.
     pub(super) fn take(&mut self, flows: &[Flow]) -> io::Result<Vec<Held>> {
-        self.read()?;
+        self.failure.take().map_or(Ok(()), Err)?;
+        self.read(Instant::now() + LONGEST_RELEASE)?;
         let mut packets = |flow| self.packets.take(flow).into_iter().map(Run::into_packet).collect();
         Ok(flows.iter().map(|flow| Held { flow: *flow, packets: packets(flow) }).collect())
     }
@@ -100,12 +110,14 @@ impl Capture {
         mut unlock: impl FnMut(Unlock, &[Flow]) -> Result<()>,
     ) -> Result<usize> {
         let mut replays = HashMap::new();
-        let mut outcome = self.catch_up(flows, sockets, &mut replays);
+        let end = Instant::now() + LONGEST_RELEASE;
+        let failure = self.failure.take().map_or(Ok(()), |error| Err(Error::system("NFLOG", error)));
+        let mut outcome = failure.and(self.catch_up(flows, sockets, &mut replays, end));
         let (waiting, idle): (Vec<_>, Vec<_>) = flows.iter().partition(|flow| replays.contains_key(flow));
         outcome = outcome.and(unlock(Unlock::Both, &idle));
         outcome = outcome.and(unlock(Unlock::Receive, &waiting));
         // From now on packets arrive by themselves.
-        outcome = outcome.and(self.catch_up(flows, &[], &mut replays));
+        outcome = outcome.and(self.catch_up(flows, &[], &mut replays, end));
         self.packets.forget(flows);
         outcome = outcome.and(unlock(Unlock::Send, &waiting));
         let mut count = 0;
@@ -119,18 +131,17 @@ impl Capture {
         outcome.map(|()| count)
     }
 
-    /// Gives these connections their packets until none is left.
+    /// Gives these connections their packets until none is left, or this time has come.
     fn catch_up(
         &mut self,
         flows: &[Flow],
         sockets: &[BorrowedFd<'_>],
         replays: &mut HashMap<Flow, Replay>,
+        end: Instant,
     ) -> Result<()> {
-        /// A peer that gets no answer stops within its window; one that never stops must not keep us here.
-        const ROUNDS: usize = 8;
         let mut outcome = Ok(());
-        for _ in 0..ROUNDS {
-            outcome = outcome.and(self.read().map_err(|error| Error::system("NFLOG", error)));
+        loop {
+            outcome = outcome.and(self.read(end).map_err(|error| Error::system("NFLOG", error)));
             let mut has_all = true;
             for (index, flow) in flows.iter().enumerate() {
                 if self.packets.is_empty() {
@@ -143,11 +154,24 @@ impl Capture {
                     outcome = outcome.and(self.packets.replay(replay, held, sockets.get(index).copied()));
                 }
             }
-            if has_all {
-                break;
+            if has_all || Instant::now() > end {
+                return outcome;
             }
         }
-        outcome
+    }
+
+    /// Takes in what the kernel has queued, for the thread that reads while nobody asks. Whoever asks next is told of an error.
+    /// Returns whether to go on.
+    pub(super) fn read_along(&mut self) -> bool {
+        /// Then it is the turn of those who wait.
+        const TURN: Duration = Duration::from_millis(1);
+        self.failure = self.read(Instant::now() + TURN).err().or(self.failure.take());
+        self.failure.is_none()
+    }
+
+    /// The thread has ended, because of this.
+    pub(super) fn fail(&mut self, error: io::Error) {
+        self.failure = Some(error);
     }
 
     /// What has been released, to be dropped where nobody waits.
@@ -155,8 +179,8 @@ impl Capture {
         std::mem::take(&mut self.spent)
     }
 
-    /// Takes in what the kernel has queued.
-    pub(super) fn read(&mut self) -> io::Result<()> {
+    /// Takes in what the kernel has queued, unless there is more than can be taken in until then.
+    fn read(&mut self, end: Instant) -> io::Result<()> {
         let Self { socket, packets, next, .. } = self;
         loop {
             let more = socket.poll(|kind, payload| {
@@ -184,8 +208,8 @@ impl Capture {
                 }
             });
             match more {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
+                Ok(true) if Instant::now() < end => {}
+                Ok(_) => return Ok(()),
                 // Packets were lost; their numbers tell how many.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(error) => return Err(error),

@@ -12,7 +12,11 @@ use crate::segment::{Checksum, Parsed, Run};
 use crate::sys::raw::Injector;
 
 /// What one packet costs beyond its bytes.
-const OVERHEAD: usize = 64;
+const OVERHEAD: usize = size_of::<Run>() + 16;
+
+/// The most packets of one connection, where they do not join. A peer whose segments are of the usual size fills any window
+/// with fewer; one that floods tiny ones must not make its release take longer than a moment.
+const MOST: usize = 16 << 10;
 
 /// What has been captured, in order, by connection.
 #[derive(Debug)]
@@ -74,10 +78,10 @@ impl Packets {
         self.dropped += u64::from(count);
     }
 
-    /// These connections are not locked any more, or not after all.
+    /// These connections are not locked any more, or not after all. What has not been taken by now will not arrive.
     pub(super) fn forget(&mut self, flows: &[Flow]) {
         for flow in flows {
-            self.take(flow);
+            self.dropped += self.take(flow).len() as u64;
             self.flows.remove(&flow.on_the_wire());
         }
     }
@@ -112,7 +116,10 @@ impl Packets {
         match self.flows.get_mut(&flow) {
             Some(Fate::Held { queue, acks, .. }) => {
                 let packet_cost = bytes.len() + OVERHEAD;
-                if self.bytes + packet_cost > self.limit && *acks > 1 {
+                // To go through the queue for a few of them would take longer than the packets behind may wait.
+                if (self.bytes + packet_cost > self.limit || queue.len() >= MOST)
+                    && *acks > 1 + queue.len() / 8
+                {
                     // The last acknowledgement says what those before it said.
                     let last = queue.iter().rposition(is_pure_ack);
                     let mut index = 0;
@@ -139,6 +146,10 @@ impl Packets {
                     }
                     // Now there is time for it.
                     before.seal();
+                }
+                if queue.len() >= MOST {
+                    self.dropped += 1;
+                    return;
                 }
                 let run = Run::new(bytes, parsed);
                 self.bytes += cost(&run);
@@ -280,6 +291,20 @@ pub(super) mod tests {
         assert_eq!(taken(&mut packets), sent[..2]);
         packets.push(&sent[3], 1);
         assert_eq!(taken(&mut packets), sent[3..]);
+    }
+
+    #[test]
+    fn tiny_packets_have_a_limit_of_their_own() {
+        let mut packets = packets(64 << 20);
+        for number in 0..MOST as u32 + 10 {
+            packets.push(&packet(2 * number, &[7]), 1);
+        }
+        assert_eq!((packets.count(&[flow()]), packets.dropped), (MOST, 10));
+        // What continues one of them still finds room, and whatever is left when they are unlocked counts.
+        packets.push(&packet(2 * MOST as u32 - 1, &[7]), 1);
+        assert_eq!(packets.dropped, 10);
+        packets.forget(&[flow()]);
+        assert_eq!((packets.dropped, packets.is_empty()), (10 + MOST as u64, true));
     }
 
     #[test]

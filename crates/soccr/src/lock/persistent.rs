@@ -101,12 +101,13 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
         return Err(Error::invalid("a lock of no connections"));
     }
     flows.iter().try_for_each(validate)?;
-    for lock in list(socket)? {
-        // Those whose time is over are empty, and nobody else removes them.
-        if lock.flows.is_empty() {
+    for table in transaction::names(socket).map_err(|error| Error::system("nft list", error))? {
+        let Some(other) = table.strip_prefix(PREFIX) else { continue };
+        // Those whose time is over are empty, and nobody else removes them. Where that is not certain, they stay.
+        if matches!(transaction::contents(socket, &table), Ok(contents) if contents.is_empty()) {
             // Somebody else may be doing the same.
-            let _ = remove(socket, &lock.name);
-        } else if lock.name == name {
+            let _ = remove(socket, other);
+        } else if other == name {
             return Err(not_created(io::Error::from_raw_os_error(libc::EEXIST)));
         }
     }

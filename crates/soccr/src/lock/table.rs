@@ -16,6 +16,9 @@ pub(super) struct Table {
     socket: Socket,
     name: String,
     batch: Batch,
+    /// How many connections go together, whatever is done to them. A chunk is always processed as a whole, so ENOENT for
+    /// one connection means that all of them were unlocked.
+    chunk: usize,
     locked: HashSet<Flow>,
     /// How many of them are IPv6, IPv4.
     counts: [u32; 2],
@@ -48,7 +51,9 @@ impl Table {
                 |error| if error.raw_os_error() == Some(libc::EPERM) { Err(error) } else { create(false) },
             )
             .map_err(|error| Error::system("nft add table", error).advise(NEEDS))?;
-        Ok(Self { socket, name, batch, locked: HashSet::new(), counts: [0; 2] })
+        // Moving a connection from set to set adds one element and deletes one.
+        let chunk = (most_elements(&socket)? / 2).max(1);
+        Ok(Self { socket, name, batch, chunk, locked: HashSet::new(), counts: [0; 2] })
     }
 
     pub(super) fn socket(&mut self) -> &mut Socket {
@@ -76,11 +81,9 @@ impl Table {
     /// Locks connections that have been entered: in one transaction, where the kernel lets us send one that long.
     /// Where that fails they are neither locked nor entered.
     pub(super) fn add(&mut self, flows: &[Flow]) -> Result<()> {
-        let added = most_elements(&self.socket).and_then(|most| {
-            flows.chunks(most).try_for_each(|flows| {
-                self.transact(|transaction| transaction.add(Set::Flows, flows, None))
-                    .map_err(|error| Error::system("nft add element", error))
-            })
+        let added = flows.chunks(self.chunk).try_for_each(|flows| {
+            self.transact(|transaction| transaction.add(Set::Flows, flows, None))
+                .map_err(|error| Error::system("nft add element", error))
         });
         if added.is_err() {
             // Of several transactions the first ones may have succeeded.
@@ -94,11 +97,8 @@ impl Table {
     /// # Errors
     /// The first one.
     pub(super) fn unlock(&mut self, how: Unlock, flows: &[Flow]) -> Result<()> {
-        // Those that go from one set into the other count twice. The same ones go together at each step: what is not there
-        // tells about all of them.
-        let most = (most_elements(&self.socket).unwrap_or(1) / 2).max(1);
         let mut outcome = Ok(());
-        for flows in flows.chunks(most) {
+        for flows in flows.chunks(self.chunk) {
             let mut unlock = |how| {
                 self.transact(|transaction| match how {
                     Unlock::Both => transaction.delete(Set::Flows, flows),

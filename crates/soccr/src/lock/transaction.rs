@@ -154,10 +154,11 @@ pub(super) fn names(socket: &mut Socket) -> io::Result<Vec<String>> {
 pub(super) fn contents(socket: &mut Socket, table: &str) -> io::Result<Vec<(Flow, Option<Duration>)>> {
     let mut contents = Vec::new();
     for ipv6 in [false, true] {
-        nftables::contents(socket, Table::inet(table), Set::Flows.name(ipv6), |flow, element| {
+        let read = |flow, element: &[u8]| {
             let left = value(element, ELEMENT_EXPIRATION).and_then(<[u8]>::first_chunk);
-            contents.push((flow, left.map(|left| Duration::from_millis(u64::from_be_bytes(*left)))));
-        })?;
+            (flow, left.map(|left| Duration::from_millis(u64::from_be_bytes(*left))))
+        };
+        contents.extend(nftables::contents(socket, Table::inet(table), Set::Flows.name(ipv6), read)?);
     }
     Ok(contents)
 }

@@ -49,6 +49,9 @@ struct Plan {
 
 impl Plan {
     fn decide(&mut self, call: Call) -> Option<i32> {
+        if self.errno == libc::EINTR && !INTERRUPTIBLE.contains(&call.number) {
+            return None;
+        }
         match self.left.take() {
             Some(0) => {
                 self.failed = Some(call);
@@ -351,4 +354,55 @@ pub fn a_resume_or_detach_that_fails_can_be_tried_again() {
         assert_same(&reference, &pause(&ends.ours).unwrap().save().unwrap());
     });
     ends.finish();
+}
+
+pub fn a_detach_fails_only_where_the_connection_stays() {
+    supervised(|faults| {
+        for left in 0.. {
+            let ends = Ends::new(Family::V4);
+            let paused = pause(&ends.ours).unwrap();
+            paused.save().unwrap();
+            faults.arm(left, libc::EPERM);
+            let detached = paused.detach();
+            let failed = faults.disarm();
+            assert_eq!(detached.is_ok(), ends.ours.peer_addr().is_err(), "{detached:?} after {failed:?}");
+            if failed.is_none() {
+                break;
+            }
+        }
+    });
+}
+
+/// The calls that a signal may interrupt: a traced process, or one with timers, sees it every day.
+const INTERRUPTIBLE: [i64; 4] = [libc::SYS_sendto, libc::SYS_recvfrom, libc::SYS_poll, libc::SYS_ppoll];
+
+pub fn an_interrupted_call_is_made_again() {
+    for (text, ends) in connections() {
+        supervised(move |faults| {
+            let reference = pause(&ends.ours).unwrap().save().unwrap();
+            for left in 0.. {
+                faults.arm(left, libc::EINTR);
+                let (saved, failed) = save_with(faults, &ends.ours);
+                let saved = saved.unwrap_or_else(|error| panic!("{text}: {error}, for {failed:?}"));
+                assert_same(&reference, &saved);
+                if failed.is_none() {
+                    break;
+                }
+            }
+            let connection = ends.take();
+            for left in 0.. {
+                faults.arm(left, libc::EINTR);
+                let restored = ends.pair.a.run(|| connection.restore());
+                let failed = faults.disarm();
+                let restored = restored.unwrap_or_else(|error| panic!("{text}: {error}, for {failed:?}"));
+                let paused = Paused::take_over(restored.as_fd()).unwrap();
+                let saved = paused.save().unwrap();
+                paused.release();
+                assert_same(&connection, &saved);
+                if failed.is_none() {
+                    break;
+                }
+            }
+        });
+    }
 }

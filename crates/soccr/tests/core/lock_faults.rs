@@ -1,7 +1,7 @@
 //! Every system call of a lock fails once: no connection stays locked by mistake, and none is unlocked.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -49,6 +49,27 @@ pub fn a_lock_that_fails_locks_nothing() {
         failed.is_some()
     });
     ends.finish();
+}
+
+pub fn a_lock_of_many_that_fails_locks_nothing() {
+    // As many as a table can hold: an ordinary user needs several transactions for them.
+    let flows: Vec<Flow> = ["192.0.2.1", "2001:db8::1"]
+        .into_iter()
+        .flat_map(|host| (0..=u16::MAX).map(move |port| SocketAddr::new(host.parse().unwrap(), port)))
+        .map(|local| Flow { local, remote: SocketAddr::new(local.ip(), 1) })
+        .collect();
+    let locker = Locker::new(Mode::Drop).unwrap();
+    with_every_fault(|faults, arm| {
+        arm();
+        let locked = locker.lock(&flows);
+        let failed = faults.disarm();
+        match locked {
+            Ok(lock) => drop(lock.release().unwrap()),
+            Err(error) => assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}"),
+        }
+        locker.lock(&flows).expect("none of them is locked").release().unwrap();
+        failed.is_some()
+    });
 }
 
 pub fn a_release_that_fails_unlocks() {

@@ -37,9 +37,10 @@ fn main() -> ExitCode {
             a_restore_where_the_address_stays_tentative
             what_is_no_socket;
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
-            every_fault_of_a_resume_is_told_and_silent
+            every_fault_of_a_resume_is_told_and_silent a_detach_fails_only_where_the_connection_stays
+            an_interrupted_call_is_made_again
             a_resume_or_detach_that_fails_can_be_tried_again;
-        lock_faults: a_lock_that_fails_locks_nothing a_release_that_fails_unlocks
+        lock_faults: a_lock_that_fails_locks_nothing a_lock_of_many_that_fails_locks_nothing a_release_that_fails_unlocks
             a_release_into_a_queue_that_fails_loses_nothing nothing_is_put_behind_what_did_not_arrive
             a_lock_that_does_not_persist_stays;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call

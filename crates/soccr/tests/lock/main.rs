@@ -1,5 +1,6 @@
 //! Locks on the real packet filter: what they stop, what they keep, and that nothing of them stays behind.
 
+mod dump;
 mod firewall;
 mod held;
 mod much;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         two_lockers_do_not_disturb_each_other,
         a_killed_process_leaves_no_lock,
         ten_thousand_connections,
+        three_hundred_lockers_hold,
         a_locker_for_the_namespace_of_a_socket,
         rights_in_the_namespace_of_the_socket_suffice,
         persistent::a_persistent_lock_is_listed_and_removed,
@@ -64,6 +66,8 @@ fn main() -> ExitCode {
         persistent::a_persistent_lock_grows,
         persistent::a_lock_becomes_persistent,
         persistent::names_of_persistent_locks_are_checked,
+        dump::an_end_with_an_error_is_one,
+        dump::what_changes_meanwhile_is_asked_for_again,
     ])
 }
 
@@ -382,6 +386,11 @@ fn lock_and_wait(flow: &str) -> ExitCode {
     loop {
         thread::park();
     }
+}
+
+fn three_hundred_lockers_hold() {
+    let lockers: Vec<_> = (0..300).map(|_| Locker::new(Mode::HOLD).unwrap()).collect();
+    drop(lockers);
 }
 
 fn ten_thousand_connections() {
