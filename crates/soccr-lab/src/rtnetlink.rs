@@ -14,6 +14,7 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 
 const IFLA_ADDRESS: u16 = 1;
@@ -44,6 +45,7 @@ const RTPROT_STATIC: u8 = 4;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
+const RTN_LOCAL: u8 = 2;
 
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
@@ -181,7 +183,34 @@ impl Rtnetlink {
     /// # Errors
     /// `ENODEV` where there is no such link, `EEXIST` where it has the address.
     pub fn add_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
-        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, IFA_F_NODAD)
+        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, IFA_F_NODAD)?;
+        if address.is_ipv6() {
+            // Its route is made later, by a thread of the kernel: until then packets to it leave the host.
+            let index = self.index(link)?;
+            let mut outcome = Ok(true);
+            wait_until("the address has its route", || {
+                outcome = self.is_local(address, index);
+                !matches!(outcome, Ok(false))
+            });
+            outcome?;
+        }
+        Ok(())
+    }
+
+    /// Whether packets to this address are for this host.
+    fn is_local(&mut self, address: IpAddr, index: u32) -> io::Result<bool> {
+        const TYPE: usize = 7;
+        let mut batch = Batch::new();
+        batch.message(RTM_GETROUTE, REQUEST | ACK, |message| {
+            message.bytes(&[family(address), 128, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            message.attribute(RTA_DST, &octets(address));
+            message.u32(RTA_OIF, index);
+        });
+        let mut local = false;
+        match self.socket.dump(&batch, |_, route| local = route.get(TYPE) == Some(&RTN_LOCAL)) {
+            Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => Ok(false),
+            outcome => outcome.map(|()| local),
+        }
     }
 
     /// Gives a link an IPv6 address that is tentative until duplicate address detection has ended.

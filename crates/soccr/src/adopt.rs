@@ -62,7 +62,7 @@ use crate::lock::Lock;
 use crate::report::Report;
 use crate::segment::{Segment, flags};
 use crate::sys::namespace;
-use crate::sys::raw::{Injector, Via};
+use crate::sys::raw::Ways;
 use crate::sys::sockopt;
 use crate::sys::tcp::{TcpInfo, info_option};
 use obstacle::Sysctls;
@@ -92,8 +92,7 @@ const ATTEMPTS: usize = 3;
 #[derive(Debug)]
 pub struct Adopter {
     programs: Programs,
-    ipv4: Injector,
-    ipv6: Option<Injector>,
+    ways: Ways,
     diag: Diag,
     sysctls: Sysctls,
     namespace: u64,
@@ -139,16 +138,11 @@ impl Adopter {
     fn start() -> Result<Self> {
         let raw = |error| Error::system("raw socket", error);
         let programs = Programs::load().map_err(obstacle::explain)?;
-        let ipv4 = Injector::open(Via::Ipv4).map_err(raw)?;
-        let ipv6 = match Injector::open(Via::Ipv6) {
-            // The machine may have no IPv6 at all.
-            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => None,
-            opened => Some(opened.map_err(raw)?),
-        };
-        let namespace = namespace::cookie(ipv4.as_fd()).map_err(raw)?;
+        let ways = Ways::open().map_err(raw)?;
+        let namespace = namespace::cookie(ways.as_fd()).map_err(raw)?;
         let sysctls = Sysctls::open()?;
         sysctls.check_cookies()?;
-        Ok(Self { programs, ipv4, ipv6, diag: Diag::open()?, sysctls, namespace, packet: Vec::new() })
+        Ok(Self { programs, ways, diag: Diag::open()?, sysctls, namespace, packet: Vec::new() })
     }
 
     /// Checks, without touching anything, that a connection can be adopted here: its state, and the listener for it.
@@ -377,13 +371,7 @@ impl Adopter {
 
     fn send(&mut self, segment: &Segment<'_>, options: &[u8]) -> Result<()> {
         segment.write_with(options, &mut self.packet);
-        let injector = match Via::routed(segment.destination.ip()) {
-            Via::Ipv6 => self.ipv6.as_ref(),
-            _ => Some(&self.ipv4),
-        };
-        let injector =
-            injector.ok_or_else(|| Error::refused("an IPv6 connection", "this machine has no IPv6"))?;
-        injector.send(&self.packet, segment.destination)
+        self.ways.inward(segment.source, segment.destination, 0)?.send(&self.packet)
     }
 
     /// Programs that are run by hand see the namespace of the thread.

@@ -103,7 +103,9 @@ pub(crate) fn send_to_peer(
     fd: BorrowedFd<'_>,
     segment: &Segment<'_>,
 ) -> Result<()> {
-    send(injectors, fd, segment, Via::routed(segment.destination.ip()))
+    let mut packet = Vec::with_capacity(128);
+    segment.write(&mut packet);
+    injectors.outward(fd, Via::routed(segment.destination.ip()))?.send(&packet, segment.destination)
 }
 
 pub(crate) fn from_peer<'a>(
@@ -140,7 +142,7 @@ pub(crate) fn inject(
 ) -> Result<()> {
     let routed = Via::routed(segment.destination.ip());
     let flow = Flow { local: segment.destination, remote: segment.source };
-    let mut refusal = None;
+    let (mut refusal, mut sent) = (None, false);
     for (via, unknown) in [(routed, false), (routed, true), (Via::Loopback, false)] {
         // A firewall may let only established connections pass, and not know that this is one.
         if unknown && conntrack::enter(fd, flow).is_err() {
@@ -149,9 +151,12 @@ pub(crate) fn inject(
         let limit = if via == routed && !unknown { FIRST_ARRIVAL } else { ARRIVAL };
         match send(injectors, fd, segment, via) {
             Ok(()) if wait_for(limit, &arrived)? => return Ok(()),
-            Ok(()) => {}
-            Err(error) => refusal = Some(error),
+            Ok(()) => sent = true,
+            Err(error) => refusal = refusal.or(Some(error)),
         }
+    }
+    if let Some(refusal) = refusal.take_if(|_| !sent) {
+        return Err(refusal);
     }
     let reason = refusal.map_or(String::new(), |error| format!(" ({error})"));
     Err(Error::refused(
@@ -163,7 +168,7 @@ pub(crate) fn inject(
 fn send(injectors: &mut Injectors, fd: BorrowedFd<'_>, segment: &Segment<'_>, via: Via) -> Result<()> {
     let mut packet = Vec::with_capacity(128);
     segment.write(&mut packet);
-    injectors.beside(fd, via)?.send(&packet, segment.destination)
+    injectors.inward(fd, via, segment.source, segment.destination)?.send(&packet)
 }
 
 /// On an idle machine the segment has arrived before the call that sent it returns.

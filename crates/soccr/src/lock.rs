@@ -54,7 +54,7 @@ use soccr_netlink::{Family, Socket};
 use crate::connection::Flow;
 use crate::diag::Diag;
 use crate::error::{Error, Result};
-use crate::sys::raw::{Injector, Via};
+use crate::sys::raw::Ways;
 use crate::sys::{descriptor, namespace};
 use capture::Capture;
 use reader::Reader;
@@ -125,10 +125,10 @@ impl Locker {
     }
 
     fn start(sockets: Sockets, mode: Mode) -> Result<Self> {
-        let Sockets { port, table, log, injectors } = sockets;
-        let capture = match (mode, log) {
-            (Mode::Hold { limit }, Some(log)) => {
-                let capture = Capture::open(log, injectors, limit);
+        let Sockets { port, table, held } = sockets;
+        let capture = match (mode, held) {
+            (Mode::Hold { limit }, Some((log, ways))) => {
+                let capture = Capture::open(log, ways, limit);
                 Some(capture.map_err(|error| Error::system("NFLOG", error).advise(NEEDS))?)
             }
             _ => None,
@@ -382,8 +382,8 @@ struct Sockets {
     /// The netlink port of `table`.
     port: u32,
     table: Socket,
-    log: Option<Socket>,
-    injectors: [Option<Injector>; 2],
+    /// Where packets are held: from where they come, and the way back for them.
+    held: Option<(Socket, Ways)>,
 }
 
 impl Sockets {
@@ -396,15 +396,9 @@ impl Sockets {
         };
         let (port, table) = own()?;
         if mode == Mode::Drop {
-            return Ok(Self { port, table, log: None, injectors: [None, None] });
+            return Ok(Self { port, table, held: None });
         }
-        // A kernel without one of the families has no connections of it either.
-        let injector = |via| match Injector::open(via) {
-            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
-            other => other.map(|injector| Some(injector.kept())),
-        };
-        let injectors = [injector(Via::Ipv4)?, injector(Via::Ipv6)?];
-        Ok(Self { port, table, log: Some(own()?.1), injectors })
+        Ok(Self { port, table, held: Some((own()?.1, Ways::open()?)) })
     }
 }
 

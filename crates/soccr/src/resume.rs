@@ -84,7 +84,7 @@ impl<Fd: AsFd> Restored<Fd> {
         }
         let acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
         // Opened now, so that the ACK follows the probe at once. Without CAP_NET_RAW there is none.
-        let _ = injectors.beside(fd, Via::routed(self.flow.remote.ip()));
+        let _ = injectors.outward(fd, Via::routed(self.flow.remote.ip()));
         tcp::set_repair(fd, Repair::Off)?;
         if self.reuse_address {
             set_reuse_address(fd, true)?;

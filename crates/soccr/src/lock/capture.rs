@@ -24,7 +24,7 @@ use super::table::Unlock;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Parsed, Run};
-use crate::sys::raw::Injector;
+use crate::sys::raw::Ways;
 
 /// How long connections may catch up with their packets. A peer that gets no answer stops within its window: only one that
 /// never stops makes it as long.
@@ -44,13 +44,9 @@ pub(super) struct Capture {
 }
 
 impl Capture {
-    /// Opens a group that nobody else listens to. `socket` and `injectors` (IPv4, IPv6) are in the namespace
+    /// Opens a group that nobody else listens to. `socket` and `ways` are in the namespace
     /// where the packets are.
-    pub(super) fn open(
-        mut socket: Socket,
-        injectors: [Option<Injector>; 2],
-        limit: usize,
-    ) -> io::Result<Self> {
+    pub(super) fn open(mut socket: Socket, ways: Ways, limit: usize) -> io::Result<Self> {
         /// Enough to find a free group where nine of ten are taken, many times over.
         const ATTEMPTS: usize = 256;
         // What the kernel may keep until the thread comes; more only with privileges in the first namespace.
@@ -60,7 +56,7 @@ impl Capture {
             let group = (RandomState::new().hash_one(std::process::id()) as u16).max(1);
             match bind(&mut socket, group) {
                 Ok(()) => {
-                    let packets = Packets::new(injectors, limit);
+                    let packets = Packets::new(Some(ways), limit);
                     return Ok(Self { socket, group, packets, next: 0, spent: Vec::new(), failure: None });
                 }
                 // Another socket has this group.

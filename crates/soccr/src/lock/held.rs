@@ -54,15 +54,16 @@ impl Held {
     fn inject_into(&self, socket: BorrowedFd<'_>, limit: Duration) -> Result<usize> {
         let before = segments_in(socket)?;
         let mut injectors = Injectors::default();
-        let injector = injectors.beside(socket, Via::routed(self.flow.local.ip()))?;
+        let Flow { local, remote } = self.flow;
+        let way = injectors.inward(socket, Via::routed(local.ip()), remote, local)?;
         let mut replay = Replay::new(self.flow);
         let runs = self.packets.iter().filter_map(|packet| {
             let parsed = Parsed::new(packet)?;
             let fits = parsed.source.is_ipv4() == self.flow.is_ipv4();
             (fits && parsed.checksum(packet) != Checksum::Wrong).then(|| Run::new(packet, parsed))
         });
-        replay.packets(injector, runs, None)?;
-        let count = replay.finish(injector)?;
+        replay.packets(&way, runs, None)?;
+        let count = replay.finish(&way)?;
         if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
             return Err(Error::refused(
                 "packets of the peer that did not arrive",

@@ -9,7 +9,7 @@ use super::replay::{LONGEST, Replay};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run};
-use crate::sys::raw::Injector;
+use crate::sys::raw::{Inward, Ways};
 
 /// What one packet costs beyond its bytes.
 const OVERHEAD: usize = size_of::<Run>() + 16;
@@ -24,7 +24,8 @@ pub(super) struct Packets {
     flows: HashMap<Flow, Fate>,
     /// Those that were discarded, and when.
     discarded: VecDeque<(Instant, Flow)>,
-    injectors: [Option<Injector>; 2],
+    /// The way back for them; `None` in tests of what needs none.
+    ways: Option<Ways>,
     bytes: usize,
     limit: usize,
     dropped: u64,
@@ -40,10 +41,10 @@ enum Fate {
 }
 
 impl Packets {
-    /// None yet. `injectors` (IPv4, IPv6) are in the namespace where the packets are, and `limit` is in bytes.
-    pub(super) fn new(injectors: [Option<Injector>; 2], limit: usize) -> Self {
+    /// None yet. `ways` are in the namespace where the packets are, and `limit` is in bytes.
+    pub(super) fn new(ways: Option<Ways>, limit: usize) -> Self {
         let (flows, discarded) = (HashMap::new(), VecDeque::new());
-        Self { flows, discarded, injectors, bytes: 0, limit, dropped: 0 }
+        Self { flows, discarded, ways, bytes: 0, limit, dropped: 0 }
     }
 
     /// From now on the packets of these connections are kept.
@@ -179,27 +180,22 @@ impl Packets {
 
     /// Hands packets to their connection, see [`Replay::packets`].
     pub(super) fn replay(
-        &self,
+        &mut self,
         replay: &mut Replay,
         runs: impl IntoIterator<Item = Run>,
         socket: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
-        self.injector(&replay.flow()).and_then(|injector| replay.packets(injector, runs, socket))
+        self.way(&replay.flow()).and_then(|way| replay.packets(&way, runs, socket))
     }
 
     /// Makes the connection answer, see [`Replay::finish`].
-    pub(super) fn finish(&self, replay: &mut Replay) -> Result<usize> {
-        self.injector(&replay.flow()).and_then(|injector| replay.finish(injector))
+    pub(super) fn finish(&mut self, replay: &mut Replay) -> Result<usize> {
+        self.way(&replay.flow()).and_then(|way| replay.finish(&way))
     }
 
-    fn injector(&self, flow: &Flow) -> Result<&Injector> {
-        let injector = &self.injectors[usize::from(!flow.is_ipv4())];
-        injector.as_ref().ok_or_else(|| {
-            Error::refused(
-                "a held packet of a missing address family",
-                "the kernel got it after the locker was made",
-            )
-        })
+    fn way(&mut self, flow: &Flow) -> Result<Inward<'_>> {
+        let ways = self.ways.as_mut().ok_or_else(|| Error::invalid("no way back for held packets"))?;
+        ways.inward(flow.remote, flow.local, 0)
     }
 }
 
@@ -262,7 +258,7 @@ pub(super) mod tests {
     }
 
     fn packets(limit: usize) -> Packets {
-        let mut packets = Packets::new([None, None], limit);
+        let mut packets = Packets::new(None, limit);
         packets.hold(&[flow()]);
         packets
     }

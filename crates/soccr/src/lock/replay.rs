@@ -11,7 +11,7 @@ use crate::connection::{Flow, after};
 use crate::error::Result;
 use crate::queue;
 use crate::segment::{Run, flags};
-use crate::sys::raw::Injector;
+use crate::sys::raw::Inward;
 use crate::sys::tcp;
 
 /// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
@@ -44,7 +44,7 @@ impl Replay {
     /// nothing arrives for it by itself.
     pub(super) fn packets(
         &mut self,
-        injector: &Injector,
+        way: &Inward<'_>,
         runs: impl IntoIterator<Item = Run>,
         socket: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
@@ -60,8 +60,8 @@ impl Replay {
         while let Some(run) = runs.next() {
             let following = if socket.is_some() { continuation(&run, &mut runs) } else { Vec::new() };
             outcome = outcome.and(match socket {
-                Some(socket) if !following.is_empty() => self.append(injector, socket, run, following),
-                _ => self.inject(injector, run),
+                Some(socket) if !following.is_empty() => self.append(way, socket, run, following),
+                _ => self.inject(way, run),
             });
         }
         outcome
@@ -71,11 +71,11 @@ impl Replay {
     ///
     /// Its answers were dropped, where the lock was still on. It acknowledges at once what it gets a second
     /// time (RFC 9293 §3.10.7.4), and at any acknowledgement it sends what it may.
-    pub(super) fn finish(&mut self, injector: &Injector) -> Result<usize> {
+    pub(super) fn finish(&mut self, way: &Inward<'_>) -> Result<usize> {
         if let Some((mut run, _)) = self.furthest.take()
             && !self.to_be_resumed
         {
-            self.send(injector, &mut run)?;
+            self.send(way, &mut run)?;
         }
         Ok(self.count)
     }
@@ -86,8 +86,8 @@ impl Replay {
             && tcp::in_repair(socket).unwrap_or(false)
     }
 
-    fn inject(&mut self, injector: &Injector, mut run: Run) -> Result<()> {
-        self.send(injector, &mut run)?;
+    fn inject(&mut self, way: &Inward<'_>, mut run: Run) -> Result<()> {
+        self.send(way, &mut run)?;
         self.remember(run);
         Ok(())
     }
@@ -96,14 +96,14 @@ impl Replay {
     /// and learned the peer's clock: where it has taken the packet in.
     fn append(
         &mut self,
-        injector: &Injector,
+        way: &Inward<'_>,
         socket: BorrowedFd<'_>,
         first: Run,
         following: Vec<Run>,
     ) -> Result<()> {
         let seq = following[0].parsed().seq;
         let before = queue::rcv_nxt(socket);
-        let mut outcome = self.inject(injector, first);
+        let mut outcome = self.inject(way, first);
         let arrived = |before: u32| Ok(before != seq && queue::rcv_nxt(socket)? == seq);
         // What reaches further may still be on its way, and get in between.
         let is_furthest = self.furthest.as_ref().is_some_and(|(_, end)| *end == seq);
@@ -119,7 +119,7 @@ impl Replay {
             if index < appended {
                 self.remember(run);
             } else {
-                outcome = outcome.and(self.inject(injector, run));
+                outcome = outcome.and(self.inject(way, run));
             }
         }
         outcome
@@ -137,10 +137,10 @@ impl Replay {
         self.spent.push(run);
     }
 
-    fn send(&self, injector: &Injector, run: &mut Run) -> Result<()> {
+    fn send(&self, way: &Inward<'_>, run: &mut Run) -> Result<()> {
         /// What every link can carry (RFC 8200 §5).
         const SMALLEST_MTU: usize = 1280;
-        let mut send = |limit| run.pieces(limit, |packet| injector.send(packet, self.flow.local));
+        let mut send = |limit| run.pieces(limit, |packet| way.send(packet));
         match send(LONGEST) {
             Err(error) if error.errno() == Some(libc::EMSGSIZE) => send(SMALLEST_MTU),
             other => other,

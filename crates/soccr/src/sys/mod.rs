@@ -6,5 +6,6 @@ pub(crate) mod descriptor;
 pub(crate) mod filter;
 pub(crate) mod namespace;
 pub(crate) mod raw;
+pub(crate) mod route;
 pub(crate) mod sockopt;
 pub(crate) mod tcp;

@@ -3,6 +3,7 @@
 //! # References
 //! `raw(7)`, `packet(7)`; RFC 3542 §3 (raw sockets of IPv6).
 
+use std::cell::Cell;
 use std::io;
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -14,10 +15,14 @@ use rustix::net::{
 };
 
 use crate::error::{Error, Result};
+use crate::sys::route::Routes;
 use crate::sys::{descriptor, namespace, sockopt};
 
 /// The firewall mark (`SO_MARK`) of every packet sent here: a lock lets it pass.
 pub(crate) const MARK: u32 = 0xc114;
+
+/// The index of `lo` in every network namespace.
+pub(crate) const LOOPBACK: u32 = 1;
 
 /// How an [`Injector`] hands its packets to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +47,107 @@ impl Via {
 pub(crate) struct Injector {
     fd: OwnedFd,
     via: Via,
+    /// The interface to which it is bound (`SO_BINDTOIFINDEX`), or 0.
+    interface: Cell<u32>,
+}
+
+/// A way into a socket for packets that play its peer's: the kernel has said that none of them leaves this host.
+#[derive(Debug)]
+pub(crate) struct Inward<'a> {
+    injector: &'a Injector,
+    local: SocketAddr,
+}
+
+impl<'a> Inward<'a> {
+    /// Asks for the way of packets from `remote` to `local`, and to a socket that is bound to this interface (0: to none):
+    /// it takes nothing that has not come from there.
+    ///
+    /// # Errors
+    /// Refused where the packets would leave this host, to the owner of a foreign address, who would reset the
+    /// connection.
+    pub(crate) fn open(
+        injector: &'a Injector,
+        routes: &mut Routes,
+        remote: SocketAddr,
+        local: SocketAddr,
+        interface: u32,
+    ) -> Result<Self> {
+        let stays = match injector.via {
+            // What comes from `lo` is not for a socket that is bound to another interface, and would be reset.
+            Via::Loopback if ![0, LOOPBACK].contains(&interface) => Ok(false),
+            Via::Loopback => routes.stay_here_from_lo(remote.ip(), local.ip()),
+            Via::Ipv4 | Via::Ipv6 => routes.end_here(local, interface),
+        };
+        if !stays.map_err(|error| Error::system("RTM_GETROUTE", error))? {
+            let ip = local.ip().to_canonical();
+            return Err(Error::refused(
+                format!(
+                    "a packet that plays the peer's would leave this host: {ip} is no local address for it"
+                ),
+                format!(
+                    "let packets with the mark 0xC114 go where those of the peer go: `ip rule add fwmark 0xc114 to {ip} lookup TABLE`"
+                ),
+            ));
+        }
+        if injector.via != Via::Loopback {
+            injector.bind_to(interface).map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
+        }
+        Ok(Self { injector, local })
+    }
+
+    /// Sends a whole packet, see [`Injector::send`].
+    pub(crate) fn send(&self, packet: &[u8]) -> Result<()> {
+        self.injector.send(packet, self.local)
+    }
+}
+
+/// Raw sockets of one network namespace, for packets that play those of any peer there, kept for as long as a lock or an
+/// adopter lives.
+#[derive(Debug)]
+pub(crate) struct Ways {
+    /// IPv4, IPv6. A kernel without one of the families has no connections of it either.
+    injectors: [Option<Injector>; 2],
+    routes: Routes,
+}
+
+impl Ways {
+    /// In the namespace of the calling thread.
+    pub(crate) fn open() -> io::Result<Self> {
+        let open = |via| match Injector::open(via) {
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
+            opened => opened.map(|injector| Some(Injector { fd: descriptor::high(injector.fd), ..injector })),
+        };
+        let injectors = [open(Via::Ipv4)?, open(Via::Ipv6)?];
+        Ok(Self { injectors, routes: Routes::open()?.kept() })
+    }
+
+    /// See [`Inward::open`].
+    pub(crate) fn inward(
+        &mut self,
+        remote: SocketAddr,
+        local: SocketAddr,
+        interface: u32,
+    ) -> Result<Inward<'_>> {
+        let injector = &self.injectors[usize::from(!local.ip().to_canonical().is_ipv4())];
+        let injector = injector.as_ref().ok_or_else(|| {
+            Error::refused(
+                "a packet of a missing address family",
+                "the kernel got it after the raw sockets were opened",
+            )
+        })?;
+        Inward::open(injector, &mut self.routes, remote, local, interface)
+    }
+}
+
+impl AsFd for Ways {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.routes.as_fd()
+    }
+}
+
+/// The interface to which a socket is bound, or 0 (`SO_BINDTOIFINDEX`, Linux 5.0; older kernels tell none).
+pub(crate) fn bound_interface(socket: BorrowedFd<'_>) -> u32 {
+    sockopt::get(socket, libc::SOL_SOCKET, libc::SO_BINDTOIFINDEX).unwrap_or(0)
 }
 
 /// The last injector of each kind, and the cookie of its network namespace: opening one costs as much as the rest of a
@@ -50,29 +156,58 @@ pub(crate) struct Injector {
 #[derive(Debug, Default)]
 pub(crate) struct Injectors {
     last: [Option<(u64, Injector)>; 3],
+    routes: Option<(u64, Routes)>,
 }
 
 impl Injectors {
-    /// The injector for the namespace of `socket`.
+    /// The injector for the namespace of `socket`, for packets to its peer.
     ///
     /// # Errors
     /// `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`, and without `CAP_SYS_ADMIN` where the socket is in
     /// another namespace than the thread.
-    pub(crate) fn beside(&mut self, socket: BorrowedFd<'_>, via: Via) -> Result<&Injector> {
-        let failed = |error| Error::system("raw socket", error);
-        let cookie = namespace::cookie(socket).map_err(failed)?;
-        let slot = &mut self.last[via as usize];
-        let injector = match slot.take() {
-            Some((last, injector)) if last == cookie => injector,
-            _ => namespace::open_beside(socket, || Injector::open(via)).map_err(failed)?,
-        };
-        Ok(&slot.insert((cookie, injector)).1)
+    pub(crate) fn outward(&mut self, socket: BorrowedFd<'_>, via: Via) -> Result<&Injector> {
+        let injector = beside(&mut self.last[via as usize], socket, || Injector::open(via))?;
+        injector
+            .bind_to(bound_interface(socket))
+            .map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
+        Ok(injector)
     }
+
+    /// The way into `socket`, for packets that play its peer's.
+    ///
+    /// # Errors
+    /// Those of [`outward`](Self::outward) and [`Inward::open`].
+    pub(crate) fn inward(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        via: Via,
+        remote: SocketAddr,
+        local: SocketAddr,
+    ) -> Result<Inward<'_>> {
+        let injector = beside(&mut self.last[via as usize], socket, || Injector::open(via))?;
+        let routes = beside(&mut self.routes, socket, Routes::open)?;
+        Inward::open(injector, routes, remote, local, bound_interface(socket))
+    }
+}
+
+/// What was used last, or what `open` opens, if that is in another network namespace than `socket`.
+fn beside<'a, T: AsFd + Send>(
+    last: &'a mut Option<(u64, T)>,
+    socket: BorrowedFd<'_>,
+    open: impl Fn() -> io::Result<T> + Send + Sync,
+) -> Result<&'a mut T> {
+    let failed = |error| Error::system("raw socket", error);
+    let cookie = namespace::cookie(socket).map_err(failed)?;
+    let opened = match last.take() {
+        Some((namespace, opened)) if namespace == cookie => opened,
+        _ => namespace::open_beside(socket, open).map_err(failed)?,
+    };
+    Ok(&mut last.insert((cookie, opened)).1)
 }
 
 impl Injector {
     /// Opens a raw socket in the namespace of the calling thread.
-    pub(crate) fn open(via: Via) -> io::Result<Self> {
+    fn open(via: Via) -> io::Result<Self> {
         let (family, kind, protocol) = match via {
             Via::Ipv4 => (AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW)),
             Via::Ipv6 => (AddressFamily::INET6, SocketType::RAW, Some(ipproto::RAW)),
@@ -80,12 +215,16 @@ impl Injector {
         };
         let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
-        Ok(Self { fd, via })
+        Ok(Self { fd, via, interface: Cell::new(0) })
     }
 
-    /// The same socket, for whoever keeps it.
-    pub(crate) fn kept(self) -> Self {
-        Self { fd: descriptor::high(self.fd), via: self.via }
+    /// Makes its packets take this interface, or any (0).
+    fn bind_to(&self, interface: u32) -> io::Result<()> {
+        if self.interface.get() != interface {
+            sockopt::set(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTOIFINDEX, &interface)?;
+            self.interface.set(interface);
+        }
+        Ok(())
     }
 
     /// Sends a whole packet, IP header included, towards `destination`, whose scope counts and whose port does not.
@@ -128,13 +267,11 @@ struct Loopback(IpAddr);
 // SAFETY: the closure gets a pointer to a `sockaddr_ll` and its size.
 unsafe impl SocketAddrArg for Loopback {
     unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
-        /// The index of `lo` in every network namespace.
-        const LOOPBACK_INDEX: i32 = 1;
         let protocol = if self.0.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
             sll_protocol: (protocol as u16).to_be(),
-            sll_ifindex: LOOPBACK_INDEX,
+            sll_ifindex: LOOPBACK as i32,
             sll_hatype: 0,
             sll_pkttype: 0,
             sll_halen: 6,
