@@ -4,7 +4,9 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
-use crate::{completions, criu, demo, exit, inspect, list, lock, receive, restore, resume, save, send};
+use crate::{
+    check, completions, criu, demo, exit, inspect, list, lock, receive, restore, resume, save, send,
+};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -29,6 +31,7 @@ enum Command {
     Resume(resume::Resume),
     Send(send::Send),
     Receive(receive::Receive),
+    Check(check::Check),
     Inspect(inspect::Inspect),
     Criu(criu::Criu),
     Lock(lock::Lock),
@@ -50,6 +53,7 @@ impl Cli {
             Command::Resume(resume) => resume.run(),
             Command::Send(send) => send.run(),
             Command::Receive(receive) => receive.run(),
+            Command::Check(check) => check.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Criu(criu) => criu.run(),
             Command::Lock(lock) => lock.run(),

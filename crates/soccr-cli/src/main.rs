@@ -5,6 +5,7 @@
 
 mod adopt;
 mod captive;
+mod check;
 mod cli;
 mod completions;
 mod criu;

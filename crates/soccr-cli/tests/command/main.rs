@@ -1,6 +1,7 @@
 //! The command as its users run it: the real binary, in private networks, against programs that know nothing of it.
 
 mod adopt;
+mod check;
 mod images;
 mod kill;
 mod programs;
@@ -13,6 +14,7 @@ mod transfer;
 fn main() -> std::process::ExitCode {
     let tests = [
         adopt::tests(),
+        check::tests(),
         images::tests(),
         save::tests(),
         transfer::tests(),

@@ -1,0 +1,194 @@
+//! What is tried, and how.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Resource, getrlimit};
+use soccr::adopt::Adopter;
+use soccr::connection::State;
+use soccr::lock::{Locker, Mode};
+use soccr::{Connection, Flow, Restored, pause};
+
+use super::Finding;
+use crate::exit;
+
+/// How long a loopback connection may take for what it does at once.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// What each process gets besides its connections.
+const DESCRIPTORS: u64 = 4096;
+
+/// Everything, in the network namespace of the caller.
+pub(super) fn all() -> Vec<Finding> {
+    vec![
+        finding("connections over lo", true, ends().map(|_| String::new())),
+        finding("pause and save", true, save()),
+        finding("lock (drop)", true, lock(Mode::Drop)),
+        finding("lock (hold)", true, lock(Mode::HOLD)),
+        finding("move", true, moved(false)),
+        finding("move half-closed ones", false, moved(true)),
+        finding("restore cwnd and ECN", false, congestion()),
+        finding("adopt (servers as they are)", false, adopt()),
+        finding("other users' processes", false, capability(19, "CAP_SYS_PTRACE", yama())),
+        finding("other namespaces", false, capability(21, "CAP_SYS_ADMIN", String::new())),
+        finding("large queues", false, capability(12, "CAP_NET_ADMIN", buffers())),
+        finding("strict firewalls", false, conntrack()),
+        finding("many connections", false, descriptors()),
+    ]
+}
+
+fn finding(name: &str, essential: bool, outcome: Result<String>) -> Finding {
+    let (works, detail) = match outcome {
+        Ok(detail) => (true, detail),
+        Err(error) => (false, exit::line(&error)),
+    };
+    Finding { name: name.into(), essential, works, detail }
+}
+
+/// Two ends of a connection over the loopback device.
+fn ends() -> Result<(TcpStream, TcpStream)> {
+    let connect = || {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        let peer = TcpStream::connect_timeout(&listener.local_addr()?, LIMIT)?;
+        let (ours, _) = listener.accept()?;
+        for stream in [&peer, &ours] {
+            stream.set_read_timeout(Some(LIMIT))?;
+        }
+        std::io::Result::Ok((ours, peer))
+    };
+    connect().context("127.0.0.1: bring `lo` up: ip link set lo up")
+}
+
+fn save() -> Result<String> {
+    let (ours, mut peer) = ends()?;
+    peer.write_all(b"unread")?;
+    wait(|| Ok(rustix::io::ioctl_fionread(&ours)? == 6))?;
+    let paused = pause(&ours)?;
+    let saved = paused.save()?;
+    paused.resume()?;
+    ensure!(saved.receive_queue == b"unread", "other bytes were saved than had arrived");
+    Ok("TCP_REPAIR, with unread bytes".into())
+}
+
+fn lock(mode: Mode) -> Result<String> {
+    let (ours, _peer) = ends()?;
+    let lock = Locker::new(mode)?.lock(&[Flow::of(&ours)?])?;
+    lock.release()?;
+    Ok(if mode == Mode::Drop { "nftables" } else { "nftables and NFLOG" }.into())
+}
+
+/// A connection leaves its socket for another one while its peer goes on.
+fn moved(half_closed: bool) -> Result<String> {
+    let (ours, mut peer) = ends()?;
+    if half_closed {
+        peer.shutdown(Shutdown::Write)?;
+        wait(|| Ok((&ours).read(&mut [0])? == 0))?;
+    }
+    let locker = Locker::new(Mode::HOLD)?;
+    let lock = locker.lock(&[Flow::of(&ours)?])?;
+    let (_, restored) = again(&ours)?;
+    lock.release_into(&[&restored])?;
+    let mut stream = restored.resume()?;
+    stream.write_all(b"there")?;
+    let mut heard = [0; 5];
+    peer.read_exact(&mut heard).context("the peer hears nothing after the move")?;
+    ensure!(&heard == b"there", "the peer hears other bytes after the move");
+    Ok(if half_closed { "segments that play the peer's arrive" } else { "the peer goes on" }.into())
+}
+
+fn again(ours: &TcpStream) -> Result<(Connection, Restored)> {
+    let paused = pause(ours)?;
+    let mut saved = paused.save()?;
+    if let Some(path) = &mut saved.path {
+        path.snd_cwnd = CWND;
+    }
+    paused.detach()?;
+    let restored = saved.restore()?;
+    Ok((saved, restored))
+}
+
+/// A congestion window that no connection over `lo` begins with.
+const CWND: u32 = 77;
+
+fn congestion() -> Result<String> {
+    let (ours, _peer) = ends()?;
+    let locker = Locker::new(Mode::Drop)?;
+    let _lock = locker.lock(&[Flow::of(&ours)?])?;
+    let (saved, restored) = again(&ours)?;
+    ensure!(saved.control.state == State::Established, "the connection has ended");
+    let entry = restored.report().get("snd_cwnd").context("nothing is known of it")?;
+    match entry.values() {
+        Some([_, after]) if after == u64::from(CWND) => Ok("by a BPF congestion control".into()),
+        _ => bail!("{}", entry.reason()),
+    }
+}
+
+fn adopt() -> Result<String> {
+    Adopter::new()?;
+    Ok("bpf_sk_assign_tcp_reqsk".into())
+}
+
+/// A capability of this process (`capabilities(7)`), and what matters beside it.
+fn capability(number: u32, name: &str, beside: String) -> Result<String> {
+    let status = fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
+    let bits = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).context("CapEff")?;
+    let in_initial = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains("4294967295"));
+    let what = if beside.is_empty() { name.to_owned() } else { format!("{name}; {beside}") };
+    match bits >> number & 1 {
+        1 if in_initial => Ok(what),
+        1 => bail!("{what}: only in a user namespace; run as root outside of it"),
+        _ => bail!("needs {what}: run as root"),
+    }
+}
+
+fn yama() -> String {
+    match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") {
+        Ok(scope) if scope.trim() == "3" => {
+            "kernel.yama.ptrace_scope is 3: nobody may (set it to 2 and reboot)".into()
+        }
+        Ok(scope) => format!("kernel.yama.ptrace_scope is {}", scope.trim()),
+        Err(_) => String::new(),
+    }
+}
+
+fn buffers() -> String {
+    let limit = |name: &str| fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
+    format!("without it {} bytes to send, {} to read", double(&limit("wmem_max")), double(&limit("rmem_max")))
+}
+
+fn double(limit: &str) -> u64 {
+    limit.trim().parse::<u64>().map_or(0, |bytes| 2 * bytes)
+}
+
+/// Connection tracking that knows a connection from its handshake alone drops one that has moved here.
+fn conntrack() -> Result<String> {
+    match fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_loose") {
+        Err(_) => Ok("no connection tracking here".into()),
+        Ok(loose) if loose.trim() == "0" => {
+            Ok("nf_conntrack_tcp_loose is 0: connections are entered when they are restored".into())
+        }
+        Ok(_) => Ok("connection tracking takes established connections".into()),
+    }
+}
+
+fn descriptors() -> Result<String> {
+    let limit = getrlimit(Resource::Nofile).maximum;
+    match limit {
+        Some(limit) if limit < DESCRIPTORS => bail!("{limit} descriptors: raise RLIMIT_NOFILE (ulimit -Hn)"),
+        Some(limit) => Ok(format!("{limit} descriptors, two for each connection")),
+        None => Ok("any number of descriptors".into()),
+    }
+}
+
+fn wait(condition: impl Fn() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    while !condition()? {
+        ensure!(Instant::now() < deadline, "what was sent over `lo` did not arrive: a firewall drops it");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
