@@ -61,7 +61,7 @@ const BATCH: usize = 253;
 pub(crate) enum Recipient {
     Program { path: PathBuf, arguments: Vec<String>, stdio: bool },
     Socket(UnixStream),
-    Server(Server),
+    Server(Box<Server>),
 }
 
 impl Handover {
@@ -70,7 +70,7 @@ impl Handover {
     /// A server is looked for in the network namespace of the caller.
     pub(crate) fn find(&self) -> Result<Recipient> {
         if self.adopt {
-            return Ok(Recipient::Server(Server::new(Duration::from_secs(self.drain))?));
+            return Ok(Recipient::Server(Box::new(Server::new(Duration::from_secs(self.drain))?)));
         }
         if let Some(path) = &self.send_fd {
             let socket = UnixStream::connect(path).with_context(|| format!("{}", path.display()))?;
