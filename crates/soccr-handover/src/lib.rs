@@ -1,11 +1,130 @@
-//! Live TCP connections, and what their owners know about them, move between programs.
+//! Live TCP connections move between programs, and what their owners know about them moves along.
 //!
-//! [`protocol`] has the two ends of a hand-over as state machines without I/O, and the table of who has a connection when;
-//! [`channel`] is what they talk through. The words and their bytes are those of [`soccr_image::stream`].
+//! ```standalone_crate
+//! # use soccr_handover::{Mover, Outcome};
+//! # use tokio::{io::{duplex, AsyncReadExt, AsyncWriteExt, DuplexStream}, net::{TcpListener, TcpStream}};
+//! # type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+//! # struct Session(String);
+//! # impl Session {
+//! #     fn encode(&self) -> Vec<u8> { self.0.clone().into_bytes() }
+//! #     fn decode(bytes: &[u8]) -> Result<Self> { Ok(Self(String::from_utf8(bytes.to_vec())?)) }
+//! # }
+//! # async fn serve(mut stream: TcpStream, session: Session) -> Result<()> {
+//! #     let mut name = String::new();
+//! #     stream.read_to_string(&mut name).await?;
+//! #     Ok(stream.write_all(format!("{} {name}", session.0).as_bytes()).await?)
+//! # }
+//! // The program that has the connection; `read_ahead` is what it has read and not dealt with.
+//! async fn give_away(
+//!     mover: &Mover, // one for the whole process
+//!     stream: TcpStream,
+//!     read_ahead: &[u8],
+//!     session: Session,
+//!     channel: &mut DuplexStream, // anything that is read and written: a UNIX socket, TLS, the pipes of ssh
+//! ) -> Result<()> {
+//!     let departing = mover.take(stream)?.unread(read_ahead)?.with_state(session.encode());
+//!     match departing.send(channel).await {
+//!         Outcome::Moved => Ok(()),
+//!         Outcome::Stays(stream, _why) => serve(stream, session).await, // as if nothing had happened
+//!         Outcome::Unknown(why) => Err(why.into()), // the other end has it, or nobody
+//!     }
+//! }
+//!
+//! // The program that gets it: here, or on another host.
+//! async fn take_over(mover: &Mover, channel: DuplexStream) -> Result<()> {
+//!     let mut arrivals = mover.listen_async(channel);
+//!     while let Some(arrived) = arrivals.next().await? {
+//!         let session = Session::decode(arrived.state())?;
+//!         tokio::spawn(serve(arrived.into_stream()?, session));
+//!     }
+//!     Ok(())
+//! }
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn example() -> Result<()> {
+//! #     let listener = TcpListener::bind("127.0.0.1:0").await?;
+//! #     let mut peer = TcpStream::connect(listener.local_addr()?).await?;
+//! #     let (mut stream, _) = listener.accept().await?;
+//! #     peer.write_all(b"Ada").await?;
+//! #     let mut read_ahead = Vec::new();
+//! #     stream.read_buf(&mut read_ahead).await?;
+//! #     let (mut here, there) = duplex(4096);
+//! #     let taking = tokio::spawn(async move { take_over(&Mover::new()?, there).await });
+//! #     give_away(&Mover::new()?, stream, &read_ahead, Session("hello".into()), &mut here).await?;
+//! #     drop(here);
+//! #     peer.write_all(b" Lovelace").await?;
+//! #     peer.shutdown().await?;
+//! #     let mut answer = String::new();
+//! #     peer.read_to_string(&mut answer).await?;
+//! #     assert_eq!(answer, "hello Ada Lovelace");
+//! #     taking.await?
+//! # }
+//! # fn main() {
+//! #     match soccr_lab::enter() {
+//! #         Ok(()) => example().unwrap(),
+//! #         Err(reason) => eprintln!("skipped: {reason}"),
+//! #     }
+//! # }
+//! ```
+//!
+//! The same without a runtime: [`Departing::send`] and [`Mover::listen`] of [`std::net::TcpStream`]s, through a [`Channel`]
+//! of descriptors, pipes or threads. Many connections move many times faster together: [`Mover::send_all`].
+//!
+//! [`Channel`]: channel::Channel
+//!
+//! # What holds
+//! - A connection is never in two programs, and in none only where the outcome says [`Unknown`](Outcome::Unknown), or where a
+//!   program is killed in the moment when the connection is in its memory only. The table is in [`protocol`]; its machines are led
+//!   through every schedule of words, cuts and kills by the tests.
+//! - Nothing is locked before the target has said that it is there and prepared. From then on the connections of a window, up to
+//!   256, are silent until they have arrived or stay: what their peers send meanwhile goes along.
+//! - What comes through a channel is trusted as far as the program at its other end: it can make any connection, on behalf of
+//!   any address of this host. Look at each before it is taken ([`Terms::accept_if`]), and give the channel to nobody else.
+//!
+//! # State
+//! Up to 16 MiB of bytes go with each connection, of which this crate knows nothing: give them a version of your own. A target that
+//! has no use for them drops them, unless they are [critical](Departing::with_critical_state). Whether a state can be understood is
+//! best found out by [`Terms::accept_if`]: then the connection stays where it is understood.
+//!
+//! # Threads, blocking, fork, namespaces, epoll after detach
+//! - **Threads.** A [`Mover`] has one, which reads what the lock holds, and one for a moment when it is dropped. Restoring many
+//!   connections uses as many threads as there are processors, until they are restored. Any thread may use a mover, many at a
+//!   time.
+//! - **Blocking.** `send`, `send_all` and `next` wait for the other end, up to the [`Limits`]. With the feature `tokio` only calls
+//!   of the kernel are waited for, microseconds to milliseconds, on the threads of `spawn_blocking`; the runtime needs its clock
+//!   and I/O driver (`enable_all`). A future that is dropped ends the hand-over then and there: on that thread what can come back is
+//!   put back, into [`Mover::came_back`].
+//! - **Fork.** A child that does not `exec` shares the sockets: what has left can come back into them only while it does not use
+//!   them. It also holds the lock of the mover open for as long as it lives.
+//! - **Namespaces.** A mover belongs to the network namespace of the thread that has made it. Threads that use it must be in the
+//!   same one, those of a runtime included.
+//! - **epoll.** A connection that has left leaves a socket behind, which `send` closes; who has duplicates of it sees `EPOLLHUP` and
+//!   `ECONNABORTED`. One that stays is in the socket that it was in: what was registered for it still is, though events may have been
+//!   reported that are over. A tokio stream is registered anew.
+//!
+//! # Rights
+//! `CAP_NET_ADMIN` and `CAP_NET_RAW` in the user namespace that owns the network namespace, at both ends; see [`soccr`].
 #![forbid(unsafe_code)]
 
+mod arrival;
+#[cfg(feature = "tokio")]
+mod asynchronous;
 pub mod channel;
+mod departing;
+mod departure;
+mod drive;
+mod error;
+mod listen;
+mod mover;
 pub mod protocol;
+mod seat;
+mod silence;
+
+#[cfg(feature = "tokio")]
+pub use asynchronous::Arrivals;
+pub use departing::{Departing, Outcome, Stream};
+pub use error::{Error, ErrorKind, Rejected, Result};
+pub use listen::{Arrived, Arriving, Offer, Terms};
+pub use mover::{Event, Limits, Mover};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("soccr-handover rests on TCP_REPAIR, which only Linux has");

@@ -74,6 +74,9 @@ pub enum Fate {
     Unknown,
 }
 
+/// The most answers about a connection: READY, TAKEN, and one REFUSED for nothing. Whoever says more floods us.
+const WORDS: usize = 3;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     Here,
@@ -109,6 +112,8 @@ pub struct Source {
     phase: Phase,
     /// No further window begins, and nobody is waited for at the end.
     late: bool,
+    /// How many answers have come.
+    words: usize,
     actions: VecDeque<Action>,
 }
 
@@ -117,7 +122,15 @@ impl Source {
     pub fn new(count: usize, window: usize) -> Self {
         let stages = vec![Stage::Here; count];
         let actions = VecDeque::new();
-        Self { stages, most: window.max(1), window: 0..0, phase: Phase::Greeting, late: false, actions }
+        Self {
+            stages,
+            most: window.max(1),
+            window: 0..0,
+            phase: Phase::Greeting,
+            late: false,
+            words: 0,
+            actions,
+        }
     }
 
     /// The next thing to do. `None`: wait for an event, until [`is_over`](Self::is_over).
@@ -128,6 +141,11 @@ impl Source {
     /// Everything is settled, and nothing is waited for.
     pub fn is_over(&self) -> bool {
         self.phase == Phase::Over && self.actions.is_empty()
+    }
+
+    /// The connections whose [`Action::Commit`] is decided and not done.
+    pub fn leaving(&self) -> impl Iterator<Item = Id> {
+        self.ids().filter(|id| self.stage(*id) == Some(Stage::Leaving))
     }
 
     /// What has become of a connection; `None` while that is open.
@@ -161,7 +179,8 @@ impl Source {
                 self.actions.push_front(Action::Abort(id));
             }
             Event::Heard(id, answer) => self.hear(id, answer)?,
-            Event::End if matches!(self.phase, Phase::Ending | Phase::Over) => self.phase = Phase::Over,
+            Event::End if self.phase == Phase::Ending => self.cut(false),
+            Event::End if self.phase == Phase::Over => {}
             Event::End => return Err(Violation("the target has ended the hand-over")),
             Event::Late => self.late(),
             Event::Unread(id) => {
@@ -175,6 +194,10 @@ impl Source {
     }
 
     fn hear(&mut self, id: Id, answer: Answer) -> Result<(), Violation> {
+        self.words += 1;
+        if self.words > WORDS * self.stages.len() {
+            return Err(Violation("the target says more than there is to say"));
+        }
         let Some(stage) = self.stage(id) else {
             return Err(Violation("the target speaks of a connection that there is not"));
         };
@@ -196,24 +219,29 @@ impl Source {
         if self.stage(id) == Some(Stage::Left) {
             self.set(id, Stage::Settled(Fate::Stays));
             self.actions.push_back(Action::Return(id));
+            if self.phase == Phase::Ending {
+                self.actions.push_back(Action::Unlock(id, id));
+            }
         }
     }
 
-    /// What has not been answered in time stays, as far as that is still ours to say. Nothing more is begun.
+    /// The time of the window is over: what has not left stays, and what has left may still be heard of, while everybody else goes
+    /// on. Nothing more is begun.
     fn late(&mut self) {
         self.late = true;
         match self.phase {
             Phase::Greeting | Phase::Ending => self.cut(false),
             Phase::Over => {}
             Phase::Moving => {
-                let waiting =
-                    self.ids().filter(|id| self.stage(*id) == Some(Stage::Offered)).collect::<Vec<_>>();
-                if waiting.is_empty() {
-                    self.settle(|stage| (*stage == Stage::Left).then_some(Fate::Unknown));
+                for id in self.ids() {
+                    if let Some(Stage::Offered | Stage::Ready) = self.stage(id) {
+                        self.set(id, Stage::Settled(Fate::Stays));
+                        self.actions.push_back(Action::Abort(id));
+                    }
                 }
-                for id in waiting {
-                    self.set(id, Stage::Settled(Fate::Stays));
-                    self.actions.push_back(Action::Abort(id));
+                if self.any(Stage::Left) {
+                    self.unlock();
+                    self.finish(Phase::Ending);
                 }
             }
         }
@@ -229,11 +257,13 @@ impl Source {
         if proven {
             self.ids().for_each(|id| self.come_back(id));
         }
-        self.settle(|stage| match stage {
-            Stage::Settled(_) => None,
-            Stage::Left => Some(Fate::Unknown),
-            _ => Some(Fate::Stays),
-        });
+        for stage in &mut self.stages[self.window.clone()] {
+            *stage = match *stage {
+                Stage::Settled(fate) => Stage::Settled(fate),
+                Stage::Left => Stage::Settled(Fate::Unknown),
+                _ => Stage::Settled(Fate::Stays),
+            };
+        }
         if self.phase == Phase::Moving {
             self.unlock();
         }
@@ -243,16 +273,16 @@ impl Source {
 
     /// Begins the next step where this one is complete.
     fn go_on(&mut self) {
-        let any = |wanted: Stage| self.stages[self.window.clone()].contains(&wanted);
-        if self.phase != Phase::Moving || [Stage::Here, Stage::Offered, Stage::Leaving].into_iter().any(any) {
+        let is_open = [Stage::Here, Stage::Offered, Stage::Leaving].into_iter().any(|stage| self.any(stage));
+        if self.phase != Phase::Moving || is_open {
             return;
         }
-        if any(Stage::Ready) {
+        if self.any(Stage::Ready) {
             for id in self.ids().filter(|id| self.stage(*id) == Some(Stage::Ready)).collect::<Vec<_>>() {
                 self.set(id, Stage::Leaving);
                 self.actions.push_back(Action::Commit(id));
             }
-        } else if !any(Stage::Left) {
+        } else if !self.any(Stage::Left) {
             self.unlock();
             self.begin_window();
         }
@@ -260,17 +290,18 @@ impl Source {
 
     fn begin_window(&mut self) {
         let (start, count) = (self.window.end, self.stages.len());
-        if self.late {
-            self.give_up_rest();
-        }
         if self.late || start == count {
             self.window = start..start;
-            self.actions.push_back(Action::Finish);
-            self.phase = if self.late { Phase::Over } else { Phase::Ending };
-            return;
+            return self.finish(if self.late { Phase::Over } else { Phase::Ending });
         }
         self.window = start..count.min(start + self.most);
         self.actions.push_back(Action::Lock(start as Id + 1, self.window.end as Id));
+    }
+
+    fn finish(&mut self, phase: Phase) {
+        self.give_up_rest();
+        self.actions.push_back(Action::Finish);
+        self.phase = phase;
     }
 
     fn unlock(&mut self) {
@@ -285,17 +316,13 @@ impl Source {
         rest.fill(Stage::Settled(Fate::Stays));
     }
 
-    fn settle(&mut self, fate: impl Fn(&Stage) -> Option<Fate>) {
-        for stage in &mut self.stages[self.window.clone()] {
-            if let Some(fate) = fate(stage) {
-                *stage = Stage::Settled(fate);
-            }
-        }
-    }
-
     /// The connections of the window.
     fn ids(&self) -> Range<Id> {
         self.window.start as Id + 1..self.window.end as Id + 1
+    }
+
+    fn any(&self, wanted: Stage) -> bool {
+        self.stages[self.window.clone()].contains(&wanted)
     }
 
     fn stage(&self, id: Id) -> Option<Stage> {

@@ -126,7 +126,8 @@ impl Target {
                     self.forget(id);
                     self.refuse(id);
                 }
-                _ => self.refuse(id),
+                (Some(Stage::Arriving | Stage::Unwanted), false) => self.refuse(id),
+                _ => return Err(Violation("nothing was to be placed")),
             },
             News::Commit(id) => match self.stages.get(&id) {
                 Some(Stage::Waiting) => {

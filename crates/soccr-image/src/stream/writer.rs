@@ -143,12 +143,20 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// Those of the writer.
     pub fn finish(mut self) -> Result<W> {
+        self.end()?;
+        Ok(self.writer)
+    }
+
+    /// The same, and keeps the writer. Nothing may be written behind it.
+    ///
+    /// # Errors
+    /// Those of the writer.
+    pub fn end(&mut self) -> Result<()> {
         record::open(&mut self.small, kind::END, 0);
         let records = self.records;
         field::put(&mut self.small, tag::COUNT, |out| out.extend_from_slice(&records.to_le_bytes()));
         self.seal()?;
-        self.flush()?;
-        Ok(self.writer)
+        self.flush()
     }
 
     fn seal(&mut self) -> Result<()> {

@@ -1,0 +1,263 @@
+//! The feature `tokio`: nothing that waits is done on the threads of the executor.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Poll, ready};
+use std::time::Instant;
+
+use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use ::tokio::net::TcpStream;
+use ::tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use ::tokio::task::spawn_blocking;
+use ::tokio::time::timeout_at;
+
+use crate::arrival::{Arrival, Landed};
+use crate::channel::Exchanged;
+use crate::departing::sealed::Sealed;
+use crate::departure::Departure;
+use crate::drive::{Engine, PIECE};
+use crate::error::{Error, ErrorKind, Result};
+use crate::{Arrived, Departing, Mover, Outcome, Stream, Terms};
+
+impl Sealed for TcpStream {}
+
+impl Stream for TcpStream {
+    fn into_std(self) -> io::Result<std::net::TcpStream> {
+        self.into_std()
+    }
+
+    fn from_std(stream: std::net::TcpStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Self::from_std(stream)
+    }
+}
+
+impl Departing<TcpStream> {
+    /// Moves the connection to the listener at the other end of the channel, and waits for what becomes of it. See
+    /// [`Departing::send`] of streams that wait.
+    ///
+    /// Where the future is dropped, what can come back does so, into [`Mover::came_back`].
+    pub async fn send(self, channel: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Outcome<TcpStream> {
+        let mover = Mover { shared: Arc::clone(&self.shared) };
+        mover.send_all_async([self], channel).await.pop().expect("one connection has one outcome")
+    }
+}
+
+impl Mover {
+    /// Like [`send_all`](Self::send_all), without waiting on this thread.
+    pub async fn send_all_async(
+        &self,
+        departing: impl IntoIterator<Item = Departing<TcpStream>>,
+        channel: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    ) -> Vec<Outcome<TcpStream>> {
+        let mut engine = Departure::new(Arc::clone(&self.shared), departing);
+        let count = engine.count();
+        let mut line = Line::new(channel);
+        let mut happened = None;
+        loop {
+            engine = match aside(engine, happened.take()).await {
+                Ok(engine) => engine,
+                Err(()) => {
+                    let ends = || Outcome::Unknown(Error::new(ErrorKind::Gone, "the runtime ends"));
+                    return (0..count).map(|_| ends()).collect();
+                }
+            };
+            if engine.is_over() && engine.output().bytes().is_empty() {
+                break;
+            }
+            happened = Some(line.wait(&mut engine).await);
+        }
+        engine.outcomes().into_iter().map(|ended| Outcome::of(&self.shared, ended)).collect()
+    }
+
+    /// Takes in the connections that come through a channel, by a task of its own: to be called where the runtime is.
+    pub fn listen_async<C>(&self, channel: C) -> Arrivals
+    where
+        C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        self.listen_async_for(channel, Terms::default())
+    }
+
+    /// The same, on terms.
+    pub fn listen_async_for<C>(&self, channel: C, terms: Terms) -> Arrivals
+    where
+        C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (landed, arrivals) = unbounded_channel();
+        ::tokio::spawn(listen(self.clone(), channel, terms, landed));
+        Arrivals { arrivals }
+    }
+}
+
+/// The connections that come through a channel, stream after stream, until its other end closes it.
+///
+/// They arrive whether they are asked for or not. Dropping it closes silently what the source has not let go of: that stays
+/// there.
+#[derive(Debug)]
+#[must_use = "dropping it ends the task that listens"]
+pub struct Arrivals {
+    arrivals: UnboundedReceiver<Result<Landed>>,
+}
+
+impl Arrivals {
+    /// Waits for the next connection. `None` when the channel is closed between two streams. Nothing is lost where the future is
+    /// dropped.
+    ///
+    /// # Errors
+    /// The channel is broken, or the source does not know its part. What it had let go of has been given before.
+    pub async fn next(&mut self) -> Result<Option<Arrived<TcpStream>>> {
+        match self.arrivals.recv().await {
+            Some(landed) => landed.map(|landed| Some(Arrived::new(landed))),
+            None => Ok(None),
+        }
+    }
+}
+
+async fn listen<C>(mover: Mover, mut channel: C, mut terms: Terms, landed: UnboundedSender<Result<Landed>>)
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut engine = Arrival::new(Arc::clone(&mover.shared), terms.clone());
+    let mut line = Line::new(&mut channel);
+    let mut happened = None;
+    loop {
+        engine = match aside(engine, happened.take()).await {
+            Ok(engine) => engine,
+            Err(()) => return,
+        };
+        while let Some(one) = engine.landed() {
+            // Where nobody takes it, it ends as any stream does.
+            let _ = landed.send(Ok(one));
+        }
+        if engine.is_over() && engine.output().bytes().is_empty() {
+            match engine.next_stream(line.is_open) {
+                Ok(Some(rest)) => {
+                    terms.room = engine.room();
+                    engine = Arrival::new(Arc::clone(&mover.shared), terms.clone());
+                    engine.feed(&rest);
+                    continue;
+                }
+                Ok(None) => return,
+                Err(error) => return drop(landed.send(Err(error))),
+            }
+        }
+        ::tokio::select! {
+            waited = line.wait(&mut engine) => happened = Some(waited),
+            () = landed.closed() => return,
+        }
+    }
+}
+
+/// What the other end, or the clock, has done.
+enum Happened {
+    Read(Vec<u8>),
+    Wrote,
+    Ended,
+    Late,
+    Broken(io::Error, usize),
+}
+
+/// Does what may wait for the kernel on a thread for that.
+async fn aside<E: Engine + Send + 'static>(
+    mut engine: E,
+    happened: Option<Happened>,
+) -> std::result::Result<E, ()> {
+    let work = move || {
+        match happened {
+            Some(Happened::Read(bytes)) => engine.feed(&bytes),
+            Some(Happened::Ended) => engine.ended(),
+            Some(Happened::Late) => engine.late(),
+            Some(Happened::Broken(error, in_doubt)) => engine.broken(error, in_doubt),
+            Some(Happened::Wrote) | None => {}
+        }
+        engine.advance();
+        engine
+    };
+    match spawn_blocking(work).await {
+        Ok(engine) => Ok(engine),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(()),
+    }
+}
+
+/// A channel, and what is known of it.
+struct Line<'a, C> {
+    channel: &'a mut C,
+    input: Vec<u8>,
+    is_open: bool,
+    /// There may be bytes in a buffer of the channel.
+    is_unflushed: bool,
+}
+
+impl<'a, C: AsyncRead + AsyncWrite + Unpin> Line<'a, C> {
+    fn new(channel: &'a mut C) -> Self {
+        Self { channel, input: vec![0; PIECE], is_open: true, is_unflushed: false }
+    }
+
+    /// Writes, reads or waits once.
+    async fn wait(&mut self, engine: &mut impl Engine) -> Happened {
+        let deadline = engine.deadline();
+        let output = engine.output().bytes();
+        let offered = output.len();
+        let exchanged = std::future::poll_fn(|context| self.exchange(output, context));
+        let exchanged = match deadline {
+            Some(deadline) if deadline <= Instant::now() => return Happened::Late,
+            Some(deadline) => match timeout_at(deadline.into(), exchanged).await {
+                Ok(exchanged) => exchanged,
+                Err(_) => return Happened::Late,
+            },
+            None => exchanged.await,
+        };
+        match exchanged {
+            Ok(Exchanged { written, read }) => {
+                if written > 0 {
+                    engine.output().wrote(written);
+                }
+                match read {
+                    Some(0) => {
+                        self.is_open = false;
+                        Happened::Ended
+                    }
+                    Some(length) => Happened::Read(self.input[..length].to_vec()),
+                    None => Happened::Wrote,
+                }
+            }
+            // A layer of encryption may have passed on some of it.
+            Err(error) => Happened::Broken(error, offered),
+        }
+    }
+
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        context: &mut std::task::Context<'_>,
+    ) -> Poll<io::Result<Exchanged>> {
+        let mut exchanged = Exchanged::default();
+        if self.is_open {
+            let mut input = ReadBuf::new(&mut self.input);
+            if let Poll::Ready(read) = Pin::new(&mut *self.channel).poll_read(context, &mut input) {
+                exchanged.read = read.map(|()| Some(input.filled().len()))?;
+            }
+        }
+        if !output.is_empty() {
+            match Pin::new(&mut *self.channel).poll_write(context, output) {
+                // What has been read counts first: it may say why.
+                Poll::Ready(Err(_)) if exchanged.read.is_some() => {}
+                Poll::Ready(written) => {
+                    exchanged.written = written?;
+                    self.is_unflushed = true;
+                }
+                Poll::Pending => {}
+            }
+        }
+        if exchanged != Exchanged::default() {
+            return Poll::Ready(Ok(exchanged));
+        }
+        if output.is_empty() && self.is_unflushed {
+            ready!(Pin::new(&mut *self.channel).poll_flush(context))?;
+            self.is_unflushed = false;
+        }
+        Poll::Pending
+    }
+}

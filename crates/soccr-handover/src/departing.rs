@@ -1,0 +1,178 @@
+//! [`Departing`]: a connection on its way out of a program.
+
+use std::marker::PhantomData;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use soccr::Flow;
+use soccr::connection::QUEUE_LIMIT;
+
+use crate::channel::Channel;
+use crate::departure::{Departure, Ended, Item};
+use crate::error::{Error, ErrorKind, Rejected};
+use crate::mover::{Mover, Shared};
+use crate::protocol::Fate;
+use crate::{drive, seat::Seat};
+
+/// The sockets that connections leave and come back to: those of the standard library, and with the feature `tokio` its own.
+pub trait Stream: Sized + AsFd + sealed::Sealed {
+    /// The socket behind it.
+    ///
+    /// # Errors
+    /// Those of the runtime.
+    fn into_std(self) -> std::io::Result<TcpStream>;
+
+    /// The stream of a socket; to be called where the runtime is.
+    ///
+    /// # Errors
+    /// Those of the runtime, and of `fcntl(2)`.
+    fn from_std(stream: TcpStream) -> std::io::Result<Self>;
+}
+
+pub(crate) mod sealed {
+    pub trait Sealed {}
+}
+
+impl sealed::Sealed for TcpStream {}
+
+impl Stream for TcpStream {
+    fn into_std(self) -> std::io::Result<TcpStream> {
+        Ok(self)
+    }
+
+    fn from_std(stream: TcpStream) -> std::io::Result<Self> {
+        Ok(stream)
+    }
+}
+
+/// A connection that will be sent. Until then it is in its socket and goes on; dropping it ends it, as dropping its stream would.
+#[derive(Debug)]
+#[must_use = "dropping it ends the connection"]
+pub struct Departing<S = TcpStream> {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) item: Box<Item<TcpStream>>,
+    stream: PhantomData<fn() -> S>,
+}
+
+/// What has become of a connection.
+#[derive(Debug)]
+#[must_use = "a connection that stays is in here"]
+pub enum Outcome<S = TcpStream> {
+    /// The other end has it.
+    Moved,
+    /// It is here, in the socket that it was in, as if nothing had happened. What was [unread](Departing::unread) is not in it.
+    Stays(S, Error),
+    /// The other end has it, or nobody.
+    Unknown(Error),
+}
+
+impl<S: Stream> Departing<S> {
+    pub(crate) fn new(shared: Arc<Shared>, stream: S) -> Result<Self, Rejected<S>> {
+        let flow = match Flow::of(&stream) {
+            Ok(flow) => flow,
+            Err(error) => return Err(Rejected { value: stream, error: error.into() }),
+        };
+        // The runtime gives up the stream here: it cannot be had back from an error of its own.
+        let socket = stream.into_std().expect("a stream leaves its runtime");
+        let item = Item::new(Seat { socket, flow }, format!("{} {}", flow.local, flow.remote));
+        Ok(Self { shared, item: Box::new(item), stream: PhantomData })
+    }
+
+    /// The addresses of the connection.
+    pub fn flow(&self) -> Flow {
+        self.item.seat.flow
+    }
+
+    /// Puts bytes that have been read in front of what has not: the target reads them first. See
+    /// [`Connection::unread`](soccr::Connection::unread). Where the connection stays, they are not in it.
+    ///
+    /// # Errors
+    /// [`TooMuch`](ErrorKind::TooMuch): over 64 MiB. The connection comes back.
+    pub fn unread(mut self, bytes: &[u8]) -> Result<Self, Rejected<Self>> {
+        if self.item.unread.len() + bytes.len() > QUEUE_LIMIT as usize {
+            let error = Error::new(ErrorKind::TooMuch, "over 64 MiB have been read and not dealt with");
+            return Err(Rejected { value: self, error });
+        }
+        self.item.unread.splice(..0, bytes.iter().copied());
+        Ok(self)
+    }
+
+    /// Sends bytes along that only the applications understand. A target that does not know what that is drops them.
+    pub fn with_state(mut self, state: impl Into<Vec<u8>>) -> Self {
+        (self.item.state, self.item.critical) = (Some(state.into()), false);
+        self
+    }
+
+    /// The same, of bytes without which the connection is of no use: a target that cannot take them refuses it.
+    pub fn with_critical_state(self, state: impl Into<Vec<u8>>) -> Self {
+        let mut departing = self.with_state(state);
+        departing.item.critical = true;
+        departing
+    }
+
+    /// What people call the connection at both ends; by itself its addresses.
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.item.name = name.into();
+        self
+    }
+
+    /// Gives the stream back.
+    ///
+    /// # Errors
+    /// Those of the runtime.
+    pub fn into_stream(self) -> std::io::Result<S> {
+        S::from_std(self.item.seat.socket)
+    }
+}
+
+impl Departing {
+    /// Moves the connection to the [`listen`](Mover::listen)er at the other end of the channel, and waits for what becomes of it.
+    ///
+    /// Its peer hears nothing from the moment when the target is there until it has the connection, or it stays: what the peer
+    /// sends meanwhile goes along.
+    pub fn send(self, channel: &mut impl Channel) -> Outcome {
+        let mover = Mover { shared: Arc::clone(&self.shared) };
+        mover.send_all([self], channel).pop().expect("one connection has one outcome")
+    }
+}
+
+impl Mover {
+    /// Moves many connections at once: many times faster than one by one. Their outcomes are in their order.
+    pub fn send_all(
+        &self,
+        departing: impl IntoIterator<Item = Departing>,
+        channel: &mut impl Channel,
+    ) -> Vec<Outcome> {
+        let mut departure = Departure::new(Arc::clone(&self.shared), departing);
+        drive::run(&mut departure, channel);
+        departure.outcomes().into_iter().map(|ended| Outcome::of(&self.shared, ended)).collect()
+    }
+}
+
+impl<S: Stream> Outcome<S> {
+    pub(crate) fn of(shared: &Shared, ended: Ended<TcpStream>) -> Self {
+        let Ended { socket, fate, error } = ended;
+        match fate {
+            Fate::Moved => Self::Moved,
+            Fate::Unknown => Self::Unknown(error),
+            Fate::Stays => {
+                let spare = socket.try_clone();
+                match (S::from_std(socket), spare) {
+                    (Ok(stream), _) => Self::Stays(stream, error),
+                    (Err(reason), Ok(spare)) => {
+                        shared.leave_behind(spare, error);
+                        let what = "it is here (see Mover::came_back), and the runtime does not take it";
+                        Self::Unknown(Error::of(ErrorKind::System, what, reason))
+                    }
+                    (Err(reason), Err(_)) => Self::Unknown(reason.into()),
+                }
+            }
+        }
+    }
+
+    /// The other end has it.
+    pub fn is_moved(&self) -> bool {
+        matches!(self, Self::Moved)
+    }
+}

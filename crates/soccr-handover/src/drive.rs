@@ -1,0 +1,137 @@
+//! What drives an end of a hand-over: bytes go out and come in, and time passes.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use crate::channel::{Channel, Exchanged};
+
+/// One end: it does what has to be done here, and leaves it to the driver to read, write and wait.
+pub(crate) trait Engine {
+    /// Does what can be done without waiting for the other end.
+    fn advance(&mut self);
+    /// What is to be written.
+    fn output(&mut self) -> &mut Outbox;
+    /// Takes in what has been read.
+    fn feed(&mut self, bytes: &[u8]);
+    /// The other end has closed the channel.
+    fn ended(&mut self);
+    /// Writing or reading has failed; so many bytes of the output may have been passed on nevertheless.
+    fn broken(&mut self, error: io::Error, in_doubt: usize);
+    /// Until when to wait.
+    fn deadline(&self) -> Option<Instant>;
+    /// That time is over.
+    fn late(&mut self);
+    /// Everything is settled.
+    fn is_over(&self) -> bool;
+}
+
+/// How much is read at once.
+pub(crate) const PIECE: usize = 64 << 10;
+
+/// Bytes that wait to be written.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    bytes: Vec<u8>,
+    /// How many of them are written.
+    written: usize,
+    /// How many were written before them.
+    before: u64,
+    /// Nothing more is taken.
+    is_cut: bool,
+}
+
+impl Outbox {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[self.written..]
+    }
+
+    pub(crate) fn wrote(&mut self, count: usize) {
+        self.written += count;
+        if self.written == self.bytes.len() {
+            self.before += self.written as u64;
+            self.bytes.clear();
+            self.written = 0;
+        }
+    }
+
+    /// Long enough to be written before more is made.
+    pub(crate) fn is_long(&self) -> bool {
+        self.bytes().len() >= 1 << 20
+    }
+
+    /// How many bytes of the stream there are.
+    pub(crate) fn end(&self) -> u64 {
+        self.before + self.bytes.len() as u64
+    }
+
+    /// How many bytes of the stream the other end may have read.
+    pub(crate) fn passed_on(&self) -> u64 {
+        self.before + self.written as u64
+    }
+
+    /// Throws the rest away, of which so many bytes may have been passed on, and whatever comes.
+    pub(crate) fn cut(&mut self, in_doubt: usize) {
+        if !self.is_cut {
+            self.written = self.bytes.len().min(self.written + in_doubt);
+            self.bytes.truncate(self.written);
+            self.is_cut = true;
+        }
+    }
+}
+
+impl Write for Outbox {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.is_cut {
+            self.bytes.extend_from_slice(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Leads one end to its rest.
+pub(crate) fn run(engine: &mut impl Engine, channel: &mut impl Channel) {
+    let mut input = vec![0; PIECE];
+    let mut is_open = true;
+    loop {
+        engine.advance();
+        if engine.is_over() && engine.output().bytes().is_empty() {
+            break;
+        }
+        step(engine, channel, &mut input, &mut is_open);
+    }
+}
+
+/// Writes, reads or waits once.
+pub(crate) fn step(
+    engine: &mut impl Engine,
+    channel: &mut impl Channel,
+    input: &mut [u8],
+    is_open: &mut bool,
+) {
+    let deadline = engine.deadline();
+    if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        return engine.late();
+    }
+    let output = engine.output().bytes();
+    let (offered, hides) = (output.len(), channel.hides_writes());
+    match channel.exchange(output, if *is_open { input } else { &mut [] }, deadline) {
+        Ok(Exchanged { written, read }) => {
+            if written > 0 {
+                engine.output().wrote(written);
+            }
+            match read {
+                Some(0) => {
+                    *is_open = false;
+                    engine.ended();
+                }
+                Some(length) => engine.feed(&input[..length]),
+                None => {}
+            }
+        }
+        Err(error) => engine.broken(error, if hides { offered } else { 0 }),
+    }
+}

@@ -1,0 +1,121 @@
+//! What went wrong with a hand-over, and what a program can do about it.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// The result of everything in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a connection, or all of them, did not move. It prints as one line.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    what: Cow<'static, str>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// What an [`Error`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// This host cannot let the connection go, or have it: the [source](std::error::Error::source) is a [`soccr::Error`].
+    Connection,
+    /// The other end does not want it, and says why.
+    Refused,
+    /// The other end has not answered, or not read on, in time.
+    Late,
+    /// The channel is broken, or the other end is gone.
+    Gone,
+    /// The other end does not know its part: what it says cannot be understood, or comes at the wrong moment.
+    Violation,
+    /// There is more than is carried: 64 MiB in a queue, 16 MiB of state.
+    TooMuch,
+    /// A call of the operating system.
+    System,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, what: impl Into<Cow<'static, str>>) -> Self {
+        Self { kind, what: what.into(), source: None }
+    }
+
+    pub(crate) fn of(
+        kind: ErrorKind,
+        what: impl Into<Cow<'static, str>>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { kind, what: what.into(), source: Some(source.into()) }
+    }
+
+    /// What kind of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.source, self.what.is_empty()) {
+            (Some(source), true) => write!(f, "{source}"),
+            (Some(source), false) => write!(f, "{}: {source}", self.what),
+            (None, _) => f.write_str(&self.what),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| &**source as _)
+    }
+}
+
+impl From<soccr::Error> for Error {
+    fn from(error: soccr::Error) -> Self {
+        Self::of(ErrorKind::Connection, "", error)
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Self {
+        Self::of(ErrorKind::System, "", error)
+    }
+}
+
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error.kind {
+            ErrorKind::Late => std::io::ErrorKind::TimedOut,
+            ErrorKind::Gone => std::io::ErrorKind::ConnectionAborted,
+            ErrorKind::Violation => std::io::ErrorKind::InvalidData,
+            _ => std::io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// A call that failed, and the value that it was to use: nothing has happened to it.
+#[derive(Debug)]
+pub struct Rejected<T> {
+    /// The value.
+    pub value: T,
+    /// Why.
+    pub error: Error,
+}
+
+impl<T> fmt::Display for Rejected<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<T: fmt::Debug> std::error::Error for Rejected<T> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
+impl<T> From<Rejected<T>> for Error {
+    fn from(rejected: Rejected<T>) -> Self {
+        rejected.error
+    }
+}

@@ -1,0 +1,165 @@
+//! [`Arriving`]: connections on their way into a program.
+
+use std::marker::PhantomData;
+use std::net::TcpStream;
+use std::sync::Arc;
+
+use soccr::{Connection, Flow};
+use soccr_image::AddressMap;
+
+use crate::arrival::{Arrival, Landed};
+use crate::channel::Channel;
+use crate::departing::Stream;
+use crate::drive::{self, Engine, PIECE};
+use crate::error::Result;
+use crate::mover::Mover;
+
+/// What a target takes, and under which addresses.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub struct Terms {
+    /// Each end of a connection that is OLD becomes NEW.
+    pub map: Vec<AddressMap>,
+    /// How many connections are taken; `None` for any number.
+    pub room: Option<usize>,
+    pub(crate) check: Option<Arc<Check>>,
+}
+
+type Check = dyn Fn(&Offer<'_>) -> std::result::Result<(), String> + Send + Sync;
+
+/// A connection that a source offers: nothing has been done about it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Offer<'a> {
+    /// What people call it at the source.
+    pub name: &'a str,
+    /// What goes along with it, for the application.
+    pub state: &'a [u8],
+    /// The connection, under the addresses that it will have.
+    pub connection: &'a Connection,
+}
+
+impl Terms {
+    /// Takes only what `check` accepts: any other connection stays at the source, which is told the reason. Whether the
+    /// [state](Offer::state) can be understood is best found out here.
+    pub fn accept_if(
+        mut self,
+        check: impl Fn(&Offer<'_>) -> std::result::Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.check = Some(Arc::new(check));
+        self
+    }
+}
+
+impl std::fmt::Debug for Terms {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Terms").field("map", &self.map).field("room", &self.room).finish_non_exhaustive()
+    }
+}
+
+/// A connection that has arrived. It lives; dropping it ends it, as dropping its stream would.
+#[derive(Debug)]
+#[must_use = "dropping it ends the connection"]
+pub struct Arrived<S = TcpStream> {
+    landed: Landed,
+    stream: PhantomData<fn() -> S>,
+}
+
+impl<S: Stream> Arrived<S> {
+    pub(crate) fn new(landed: Landed) -> Self {
+        Self { landed, stream: PhantomData }
+    }
+
+    /// What the source has sent along; empty where it has sent nothing.
+    pub fn state(&self) -> &[u8] {
+        &self.landed.state
+    }
+
+    /// What people call it at the source.
+    pub fn name(&self) -> &str {
+        &self.landed.name
+    }
+
+    /// The addresses of the connection.
+    ///
+    /// # Errors
+    /// The peer has ended it meanwhile.
+    pub fn flow(&self) -> Result<Flow> {
+        Ok(Flow::of(&self.landed.stream)?)
+    }
+
+    /// The stream: it waits, or does not (`O_NONBLOCK`), as it did at the source; in a runtime it never does.
+    ///
+    /// # Errors
+    /// Those of the runtime.
+    pub fn into_stream(self) -> std::io::Result<S> {
+        S::from_std(self.landed.stream)
+    }
+}
+
+/// The connections that come through a channel, stream after stream, until its other end closes it.
+///
+/// Nothing happens between two calls of [`next`](Self::next): call it again soon, and serve the connections elsewhere. Dropping it
+/// closes silently what the source has not let go of: that stays there.
+#[must_use = "nothing arrives unless it is asked for"]
+pub struct Arriving<C> {
+    mover: Mover,
+    terms: Terms,
+    channel: C,
+    engine: Arrival,
+    input: Vec<u8>,
+    is_open: bool,
+}
+
+impl Mover {
+    /// Takes in the connections that come through a channel.
+    pub fn listen<C: Channel>(&self, channel: C) -> Arriving<C> {
+        self.listen_for(channel, Terms::default())
+    }
+
+    /// The same, on terms.
+    pub fn listen_for<C: Channel>(&self, channel: C, terms: Terms) -> Arriving<C> {
+        let engine = Arrival::new(Arc::clone(&self.shared), terms.clone());
+        Arriving { mover: self.clone(), terms, channel, engine, input: vec![0; PIECE], is_open: true }
+    }
+}
+
+impl<C: Channel> Arriving<C> {
+    /// Waits for the next connection. `None` when the channel is closed between two streams.
+    ///
+    /// # Errors
+    /// The channel is broken, or the source does not know its part. What it had let go of has been given before.
+    #[allow(clippy::should_implement_trait, reason = "it can fail, as a whole")]
+    pub fn next(&mut self) -> Result<Option<Arrived>> {
+        loop {
+            self.engine.advance();
+            if let Some(landed) = self.engine.landed() {
+                return Ok(Some(Arrived::new(landed)));
+            }
+            if self.engine.is_over() && self.engine.output().bytes().is_empty() {
+                match self.engine.next_stream(self.is_open) {
+                    Ok(Some(rest)) => {
+                        self.terms.room = self.engine.room();
+                        self.engine = Arrival::new(Arc::clone(&self.mover.shared), self.terms.clone());
+                        self.engine.feed(&rest);
+                    }
+                    Ok(None) => return Ok(None),
+                    Err(error) => return Err(error),
+                }
+                continue;
+            }
+            drive::step(&mut self.engine, &mut self.channel, &mut self.input, &mut self.is_open);
+        }
+    }
+
+    /// Gives the channel back.
+    pub fn into_channel(self) -> C {
+        self.channel
+    }
+}
+
+impl<C> std::fmt::Debug for Arriving<C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arriving").field("terms", &self.terms).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,180 @@
+//! [`Mover`]: what a process needs once to let connections go and to take them in.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use soccr::Flow;
+use soccr::lock::{Locker, Mode, SILENCE};
+
+use crate::departing::{Departing, Stream};
+use crate::error::{Error, Rejected, Result};
+use crate::protocol::Fate;
+use crate::silence::Silence;
+
+/// Moves connections of the network namespace in which it was made: one for the whole process.
+///
+/// It owns an nftables table (see [`Locker`]) and has the BPF program loaded by which congestion windows come back, so that
+/// neither is waited for while a connection is silent. It is a handle: clones share everything.
+#[derive(Clone)]
+pub struct Mover {
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// For the target to be there. Nothing is locked before that.
+    pub start: Duration,
+    /// For each answer of the other end, and for it to read on.
+    pub answer: Duration,
+    /// For the source to decide about what is ready: afterwards it is refused.
+    pub decision: Duration,
+    /// For which this host stays silent about connections that have left it, so that late packets draw no reset.
+    pub silence: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            start: Duration::from_secs(60),
+            answer: Duration::from_secs(10),
+            decision: Duration::from_secs(60),
+            silence: SILENCE,
+        }
+    }
+}
+
+/// What a hand-over has to tell while it is under way.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// It is known what has become of a connection of ours.
+    Settled {
+        /// Its name, as the source gave it.
+        name: &'a str,
+        /// What has become of it.
+        fate: Fate,
+    },
+    /// A connection has been restored here; it is not ours yet.
+    Restored {
+        /// Its name, as the source gave it.
+        name: &'a str,
+        /// What came back exactly, what approximately, what not and why.
+        report: &'a soccr::Report,
+    },
+    /// Something did not go as well as it could have; no connection is lost by it.
+    Warning(&'a str),
+}
+
+type Listener = dyn Fn(Event<'_>) + Send + Sync;
+
+pub(crate) struct Shared {
+    pub(crate) locker: Locker,
+    pub(crate) silence: Mutex<Silence>,
+    pub(crate) limits: Limits,
+    listener: Option<Box<Listener>>,
+    /// What nobody has waited for.
+    came_back: Mutex<Vec<Rejected<std::net::TcpStream>>>,
+}
+
+impl Mover {
+    /// A mover for the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Those of [`Locker::new`]: it needs `CAP_NET_ADMIN` and `CAP_NET_RAW` there, and nftables.
+    pub fn new() -> Result<Self> {
+        Self::with(Limits::default())
+    }
+
+    /// The same with other limits.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn with(limits: Limits) -> Result<Self> {
+        soccr::prepare();
+        let shared = Shared {
+            locker: Locker::new(Mode::HOLD)?,
+            silence: Mutex::default(),
+            limits,
+            listener: None,
+            came_back: Mutex::default(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Calls `listener` with what happens, on whichever thread it does.
+    ///
+    /// # Panics
+    /// Where the mover has been cloned or used before.
+    pub fn on_event(mut self, listener: impl Fn(Event<'_>) + Send + Sync + 'static) -> Self {
+        let shared = Arc::get_mut(&mut self.shared).expect("the mover is new");
+        shared.listener = Some(Box::new(listener));
+        self
+    }
+
+    /// Takes a connection to send it: [`unread`](Departing::unread) what was read ahead, say what [state](Departing::with_state)
+    /// goes along, then [`send`](Departing::send) it.
+    ///
+    /// The connection goes on until then.
+    ///
+    /// # Errors
+    /// It is no connected TCP socket. The stream comes back.
+    pub fn take<S: Stream>(&self, stream: S) -> std::result::Result<Departing<S>, Rejected<S>> {
+        Departing::new(Arc::clone(&self.shared), stream)
+    }
+
+    /// Connections that have come back into their sockets from sends that nobody waited for to the end, such as futures that were
+    /// dropped. Whoever drops them ends them, as any stream.
+    pub fn came_back(&self) -> Vec<Rejected<std::net::TcpStream>> {
+        std::mem::take(&mut *self.shared.came_back.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl fmt::Debug for Mover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mover").field("limits", &self.shared.limits).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(crate) fn tell(&self, event: Event<'_>) {
+        if let Some(listener) = &self.listener {
+            listener(event);
+        }
+    }
+
+    pub(crate) fn warn(&self, error: impl fmt::Display) {
+        self.tell(Event::Warning(&error.to_string()));
+    }
+
+    pub(crate) fn leave_behind(&self, value: std::net::TcpStream, error: Error) {
+        let mut came_back = self.came_back.lock().unwrap_or_else(PoisonError::into_inner);
+        came_back.push(Rejected { value, error });
+    }
+
+    /// Stays silent about connections that are about to leave.
+    pub(crate) fn begin_silence(&self, flows: &[Flow]) -> soccr::Result<()> {
+        let mut silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
+        silence.extend(flows, self.limits.silence)
+    }
+
+    /// Ends the silence about connections that are here.
+    pub(crate) fn end_silence(&self, flows: &[Flow]) {
+        match crate::silence::lift(flows) {
+            Ok(locked) => {
+                for (Flow { local, remote }, name) in locked {
+                    self.warn(format_args!("{local} {remote}: still locked: see `soccr unlock {name}`"));
+                }
+            }
+            Err(error) => self.warn(error),
+        }
+    }
+}
