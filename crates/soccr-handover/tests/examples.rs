@@ -1,0 +1,125 @@
+//! The examples, run as their readers run them.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+soccr_lab::tests![a_server_is_replaced_three_times, a_chat_room_moves_while_everybody_talks];
+
+struct Example(Child);
+
+impl Example {
+    fn start(name: &str, arguments: &[&str]) -> Self {
+        // Cargo builds examples beside the tests.
+        let path: PathBuf = std::env::current_exe().unwrap();
+        let path = path.parent().unwrap().parent().unwrap().join("examples").join(name);
+        if !path.exists() {
+            // It does so only where all tests of the package are asked for.
+            let cargo = Command::new(env!("CARGO"))
+                .args(["build", "--quiet", "-p", "soccr-handover", "--features", "tokio", "--example", name])
+                .status();
+            assert!(cargo.unwrap().success());
+        }
+        let command = Command::new(&path).args(arguments).stdout(Stdio::piped()).spawn();
+        Self(command.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+    }
+
+    fn says(&mut self) -> String {
+        let mut line = String::new();
+        // Unbuffered, so that nothing is lost between two calls.
+        let mut reader = BufReader::with_capacity(1, self.0.stdout.as_mut().unwrap());
+        reader.read_line(&mut line).unwrap();
+        line
+    }
+
+    fn ends(&mut self) {
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Example {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn connect(address: &str) -> TcpStream {
+    let stream = TcpStream::connect(address.parse::<SocketAddr>().unwrap()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+}
+
+#[track_caller]
+fn hears(mut stream: &TcpStream, expected: &str) {
+    let mut bytes = vec![0; expected.len()];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(String::from_utf8_lossy(&bytes), expected);
+}
+
+fn says(mut stream: &TcpStream, text: &str) {
+    stream.write_all(text.as_bytes()).unwrap();
+}
+
+fn a_server_is_replaced_three_times() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let arguments = ["127.0.0.1:7", path.to_str().unwrap()];
+    let mut server = Example::start("restart", &arguments);
+    assert_eq!(server.says(), "serving 0 clients\n");
+    let (one, two) = (connect("127.0.0.1:7"), connect("127.0.0.1:7"));
+    says(&one, "hello\nhalf");
+    hears(&one, "1: hello\n");
+    for round in 1..4 {
+        says(&two, "x\n");
+        hears(&two, &format!("{round}: x\n"));
+        let successor = Example::start("restart", &arguments);
+        let mut before = std::mem::replace(&mut server, successor);
+        assert_eq!(server.says(), "serving 2 clients\n");
+        assert_eq!(before.says(), "given away\n");
+        before.ends();
+    }
+    says(&one, " a line\n");
+    hears(&one, "2: half a line\n");
+    // It serves new clients, too.
+    let three = connect("127.0.0.1:7");
+    says(&three, "new\n");
+    hears(&three, "1: new\n");
+}
+
+fn a_chat_room_moves_while_everybody_talks() {
+    const LINES: usize = 6000;
+    let addresses = ["127.0.0.1:7", "127.0.0.1:9"];
+    let mut room = Example::start("chat", &addresses);
+    assert_eq!(room.says(), "0 talk\n");
+    let ada = connect("127.0.0.1:7");
+    says(&ada, "Ada\nhello\n");
+    hears(&ada, "Ada: hello\n");
+    let bob = connect("127.0.0.1:7");
+    says(&bob, "Bob\nhi\n");
+    hears(&bob, "Bob: hi\n");
+    hears(&ada, "Bob: hi\n");
+    let line = |number: usize| format!("{number} {}\n", "x".repeat(1000));
+    let mut successor = None;
+    thread::scope(|scope| {
+        // Half a line is always under way.
+        scope.spawn(|| (0..LINES).for_each(|number| says(&ada, &line(number))));
+        for number in 0..LINES {
+            hears(&ada, &format!("Ada: {}", line(number)));
+            if number == LINES / 3 {
+                successor = Some(Example::start("chat", &[&addresses[..], &["take"]].concat()));
+            }
+        }
+    });
+    assert_eq!(room.says(), "moved\n");
+    room.ends();
+    assert_eq!(successor.as_mut().unwrap().says(), "2 talk\n");
+    // Bob has not listened: most of it has never been in a socket of the first room.
+    (0..LINES).for_each(|number| hears(&bob, &format!("Ada: {}", line(number))));
+    says(&bob, "bye\n");
+    hears(&bob, "Bob: bye\n");
+    hears(&ada, "Bob: bye\n");
+}
