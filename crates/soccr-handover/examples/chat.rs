@@ -51,7 +51,6 @@ async fn main() -> Result<()> {
         _ => Vec::new(),
     };
     loop {
-        println!("{} talk", clients.len());
         let (channel, all) = serve(address, control, &room, clients).await?;
         clients = give_away(&mover, channel, all).await;
         if clients.is_empty() {
@@ -113,6 +112,7 @@ async fn serve(
     clients: Vec<Client>,
 ) -> Result<(TcpStream, Vec<Client>)> {
     let (listener, control) = (TcpListener::bind(address).await?, TcpListener::bind(control).await?);
+    println!("{} talk", clients.len());
     let (leave, told) = watch::channel(false);
     let mut talking = JoinSet::new();
     let mut number = clients.len() as u64;
