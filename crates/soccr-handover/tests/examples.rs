@@ -13,16 +13,13 @@ struct Example(Child);
 
 impl Example {
     fn start(name: &str, arguments: &[&str]) -> Self {
-        // Cargo builds examples beside the tests.
+        // Cargo does so by itself only where all tests of the package are asked for.
+        let cargo = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "-p", "soccr-handover", "--features", "tokio", "--example", name])
+            .status();
+        assert!(cargo.unwrap().success());
         let path: PathBuf = std::env::current_exe().unwrap();
         let path = path.parent().unwrap().parent().unwrap().join("examples").join(name);
-        if !path.exists() {
-            // It does so only where all tests of the package are asked for.
-            let cargo = Command::new(env!("CARGO"))
-                .args(["build", "--quiet", "-p", "soccr-handover", "--features", "tokio", "--example", name])
-                .status();
-            assert!(cargo.unwrap().success());
-        }
         let command = Command::new(&path).args(arguments).stdout(Stdio::piped()).spawn();
         Self(command.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
     }
