@@ -5,12 +5,14 @@
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
 use soccr::{Flow, Restored};
+use soccr_handover::Mover;
 use soccr_lab::{Host, Pair, sysctl};
 
 use crate::sys;
@@ -27,15 +29,21 @@ pub(crate) struct Ends {
     pub(crate) streams: Vec<TcpStream>,
     /// In the middle of a move.
     pub(crate) restored: Vec<(usize, Restored)>,
+    /// For programs that hand over.
+    pub(crate) mover: Option<Mover>,
 }
 
 /// A pipe whose ends have the same numbers in all threads: it is older than they are.
 pub(crate) type Pipe = Arc<(PipeReader, PipeWriter)>;
 
+/// The same, in both directions.
+pub(crate) type Channel = Arc<(UnixStream, UnixStream)>;
+
 /// Connections, the program that has them, and the one that will get them.
 #[derive(Debug)]
 pub(crate) struct Move {
     pub(crate) pipe: Pipe,
+    pub(crate) channel: Channel,
     pub(crate) source: Shard,
     pub(crate) target: Shard,
 }
@@ -95,9 +103,9 @@ impl Idle {
         for start in (0..count).step_by(SHARD) {
             // The kernel looks long for the last ephemeral ports towards a single one: so each shard has its own.
             let address = (idle.pair.a.v4, PORT + idle.moves.len() as u16).into();
-            let pipe = Arc::new(std::io::pipe()?);
+            let (pipe, channel) = (Arc::new(std::io::pipe()?), Arc::new(UnixStream::pair()?));
             let [source, target] = [(), ()].map(|()| Shard::on(&idle.pair, |pair| &pair.a));
-            idle.moves.push(Move { pipe, source, target });
+            idle.moves.push(Move { pipe, channel, source, target });
             idle.peers.push(Shard::on(&idle.pair, |pair| &pair.b));
             idle.connect(address, (count - start).min(SHARD))?;
         }

@@ -115,8 +115,10 @@ pub(crate) struct Arrival {
     patience: Option<Instant>,
     /// Until when the source has to decide.
     decision: Option<Instant>,
-    /// Until when it may read our last words.
-    parting: Option<Instant>,
+    /// Until when it may read what we have said.
+    reading: Option<Instant>,
+    /// We have said END.
+    has_said_all: bool,
     /// Bytes have come.
     has_begun: bool,
     /// The source has said END.
@@ -145,7 +147,8 @@ impl Arrival {
             refusals: HashMap::new(),
             patience: None,
             decision: None,
-            parting: None,
+            reading: None,
+            has_said_all: false,
             has_begun: false,
             is_complete: false,
             error: None,
@@ -271,6 +274,13 @@ impl Arrival {
     fn say(&mut self, message: &Message) {
         if let Some(writer) = &mut self.writer {
             writer.send(message).expect("memory takes every byte");
+        }
+    }
+
+    fn say_end(&mut self) {
+        if let (Some(writer), false) = (&mut self.writer, self.has_said_all) {
+            writer.end().expect("memory takes every byte");
+            self.has_said_all = true;
         }
     }
 
@@ -500,9 +510,7 @@ impl Engine for Arrival {
                     self.place();
                     self.end();
                     self.is_complete = true;
-                    if let Some(writer) = &mut self.writer {
-                        writer.end().expect("memory takes every byte");
-                    }
+                    self.say_end();
                 }
                 Ok(_) => {}
                 Err(error) => match error.connection() {
@@ -531,8 +539,13 @@ impl Engine for Arrival {
         if self.machine.waiting() == 0 {
             self.decision = None;
         }
-        if self.is_over() {
-            self.parting.get_or_insert_with(|| Instant::now() + self.shared.limits.answer);
+        if self.machine.is_settled() {
+            // The source need not wait for us to hear that it has nothing more to say.
+            self.say_end();
+        }
+        match self.output().bytes().is_empty() {
+            true => self.reading = None,
+            false => drop(self.reading.get_or_insert_with(|| Instant::now() + self.shared.limits.answer)),
         }
     }
 
@@ -563,7 +576,7 @@ impl Engine for Arrival {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.patience, self.decision, self.parting].into_iter().flatten().min()
+        [self.patience, self.decision, self.reading].into_iter().flatten().min()
     }
 
     fn late(&mut self) {
@@ -576,7 +589,7 @@ impl Engine for Arrival {
             self.decision = None;
             self.handle(News::Late);
         }
-        if self.parting.is_some_and(|until| until <= now) {
+        if self.reading.is_some_and(|until| until <= now) {
             self.output().cut(0);
         }
     }

@@ -133,10 +133,12 @@ impl<C: Channel> Arriving<C> {
     pub fn next(&mut self) -> Result<Option<Arrived>> {
         loop {
             self.engine.advance();
-            if let Some(landed) = self.engine.landed() {
+            // The source waits for what there is to say.
+            let has_said_all = self.engine.output().bytes().is_empty();
+            if has_said_all && let Some(landed) = self.engine.landed() {
                 return Ok(Some(Arrived::new(landed)));
             }
-            if self.engine.is_over() && self.engine.output().bytes().is_empty() {
+            if self.engine.is_over() && has_said_all {
                 match self.engine.next_stream(self.is_open) {
                     Ok(Some(rest)) => {
                         self.terms.room = self.engine.room();

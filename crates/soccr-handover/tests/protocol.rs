@@ -60,6 +60,7 @@ struct World {
     has_taken: bool,
     cut: bool,
     target_ended: bool,
+    has_said_end: bool,
     /// How many things may still go wrong.
     faults: u8,
 }
@@ -101,6 +102,7 @@ impl World {
             has_taken: false,
             cut: false,
             target_ended: false,
+            has_said_end: false,
             faults,
         }
     }
@@ -300,6 +302,7 @@ impl World {
         if self.target.as_mut().unwrap().handle(news).is_err() {
             self.end_target();
         }
+        self.answer_end();
     }
 
     fn end_target(&mut self) {
@@ -312,7 +315,7 @@ impl World {
     /// The target says END when it has brought everything to rest.
     fn answer_end(&mut self) {
         let target = self.target.as_ref().unwrap();
-        if self.target_ended && target.is_over() && !self.to_source.contains(&Reply::End) {
+        if (target.is_over() || target.is_settled()) && !std::mem::replace(&mut self.has_said_end, true) {
             self.to_source.push_back(Reply::End);
         }
     }

@@ -1,5 +1,6 @@
 //! The scenarios, one file each.
 
+mod handover;
 mod lock;
 mod memory;
 mod moves;
@@ -21,6 +22,7 @@ pub(crate) const ALL: &[(&str, Run)] = &[
     ("restore", restore::run),
     ("lock", lock::run),
     ("moves", moves::run),
+    ("handover", handover::run),
     ("memory", memory::run),
     ("stall", stall::run),
     ("speed", speed::run),

@@ -94,7 +94,7 @@ fn move_all(idle: &mut Idle, locker: &Locker, phases: &mut [Samples; PHASES.len(
 
 /// Saves into a pipe, and restores from its other end, at the same time.
 fn stream(shards: &Move) -> Result<()> {
-    let Move { pipe, source, target } = shards;
+    let Move { pipe, source, target, .. } = shards;
     thread::scope(|scope| {
         let saving = scope.spawn(|| {
             let pipe = Arc::clone(pipe);
@@ -152,7 +152,7 @@ fn resume(ends: &mut Ends) -> Result<()> {
 
 /// The same by bare system calls: the time and the processor time that these take. It needs the lock nevertheless, or what the peers send
 /// would meet no socket.
-fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
+pub(crate) fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
     let lock = locker.lock(&idle.flows()?)?;
     let mut times = [Duration::ZERO; 2];
     let mut add = |more: [Duration; 2]| (0..2).for_each(|n| times[n] += more[n]);
@@ -181,14 +181,14 @@ fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
 }
 
 /// The time that passes, and the processor time that is used.
-struct Stopwatch(Instant, Duration);
+pub(crate) struct Stopwatch(Instant, Duration);
 
 impl Stopwatch {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self(Instant::now(), processor_time())
     }
 
-    fn stop(self) -> [Duration; 2] {
+    pub(crate) fn stop(self) -> [Duration; 2] {
         [self.0.elapsed(), processor_time() - self.1]
     }
 }

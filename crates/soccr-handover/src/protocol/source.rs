@@ -179,7 +179,7 @@ impl Source {
                 self.actions.push_front(Action::Abort(id));
             }
             Event::Heard(id, answer) => self.hear(id, answer)?,
-            Event::End if self.phase == Phase::Ending => self.cut(false),
+            Event::End if self.phase == Phase::Ending => self.over(),
             Event::End if self.phase == Phase::Over => {}
             Event::End => return Err(Violation("the target has ended the hand-over")),
             Event::Late => self.late(),
@@ -257,15 +257,20 @@ impl Source {
         if proven {
             self.ids().for_each(|id| self.come_back(id));
         }
+        if self.phase == Phase::Moving {
+            self.unlock();
+        }
+        self.over();
+    }
+
+    /// What is not settled by now never will be.
+    fn over(&mut self) {
         for stage in &mut self.stages[self.window.clone()] {
             *stage = match *stage {
                 Stage::Settled(fate) => Stage::Settled(fate),
                 Stage::Left => Stage::Settled(Fate::Unknown),
                 _ => Stage::Settled(Fate::Stays),
             };
-        }
-        if self.phase == Phase::Moving {
-            self.unlock();
         }
         self.give_up_rest();
         self.phase = Phase::Over;

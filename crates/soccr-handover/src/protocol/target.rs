@@ -63,6 +63,7 @@ enum Stage {
 /// outcome.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Target {
+    has_begun: bool,
     announced: u32,
     stages: BTreeMap<Id, Stage>,
     deeds: VecDeque<Deed>,
@@ -82,10 +83,16 @@ impl Target {
 
     /// The source has nothing more to say, and everything it has let go of is settled.
     pub fn is_over(&self) -> bool {
-        let open = |stage: &Stage| {
-            matches!(stage, Stage::Arriving | Stage::Waiting | Stage::Raising | Stage::Unwanted)
-        };
-        self.ended && self.deeds.is_empty() && !self.stages.values().any(open)
+        self.ended && self.deeds.is_empty() && !self.is_open()
+    }
+
+    /// All connections that are announced have come and are settled: the target has nothing more to say.
+    pub fn is_settled(&self) -> bool {
+        self.has_begun && self.announced() == 0 && self.deeds.is_empty() && !self.is_open()
+    }
+
+    fn is_open(&self) -> bool {
+        self.stages.values().any(|stage| !matches!(stage, Stage::Taken | Stage::Over))
     }
 
     /// How many connections are still to come, as the source has said.
@@ -109,7 +116,7 @@ impl Target {
     /// The source does not know its part: nothing it says counts any more. [`News::End`] has to follow.
     pub fn handle(&mut self, news: News) -> Result<(), Violation> {
         match news {
-            News::Begin(count) if self.announced == 0 && self.stages.is_empty() => self.announced = count,
+            News::Begin(count) if !self.has_begun => (self.has_begun, self.announced) = (true, count),
             News::Begin(_) => return Err(Violation("the source begins twice")),
             News::Offer(id) => {
                 self.appear(id, Stage::Arriving)?;

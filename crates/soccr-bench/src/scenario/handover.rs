@@ -1,0 +1,81 @@
+//! Connections handed over from one program to another in the same network, by the library and its whole protocol: the target
+//! answers for each connection, and the old socket is in the way until it is let go of.
+//!
+//! The floor is that of [`moves`](super::moves).
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use soccr::lock::{Locker, Mode};
+use soccr_handover::{Mover, Outcome};
+
+use super::moves::{Stopwatch, move_bare};
+use crate::arguments::Arguments;
+use crate::idle::{Ends, Idle, Move};
+use crate::report::{Report, Row};
+use crate::statistics::{Samples, repeat};
+
+const COUNTS: [usize; 3] = [1, 100, 5_000];
+
+pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
+    let budget = Duration::from_millis(if arguments.full { 10_000 } else { 1_500 });
+    for count in COUNTS {
+        let mut idle = Idle::new(count)?;
+        let locker = idle.pair.a.run(|| Locker::new(Mode::HOLD))?;
+        for shards in &idle.moves {
+            for shard in [&shards.source, &shards.target] {
+                shard.run(|ends| Mover::new().map(|mover| ends.mover = Some(mover)))?;
+            }
+        }
+        let (mut samples, mut bare) = (Samples::default(), Samples::default());
+        let (mut used, mut used_bare) = (Samples::default(), Samples::default());
+        repeat(budget, 3, |_| {
+            let stopwatch = Stopwatch::start();
+            idle.moves.iter().try_for_each(hand_over)?;
+            let [time, processor] = stopwatch.stop();
+            samples.push(time);
+            used.push(processor);
+            idle.turn();
+            idle.check().context("after the hand-over")?;
+            let [time, processor] = move_bare(&idle, &locker)?;
+            bare.push(time);
+            used_bare.push(processor);
+            idle.check().context("after the bare move")
+        })?;
+        report.add(Row::new("handover", format!("{count}"), &samples).against(&bare));
+        report.add(Row::new("handover", format!("{count}: processor time"), &used).against(&used_bare));
+    }
+    Ok(())
+}
+
+fn hand_over(shards: &Move) -> Result<()> {
+    let Move { channel, source, target, .. } = shards;
+    let count = source.run(|ends| ends.streams.len());
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| {
+            let channel = Arc::clone(channel);
+            source.run(move |ends| send(ends, &channel.0))
+        });
+        let channel = Arc::clone(channel);
+        target.run(move |ends| receive(ends, &channel.1, count))?;
+        sending.join().expect("it does not panic")
+    })
+}
+
+fn send(ends: &mut Ends, mut channel: &std::os::unix::net::UnixStream) -> Result<()> {
+    let mover = ends.mover.as_ref().context("a mover")?;
+    let departing = ends.streams.drain(..).map(|stream| mover.take(stream)).collect::<Result<Vec<_>, _>>()?;
+    let outcomes = mover.send_all(departing, &mut channel);
+    ensure!(outcomes.iter().all(Outcome::is_moved), "a connection has not moved");
+    Ok(())
+}
+
+fn receive(ends: &mut Ends, channel: &std::os::unix::net::UnixStream, count: usize) -> Result<()> {
+    let mut arriving = ends.mover.as_ref().context("a mover")?.listen(channel);
+    while ends.streams.len() < count {
+        ends.streams.push(arriving.next()?.context("a connection is missing")?.into_stream()?);
+    }
+    Ok(())
+}
