@@ -31,19 +31,16 @@ pub(crate) struct Ends {
     pub(crate) restored: Vec<(usize, Restored)>,
     /// For programs that hand over.
     pub(crate) mover: Option<Mover>,
+    pub(crate) channel: Option<UnixStream>,
 }
 
 /// A pipe whose ends have the same numbers in all threads: it is older than they are.
 pub(crate) type Pipe = Arc<(PipeReader, PipeWriter)>;
 
-/// The same, in both directions.
-pub(crate) type Channel = Arc<(UnixStream, UnixStream)>;
-
 /// Connections, the program that has them, and the one that will get them.
 #[derive(Debug)]
 pub(crate) struct Move {
     pub(crate) pipe: Pipe,
-    pub(crate) channel: Channel,
     pub(crate) source: Shard,
     pub(crate) target: Shard,
 }
@@ -103,9 +100,9 @@ impl Idle {
         for start in (0..count).step_by(SHARD) {
             // The kernel looks long for the last ephemeral ports towards a single one: so each shard has its own.
             let address = (idle.pair.a.v4, PORT + idle.moves.len() as u16).into();
-            let (pipe, channel) = (Arc::new(std::io::pipe()?), Arc::new(UnixStream::pair()?));
+            let pipe = Arc::new(std::io::pipe()?);
             let [source, target] = [(), ()].map(|()| Shard::on(&idle.pair, |pair| &pair.a));
-            idle.moves.push(Move { pipe, channel, source, target });
+            idle.moves.push(Move { pipe, source, target });
             idle.peers.push(Shard::on(&idle.pair, |pair| &pair.b));
             idle.connect(address, (count - start).min(SHARD))?;
         }

@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{Event as Told, Shared};
 use crate::protocol::{Action, Answer, Event, Fate, Id, Source};
 use crate::seat::Seat;
+use crate::silence;
 
 /// How many connections are silent at a time: as many as a target restores together.
 const WINDOW: usize = 256;
@@ -254,7 +255,7 @@ impl Departure {
             return Ok(());
         }
         let leaving = self.machine.leaving().map(|id| self.items[id as usize - 1].seat.flow);
-        self.shared.begin_silence(&leaving.collect::<Vec<_>>())?;
+        silence::begin(&leaving.collect::<Vec<_>>(), self.shared.limits.silence)?;
         self.collected = true;
         let mut taken = HashMap::new();
         for lock in &self.locks {

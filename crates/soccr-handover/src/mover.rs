@@ -10,7 +10,7 @@ use soccr::lock::{Locker, Mode, SILENCE};
 use crate::departing::{Departing, Stream};
 use crate::error::{Error, Rejected, Result};
 use crate::protocol::Fate;
-use crate::silence::Silence;
+use crate::silence;
 
 /// Moves connections of the network namespace in which it was made: one for the whole process.
 ///
@@ -72,7 +72,6 @@ type Listener = dyn Fn(Event<'_>) + Send + Sync;
 
 pub(crate) struct Shared {
     pub(crate) locker: Locker,
-    pub(crate) silence: Mutex<Silence>,
     pub(crate) limits: Limits,
     listener: Option<Box<Listener>>,
     /// What nobody has waited for.
@@ -94,13 +93,8 @@ impl Mover {
     /// Those of [`new`](Self::new).
     pub fn with(limits: Limits) -> Result<Self> {
         soccr::prepare();
-        let shared = Shared {
-            locker: Locker::new(Mode::HOLD)?,
-            silence: Mutex::default(),
-            limits,
-            listener: None,
-            came_back: Mutex::default(),
-        };
+        let shared =
+            Shared { locker: Locker::new(Mode::HOLD)?, limits, listener: None, came_back: Mutex::default() };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -160,15 +154,9 @@ impl Shared {
         came_back.push(Rejected { value, error });
     }
 
-    /// Stays silent about connections that are about to leave.
-    pub(crate) fn begin_silence(&self, flows: &[Flow]) -> soccr::Result<()> {
-        let mut silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
-        silence.extend(flows, self.limits.silence)
-    }
-
     /// Ends the silence about connections that are here.
     pub(crate) fn end_silence(&self, flows: &[Flow]) {
-        match crate::silence::lift(flows) {
+        match silence::lift(flows) {
             Ok(locked) => {
                 for (Flow { local, remote }, name) in locked {
                     self.warn(format_args!("{local} {remote}: still locked: see `soccr unlock {name}`"));

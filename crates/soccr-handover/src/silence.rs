@@ -1,7 +1,6 @@
 //! A host that stays silent about connections that have left it: late packets of the peers draw no reset.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -11,37 +10,30 @@ use soccr::lock::PersistentLock;
 /// Of the locks that a hand-over leaves: their time is limited, and whoever gets a connection back ends them.
 const PREFIX: &str = "left-";
 
-/// So many connections share one lock: it remembers them all.
-const MOST: usize = 4096;
+/// One for all movers of a network: a table takes milliseconds to be made and to be removed, an element of it microseconds.
+const NAME: &str = "left-by-handover";
 
-/// The connections that have left this host not long ago.
-#[derive(Debug, Default)]
-pub(crate) struct Silence {
-    lock: Option<PersistentLock>,
-}
-
-impl Silence {
-    /// Stays silent about these connections for the time of `limit`, beside the lock that this process has on them.
-    pub(crate) fn extend(&mut self, flows: &[Flow], limit: Duration) -> soccr::Result<()> {
-        if limit.is_zero() || flows.is_empty() {
-            return Ok(());
-        }
-        if let Some(lock) = self.lock.as_mut().filter(|lock| lock.flows.len() < MOST) {
-            match lock.extend(flows, Some(limit)) {
-                Ok(()) => return Ok(()),
-                // Who makes a lock removes those whose time is over; and one that is gone locks nothing twice.
-                Err(error)
-                    if [Errno::NOENT, Errno::EXIST]
-                        .iter()
-                        .any(|errno| error.errno() == Some(errno.raw_os_error())) => {}
-                Err(error) => return Err(error),
+/// Stays silent about these connections for this time, in the network namespace of the calling thread.
+pub(crate) fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
+    if limit.is_zero() || flows.is_empty() {
+        return Ok(());
+    }
+    let extend = || {
+        let mut lock = PersistentLock { name: NAME.into(), flows: Vec::new(), remaining: None };
+        lock.extend(flows, Some(limit))
+    };
+    let failed_with = |error: &soccr::Error, errno: Errno| error.errno() == Some(errno.raw_os_error());
+    match extend() {
+        // Nobody has left yet, or not for long; somebody else may be the first now.
+        Err(error) if failed_with(&error, Errno::NOENT) => {
+            match PersistentLock::create(NAME, flows, Some(limit)) {
+                Err(error) if failed_with(&error, Errno::EXIST) => extend(),
+                created => created,
             }
         }
-        // Numbers of processes come again, in containers soon.
-        let name = format!("{PREFIX}{:016x}", RandomState::new().hash_one(std::process::id()));
-        PersistentLock::create(&name, flows, Some(limit))?;
-        self.lock = Some(PersistentLock { name, flows: flows.to_vec(), remaining: Some(limit) });
-        Ok(())
+        // One had left before, and came back in a way that did not end it.
+        Err(error) if failed_with(&error, Errno::EXIST) => lift(flows).and_then(|_| extend()),
+        extended => extended,
     }
 }
 

@@ -3,7 +3,8 @@
 //!
 //! The floor is that of [`moves`](super::moves).
 
-use std::sync::Arc;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
         let (mut samples, mut bare) = (Samples::default(), Samples::default());
         let (mut used, mut used_bare) = (Samples::default(), Samples::default());
         repeat(budget, 3, |_| {
+            idle.moves.iter().try_for_each(connect)?;
             let stopwatch = Stopwatch::start();
             idle.moves.iter().try_for_each(hand_over)?;
             let [time, processor] = stopwatch.stop();
@@ -50,29 +52,38 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// Source and target have descriptors of their own: they meet by name.
+fn connect(shards: &Move) -> Result<()> {
+    let address = SocketAddr::from_abstract_name(format!("soccr-bench-{}", std::process::id()))?;
+    let (name, listener) = (address.clone(), shards.target.run(move |_| UnixListener::bind_addr(&address))?);
+    shards
+        .source
+        .run(move |ends| UnixStream::connect_addr(&name).map(|channel| ends.channel = Some(channel)))?;
+    shards.target.run(move |ends| listener.accept().map(|(channel, _)| ends.channel = Some(channel)))?;
+    Ok(())
+}
+
 fn hand_over(shards: &Move) -> Result<()> {
-    let Move { channel, source, target, .. } = shards;
+    let Move { source, target, .. } = shards;
     let count = source.run(|ends| ends.streams.len());
     thread::scope(|scope| {
-        let sending = scope.spawn(|| {
-            let channel = Arc::clone(channel);
-            source.run(move |ends| send(ends, &channel.0))
-        });
-        let channel = Arc::clone(channel);
-        target.run(move |ends| receive(ends, &channel.1, count))?;
+        let sending = scope.spawn(|| source.run(send));
+        target.run(move |ends| receive(ends, count))?;
         sending.join().expect("it does not panic")
     })
 }
 
-fn send(ends: &mut Ends, mut channel: &std::os::unix::net::UnixStream) -> Result<()> {
-    let mover = ends.mover.as_ref().context("a mover")?;
+fn send(ends: &mut Ends) -> Result<()> {
+    let (mover, mut channel) =
+        (ends.mover.as_ref().context("a mover")?, ends.channel.take().context("a channel")?);
     let departing = ends.streams.drain(..).map(|stream| mover.take(stream)).collect::<Result<Vec<_>, _>>()?;
     let outcomes = mover.send_all(departing, &mut channel);
     ensure!(outcomes.iter().all(Outcome::is_moved), "a connection has not moved");
     Ok(())
 }
 
-fn receive(ends: &mut Ends, channel: &std::os::unix::net::UnixStream, count: usize) -> Result<()> {
+fn receive(ends: &mut Ends, count: usize) -> Result<()> {
+    let channel = ends.channel.take().context("a channel")?;
     let mut arriving = ends.mover.as_ref().context("a mover")?.listen(channel);
     while ends.streams.len() < count {
         ends.streams.push(arriving.next()?.context("a connection is missing")?.into_stream()?);
