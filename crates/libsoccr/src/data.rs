@@ -92,7 +92,8 @@ impl Data {
             // There is no field for it; a FIN is never sent before the bytes in front of it.
             fin_unsent: state.fin_queued() && self.unsq_len > 0,
             options: Options {
-                mss_clamp: narrow("mss_clamp", self.mss_clamp)?,
+                // Images of old hosts have more in it than the 16 bits that the kernel takes.
+                mss_clamp: self.mss_clamp as u16,
                 window_scale: if has(option::WINDOW_SCALE) { Some(self.window_scale()?) } else { None },
                 sack: has(option::SACK),
                 timestamps: has(option::TIMESTAMPS).then_some(self.timestamp),

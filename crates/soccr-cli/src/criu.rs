@@ -7,7 +7,7 @@ use clap::Subcommand;
 use rustix::net::{AddressFamily, SocketType};
 use serde_json::{Value as Json, json};
 use soccr_image::AddressMap;
-use soccr_image::criu::{Directory, Protocol, Socket};
+use soccr_image::criu::{Directory, Protocol, Rewritten, Socket};
 
 use crate::exit::{self, Exit};
 use crate::table::{Align, Table, printable};
@@ -48,10 +48,11 @@ enum Action {
     },
     /// Replace addresses in a dump, so that `criu restore` works where they are other ones
     ///
-    /// Concerns connections, listeners and UDP sockets. Everything else in the images stays as it is, byte for byte.
+    /// Concerns connections, listeners and UDP sockets, and where tasks have network namespaces of their own the
+    /// addresses and routes of these. Everything else in the images stays as it is, byte for byte.
     /// Addresses that the programs keep in their memory are not found.
     Rewrite {
-        /// The directory of the images; files.img is replaced
+        /// The directory of the images; the files that name the address are replaced
         directory: PathBuf,
         /// What becomes of an address: IP=IP, or IP:PORT=IP:PORT; may be repeated, the first that fits counts
         #[arg(long, value_name = "OLD=NEW", required = true)]
@@ -82,12 +83,32 @@ impl Criu {
                 soccr_image::save_file(output, &images.extract(&socket)?)?;
                 Ok(Exit::Done)
             }
-            Action::Rewrite { directory, map } => match Directory::open(directory)?.rewrite(map)? {
-                0 => bail!("{}: no socket has such an address", directory.display()),
-                changed => exit::print(&format!("{changed} sockets changed\n")),
-            },
+            Action::Rewrite { directory, map } => {
+                let rewritten = Directory::open(directory)?.rewrite(map)?;
+                if rewritten.sockets + rewritten.addresses + rewritten.routes == 0 {
+                    bail!("{}: no socket has such an address", directory.display());
+                }
+                exit::print(&describe(&rewritten))
+            }
         }
     }
+}
+
+fn describe(rewritten: &Rewritten) -> String {
+    let mut text = format!("{} sockets changed\n", rewritten.sockets);
+    if rewritten.addresses + rewritten.routes > 0 {
+        text += &format!(
+            "{} addresses and {} routes of network namespaces changed\n",
+            rewritten.addresses, rewritten.routes
+        );
+    }
+    for address in &rewritten.missing {
+        text += &format!("no image configures {address}: give it to an interface before the restore\n");
+    }
+    for gateway in &rewritten.unreachable {
+        text += &format!("the gateway {gateway} is in no network there any more: map it as well\n");
+    }
+    text
 }
 
 fn protocol(socket: &Socket) -> String {

@@ -35,19 +35,20 @@
 //! }
 //! assert_eq!(images.extract(images.socket(13)?)?.receive_queue.len(), 5000);
 //!
-//! let changed = images.rewrite(&["127.0.0.1=192.0.2.7".parse()?])?;
-//! assert_eq!(changed, 6);
+//! let rewritten = images.rewrite(&["127.0.0.1=192.0.2.7".parse()?])?;
+//! assert_eq!(rewritten.sockets, 6);
 //! # Ok::<(), soccr_image::Error>(())
 //! ```
 
 mod container;
 mod directory;
+mod network;
 mod protobuf;
 mod rewrite;
 mod socket;
 mod stream;
 
-pub use directory::Directory;
+pub use directory::{Directory, Rewritten};
 pub use rewrite::rewrite;
 pub use socket::{Protocol, Socket, sockets};
 pub use stream::Stream;

@@ -31,6 +31,11 @@ pub struct AddressMap {
 }
 
 impl AddressMap {
+    /// The address without its port, and what becomes of it.
+    pub(crate) fn ips(&self) -> (IpAddr, IpAddr) {
+        (self.old.0, self.new.0)
+    }
+
     /// What `address` becomes; `None` where the rule doesn't concern it.
     pub fn apply(&self, address: SocketAddr) -> Option<SocketAddr> {
         let ((old, old_port), (new, new_port)) = (self.old, self.new);

@@ -373,19 +373,112 @@ fn files_are_replaced_whole_and_keep_their_mode() {
     let path = directory.path().join("files.img");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
     let mut images = Directory::open(directory.path()).unwrap();
-    assert_eq!(images.rewrite(&maps(&["10.0.0.1=10.0.0.2"])).unwrap(), 0);
-    assert_eq!(images.rewrite(&maps(&["127.0.0.1=127.0.0.2"])).unwrap(), 6);
+    assert_eq!(images.rewrite(&maps(&["10.0.0.1=10.0.0.2"])).unwrap().sockets, 0);
+    assert_eq!(images.rewrite(&maps(&["127.0.0.1=127.0.0.2"])).unwrap().sockets, 6);
     assert_eq!(
         images.extract(images.socket(13).unwrap()).unwrap().local.ip(),
         "127.0.0.2".parse::<IpAddr>().unwrap()
     );
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
-    assert_eq!(images.rewrite(&maps(&["127.0.0.2=127.0.0.1"])).unwrap(), 6);
+    assert_eq!(images.rewrite(&maps(&["127.0.0.2=127.0.0.1"])).unwrap().sockets, 6);
     for entry in std::fs::read_dir(directory.path()).unwrap() {
         let entry = entry.unwrap();
         let old = std::fs::read(golden().join(entry.file_name())).unwrap();
         assert!(std::fs::read(entry.path()).unwrap() == old, "{:?}", entry.file_name());
     }
+}
+
+/// A dump of tasks with a network namespace of their own: 192.0.2.1/24 and 2001:db8::1/64 on an interface, a gateway.
+fn copy_with_network() -> tempfile::TempDir {
+    let directory = copy();
+    for name in ["ifaddr-9.img", "route-9.img", "route6-9.img"] {
+        std::fs::copy(golden().join("../criu-network").join(name), directory.path().join(name)).unwrap();
+    }
+    directory
+}
+
+#[test]
+fn addresses_and_routes_of_a_namespace_follow() {
+    let directory = copy_with_network();
+    let read = |name: &str| std::fs::read(directory.path().join(name)).unwrap();
+    let has = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
+    let before = ["ifaddr-9.img", "route-9.img", "route6-9.img"].map(read);
+    let mut images = Directory::open(directory.path()).unwrap();
+
+    let rules = ["192.0.2.1=198.51.100.7", "192.0.2.254=198.51.100.1", "2001:db8::1=2001:db8:7::1"];
+    let rewritten = images.rewrite(&maps(&rules)).unwrap();
+    // The address of each family; the default route, the IPv4 network, the route by the gateway, the IPv6 network.
+    assert_eq!((rewritten.sockets, rewritten.addresses, rewritten.routes), (0, 2, 4));
+    assert!(rewritten.missing.is_empty() && rewritten.unreachable.is_empty(), "{rewritten:?}");
+    let [addresses, routes, routes6] = ["ifaddr-9.img", "route-9.img", "route6-9.img"].map(read);
+    assert!(has(&addresses, &[198, 51, 100, 7]) && has(&addresses, &[198, 51, 100, 255]));
+    assert!(
+        has(&routes, &[198, 51, 100, 0])
+            && has(&routes, &[198, 51, 100, 1])
+            && has(&routes, &[203, 0, 113, 0])
+    );
+    let ipv6 = |text: &str| text.parse::<std::net::Ipv6Addr>().unwrap().octets();
+    assert!(has(&addresses, &ipv6("2001:db8:7::1")) && has(&routes6, &ipv6("2001:db8:7::")));
+    for bytes in [&addresses, &routes] {
+        assert!(!has(bytes, &[192, 0, 2]));
+    }
+
+    let back = ["198.51.100.7=192.0.2.1", "198.51.100.1=192.0.2.254", "2001:db8:7::1=2001:db8::1"];
+    images.rewrite(&maps(&back)).unwrap();
+    assert!(["ifaddr-9.img", "route-9.img", "route6-9.img"].map(read) == before);
+}
+
+#[test]
+fn what_a_rewrite_leaves_to_be_done_is_told() {
+    let directory = copy_with_network();
+    let mut images = Directory::open(directory.path()).unwrap();
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    // Sockets get an address that nobody configures.
+    let rewritten = images.rewrite(&maps(&["127.0.0.1=192.0.2.99"])).unwrap();
+    assert_eq!(rewritten.missing, [ip("192.0.2.99")]);
+    // And here one that the namespace has, but its gateway is elsewhere.
+    let rewritten = images.rewrite(&maps(&["192.0.2.99=198.51.100.7", "192.0.2.1=198.51.100.7"])).unwrap();
+    assert_eq!((&rewritten.missing[..], &rewritten.unreachable[..]), (&[][..], &[ip("192.0.2.254")][..]));
+}
+
+#[test]
+fn damaged_network_images_change_no_file() {
+    let addresses = std::fs::read(golden().join("../criu-network/ifaddr-9.img")).unwrap();
+    let directory = copy_with_network();
+    let path = directory.path().join("ifaddr-9.img");
+    for length in 1..addresses.len() {
+        std::fs::write(&path, &addresses[..length]).unwrap();
+        let rules = maps(&["127.0.0.1=1.2.3.4"]);
+        let outcome = Directory::open(directory.path()).unwrap().rewrite(&rules);
+        if outcome.is_err() {
+            assert!(std::fs::read(directory.path().join("files.img")).unwrap() == FILES, "{length}");
+        } else {
+            // A whole number of messages.
+            std::fs::copy(golden().join("files.img"), directory.path().join("files.img")).unwrap();
+        }
+    }
+}
+
+#[test]
+fn only_sixteen_bits_of_a_segment_size_count() {
+    // Field 7 of the stream, a number in one byte or more: one bit above them, as CRIU hands it to the kernel.
+    let mut bytes = std::fs::read(golden().join("tcp-stream-a919d.img")).unwrap();
+    let plain = Stream::parse(&bytes).unwrap();
+    let clamp = u32::from(plain.options.mss_clamp);
+    let varint = |number: u32| {
+        let groups = [number, number >> 7, number >> 14].map(|group| (group & 0x7f) as u8);
+        if number >> 14 == 0 {
+            vec![groups[0] | 0x80, groups[1]]
+        } else {
+            vec![groups[0] | 0x80, groups[1] | 0x80, groups[2]]
+        }
+    };
+    let (old, new) =
+        ([&[7 << 3][..], &varint(clamp)].concat(), [&[7 << 3][..], &varint(clamp | 1 << 16)].concat());
+    let at = bytes.windows(old.len()).position(|window| window == old).unwrap();
+    bytes.splice(at..at + old.len(), new.iter().copied());
+    bytes[8] += (new.len() - old.len()) as u8;
+    assert_eq!(Stream::parse(&bytes).unwrap(), plain);
 }
 
 #[test]

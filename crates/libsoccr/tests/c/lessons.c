@@ -67,7 +67,7 @@ static void lengths_are_checked_against_each_other(void)
 	BAD(state = TCP_LISTEN, "LISTEN");
 	BAD(state = TCP_FIN_WAIT2, "acknowledged our FIN");
 	BAD(mss_clamp = 0, "mss_clamp");
-	BAD(mss_clamp = 65536, "mss_clamp is 65536");
+	BAD(mss_clamp = 65536, "mss_clamp");
 	BAD(snd_wscale = 15, "window scale");
 	BAD(rcv_wscale = 256, "rcv_wscale is 256");
 	BAD(rcv_wup = good.inq_seq + 1, "rcv_wup");

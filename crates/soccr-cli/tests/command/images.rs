@@ -53,7 +53,9 @@ fn rewritten_addresses_are_found_again() {
     }
     let directory = copy.path().to_str().unwrap();
     let printed = succeed(&["criu", "rewrite", directory, "--map", "127.0.0.1=192.0.2.7"]);
-    assert_eq!(printed, b"6 sockets changed\n");
+    let expected =
+        "6 sockets changed\nno image configures 192.0.2.7: give it to an interface before the restore\n";
+    assert_eq!(String::from_utf8(printed).unwrap(), expected);
     for (old, new) in
         json(&["criu", "list", "--json", DUMP]).iter().zip(json(&["criu", "list", "--json", directory]))
     {

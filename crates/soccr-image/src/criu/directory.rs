@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use soccr::Connection;
 use soccr::connection::QUEUE_LIMIT;
 
+use super::network::{Dump, first_of};
 use super::{Socket, Stream, container, rewrite, sockets};
 use crate::error::{Error, Result};
 use crate::{AddressMap, AtomicFile};
@@ -85,22 +87,93 @@ impl Directory {
         socket.connection(stream)
     }
 
-    /// Gives every address that one of `maps` concerns its new value, in the files: how many sockets changed.
+    /// Gives every address that one of `maps` concerns its new value, in the files: those of sockets, and those that tasks
+    /// with a network namespace of their own have configured, with their routes.
     ///
-    /// `files.img` is replaced atomically, where anything changed, and keeps its mode.
+    /// Each file is replaced atomically, where anything changed, and keeps its mode; `files.img` is the last. Where it
+    /// fails, once more does the rest.
     ///
     /// # Errors
-    /// Those of the file, which then is as it was.
-    pub fn rewrite(&mut self, maps: &[AddressMap]) -> Result<usize> {
-        let path = self.path.join("files.img");
-        let (files, changed) = rewrite(&self.files, maps)?;
-        if changed > 0 {
-            replace(&path, &files).map_err(|error| Error::io(path.display().to_string(), error))?;
-            self.sockets = sockets(&files)?;
-            self.files = files;
+    /// Those of the files. Nothing is written before all of them have been read.
+    pub fn rewrite(&mut self, maps: &[AddressMap]) -> Result<Rewritten> {
+        let mut rewritten = Rewritten::default();
+        let (mut configured, mut gateways) = (Vec::new(), Vec::new());
+        let mut new_files = Vec::new();
+        for (path, has_addresses) in self.network_images()? {
+            let bytes = read(&path, FILES_LIMIT)?;
+            // A namespace without any is saved as nothing at all.
+            if bytes.is_empty() {
+                continue;
+            }
+            let dump = Dump::rewrite(bytes, maps).map_err(|error| error.at(path.display()))?;
+            *(if has_addresses { &mut rewritten.addresses } else { &mut rewritten.routes }) += dump.changed;
+            configured.extend(dump.configured);
+            gateways.extend(dump.gateways);
+            if dump.changed > 0 {
+                new_files.push((path, dump.bytes));
+            }
         }
-        Ok(changed)
+        let (files, changed) = rewrite(&self.files, maps)?;
+        let new_sockets = sockets(&files)?;
+        rewritten.sockets = changed;
+        for (old, new) in self.sockets.iter().zip(&new_sockets) {
+            let ip = new.local.ip().to_canonical();
+            let is_configured =
+                ip.is_loopback() || configured.iter().any(|(configured, _)| *configured == ip);
+            if old.local.ip() != new.local.ip() && !is_configured && !rewritten.missing.contains(&ip) {
+                rewritten.missing.push(ip);
+            }
+        }
+        if rewritten.addresses > 0 {
+            let is_near = |gateway: &IpAddr| {
+                configured.iter().any(|(ip, prefix)| first_of(*ip, *prefix) == first_of(*gateway, *prefix))
+            };
+            gateways.retain(|gateway| !is_near(gateway));
+            gateways.dedup();
+            rewritten.unreachable = gateways;
+        }
+        if changed > 0 {
+            new_files.push((self.path.join("files.img"), files.clone()));
+        }
+        for (path, bytes) in new_files {
+            replace(&path, &bytes).map_err(|error| Error::io(path.display().to_string(), error))?;
+        }
+        self.sockets = new_sockets;
+        self.files = files;
+        Ok(rewritten)
     }
+
+    /// The images of addresses and routes, and whether it is addresses.
+    fn network_images(&self) -> Result<Vec<(PathBuf, bool)>> {
+        let failed = |error| Error::io(self.path.display().to_string(), error);
+        let mut images = Vec::new();
+        for entry in std::fs::read_dir(&self.path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            let kind = name.to_str().and_then(|name| name.strip_suffix(".img")?.split_once('-'));
+            if let Some((kind @ ("ifaddr" | "route" | "route6"), _)) = kind {
+                images.push((entry.path(), kind == "ifaddr"));
+            }
+        }
+        images.sort();
+        Ok(images)
+    }
+}
+
+/// What [`Directory::rewrite`] has changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Rewritten {
+    /// Sockets that have another address.
+    pub sockets: usize,
+    /// Addresses that network namespaces of tasks configure.
+    pub addresses: usize,
+    /// Routes of these namespaces.
+    pub routes: usize,
+    /// New addresses of sockets that no namespace in the images configures: the host that restores must have them.
+    pub missing: Vec<IpAddr>,
+    /// Gateways of these routes that lie in no network of a changed namespace any more: they need a rule as well.
+    pub unreachable: Vec<IpAddr>,
 }
 
 /// Reads a file of at most `limit` bytes.

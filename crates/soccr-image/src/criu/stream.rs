@@ -82,8 +82,8 @@ impl Stream {
             outq_seq: number(4)?,
             unsq_len: numbers[12].unwrap_or(0),
             options: Options {
-                mss_clamp: u16::try_from(number(7)?)
-                    .map_err(|_| Error::damaged("mss_clamp is over 65535"))?,
+                // CRIU hands the number to the kernel, which has 16 bits for it.
+                mss_clamp: number(7)? as u16,
                 window_scale: has(bit::WINDOW_SCALE).then_some(window_scale),
                 sack: has(bit::SACK),
                 timestamps: has(bit::TIMESTAMPS).then_some(numbers[9].unwrap_or(0)),
