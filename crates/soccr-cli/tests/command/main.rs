@@ -10,6 +10,7 @@ mod rescue;
 mod save;
 mod steps;
 mod transfer;
+mod trust;
 
 fn main() -> std::process::ExitCode {
     let tests = [
@@ -21,6 +22,7 @@ fn main() -> std::process::ExitCode {
         kill::tests(),
         real::tests(),
         rescue::tests(),
+        trust::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())
 }
