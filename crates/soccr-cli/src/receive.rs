@@ -8,7 +8,7 @@ use clap::value_parser;
 use soccr_image::AddressMap;
 
 use crate::exit::{Coded, Exit};
-use crate::fidelity::Demands;
+use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::target::{Target, Terms};
 use crate::{descriptors, exit, lifeline, network};
@@ -57,7 +57,7 @@ impl Receive {
         let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
         let limit = Duration::from_secs(self.timeout);
         let terms = Terms { maps: &self.map, is_here: self.netns.is_some(), limit };
-        let mut target = Target::new(terms, &recipient, self.demands.reports(), claim)?;
+        let mut target = Target::new(terms, &recipient, self.demands.reports(Trust::Safe), claim)?;
         let broken = target.listen(input).err();
         if let Some(error) = &broken {
             exit::complain(&exit::line(error));

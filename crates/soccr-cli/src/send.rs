@@ -101,7 +101,7 @@ impl Send {
         }
         let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
         let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
-        let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?)?;
+        let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(via::Started::new).transpose()?;
         network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;

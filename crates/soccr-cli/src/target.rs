@@ -336,7 +336,7 @@ impl<'a> Target<'a> {
         let mut diag = Diag::open().ok();
         for mut arriving in arriving {
             AddressMap::apply_to_connection(self.terms.maps, &mut arriving.connection);
-            let (connection, flow) = (&arriving.connection, arriving.connection.flow());
+            let flow = arriving.connection.flow();
             let refused = if self.room == 0 {
                 Err(anyhow!("--stdio takes one connection"))
             } else if crowd {
@@ -345,8 +345,10 @@ impl<'a> Target<'a> {
                 Err(anyhow!(
                     "its peer is where it comes from: name that network namespace by --netns, or use --map"
                 ))
+            } else if let Err(error) = self.reports.distrust(&mut arriving.connection) {
+                Err(error)
             } else {
-                arriving.behind = diag.as_mut().is_some_and(|diag| is_in_use(diag, connection.flow()));
+                arriving.behind = diag.as_mut().is_some_and(|diag| is_in_use(diag, flow));
                 match arriving.behind && !self.beside {
                     true => Err(anyhow!("this connection is in use here, and not by the source")),
                     false => self.recipient.check(&arriving.connection),

@@ -4,6 +4,7 @@ mod adopt;
 mod check;
 mod images;
 mod kill;
+mod only;
 mod programs;
 mod real;
 mod rescue;
@@ -23,6 +24,7 @@ fn main() -> std::process::ExitCode {
         real::tests(),
         rescue::tests(),
         trust::tests(),
+        only::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())
 }
