@@ -26,7 +26,7 @@ pub(crate) enum Trust {
 
 impl Trust {
     fn takes(self, name: &str) -> bool {
-        const SAFE: [&str; 24] = [
+        const SAFE: [&str; 26] = [
             "SO_REUSEADDR",
             "SO_KEEPALIVE",
             "SO_LINGER",
@@ -37,6 +37,8 @@ impl Trust {
             "SO_MAX_PACING_RATE",
             "SO_TXREHASH",
             "SO_ZEROCOPY",
+            "SO_BUSY_POLL",
+            "SO_PRIORITY",
             "IP_TOS",
             "IP_TTL",
             "IP_MTU_DISCOVER",

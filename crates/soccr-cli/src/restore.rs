@@ -54,10 +54,10 @@ pub(crate) struct Restore {
 
 impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
-        let mut connection = read(self.file.as_deref())?;
-        AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
+        let mut connection = read(self.file.as_deref())?;
+        AddressMap::apply_to_connection(&self.map, &mut connection);
         recipient.check(&connection)?;
         soccr::prepare();
         let mut reports = self.demands.reports(Trust::All);
