@@ -68,8 +68,9 @@ impl Peer {
         Ok(self.stream.local_addr()?)
     }
 
-    /// Waits until enough bytes have flowed both ways since the call.
-    pub(crate) fn wait_for_traffic(&self) -> Result<()> {
+    /// Waits until enough bytes have flowed both ways since the call. Returns the longest silence meanwhile.
+    pub(crate) fn wait_for_traffic(&self) -> Result<Duration> {
+        self.watch();
         let goals = [&self.shared.read, &self.shared.written]
             .map(|count| (count, count.load(Relaxed) + BETWEEN_MOVES));
         let deadline = Instant::now() + PATIENCE;
@@ -82,7 +83,7 @@ impl Peer {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        Ok(())
+        Ok(self.longest_silence())
     }
 
     /// Waits until the peer has read something after this time.

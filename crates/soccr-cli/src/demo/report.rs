@@ -22,15 +22,18 @@ const ROWS: u32 = 40;
 pub(crate) struct Report {
     json: bool,
     moves: Vec<Move>,
+    /// The longest silence between two moves each.
+    rests: Vec<Duration>,
 }
 
 impl Report {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json, moves: Vec::new() }
+        Self { json, moves: Vec::new(), rests: Vec::new() }
     }
 
-    pub(crate) fn moves(&self) -> &[Move] {
-        &self.moves
+    /// The same traffic without a move had this silence.
+    pub(crate) fn rested(&mut self, silence: Duration) {
+        self.rests.push(silence);
     }
 
     /// Draws the network.
@@ -81,9 +84,12 @@ impl Report {
             bytes(summary.bytes)
         ));
         say(format_args!(
-            "locked for {:.2} ms (median), the peer's longest silence {:.2} ms (median), {:.2} ms (maximum); \
-             MSS {mss_before} before, {mss_after} after",
+            "locked for {:.2} ms (median); the peer's longest silence {:.2} ms (median), {:.2} ms (maximum),",
             summary.lock_ms_median, summary.stall_ms_median, summary.stall_ms_max,
+        ));
+        say(format_args!(
+            "without a move {:.2} ms (median), {:.2} ms (maximum); MSS {mss_before} before, {mss_after} after",
+            summary.rest_ms_median, summary.rest_ms_max,
         ));
     }
 }
@@ -97,6 +103,8 @@ pub(crate) struct Summary {
     resets: u64,
     stall_ms_median: f64,
     stall_ms_max: f64,
+    rest_ms_median: f64,
+    rest_ms_max: f64,
     lock_ms_median: f64,
     lock_ms_max: f64,
     mss_before: u32,
@@ -104,10 +112,13 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    pub(crate) fn new(lab: &Lab, moves: &[Move], ends: &Ends) -> Self {
+    pub(crate) fn new(lab: &Lab, report: &Report, ends: &Ends) -> Self {
         let Ends { peer, program, mss_before, mss_after } = *ends;
         let lost = [peer.written.abs_diff(program.read), program.written.abs_diff(peer.read)];
-        let (locks, stalls) = (sorted(moves, |moved| moved.lock), sorted(moves, |moved| moved.silence));
+        let moves = report.moves.iter();
+        let locks = sorted(moves.clone().map(|moved| moved.lock));
+        let stalls = sorted(moves.clone().map(|moved| moved.silence));
+        let rests = sorted(report.rests.iter().copied());
         Self {
             moves: moves.len(),
             bytes: peer.read + program.read,
@@ -115,6 +126,8 @@ impl Summary {
             resets: [&lab.peer, &lab.a, &lab.b].into_iter().map(resets_sent).sum(),
             stall_ms_median: median(&stalls),
             stall_ms_max: stalls.last().copied().unwrap_or_default(),
+            rest_ms_median: median(&rests),
+            rest_ms_max: rests.last().copied().unwrap_or_default(),
             lock_ms_median: median(&locks),
             lock_ms_max: locks.last().copied().unwrap_or_default(),
             mss_before,
@@ -137,8 +150,8 @@ fn resets_sent(host: &Host) -> u64 {
     column.and_then(|column| values.nth(column)?.parse().ok()).unwrap_or(1)
 }
 
-fn sorted(moves: &[Move], time: impl Fn(&Move) -> Duration) -> Vec<f64> {
-    let mut times: Vec<f64> = moves.iter().map(|moved| milliseconds(time(moved))).collect();
+fn sorted(times: impl Iterator<Item = Duration>) -> Vec<f64> {
+    let mut times: Vec<f64> = times.map(milliseconds).collect();
     times.sort_by(f64::total_cmp);
     times
 }
