@@ -1,9 +1,10 @@
-//! How a program gets connections: as descriptors from 3 on, as standard input and output, through a socket, or from `accept(2)`.
+//! How a program gets connections: as descriptors from 3 on, as standard input and output, through a socket, from `accept(2)`, or
+//! through a relay.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{IoSlice, Read};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -20,6 +21,7 @@ use soccr::Connection;
 
 use crate::adopt::Server;
 use crate::exit::{Coded, Exit};
+use crate::relay::{Protocol, Relay};
 use crate::rescue::rescue;
 use crate::signals::Deaf;
 use crate::{descriptors, lifeline, sys};
@@ -37,6 +39,14 @@ pub(crate) struct Handover {
     /// With --adopt: how long a peer may take to acknowledge what was sent to it, before its connection moves on
     #[arg(long, value_name = "SECONDS", default_value = "5", requires = "adopt")]
     drain: u64,
+    /// Relay each connection to the server at this address: any server, on any host, which gets new connections
+    ///
+    /// This command runs until they have ended.
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["adopt", "stdio", "send_fd", "program"])]
+    connect: Option<SocketAddr>,
+    /// With --connect: tell the server the addresses of each connection by the PROXY protocol of this version
+    #[arg(long, value_name = "VERSION", requires = "connect")]
+    proxy_protocol: Option<Protocol>,
     /// Give the connection as standard input and output, like inetd
     #[arg(long, requires = "program", conflicts_with = "send_fd")]
     stdio: bool,
@@ -56,15 +66,13 @@ const FIRST: RawFd = 3;
 /// The kernel takes no more descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
 
-/// How long a recipient may take to read on. What it has not got by then is saved in images.
-const PATIENCE: Duration = Duration::from_secs(10);
-
 /// Whoever will get the connections, known to be there.
 #[derive(Debug)]
 pub(crate) enum Recipient {
     Program { path: PathBuf, arguments: Vec<String>, stdio: bool },
     Socket(UnixStream),
     Server(Box<Server>),
+    Relay(Relay),
 }
 
 impl Handover {
@@ -75,9 +83,11 @@ impl Handover {
         if self.adopt {
             return Ok(Recipient::Server(Box::new(Server::new(Duration::from_secs(self.drain))?)));
         }
+        if let Some(server) = self.connect {
+            return Ok(Recipient::Relay(Relay::new(server, self.proxy_protocol)?));
+        }
         if let Some(path) = &self.send_fd {
             let socket = UnixStream::connect(path).with_context(|| format!("{}", path.display()))?;
-            socket.set_write_timeout(Some(PATIENCE)).context("SO_SNDTIMEO")?;
             return Ok(Recipient::Socket(socket));
         }
         let path = find_program(&self.program[0])?;
@@ -128,11 +138,17 @@ impl Recipient {
 
     /// Checks that so many connections can be given away, before the first is taken from where it is.
     pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
-        let Self::Program { stdio: false, .. } = self else { return Ok(()) };
         /// What else this process has open, and more.
         const OTHERS: u64 = 64;
-        // For a moment they have two numbers each.
-        let wanted = 2 * connections as u64 + OTHERS;
+        let wanted = OTHERS
+            + connections as u64
+                * match self {
+                    // For a moment they have two numbers each.
+                    Self::Program { stdio: false, .. } => 2,
+                    // That to the server, and at worst two full pipes.
+                    Self::Relay(_) => 6,
+                    _ => return Ok(()),
+                };
         match getrlimit(Resource::Nofile).current {
             Some(limit) if limit < wanted => {
                 bail!(
@@ -160,6 +176,7 @@ impl Recipient {
                 execute(&path, &arguments, stdio, &mut connections, deaf)
             }
             Self::Server(server) => server.give(&mut connections).map(|()| Exit::Done),
+            Self::Relay(relay) => relay.give(&mut connections, deaf).map(|()| Exit::Done),
         };
         given.map_err(|error| rescue(&connections, &error))
     }
@@ -179,14 +196,14 @@ fn send(socket: &UnixStream, connections: &mut Vec<TcpStream>) -> Result<()> {
         control.push(SendAncillaryMessage::ScmRights(&fds));
         let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)
             .context("--send-fd: sendmsg(SCM_RIGHTS)")?;
-        // The descriptors went with the first byte: they are the recipient's, whatever becomes of the rest of the text.
-        let batch = fds.len();
-        connections.drain(..batch);
+        // The descriptors went with the first byte; the rest of the text may follow.
         let mut rest = &text.as_bytes()[sent..];
         while !rest.is_empty() {
             let sent = rustix::net::send(socket, rest, SendFlags::NOSIGNAL).context("--send-fd: send")?;
             rest = &rest[sent..];
         }
+        let batch = fds.len();
+        connections.drain(..batch);
     }
     Ok(())
 }

@@ -7,7 +7,6 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
@@ -34,9 +33,8 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper. This process must not have started a thread. The file is removed in the end where the connections are still
-    /// there.
-    pub(crate) fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing, file: Option<&Path>) -> Result<Self> {
+    /// Starts the keeper. This process must not have started a thread.
+    pub(crate) fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
         match sys::fork().context("fork")? {
             Some(pid) => {
@@ -47,7 +45,7 @@ impl Keeper {
             }
             None => {
                 drop(ours);
-                keep(theirs, sockets, sharing, file);
+                keep(theirs, sockets, sharing);
                 std::process::exit(0)
             }
         }
@@ -101,7 +99,7 @@ impl Drop for Keeper {
 }
 
 /// The life of the keeper.
-fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, file: Option<&Path>) {
+fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing) {
     let _ = setsid();
     // Those are somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
@@ -138,10 +136,6 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     }
     // What is still here has not left: a source that has died in between no longer says so.
     let here: Vec<Flow> = sockets.iter().filter_map(|socket| Flow::of(socket).ok()).collect();
-    if let Some(file) = file.filter(|_| !here.is_empty()) {
-        // It has been renamed, or the process that wrote it was killed.
-        let _ = std::fs::remove_file(file);
-    }
     if !here.is_empty() && network::enter_of(sockets[0]).is_ok() {
         let _ = silence::lift(&here);
     }

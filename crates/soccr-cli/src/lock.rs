@@ -98,11 +98,7 @@ impl Unlock {
             bail!("there is no lock {name}");
         }
         for lock in locks.iter().filter(|lock| self.all || self.names.contains(&lock.name)) {
-            match lock.remove() {
-                // Somebody else was faster.
-                Err(error) if error.errno() == Some(libc::ENOENT) => {}
-                removed => removed?,
-            }
+            lock.remove()?;
         }
         Ok(Exit::Done)
     }

@@ -24,6 +24,7 @@ mod network;
 mod process;
 mod progress;
 mod receive;
+mod relay;
 mod rescue;
 mod restore;
 mod resume;

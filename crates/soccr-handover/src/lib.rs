@@ -128,3 +128,15 @@ pub use mover::{Event, Limits, Mover};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("soccr-handover rests on TCP_REPAIR, which only Linux has");
+
+// What programs move between threads, and share.
+const _: () = {
+    const fn is_sent<T: Send>() {}
+    const fn is_shared<T: Send + Sync>() {}
+    is_shared::<Mover>();
+    is_shared::<Error>();
+    is_sent::<Departing>();
+    is_sent::<Outcome>();
+    is_sent::<Arrived>();
+    is_sent::<Arriving<std::net::TcpStream>>();
+};

@@ -18,6 +18,7 @@ pub struct Error {
 
 /// What an [`Error`] is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorKind {
     /// Reading or writing failed: [`source`](std::error::Error::source) says how.
     Io,

@@ -20,12 +20,15 @@ pub struct Error {
 #[derive(Debug)]
 enum Kind {
     Refused,
+    /// Refused, and trying once more may help.
+    Changed,
     Invalid,
     System(io::Error),
 }
 
 /// What an [`Error`] is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorKind {
     /// It cannot be done with this connection, or did not come out as it should; the text says which. What was saved
     /// goes on, what was half restored is silent.
@@ -47,6 +50,16 @@ impl Error {
     /// This library cannot carry it, and says why.
     pub(crate) fn refused(what: impl Into<Cow<'static, str>>, remedy: impl Into<Cow<'static, str>>) -> Self {
         Self { step: "", what: what.into(), kind: Kind::Refused, remedy: remedy.into() }
+    }
+
+    /// The connection was not the same before and after it was read.
+    pub(crate) fn changed(what: &'static str, remedy: &'static str) -> Self {
+        Self { kind: Kind::Changed, ..Self::refused(what, remedy) }
+    }
+
+    /// Reading once more may help.
+    pub(crate) fn is_change(&self) -> bool {
+        matches!(self.kind, Kind::Changed)
     }
 
     /// A value contradicts another one.
@@ -72,7 +85,7 @@ impl Error {
     /// What kind of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self.kind {
-            Kind::Refused => ErrorKind::Refused,
+            Kind::Refused | Kind::Changed => ErrorKind::Refused,
             Kind::Invalid => ErrorKind::Invalid,
             Kind::System(_) => ErrorKind::System,
         }
@@ -135,6 +148,7 @@ impl From<Error> for io::Error {
         let kind = match &error.kind {
             Kind::System(source) => source.kind(),
             Kind::Refused => io::ErrorKind::Unsupported,
+            Kind::Changed => io::ErrorKind::ResourceBusy,
             Kind::Invalid => io::ErrorKind::InvalidInput,
         };
         io::Error::new(kind, error)

@@ -51,6 +51,9 @@
 //!
 //! Who calls this for a socket of another process (`pidfd_getfd(2)`) must stop that process between `pause` and `detach`.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("soccr rests on TCP_REPAIR, which only Linux has");
+
 pub mod adopt;
 mod bpf;
 mod buffers;

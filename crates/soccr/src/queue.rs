@@ -152,16 +152,10 @@ impl Room for Uninit<'_> {
     }
 }
 
-const CHANGED: &str = "a connection that changes while it is read";
-
 /// The queues were not the same before and after they were read.
 pub(crate) fn changed() -> Error {
-    Error::refused(CHANGED, "lock its traffic first, and let no process use the socket")
-}
-
-/// Reading once more may help.
-pub(crate) fn is_change(error: &Error) -> bool {
-    error.what() == CHANGED
+    let remedy = "lock its traffic first, and let no process use the socket";
+    Error::changed("a connection that changes while it is read", remedy)
 }
 
 fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<()> {

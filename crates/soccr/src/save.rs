@@ -15,7 +15,7 @@ use crate::connection::{
 };
 use crate::diag::Diag;
 use crate::error::{Error, Result};
-use crate::queue::{self, changed, is_change};
+use crate::queue::{self, changed};
 use crate::settings::{self, Value};
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
@@ -93,7 +93,7 @@ fn standing_still<T>(
     };
     for _ in 1..ATTEMPTS {
         match read() {
-            Err(error) if is_change(&error) => std::thread::sleep(PAUSE),
+            Err(error) if error.is_change() => std::thread::sleep(PAUSE),
             outcome => return outcome,
         }
     }

@@ -4,14 +4,13 @@ mod adopt;
 mod check;
 mod images;
 mod kill;
-mod only;
 mod programs;
 mod real;
+mod relay;
 mod rescue;
 mod save;
 mod steps;
 mod transfer;
-mod trust;
 
 fn main() -> std::process::ExitCode {
     let tests = [
@@ -22,9 +21,8 @@ fn main() -> std::process::ExitCode {
         transfer::tests(),
         kill::tests(),
         real::tests(),
+        relay::tests(),
         rescue::tests(),
-        trust::tests(),
-        only::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())
 }

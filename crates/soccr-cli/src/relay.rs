@@ -1,0 +1,283 @@
+//! Connections relayed to a server that cannot have them: each gets one to the server, and the bytes pass between the two.
+//!
+//! The bytes never enter this process: splice(2) moves them from socket to pipe to socket. A side that does not read holds up the one
+//! that writes; the end of one direction is passed on alone; a reset is passed on as a reset.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown, sockopt};
+use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
+
+use crate::signals::Deaf;
+
+/// How long the server may take to accept a connection.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// How much is moved at a time, and how often before the others have their turn. A pipe holds as much.
+const PIECE: usize = 64 << 10;
+const TURNS: usize = 16;
+
+/// The server.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    server: SocketAddr,
+    protocol: Option<Protocol>,
+}
+
+/// How the server is told whose connection it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// A line of text
+    #[value(name = "1")]
+    Text,
+    /// Binary
+    #[value(name = "2")]
+    Binary,
+}
+
+impl Relay {
+    /// A server that is known to be there.
+    pub(crate) fn new(server: SocketAddr, protocol: Option<Protocol>) -> Result<Self> {
+        TcpStream::connect_timeout(&server, LIMIT).with_context(|| format!("--connect {server}"))?;
+        Ok(Self { server, protocol })
+    }
+
+    /// Relays until every connection has ended. Where the server does not accept them, all are left in `connections`.
+    pub(crate) fn give(self, connections: &mut Vec<TcpStream>, deaf: Deaf) -> Result<()> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC).context("epoll_create")?;
+        let mut servers = Vec::with_capacity(connections.len());
+        for (client, number) in connections.iter().zip(0..) {
+            let server = self.connect(client).with_context(|| format!("--connect {}", self.server))?;
+            for side in [client, &server] {
+                side.set_nonblocking(true).context("fcntl(O_NONBLOCK)")?;
+                let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+                epoll::add(&epoll, side, EventData::new_u64(number), events).context("epoll_ctl")?;
+            }
+            servers.push(server);
+        }
+        // Everything is given: who ends this process ends the connections.
+        drop(deaf);
+        let pairs = connections.drain(..).zip(servers).map(|(client, server)| {
+            Some(Pair { ways: [Way::default(), Way::default()], sides: [client, server] })
+        });
+        run(&epoll, pairs.collect())
+    }
+
+    fn connect(&self, client: &TcpStream) -> std::io::Result<TcpStream> {
+        let mut server = TcpStream::connect_timeout(&self.server, LIMIT)?;
+        server.set_nodelay(true)?;
+        let ends = [client.peer_addr()?, client.local_addr()?];
+        match self.protocol {
+            Some(Protocol::Text) => server.write_all(text_header(ends).as_bytes())?,
+            Some(Protocol::Binary) => server.write_all(&binary_header(ends))?,
+            None => {}
+        }
+        Ok(server)
+    }
+}
+
+/// Version 1 of the PROXY protocol: source, then destination.
+fn text_header(ends: [SocketAddr; 2]) -> String {
+    let [source, destination] = ends.map(|end| end.ip().to_canonical());
+    let family = if source.is_ipv4() { "TCP4" } else { "TCP6" };
+    format!("PROXY {family} {source} {destination} {} {}\r\n", ends[0].port(), ends[1].port())
+}
+
+/// Version 2: a signature, version and command, family, length, addresses, ports.
+fn binary_header(ends: [SocketAddr; 2]) -> Vec<u8> {
+    let mut addresses = Vec::new();
+    for end in ends {
+        match end.ip().to_canonical() {
+            IpAddr::V4(ip) => addresses.extend(ip.octets()),
+            IpAddr::V6(ip) => addresses.extend(ip.octets()),
+        }
+    }
+    let family = if addresses.len() == 8 { 0x11 } else { 0x21 };
+    ends.iter().for_each(|end| addresses.extend(end.port().to_be_bytes()));
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21".to_vec();
+    header.push(family);
+    header.extend((addresses.len() as u16).to_be_bytes());
+    header.extend(addresses);
+    header
+}
+
+/// A connection and that to the server.
+struct Pair {
+    sides: [TcpStream; 2],
+    /// From the first side to the second, and back.
+    ways: [Way; 2],
+}
+
+/// One direction.
+#[derive(Default)]
+struct Way {
+    /// What has been read and not written; `None` where that is nothing.
+    pipe: Option<Pipe>,
+    /// The reading side has had the end, and the writing side has been told.
+    is_over: bool,
+    has_ended: bool,
+}
+
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+    filled: usize,
+}
+
+/// How far a pair has got.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// Both sides have to be waited for.
+    Waits,
+    /// There is more, and others have their turn.
+    More,
+    Over,
+}
+
+/// Passes bytes on until every pair is over.
+fn run(epoll: &OwnedFd, mut pairs: Vec<Option<Pair>>) -> Result<()> {
+    let mut left = pairs.len();
+    // What came before it was waited for is no news to wait for.
+    let mut ready: VecDeque<usize> = (0..left).collect();
+    let mut spare = Vec::new();
+    let mut events = Vec::with_capacity(256);
+    while left > 0 {
+        let patience = (!ready.is_empty()).then(Default::default);
+        match epoll::wait(epoll, spare_capacity(&mut events), patience.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("epoll_wait"),
+        }
+        ready.extend(events.drain(..).map(|event| event.data.u64() as usize));
+        for _ in 0..ready.len() {
+            let Some(number) = ready.pop_front() else { break };
+            let Some(pair) = &mut pairs[number] else { continue };
+            match pair.pass_on(&mut spare) {
+                Ok(Progress::Waits) => {}
+                Ok(Progress::More) => ready.push_back(number),
+                ended => {
+                    if ended.is_err() {
+                        pair.reset();
+                    }
+                    pairs[number] = None;
+                    left -= 1;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Pair {
+    fn pass_on(&mut self, spare: &mut Vec<Pipe>) -> rustix::io::Result<Progress> {
+        let [one, other] = self.sides.each_ref().map(AsFd::as_fd);
+        let [there, back] = &mut self.ways;
+        // Both, before a reset of one direction throws away what is under way in the other.
+        let (there, back) = (there.pass_on(one, other, spare), back.pass_on(other, one, spare));
+        let progress = [there?, back?];
+        Ok(match progress {
+            [Progress::Over, Progress::Over] => Progress::Over,
+            _ if progress.contains(&Progress::More) => Progress::More,
+            _ => Progress::Waits,
+        })
+    }
+
+    /// One side has been reset: so is the other.
+    fn reset(&self) {
+        for side in &self.sides {
+            let _ = sockopt::set_socket_linger(side, Some(Duration::ZERO));
+        }
+    }
+}
+
+impl Way {
+    fn pass_on(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        spare: &mut Vec<Pipe>,
+    ) -> rustix::io::Result<Progress> {
+        for _ in 0..TURNS {
+            if self.is_over {
+                return Ok(Progress::Over);
+            }
+            let mut pipe = match self.pipe.take().or_else(|| spare.pop()) {
+                Some(pipe) => pipe,
+                None => Pipe::new()?,
+            };
+            let before = pipe.filled;
+            if !self.has_ended && before < PIECE {
+                match moved(from, pipe.write.as_fd(), PIECE - before)? {
+                    Some(0) => self.has_ended = true,
+                    read => pipe.filled += read.unwrap_or(0),
+                }
+            }
+            let read = pipe.filled - before;
+            let written = match pipe.filled {
+                0 => 0,
+                filled => moved(pipe.read.as_fd(), to, filled)?.unwrap_or(0),
+            };
+            pipe.filled -= written;
+            match pipe.filled {
+                // An empty one serves another direction.
+                0 => spare.push(pipe),
+                _ => self.pipe = Some(pipe),
+            }
+            if self.has_ended && self.pipe.is_none() {
+                self.is_over = true;
+                return match shutdown(to, Shutdown::Write) {
+                    // It has gone before it was told.
+                    Ok(()) | Err(Errno::NOTCONN) => Ok(Progress::Over),
+                    Err(error) => Err(error),
+                };
+            }
+            if read + written == 0 {
+                return Ok(Progress::Waits);
+            }
+        }
+        Ok(Progress::More)
+    }
+}
+
+impl Pipe {
+    fn new() -> rustix::io::Result<Self> {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        Ok(Self { read, write, filled: 0 })
+    }
+}
+
+/// Moves bytes; `None` where one of the two has to be waited for.
+fn moved(from: BorrowedFd<'_>, to: BorrowedFd<'_>, length: usize) -> rustix::io::Result<Option<usize>> {
+    match splice(from, None, to, None, length, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
+        Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+        moved => moved.map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_server_is_told_whose_connection_it_is() {
+        let v4 = ["192.0.2.7:1000", "198.51.100.1:80"].map(|end| end.parse().unwrap());
+        assert_eq!(text_header(v4), "PROXY TCP4 192.0.2.7 198.51.100.1 1000 80\r\n");
+        let mapped = ["[::ffff:192.0.2.7]:1000", "[::ffff:198.51.100.1]:80"].map(|end| end.parse().unwrap());
+        assert_eq!(text_header(mapped), text_header(v4));
+        assert_eq!(
+            binary_header(v4),
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\xc6\x33\x64\x01\x03\xe8\0\x50"
+        );
+        let v6 = ["[2001:db8::1]:1", "[2001:db8::2]:2"].map(|end| end.parse().unwrap());
+        assert_eq!(text_header(v6), "PROXY TCP6 2001:db8::1 2001:db8::2 1 2\r\n");
+        assert_eq!(binary_header(v6)[12..16], *b"\x21\x21\0\x24");
+    }
+}
