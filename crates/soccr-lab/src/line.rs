@@ -21,7 +21,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendFlags, send, sockopt::socket_error};
 
 use crate::sys::{Frame, Ring};
-use crate::{Namespace, Segment, Side, VethEnd};
+use crate::{Namespace, Segment, Side, VethEnd, rtnetlink};
 
 /// How a [`Line`] treats what passes, the same in both directions.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,14 +76,14 @@ impl Line {
     /// Connects two namespaces: gives each a link, up and without addresses.
     ///
     /// # Errors
-    /// Those of [`Rtnetlink::veth`](crate::Rtnetlink::veth); `EPERM` without `CAP_NET_RAW`.
+    /// Those of [`veth`](crate::veth); `EPERM` without `CAP_NET_RAW`.
     pub fn new(ends: [VethEnd<'_>; 2], shape: &Shape) -> io::Result<Self> {
         let middle = Namespace::new()?;
         let mut control = middle.rtnetlink()?;
         for (number, (end, name)) in ends.iter().zip(["a", "b"]).enumerate() {
             let inner = VethEnd { namespace: &middle, name, mac: [2, 0, 0, 0, 1, number as u8] };
-            control.veth([*end, inner], shape.mtu)?;
-            end.namespace.rtnetlink()?.single_segments(end.name)?;
+            rtnetlink::veth(&mut control, [*end, inner], shape.mtu)?;
+            rtnetlink::single_segments(&mut end.namespace.rtnetlink()?, end.name)?;
         }
         let indices = [control.index("a")?, control.index("b")?];
         let mut line = Self {

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 
-use crate::rtnetlink::VethEnd;
+use crate::rtnetlink::{VethEnd, veth};
 use crate::{Host, Line, Namespace, Rtnetlink, Shape, sysctl};
 
 const ETHERNET_MTU: u32 = 1500;
@@ -132,7 +132,7 @@ impl Lab {
         attach(&mut control, &peer, TO_PEER, PEERS)?;
         let mut shared_host = |link: &str| {
             let host_namespace = Namespace::new()?;
-            control.veth([end(&router, link, ROUTER), end(&host_namespace, LINK, 1)], mtu)?;
+            veth(&mut control, [end(&router, link, ROUTER), end(&host_namespace, LINK, 1)], mtu)?;
             // No network prefix: which link the shared network is on is for the steered route alone to say.
             for (gateway, prefix) in gateways(HOSTS, [32, 128]) {
                 control.add_address(link, gateway, prefix)?;
@@ -181,7 +181,7 @@ fn end<'a>(namespace: &'a Namespace, name: &'a str, number: u8) -> VethEnd<'a> {
 fn connect(ends: [VethEnd<'_>; 2], shape: Option<&Shape>) -> io::Result<Option<Line>> {
     match shape {
         Some(shape) => Line::new(ends, shape).map(Some),
-        None => ends[0].namespace.rtnetlink()?.veth(ends, ETHERNET_MTU).map(|()| None),
+        None => veth(&mut ends[0].namespace.rtnetlink()?, ends, ETHERNET_MTU).map(|()| None),
     }
 }
 

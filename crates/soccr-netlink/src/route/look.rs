@@ -1,0 +1,155 @@
+//! What the kernel would do: by which way a packet would leave, and whether a neighbour answers.
+
+use std::io;
+use std::net::IpAddr;
+
+use super::{NDA_DST, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWNEIGH, Rtnetlink, family, octets};
+use crate::{ACK, Batch, CREATE, DUMP, REQUEST, attributes};
+
+/// Where packets to an address go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// It is an address of this host.
+    pub local: bool,
+    /// The index of the link by which they leave.
+    pub link: u32,
+    /// They go to a router first.
+    pub gateway: bool,
+}
+
+/// What is known about the Ethernet address of a neighbour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Neighbour {
+    /// Nobody has asked yet.
+    Unknown,
+    /// It has been asked for and has not answered yet.
+    Asked,
+    /// It does not answer.
+    Failed,
+    /// It is known, or the link needs none.
+    Known,
+}
+
+impl Rtnetlink {
+    /// Where packets to `destination` go (`ip route get`).
+    ///
+    /// # Errors
+    /// `ENETUNREACH` and the like where there is no way.
+    pub fn way(&mut self, destination: IpAddr) -> io::Result<Way> {
+        self.way_by(destination, None)
+    }
+
+    /// Whether packets to an address of this link are for this host.
+    pub(super) fn is_local(&mut self, address: IpAddr, link: u32) -> io::Result<bool> {
+        match self.way_by(address, Some(link)) {
+            Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => Ok(false),
+            way => way.map(|way| way.local),
+        }
+    }
+
+    fn way_by(&mut self, destination: IpAddr, link: Option<u32>) -> io::Result<Way> {
+        let mut batch = Batch::new();
+        batch.message(GET_ROUTE, REQUEST | ACK, |m| {
+            m.bytes(&[family(destination), 8 * octets(destination).len() as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            m.attribute(RTA_DST, &octets(destination));
+            if let Some(link) = link {
+                m.u32(RTA_OIF, link);
+            }
+        });
+        let mut way = Way { local: false, link: 0, gateway: false };
+        self.socket.dump(&batch, |_, payload| {
+            let Some((header, rest)) = payload.split_at_checked(12) else { return };
+            way.local = header[7] == TYPE_LOCAL;
+            for (kind, value) in attributes(rest) {
+                match (kind, value.try_into()) {
+                    (RTA_OIF, Ok(index)) => way.link = u32::from_ne_bytes(index),
+                    (RTA_GATEWAY | RTA_VIA, _) => way.gateway = true,
+                    _ => {}
+                }
+            }
+        })?;
+        Ok(way)
+    }
+
+    /// The link that has an address of this host.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn link_with(&mut self, address: IpAddr) -> io::Result<Option<u32>> {
+        let mut batch = Batch::new();
+        batch.message(GET_ADDRESS, REQUEST | DUMP, |m| m.bytes(&[family(address), 0, 0, 0, 0, 0, 0, 0]));
+        let mut link = None;
+        self.socket.dump(&batch, |_, payload| {
+            let Some((header, rest)) = payload.split_at_checked(8) else { return };
+            // On a link to one peer the other attribute has the address of that.
+            let own = [IFA_LOCAL, IFA_ADDRESS]
+                .iter()
+                .find_map(|wanted| attributes(rest).find(|attribute| attribute.0 == *wanted));
+            if own.is_some_and(|(_, own)| own == octets(address)) {
+                link = header[4..8].try_into().map(u32::from_ne_bytes).ok();
+            }
+        })?;
+        Ok(link)
+    }
+
+    /// What is known about a neighbour; asks for it where nothing is (ARP, neighbour discovery).
+    ///
+    /// # Errors
+    /// `ENODEV` where there is no such link; `EPERM`.
+    pub fn look_for_neighbour(&mut self, link: u32, address: IpAddr) -> io::Result<Neighbour> {
+        let known = self.neighbour_state(link, address)?;
+        if matches!(known, Neighbour::Unknown | Neighbour::Failed) {
+            self.change(RTM_NEWNEIGH, CREATE, |m| {
+                m.bytes(&neighbour_header(link, address, NTF_USE));
+                m.attribute(NDA_DST, &octets(address));
+            })?;
+        }
+        Ok(known)
+    }
+
+    /// What is known about a neighbour.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn neighbour_state(&mut self, link: u32, address: IpAddr) -> io::Result<Neighbour> {
+        let mut batch = Batch::new();
+        batch.message(GET_NEIGHBOUR, REQUEST | DUMP, |m| m.bytes(&neighbour_header(link, address, 0)));
+        let mut known = Neighbour::Unknown;
+        self.socket.dump(&batch, |_, payload| {
+            let Some((header, rest)) = payload.split_at_checked(12) else { return };
+            let of_link = header[4..8] == link.to_ne_bytes();
+            let is_wanted =
+                attributes(rest).any(|(kind, value)| kind == NDA_DST && value == octets(address));
+            if of_link && is_wanted {
+                known = match u16::from_ne_bytes([header[8], header[9]]) {
+                    0 => Neighbour::Unknown,
+                    NUD_INCOMPLETE => Neighbour::Asked,
+                    NUD_FAILED => Neighbour::Failed,
+                    _ => Neighbour::Known,
+                };
+            }
+        })?;
+        Ok(known)
+    }
+}
+
+/// `struct ndmsg`.
+fn neighbour_header(link: u32, address: IpAddr, flags: u8) -> [u8; 12] {
+    let mut header = [0; 12];
+    header[0] = family(address);
+    header[4..8].copy_from_slice(&link.to_ne_bytes());
+    header[10] = flags;
+    header
+}
+
+// linux/rtnetlink.h, linux/if_addr.h, linux/neighbour.h
+const GET_ADDRESS: u16 = 22;
+const GET_ROUTE: u16 = 26;
+const GET_NEIGHBOUR: u16 = 30;
+const RTA_VIA: u16 = 18;
+const TYPE_LOCAL: u8 = 2;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const NTF_USE: u8 = 0x01;
+const NUD_INCOMPLETE: u16 = 0x01;
+const NUD_FAILED: u16 = 0x20;
