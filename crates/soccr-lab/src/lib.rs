@@ -28,6 +28,7 @@ mod enter;
 #[cfg(feature = "harness")]
 mod harness;
 mod host;
+mod lan;
 mod line;
 mod making;
 mod namespace;
@@ -45,6 +46,7 @@ pub use enter::{Unavailable, enter};
 #[cfg(feature = "harness")]
 pub use harness::{Test, harness};
 pub use host::{Family, Host};
+pub use lan::Lan;
 pub use line::{Line, Shape};
 pub use namespace::{Namespace, sysctl};
 pub use rtnetlink::{VethEnd, veth};

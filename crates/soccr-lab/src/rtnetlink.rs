@@ -11,6 +11,7 @@ const RTM_NEWLINK: u16 = 16;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
@@ -75,6 +76,26 @@ pub fn veth(control: &mut Rtnetlink, ends: [VethEnd<'_>; 2], mtu: u32) -> io::Re
     Ok(())
 }
 
+/// Makes a bridge and sets it up.
+pub(crate) fn bridge(control: &mut Rtnetlink, name: &str) -> io::Result<()> {
+    control.change(RTM_NEWLINK, CREATE | EXCLUSIVE, |message| {
+        message.bytes(&link_header(0, 0));
+        message.string(IFLA_IFNAME, name);
+        message.nested(IFLA_LINKINFO, |info| info.attribute(IFLA_INFO_KIND, b"bridge"));
+    })?;
+    no_generated_address(control, name)?;
+    control.up(name)
+}
+
+/// Makes a link a port of a bridge.
+pub(crate) fn enslave(control: &mut Rtnetlink, link: &str, bridge: &str) -> io::Result<()> {
+    let (index, bridge) = (control.index(link)?, control.index(bridge)?);
+    control.change(RTM_NEWLINK, 0, |message| {
+        message.bytes(&link_header(index, IFF_UP));
+        message.u32(IFLA_MASTER, bridge);
+    })
+}
+
 /// Makes the kernel hand single segments to a link, never larger ones for the device to cut.
 pub(crate) fn single_segments(control: &mut Rtnetlink, link: &str) -> io::Result<()> {
     let index = control.index(link)?;
@@ -106,4 +127,3 @@ impl Namespace {
         self.run(Rtnetlink::here)
     }
 }
-

@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use crate::rtnetlink::{VethEnd, veth};
 use crate::{Host, Line, Namespace, Rtnetlink, Shape, sysctl};
 
-const ETHERNET_MTU: u32 = 1500;
-const LINK: &str = "eth0";
+pub(crate) const ETHERNET_MTU: u32 = 1500;
+pub(crate) const LINK: &str = "eth0";
 
 /// Two hosts on one Ethernet:
 ///
@@ -174,7 +174,7 @@ fn mac(last: u8) -> [u8; 6] {
     [2, 0, 0, 0, 0, last]
 }
 
-fn end<'a>(namespace: &'a Namespace, name: &'a str, number: u8) -> VethEnd<'a> {
+pub(crate) fn end<'a>(namespace: &'a Namespace, name: &'a str, number: u8) -> VethEnd<'a> {
     VethEnd { namespace, name, mac: mac(number) }
 }
 
@@ -186,10 +186,12 @@ fn connect(ends: [VethEnd<'_>; 2], shape: Option<&Shape>) -> io::Result<Option<L
 }
 
 fn v4(network: u8, number: u8) -> Ipv4Addr {
-    // The prefixes that RFC 5737 and RFC 3849 reserve for documentation.
+    // The prefixes that RFC 5737 and RFC 3849 reserve for documentation, and RFC 2544 for benchmarks.
     match network {
         HOSTS => [192, 0, 2, number].into(),
-        _ => [198, 51, 100, number].into(),
+        PEERS => [198, 51, 100, number].into(),
+        2 => [203, 0, 113, number].into(),
+        _ => [198, 18, network, number].into(),
     }
 }
 
@@ -197,12 +199,12 @@ fn v6(network: u8, number: u8) -> Ipv6Addr {
     Ipv6Addr::new(0x2001, 0xdb8, network.into(), 0, 0, 0, 0, number.into())
 }
 
-fn gateways(network: u8, prefixes: [u8; 2]) -> [(IpAddr, u8); 2] {
+pub(crate) fn gateways(network: u8, prefixes: [u8; 2]) -> [(IpAddr, u8); 2] {
     [(v4(network, ROUTER).into(), prefixes[0]), (v6(network, ROUTER).into(), prefixes[1])]
 }
 
 /// Gives the link of `namespace` the addresses of host `number`.
-fn host(namespace: Namespace, network: u8, number: u8) -> io::Result<Host> {
+pub(crate) fn host(namespace: Namespace, network: u8, number: u8) -> io::Result<Host> {
     let mut control = namespace.rtnetlink()?;
     let link_local = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, number.into());
     let scope = control.index(LINK)?;
@@ -228,7 +230,7 @@ fn attach(router: &mut Rtnetlink, host: &Host, link: &str, network: u8) -> io::R
 }
 
 /// Makes a router of the calling thread's network.
-fn forward() -> io::Result<()> {
+pub(crate) fn forward() -> io::Result<()> {
     sysctl("net/ipv4/ip_forward", "1")?;
     sysctl("net/ipv6/conf/all/forwarding", "1")?;
     // A host that has lost the steered route may still send: its packets come from the "wrong" link.

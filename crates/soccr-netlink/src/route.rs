@@ -8,7 +8,8 @@ pub use policy::Policy;
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use rustix::net::AddressFamily;
 use rustix::net::netdevice::{index_to_name, name_to_index};
@@ -256,6 +257,12 @@ impl Rtnetlink {
         let mut batch = Batch::new();
         batch.message(kind, REQUEST | ACK | flags, body);
         self.socket.transact(&batch)
+    }
+}
+
+impl AsFd for Rtnetlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -20,6 +20,26 @@ use crate::sys::namespace;
 /// # Errors
 /// `EEXIST` where it is known already; the kernel tracks no connections (`CONFIG_NF_CT_NETLINK`).
 pub(crate) fn enter(socket: BorrowedFd<'_>, flow: Flow) -> Result<()> {
+    enter_for(socket, flow, 120)
+}
+
+/// Enters a connection as established where connections are tracked, for as long as the kernel keeps idle ones there. To be
+/// called in the network namespace of the socket.
+///
+/// # Errors
+/// Those of [`enter`], but for `EEXIST`.
+pub(crate) fn enter_where_tracked(socket: BorrowedFd<'_>, flow: Flow) -> Result<()> {
+    const IDLE: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+    let Some(seconds) = std::fs::read_to_string(IDLE).ok().and_then(|text| text.trim().parse().ok()) else {
+        return Ok(());
+    };
+    match enter_for(socket, flow, seconds) {
+        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(()),
+        other => other,
+    }
+}
+
+fn enter_for(socket: BorrowedFd<'_>, flow: Flow, seconds: u32) -> Result<()> {
     let mut batch = Batch::new();
     batch.message(NEW, REQUEST | ACK | CREATE, |m| {
         let family = if flow.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
@@ -27,7 +47,7 @@ pub(crate) fn enter(socket: BorrowedFd<'_>, flow: Flow) -> Result<()> {
         m.nested(TUPLE_ORIGINAL, |t| tuple(t, flow.remote, flow.local));
         m.nested(TUPLE_REPLY, |t| tuple(t, flow.local, flow.remote));
         m.be32(STATUS, SEEN_REPLY | ASSURED | CONFIRMED);
-        m.be32(TIMEOUT, 120);
+        m.be32(TIMEOUT, seconds);
         m.nested(PROTOCOL_INFO, |info| {
             info.nested(INFO_TCP, |tcp| {
                 tcp.attribute(TCP_STATE, &[ESTABLISHED]);

@@ -167,7 +167,7 @@ fn remedy(what: &str, errno: i32) -> &'static str {
         }
         ("bind" | "connect", libc::EADDRNOTAVAIL) => {
             "the address is not configured here, or another socket has the same pair of addresses: \
-             close or detach the old one first"
+             close or detach the old one first; for an address of another host see `soccr::steer`"
         }
         ("bind", libc::EADDRINUSE) => "another socket holds this port without SO_REUSEADDR",
         ("connect", libc::ENETUNREACH | libc::EHOSTUNREACH) => "there is no route to the peer from here",

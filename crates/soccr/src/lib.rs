@@ -77,6 +77,7 @@ mod save;
 mod segment;
 pub mod settings;
 mod state;
+pub mod steer;
 mod sys;
 
 pub use congestion::prepare;

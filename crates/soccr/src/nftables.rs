@@ -10,9 +10,10 @@ pub(crate) mod rule;
 pub(crate) mod set;
 
 use std::io;
+use std::time::Duration;
 
 use rustix::net::sockopt;
-use soccr_netlink::{APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, Socket, attributes};
+use soccr_netlink::{ACK, APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, Socket, attributes};
 
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -53,28 +54,40 @@ pub(crate) struct Table<'a> {
 pub(crate) enum Family {
     /// IPv4 and IPv6.
     Inet = 1,
+    /// Whatever a device receives.
+    Netdev = 5,
 }
 
 impl<'a> Table<'a> {
     pub(crate) fn inet(name: &'a str) -> Self {
         Self { family: Family::Inet, name }
     }
+
+    pub(crate) fn netdev(name: &'a str) -> Self {
+        Self { family: Family::Netdev, name }
+    }
 }
 
 /// Where a chain gets its packets from.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Hook {
+pub(crate) struct Hook<'a> {
     pub(crate) number: u32,
     pub(crate) priority: i32,
+    /// The device whose packets they are, for a table of devices.
+    pub(crate) device: Option<&'a str>,
 }
 
-impl Hook {
+impl Hook<'_> {
     /// What arrives, before it is routed.
     pub(crate) const PREROUTING: u32 = 0;
     /// What this host sends.
     pub(crate) const OUTPUT: u32 = 3;
+    /// What a device receives, before anything else looks at it.
+    pub(crate) const INGRESS: u32 = 0;
     /// Before connection tracking and early demux.
     pub(crate) const RAW: i32 = -300;
+    /// Behind connection tracking, before the packet is routed.
+    pub(crate) const MANGLE: i32 = -150;
 }
 
 /// A transaction in the making: all of it happens, or nothing.
@@ -105,12 +118,15 @@ impl<'a> Transaction<'a> {
         self.message(NEW_SET, CREATE, |m| set.write(m, id));
     }
 
-    pub(crate) fn create_chain(&mut self, name: &str, hook: Hook) {
+    pub(crate) fn create_chain(&mut self, name: &str, hook: Hook<'_>) {
         self.message(NEW_CHAIN, CREATE, |m| {
             m.string(CHAIN_NAME, name);
             m.nested(CHAIN_HOOK, |h| {
                 h.be32(HOOK_NUMBER, hook.number);
                 h.be32(HOOK_PRIORITY, hook.priority as u32);
+                if let Some(device) = hook.device {
+                    h.string(HOOK_DEVICE, device);
+                }
             });
             m.string(CHAIN_TYPE, "filter");
         });
@@ -159,8 +175,8 @@ impl<'a> Transaction<'a> {
         flows: impl Iterator<Item = &'f Flow>,
         mut each: impl FnMut(&mut Message<'_>, &Flow),
     ) {
-        /// As many as fit into one attribute, whose length has 16 bits, with keys of 40 bytes.
-        const AT_ONCE: usize = 900;
+        /// As many as fit into one attribute, whose length has 16 bits, with keys of 40 bytes and an address of 16.
+        const AT_ONCE: usize = 700;
         let mut flows = flows.peekable();
         while flows.peek().is_some() {
             self.message(kind, flags, |m| {
@@ -222,6 +238,32 @@ pub(crate) fn contents<T>(
     })
 }
 
+/// For how long elements of a set stay, where nothing else is said.
+pub(crate) fn set_timeout(socket: &mut Socket, table: Table<'_>, set: &str) -> io::Result<Option<Duration>> {
+    let mut batch = Batch::new();
+    batch.message(SUBSYSTEM | GET_SET, REQUEST | ACK, |m| {
+        m.bytes(&header(table.family as u8, 0));
+        m.string(TABLE, table.name);
+        m.string(set::SET_NAME, set);
+    });
+    let mut timeout = None;
+    socket.dump(&batch, |_, payload| {
+        timeout =
+            value(payload.get(HEADER..).unwrap_or_default(), set::SET_DEFAULT_TIMEOUT).and_then(milliseconds);
+    })?;
+    Ok(timeout)
+}
+
+/// A time as the kernel tells it.
+pub(crate) fn milliseconds(value: &[u8]) -> Option<Duration> {
+    value.first_chunk().map(|bytes| Duration::from_millis(u64::from_be_bytes(*bytes)))
+}
+
+/// A time as the kernel wants it; zero would be none.
+pub(crate) fn to_milliseconds(time: Duration) -> [u8; 8] {
+    (time.as_millis().clamp(1, u64::MAX.into()) as u64).to_be_bytes()
+}
+
 /// The value of an attribute.
 pub(crate) fn value(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|attribute| attribute.0 == kind).map(|attribute| attribute.1)
@@ -247,6 +289,7 @@ const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 const NEW_SET: u16 = 9;
+const GET_SET: u16 = 10;
 const NEW_ELEMENTS: u16 = 12;
 const GET_ELEMENTS: u16 = 13;
 const DELETE_ELEMENTS: u16 = 14;
@@ -264,6 +307,7 @@ const CHAIN_HOOK: u16 = 4;
 const CHAIN_TYPE: u16 = 7;
 const HOOK_NUMBER: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
+const HOOK_DEVICE: u16 = 3;
 const RULE_CHAIN: u16 = 2;
 const RULE_EXPRESSIONS: u16 = 4;
 const ELEMENTS_SET: u16 = 2;

@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::buffers;
 use crate::connection::{Buffers, ControlBlock, Flow, State, Urgent, Window, after};
+use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::fin;
 use crate::queue;
@@ -135,7 +136,7 @@ impl<'fd> Restore<'fd> {
     pub fn connect(&mut self, flow: Flow) -> Result<()> {
         flow.validate()
             .and_then(|()| bind(self.fd, flow.local))
-            .and_then(|()| connect(self.fd, flow.remote))
+            .and_then(|foreign| connect(self.fd, flow, foreign))
             .and_then(|()| self.set_options(flow))
             .map_err(|error| error.at("restore"))
     }
@@ -434,6 +435,8 @@ pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -
 }
 
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.
-fn connect(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
-    rustix::net::connect(fd, &address).map_err(|error| Error::system("connect", error))
+fn connect(fd: BorrowedFd<'_>, flow: Flow, foreign: bool) -> Result<()> {
+    rustix::net::connect(fd, &flow.remote).map_err(|error| Error::system("connect", error))?;
+    // A firewall here has never seen it, and hears of it from nobody else.
+    if foreign { conntrack::enter_where_tracked(fd, flow) } else { Ok(()) }
 }

@@ -17,6 +17,7 @@ use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::queue::{self, changed};
 use crate::settings::{self, Value};
+use crate::steer;
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 
@@ -41,6 +42,7 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     let memory = buffers::read(fd)?;
     connection.buffers = Some(memory.buffers);
     connection.settings.read_into(fd, connection.local, memory.options);
+    steer::forget_transparency(fd, connection.local, &mut connection.settings);
     connection.nonblocking = rustix::fs::fcntl_getfl(fd)
         .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
         .contains(rustix::fs::OFlags::NONBLOCK);

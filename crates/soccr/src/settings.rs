@@ -100,6 +100,11 @@ impl Settings {
         }
     }
 
+    /// Leaves an option to what a new socket has.
+    pub(crate) fn forget(&mut self, name: &str) {
+        self.0.retain(|(known, _)| known.as_str() != name);
+    }
+
     /// Reads everything that the table lists and the kernel has, except what only `sock_diag` tells and what
     /// repair mode has destroyed. What follows from what is known is not asked for: a filter needs some `memory` of those
     /// that the socket's options take. The memory of the values is reused.

@@ -50,7 +50,20 @@ impl Rtnetlink {
     fn way_by(&mut self, destination: IpAddr, link: Option<u32>) -> io::Result<Way> {
         let mut batch = Batch::new();
         batch.message(GET_ROUTE, REQUEST | ACK, |m| {
-            m.bytes(&[family(destination), 8 * octets(destination).len() as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            m.bytes(&[
+                family(destination),
+                8 * octets(destination).len() as u8,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+            ]);
             m.attribute(RTA_DST, &octets(destination));
             if let Some(link) = link {
                 m.u32(RTA_OIF, link);
@@ -78,18 +91,17 @@ impl Rtnetlink {
     pub fn link_with(&mut self, address: IpAddr) -> io::Result<Option<u32>> {
         let mut batch = Batch::new();
         batch.message(GET_ADDRESS, REQUEST | DUMP, |m| m.bytes(&[family(address), 0, 0, 0, 0, 0, 0, 0]));
-        let mut link = None;
-        self.socket.dump(&batch, |_, payload| {
+        let links = self.socket.dump_all(&batch, |links, payload| {
             let Some((header, rest)) = payload.split_at_checked(8) else { return };
             // On a link to one peer the other attribute has the address of that.
             let own = [IFA_LOCAL, IFA_ADDRESS]
                 .iter()
                 .find_map(|wanted| attributes(rest).find(|attribute| attribute.0 == *wanted));
             if own.is_some_and(|(_, own)| own == octets(address)) {
-                link = header[4..8].try_into().map(u32::from_ne_bytes).ok();
+                links.extend(header[4..8].try_into().map(u32::from_ne_bytes));
             }
         })?;
-        Ok(link)
+        Ok(links.first().copied())
     }
 
     /// What is known about a neighbour; asks for it where nothing is (ARP, neighbour discovery).
@@ -114,22 +126,20 @@ impl Rtnetlink {
     pub fn neighbour_state(&mut self, link: u32, address: IpAddr) -> io::Result<Neighbour> {
         let mut batch = Batch::new();
         batch.message(GET_NEIGHBOUR, REQUEST | DUMP, |m| m.bytes(&neighbour_header(link, address, 0)));
-        let mut known = Neighbour::Unknown;
-        self.socket.dump(&batch, |_, payload| {
+        let known = self.socket.dump_all(&batch, |known, payload| {
             let Some((header, rest)) = payload.split_at_checked(12) else { return };
             let of_link = header[4..8] == link.to_ne_bytes();
-            let is_wanted =
-                attributes(rest).any(|(kind, value)| kind == NDA_DST && value == octets(address));
+            let is_wanted = attributes(rest).any(|(kind, value)| kind == NDA_DST && value == octets(address));
             if of_link && is_wanted {
-                known = match u16::from_ne_bytes([header[8], header[9]]) {
+                known.push(match u16::from_ne_bytes([header[8], header[9]]) {
                     0 => Neighbour::Unknown,
                     NUD_INCOMPLETE => Neighbour::Asked,
                     NUD_FAILED => Neighbour::Failed,
                     _ => Neighbour::Known,
-                };
+                });
             }
         })?;
-        Ok(known)
+        Ok(known.first().copied().unwrap_or(Neighbour::Unknown))
     }
 }
 

@@ -31,9 +31,7 @@ impl Rtnetlink {
     pub fn policies(&mut self, ipv6: bool) -> io::Result<Vec<Policy>> {
         let mut batch = Batch::new();
         batch.message(GET_RULE, REQUEST | DUMP, |m| m.bytes(&header(family(any(ipv6)), 0)));
-        let mut policies = Vec::new();
-        self.socket.dump(&batch, |_, payload| policies.extend(parse(payload)))?;
-        Ok(policies)
+        self.socket.dump_all(&batch, |policies, payload| policies.extend(parse(payload)))
     }
 
     /// Adds a rule for the address in it.
@@ -81,15 +79,14 @@ impl Rtnetlink {
             header[0] = family(any(ipv6));
             m.bytes(&header);
         });
-        let mut protocols = Vec::new();
-        self.socket.dump(&batch, |_, payload| {
+        self.socket.dump_all(&batch, |protocols, payload| {
             let Some((header, rest)) = payload.split_at_checked(12) else { return };
-            let number = attributes(rest).find(|attribute| attribute.0 == RTA_TABLE).and_then(|a| u32_of(a.1));
+            let number =
+                attributes(rest).find(|attribute| attribute.0 == RTA_TABLE).and_then(|a| u32_of(a.1));
             if number.unwrap_or(header[4].into()) == table {
                 protocols.push(header[5]);
             }
-        })?;
-        Ok(protocols)
+        })
     }
 }
 

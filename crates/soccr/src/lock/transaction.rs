@@ -27,7 +27,7 @@ use super::rule::Rule;
 use crate::connection::Flow;
 use crate::nftables::rule::Direction;
 use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
-use crate::nftables::{self, Family, Hook, Table, value};
+use crate::nftables::{self, Family, Hook, Table, milliseconds, to_milliseconds, value};
 
 pub(super) use crate::nftables::set::CAPACITY;
 pub(super) use crate::nftables::{most_elements, set_longest};
@@ -89,14 +89,21 @@ impl<'a> Transaction<'a> {
         let sets: &[Set] = if log.is_some() { &[Set::Flows, Set::Silent] } else { &[Set::Flows] };
         for (set, ipv6) in sets.iter().flat_map(|set| [(*set, false), (*set, true)]) {
             let size = (owned && set == Set::Flows).then_some(CAPACITY);
-            self.0.create_set(&set::Set { name: set.name(ipv6), ipv6, size, timeout: !owned });
+            self.0.create_set(&set::Set {
+                name: set.name(ipv6),
+                ipv6,
+                size,
+                timeout: !owned,
+                map: false,
+                dynamic: None,
+            });
         }
         for (chain, hook, direction) in
             [("in", Hook::PREROUTING, Direction::In), ("out", Hook::OUTPUT, Direction::Out)]
         {
             // A lock that may hold comes before one that stays, which only drops.
             let priority = Hook::RAW + i32::from(!owned);
-            self.0.create_chain(chain, Hook { number: hook, priority });
+            self.0.create_chain(chain, Hook { number: hook, priority, device: None });
             let incoming = direction == Direction::In;
             for &set in if incoming { &[Set::Flows] } else { sets } {
                 for ipv6 in [false, true] {
@@ -116,8 +123,7 @@ impl<'a> Transaction<'a> {
         for ipv6 in [false, true] {
             self.0.add(set.name(ipv6), of_family(flows, ipv6), |element, _| {
                 if let Some(limit) = limit {
-                    let milliseconds = limit.as_millis().clamp(1, u64::MAX.into()) as u64;
-                    element.attribute(ELEMENT_TIMEOUT, &milliseconds.to_be_bytes());
+                    element.attribute(ELEMENT_TIMEOUT, &to_milliseconds(limit));
                 }
             });
         }
@@ -154,10 +160,7 @@ pub(super) fn names(socket: &mut Socket) -> io::Result<Vec<String>> {
 pub(super) fn contents(socket: &mut Socket, table: &str) -> io::Result<Vec<(Flow, Option<Duration>)>> {
     let mut contents = Vec::new();
     for ipv6 in [false, true] {
-        let read = |flow, element: &[u8]| {
-            let left = value(element, ELEMENT_EXPIRATION).and_then(<[u8]>::first_chunk);
-            (flow, left.map(|left| Duration::from_millis(u64::from_be_bytes(*left))))
-        };
+        let read = |flow, element: &[u8]| (flow, value(element, ELEMENT_EXPIRATION).and_then(milliseconds));
         contents.extend(nftables::contents(socket, Table::inet(table), Set::Flows.name(ipv6), read)?);
     }
     Ok(contents)

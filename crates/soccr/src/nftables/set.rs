@@ -1,10 +1,12 @@
 //! Sets of connections, and their elements.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use soccr_netlink::Message;
 
-use super::LIST_ELEMENT;
+use super::rule::{EXPRESSION_DATA, EXPRESSION_NAME};
+use super::{DATA_VALUE, LIST_ELEMENT, to_milliseconds, value};
 use crate::connection::Flow;
 
 /// The most connections of one address family that a set of fixed size holds.
@@ -19,6 +21,10 @@ pub(crate) struct Set<'a> {
     pub(crate) size: Option<u32>,
     /// Its elements can have a time limit.
     pub(crate) timeout: bool,
+    /// It is a map: each connection has an address of its own family.
+    pub(crate) map: bool,
+    /// Rules change it: its elements stay for so long after that, unless a rule says otherwise, and count their packets.
+    pub(crate) dynamic: Option<Duration>,
 }
 
 impl Set<'_> {
@@ -26,9 +32,22 @@ impl Set<'_> {
         let address = if self.ipv6 { IPV6 } else { IPV4 };
         let fields = [address, PORT, address, PORT];
         m.string(SET_NAME, self.name);
-        m.be32(SET_FLAGS, SET_CONCATENATED | if self.timeout { SET_TIMEOUT } else { 0 });
+        let dynamic = self.dynamic.is_some();
+        let flags = [(self.timeout || dynamic, SET_TIMEOUT), (dynamic, SET_DYNAMIC), (self.map, SET_MAP)];
+        m.be32(
+            SET_FLAGS,
+            flags.iter().fold(SET_CONCATENATED, |all, (is, flag)| all | if *is { *flag } else { 0 }),
+        );
         m.be32(SET_KEY_TYPE, fields.iter().fold(0, |all, field| all << 6 | field.kind));
         m.be32(SET_KEY_LENGTH, 2 * (address.registers() + PORT.registers()) * 4);
+        if self.map {
+            m.be32(SET_DATA_TYPE, address.kind);
+            m.be32(SET_DATA_LENGTH, address.length);
+        }
+        if let Some(timeout) = self.dynamic {
+            m.attribute(SET_DEFAULT_TIMEOUT, &to_milliseconds(timeout));
+            m.nested(SET_EXPRESSION, |expression| expression.string(EXPRESSION_NAME, "counter"));
+        }
         m.be32(SET_ID, id);
         m.nested(SET_DESCRIPTION, |description| {
             if let Some(size) = self.size {
@@ -80,15 +99,38 @@ pub(super) fn key_of(flow: &Flow) -> Vec<u8> {
 pub(super) fn flow_of(key: &[u8]) -> Option<Flow> {
     let end = |bytes: &[u8]| {
         let (address, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-        let address = match address.len() {
-            4 => IpAddr::from(Ipv4Addr::from(*address.first_chunk()?)),
-            16 => IpAddr::from(Ipv6Addr::from(*address.first_chunk()?)),
-            _ => return None,
-        };
-        Some(SocketAddr::new(address, u16::from_be_bytes([port[0], port[1]])))
+        Some(SocketAddr::new(address_of(address)?, u16::from_be_bytes([port[0], port[1]])))
     };
     let (remote, local) = key.split_at(key.len() / 2);
     Some(Flow { local: end(local)?, remote: end(remote)? })
+}
+
+fn address_of(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(Ipv4Addr::from(*bytes.first_chunk()?).into()),
+        16 => Some(Ipv6Addr::from(*bytes.first_chunk()?).into()),
+        _ => None,
+    }
+}
+
+/// Gives an element of a map its address.
+pub(crate) fn write_address(element: &mut Message<'_>, address: IpAddr) {
+    element.nested(ELEMENT_DATA, |data| match address {
+        IpAddr::V4(address) => data.attribute(DATA_VALUE, &address.octets()),
+        IpAddr::V6(address) => data.attribute(DATA_VALUE, &address.octets()),
+    });
+}
+
+/// The address that an element of a map has.
+pub(crate) fn read_address(element: &[u8]) -> Option<IpAddr> {
+    address_of(value(value(element, ELEMENT_DATA)?, DATA_VALUE)?)
+}
+
+/// The packets and bytes that an element has counted.
+pub(crate) fn read_counter(element: &[u8]) -> Option<[u64; 2]> {
+    let counter = value(value(element, ELEMENT_EXPRESSION)?, EXPRESSION_DATA)?;
+    let number = |kind| Some(u64::from_be_bytes(*value(counter, kind)?.first_chunk()?));
+    Some([number(COUNTER_PACKETS)?, number(COUNTER_BYTES)?])
 }
 
 pub(super) const ELEMENT_KEY: u16 = 1;
@@ -96,7 +138,7 @@ pub(super) const ELEMENT_KEY: u16 = 1;
 pub(crate) const ELEMENT_TIMEOUT: u16 = 4;
 /// What is left of it.
 pub(crate) const ELEMENT_EXPIRATION: u16 = 5;
-const SET_NAME: u16 = 2;
+pub(super) const SET_NAME: u16 = 2;
 const SET_FLAGS: u16 = 3;
 const SET_TIMEOUT: u32 = 0x10;
 const SET_CONCATENATED: u32 = 0x80;
@@ -104,6 +146,16 @@ const SET_KEY_TYPE: u16 = 4;
 const SET_KEY_LENGTH: u16 = 5;
 const SET_DESCRIPTION: u16 = 9;
 const SET_ID: u16 = 10;
+const SET_DATA_TYPE: u16 = 6;
+const SET_DATA_LENGTH: u16 = 7;
+pub(super) const SET_DEFAULT_TIMEOUT: u16 = 11;
+const SET_EXPRESSION: u16 = 17;
+const SET_MAP: u32 = 0x8;
+const SET_DYNAMIC: u32 = 0x20;
+const ELEMENT_DATA: u16 = 2;
+const ELEMENT_EXPRESSION: u16 = 7;
+const COUNTER_BYTES: u16 = 1;
+const COUNTER_PACKETS: u16 = 2;
 const SET_SIZE: u16 = 1;
 const SET_FIELDS: u16 = 2;
 const FIELD_LENGTH: u16 = 1;

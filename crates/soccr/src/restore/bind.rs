@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use soccr_netlink::{Batch, DUMP, Family, REQUEST, Socket, attributes};
 
 use crate::error::{Error, Result};
+use crate::steer;
 use crate::sys::namespace;
 
 /// Detection takes two seconds at most, unless it is told to repeat itself.
@@ -22,7 +23,17 @@ const HEADER: usize = 8;
 const IFA_F_DADFAILED: u8 = 0x08;
 const IFA_F_TENTATIVE: u8 = 0x40;
 
-pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
+/// Binds an address of another host, too, where its packets are delivered here. Returns whether it is such a one.
+pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<bool> {
+    match bind_own(fd, address) {
+        Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) && steer::admit(fd, address)? => {
+            rustix::net::bind(fd, &address).map(|()| true).map_err(|error| Error::system("bind", error))
+        }
+        bound => bound.map(|()| false),
+    }
+}
+
+fn bind_own(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
     let try_it = || rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error));
     let deadline = Instant::now() + LIMIT;
     loop {

@@ -13,6 +13,7 @@ use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
+use crate::steer;
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, TcpInfo, info_option};
 
@@ -115,9 +116,11 @@ impl Connection {
         let spare = seed.map_or(0, |seed| seed.samples());
         let mut steps = Restore::start(fd, self.control.clone(), self.buffers, spare)?;
         self.apply(fd, Stage::BeforeBind, skipped);
-        bind(fd, self.local)?;
+        // Such a socket can be bound to any address, and says nothing of one that is another host's.
+        let bound_anyhow = steer::admit_bound_anyhow(fd, self.local, &self.settings)?;
+        let foreign = bind(fd, self.local)? || bound_anyhow;
         self.apply(fd, Stage::BeforeConnect, skipped);
-        connect(fd, self.remote)?;
+        connect(fd, self.flow(), foreign)?;
         steps.set_options(self.flow())?;
         self.apply(fd, Stage::InRepair, skipped);
         Ok(steps)

@@ -1,0 +1,320 @@
+//! The new host: packets for an address that it does not have are delivered, to restored connections alone.
+//!
+//! ```text
+//! ip route: local default dev lo table 20684
+//! ip rule:  1000: to 192.0.2.1 fwmark 0x50cc lookup 20684       what the table below has marked
+//!           1001: to 192.0.2.1 fwmark 0xc114 lookup 20684       segments that play the peer's
+//! table inet soccr-foreign-192.0.2.1 {
+//!   chain in { type filter hook prerouting priority mangle
+//!     ip daddr 192.0.2.1 meta l4proto tcp  socket transparent 1  meta mark set 0x50cc accept
+//!     ip daddr 192.0.2.1 meta l4proto icmp socket transparent 1  meta mark set 0x50cc accept
+//!     ip daddr 192.0.2.1 meta l4proto tcp  meta mark != 0xc114   drop
+//! } }
+//! ```
+//!
+//! The last rule ends what comes for a connection that is gone: else the two hosts would send it back and forth. The
+//! address is on no link, so that no ARP or neighbour discovery ever tells of it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+
+use soccr_netlink::{Batch, Family, Policy, Rtnetlink, Socket};
+
+use super::{system, with_route};
+use crate::error::{Error, Result};
+use crate::nftables::{Hook, Table, Transaction};
+use crate::settings::{Settings, Value};
+use crate::sys::raw::MARK;
+use crate::sys::{namespace, sockopt};
+
+const PREFIX: &str = "soccr-foreign-";
+
+/// The maker of our routes and rules (`RTPROT_…`), by which they are told from those of others.
+const OURS: u8 = 193;
+
+/// The numbers that the delivery takes in this network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Numbers {
+    /// The mark of packets that are delivered: 0x50cc.
+    pub mark: u32,
+    /// The routing table that delivers them: 20684.
+    pub table: u32,
+    /// The priority of the first of two rules: 1000.
+    pub priority: u32,
+}
+
+impl Default for Numbers {
+    fn default() -> Self {
+        Self { mark: 0x50cc, table: 0x50cc, priority: 1000 }
+    }
+}
+
+/// An address of another host whose packets are delivered here, to the sockets that have been restored with it. It belongs
+/// to no process.
+///
+/// In `nft list ruleset` it is the table `soccr-foreign-` and the address, with `-` for each colon; its routes and rules
+/// have `proto 193`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Foreign {
+    address: IpAddr,
+    numbers: Numbers,
+}
+
+impl Foreign {
+    /// Delivers packets for this address from now on, in the network namespace of the calling thread. What is there already
+    /// stays.
+    ///
+    /// A connection with this local address can be [restored](crate::Connection::restore) then. Its socket is made
+    /// transparent for that (`IP_TRANSPARENT`), and is not any more when the connection is restored where its address is.
+    ///
+    /// # Errors
+    /// Refused: others use the mark or the table; nothing is changed then. `EPERM` without `CAP_NET_ADMIN`;
+    /// `EOPNOTSUPP` or `ENOENT` where the kernel lacks policy routing or `CONFIG_NFT_SOCKET`.
+    pub fn deliver(address: IpAddr, numbers: Numbers) -> Result<Self> {
+        let foreign = Self { address: address.to_canonical(), numbers };
+        with_route(|route| {
+            let known = foreign.check(route)?;
+            let made = foreign.route(route).and_then(|()| foreign.filter());
+            if made.is_err() && !known {
+                let _ = foreign.withdraw(route);
+            }
+            made.map(|()| foreign)
+        })
+    }
+
+    /// The addresses whose packets are delivered, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Those of reading the rules.
+    pub fn list() -> Result<Vec<Self>> {
+        with_route(list)
+    }
+
+    /// The address.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// The numbers that it takes.
+    pub fn numbers(&self) -> Numbers {
+        self.numbers
+    }
+
+    /// Delivers packets for this address no more. Connections that have it stay silent from then on.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn remove(&self) -> Result<()> {
+        with_route(|route| self.withdraw(route))
+    }
+
+    fn ipv6(&self) -> bool {
+        self.address.is_ipv6()
+    }
+
+    fn table(&self) -> String {
+        format!("{PREFIX}{}", self.address.to_string().replace(':', "-"))
+    }
+
+    fn policies(&self) -> [Policy; 2] {
+        let Numbers { mark, table, priority } = self.numbers;
+        let policy = Policy { priority, mark, mask: u32::MAX, to: Some(self.address), table, protocol: OURS };
+        // Without the address a played segment for one that is not foreign would be delivered twice.
+        [policy, Policy { priority: priority + 1, mark: MARK, ..policy }]
+    }
+
+    /// Whether it is there already; refuses numbers that others use.
+    fn check(&self, route: &mut Rtnetlink) -> Result<bool> {
+        let Numbers { mark, table, priority } = self.numbers;
+        let policies = system("ip rule", route.policies(self.ipv6()))?;
+        let (ours, others): (Vec<_>, Vec<_>) =
+            policies.into_iter().partition(|policy| policy.protocol == OURS);
+        for other in others {
+            let takes = |mark| other.mask != 0 && mark & other.mask == other.mark;
+            let what = if other.table == table {
+                format!("routing table {table}")
+            } else if takes(mark) && (other.mark == mark || other.priority <= priority) {
+                format!("the mark {mark:#x}")
+            } else if takes(MARK) && other.priority <= priority {
+                format!("the mark {MARK:#x}")
+            } else {
+                continue;
+            };
+            return Err(Error::refused(
+                format!("{what}, which the rule {} of others uses (`ip rule`)", other.priority),
+                "choose other numbers, or a smaller priority than that of the rule",
+            ));
+        }
+        let known = self.policies().iter().all(|policy| ours.contains(policy));
+        if !known
+            && system("ip route", route.table_protocols(table, self.ipv6()))?.iter().any(|by| *by != OURS)
+        {
+            return Err(Error::refused(
+                format!("routing table {table}, which has routes of others"),
+                "choose another number",
+            ));
+        }
+        Ok(known)
+    }
+
+    fn route(&self, route: &mut Rtnetlink) -> Result<()> {
+        present("ip route", route.add_local_table(self.numbers.table, self.ipv6(), OURS))?;
+        self.policies()
+            .iter()
+            .try_for_each(|policy| present("ip rule", route.add_policy(policy, self.ipv6())))
+    }
+
+    fn filter(&self) -> Result<()> {
+        const CHAIN: &str = "in";
+        let name = self.table();
+        let mut batch = Batch::new();
+        let mut transaction = Transaction::begin(&mut batch, Table::inet(&name));
+        transaction.create_table(false);
+        let hook = Hook { number: Hook::PREROUTING, priority: Hook::MANGLE, device: None };
+        transaction.create_chain(CHAIN, hook);
+        let icmp = if self.ipv6() { libc::IPPROTO_ICMPV6 } else { libc::IPPROTO_ICMP };
+        for protocol in [libc::IPPROTO_TCP, icmp] {
+            transaction.rule(CHAIN, |rule| {
+                rule.is_to(self.address);
+                rule.is_protocol(protocol);
+                rule.is_for_transparent_socket();
+                rule.mark(self.numbers.mark);
+                rule.accept();
+            });
+        }
+        transaction.rule(CHAIN, |rule| {
+            rule.is_to(self.address);
+            rule.is_protocol(libc::IPPROTO_TCP);
+            rule.lacks_mark(MARK);
+            rule.drop();
+        });
+        let made = system("netfilter socket", Socket::open(Family::Netfilter))
+            .map(|mut socket| transaction.commit(&mut socket))?;
+        let needs = "needs nftables with CONFIG_NFT_SOCKET; CAP_NET_ADMIN, as root or under `unshare -Urn`";
+        present("nft add table", made).map_err(|error| error.advise(needs))
+    }
+
+    fn withdraw(&self, route: &mut Rtnetlink) -> Result<()> {
+        let name = self.table();
+        let mut batch = Batch::new();
+        let mut transaction = Transaction::begin(&mut batch, Table::inet(&name));
+        transaction.remove();
+        let mut socket = system("netfilter socket", Socket::open(Family::Netfilter))?;
+        let mut outcome = absent("nft delete table", transaction.commit(&mut socket));
+        for policy in self.policies() {
+            outcome = outcome.and(absent("ip rule", route.remove_policy(&policy, self.ipv6())));
+        }
+        let table = self.numbers.table;
+        if !is_used(route, table, self.ipv6())? {
+            outcome = outcome.and(absent("ip route", route.remove_local_table(table, self.ipv6(), OURS)));
+            // Somebody may have come in between.
+            if is_used(route, table, self.ipv6())? {
+                outcome = outcome.and(present("ip route", route.add_local_table(table, self.ipv6(), OURS)));
+            }
+        }
+        outcome
+    }
+}
+
+fn is_used(route: &mut Rtnetlink, table: u32, ipv6: bool) -> Result<bool> {
+    let policies = system("ip rule", route.policies(ipv6))?;
+    Ok(policies.iter().any(|policy| policy.protocol == OURS && policy.table == table))
+}
+
+fn list(route: &mut Rtnetlink) -> Result<Vec<Foreign>> {
+    let mut list = Vec::new();
+    for ipv6 in [false, true] {
+        let policies = match route.policies(ipv6) {
+            // Without IPv6, nothing of it can be here.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => {
+                continue;
+            }
+            other => system("ip rule", other)?,
+        };
+        for Policy { priority, mark, to, table, protocol, .. } in policies {
+            if let (OURS, Some(address), true) = (protocol, to, mark != MARK) {
+                list.push(Foreign { address, numbers: Numbers { mark, table, priority } });
+            }
+        }
+    }
+    Ok(list)
+}
+
+/// Whether an address is not one of this host, in the network namespace of the calling thread.
+///
+/// # Errors
+/// Those of asking for the route.
+pub fn is_foreign(address: IpAddr) -> Result<bool> {
+    with_route(|route| is_foreign_to(route, address))
+}
+
+/// The same in the network namespace of a socket.
+fn is_foreign_beside(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
+    let route = namespace::open_beside(socket, Rtnetlink::here);
+    system("routing socket", route).and_then(|mut route| is_foreign_to(&mut route, address))
+}
+
+fn is_foreign_to(route: &mut Rtnetlink, address: IpAddr) -> Result<bool> {
+    match route.way(address.to_canonical()) {
+        Ok(way) => Ok(!way.local),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) => {
+            Ok(true)
+        }
+        Err(error) => Err(Error::system("ip route get", error)),
+    }
+}
+
+/// Lets a socket have an address of another host, where packets for that are delivered here. Returns whether they are.
+pub(crate) fn admit(socket: BorrowedFd<'_>, local: SocketAddr) -> Result<bool> {
+    let route = namespace::open_beside(socket, Rtnetlink::here);
+    let list = system("routing socket", route).and_then(|mut route| list(&mut route))?;
+    let address = local.ip().to_canonical();
+    if !list.iter().any(|foreign| foreign.address == address) {
+        return Ok(false);
+    }
+    let (level, option, name) = if local.is_ipv4() {
+        (libc::IPPROTO_IP, libc::IP_TRANSPARENT, TRANSPARENT[0])
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT, TRANSPARENT[1])
+    };
+    system(name, sockopt::set(socket, level, option, &1i32)).map(|()| true)
+}
+
+/// The same for a socket that the kernel lets have any address, because of its settings.
+pub(crate) fn admit_bound_anyhow(
+    socket: BorrowedFd<'_>,
+    local: SocketAddr,
+    settings: &Settings,
+) -> Result<bool> {
+    let has = |name: &&str| settings.get(name) == Some(&Value::Number(1));
+    let bound_anyhow = ["IP_FREEBIND", "IPV6_FREEBIND"].iter().chain(&TRANSPARENT).any(has);
+    if bound_anyhow && is_foreign_beside(socket, local.ip())? { admit(socket, local) } else { Ok(false) }
+}
+
+/// Forgets that a saved socket was transparent where it had to be, because its address is another host's. That tells nothing
+/// of what its application wants, and where the address is at home it must not be.
+pub(crate) fn forget_transparency(socket: BorrowedFd<'_>, local: SocketAddr, settings: &mut Settings) {
+    let is_transparent = TRANSPARENT.iter().any(|name| settings.get(name) == Some(&Value::Number(1)));
+    if is_transparent && is_foreign_beside(socket, local.ip()).unwrap_or(false) {
+        TRANSPARENT.iter().for_each(|name| settings.forget(name));
+    }
+}
+
+/// One and the same option, under two names.
+const TRANSPARENT: [&str; 2] = ["IP_TRANSPARENT", "IPV6_TRANSPARENT"];
+
+fn present(what: &'static str, result: io::Result<()>) -> Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        other => system(what, other),
+    }
+}
+
+fn absent(what: &'static str, result: io::Result<()>) -> Result<()> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(()),
+        other => system(what, other),
+    }
+}

@@ -1,0 +1,422 @@
+//! The old host: packets of connections that have left are sent on.
+//!
+//! ```text
+//! table netdev soccr-steer-eth0/eth1 {          # what arrives by eth0 and leaves by eth1; these are the sets for IPv4
+//!   map to4    { ipv4_addr . inet_service . ipv4_addr . inet_service : ipv4_addr }    # remote, local : next hop
+//!   set alive4 { …; flags dynamic,timeout; timeout 1d; counter }   # steered as long as it is in both
+//!   set end4   { …; flags dynamic,timeout }                        # the peer has sent a FIN or an RST
+//!   chain in { type filter hook ingress device eth0 priority -300
+//!     tcp flags fin          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1h }  fwd
+//!     tcp flags rst          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1m }  fwd
+//!     tcp flags syn, not ack KEY @end4           delete @end4, @alive4                     accept
+//!     KEY @end4              KEY @to4, @alive4   update @alive4 { KEY timeout 1h }         fwd
+//!                            KEY @to4, @alive4   update @alive4                            fwd
+//!     icmp errors            KEY of the packet that they quote, the same
+//! } }
+//! ```
+//!
+//! Rules change the sets and never the map: a packet that is under way while its connection is taken out may bring it
+//! back into `alive`, which has no effect by itself.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use soccr_netlink::{Batch, Family, Socket};
+
+use super::{index, with_route};
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+use crate::nftables::rule::{Direction, Expressions};
+use crate::nftables::set::{self, CAPACITY, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT, Set};
+use crate::nftables::{self, Hook, Table, Transaction, milliseconds, value};
+
+const PREFIX: &str = "soccr-steer-";
+
+const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+
+/// Destination unreachable ("fragmentation needed" is one of its codes), time exceeded.
+const ICMP_ERRORS: [&[u8]; 2] = [&[3, 11], &[1, 2, 3]];
+
+/// After how long without a packet steering ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Times {
+    /// Of a connection: 24 hours. The old host resets a connection that is silent for longer: it has no socket for it.
+    pub idle: Duration,
+    /// After a FIN of the peer, which may still wait for an answer: one hour.
+    pub closing: Duration,
+    /// After an RST of the peer: one minute. Not at once, because anybody can forge one that the socket ignores.
+    pub reset: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        Self { idle: minutes(24 * 60), closing: minutes(60), reset: minutes(1) }
+    }
+}
+
+/// Packets that arrive by one device and leave by another, or by the same. It belongs to no process.
+///
+/// In `nft list ruleset` it is the table `soccr-steer-` and the two devices. The device of arrival keeps it when it goes
+/// down and up; when it is removed, nothing is steered any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Steering {
+    ingress: String,
+    egress: String,
+}
+
+/// A connection that is steered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Steered {
+    /// The connection, seen from the host that had it.
+    pub flow: Flow,
+    /// To where its packets go.
+    pub next_hop: IpAddr,
+    /// How many have been steered: one for each that arrives, which may be several segments joined (GRO).
+    pub packets: u64,
+    /// Their length, with all headers.
+    pub bytes: u64,
+    /// For how long none has come.
+    pub idle: Duration,
+    /// The steering ends when none comes for so much longer.
+    pub remaining: Duration,
+    /// The peer has sent a FIN or an RST.
+    pub closing: bool,
+}
+
+/// What is in the tables about one connection.
+#[derive(Default)]
+struct Entry {
+    next_hop: Option<IpAddr>,
+    alive: bool,
+    ends: bool,
+}
+
+impl Steering {
+    /// The steering between two devices of the network namespace of the calling thread; makes it where there is none.
+    /// Where there is one, its times stay.
+    ///
+    /// # Errors
+    /// `ENODEV` where there is no such device; `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` or `ENOENT` where the
+    /// kernel lacks `CONFIG_NFT_FWD_NETDEV`.
+    pub fn open(ingress: &str, egress: &str, times: Times) -> Result<Self> {
+        let steering = Self { ingress: ingress.to_owned(), egress: egress.to_owned() };
+        let device = with_route(|route| {
+            index(route, ingress)?;
+            index(route, egress)
+        })?;
+        let made = with_socket(|socket| {
+            let name = steering.table();
+            if nftables::names(socket, nftables::Family::Netdev).map_err(failed)?.contains(&name) {
+                return Ok(());
+            }
+            let mut batch = Batch::new();
+            let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+            create(&mut transaction, ingress, device, times);
+            match transaction.commit(socket) {
+                // Somebody else was quicker.
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+                other => other.map_err(|error| Error::system("nft add table netdev", error).advise(NEEDS)),
+            }
+        });
+        made.map(|()| steering)
+    }
+
+    /// Everything that steers, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn list() -> Result<Vec<Self>> {
+        with_socket(|socket| {
+            let names = nftables::names(socket, nftables::Family::Netdev).map_err(failed)?;
+            let devices = names.iter().filter_map(|name| name.strip_prefix(PREFIX)?.split_once('/'));
+            Ok(devices
+                .map(|(ingress, egress)| Self { ingress: ingress.to_owned(), egress: egress.to_owned() })
+                .collect())
+        })
+    }
+
+    /// The device by which packets arrive.
+    pub fn ingress(&self) -> &str {
+        &self.ingress
+    }
+
+    /// The device by which they leave.
+    pub fn egress(&self) -> &str {
+        &self.egress
+    }
+
+    /// Steers connections to a next hop from now on, whatever they were steered to before: all of them in one transaction,
+    /// where the kernel lets us send one that long.
+    ///
+    /// # Errors
+    /// Refused: the next hop has another address family than a connection. `ENFILE` for more than 65536 connections of
+    /// one family.
+    pub fn steer(&self, flows: &[Flow], next_hop: IpAddr) -> Result<()> {
+        if let Some(flow) = flows.iter().find(|flow| flow.is_ipv4() != next_hop.is_ipv4()) {
+            return Err(Error::refused(
+                format!("{} to {}, steered to {next_hop}", flow.remote, flow.local),
+                "name a next hop of the same address family",
+            )
+            .at("steer"));
+        }
+        let ipv6 = next_hop.is_ipv6();
+        let flows: Vec<Flow> = flows.iter().map(Flow::on_the_wire).collect();
+        self.change(ipv6, &flows, |transaction, flows, present| {
+            let was = |flow: &Flow| present.get(flow);
+            let moving = flows.iter().filter(|flow| was(flow).is_some_and(|was| was.next_hop.is_some()));
+            transaction.delete(TO.name(ipv6), moving);
+            transaction
+                .delete(END.name(ipv6), flows.iter().filter(|flow| was(flow).is_some_and(|was| was.ends)));
+            transaction.add(TO.name(ipv6), flows.iter(), |element, _| set::write_address(element, next_hop));
+            let sleeping = flows.iter().filter(|flow| !was(flow).is_some_and(|was| was.alive));
+            transaction.add(ALIVE.name(ipv6), sleeping, |_, _| ());
+        })
+    }
+
+    /// Ends the steering of connections. Others are passed over. Returns to where they were steered.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn stop(&self, flows: &[Flow]) -> Result<Vec<(Flow, IpAddr)>> {
+        let mut stopped = Vec::new();
+        for ipv6 in [false, true] {
+            let flows: Vec<Flow> =
+                flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect();
+            if flows.is_empty() {
+                continue;
+            }
+            let mut ended: HashMap<Flow, IpAddr> = HashMap::new();
+            self.change(ipv6, &flows, |transaction, flows, present| {
+                let having = |has: fn(&Entry) -> bool| {
+                    flows.iter().filter(move |flow| present.get(flow).is_some_and(has))
+                };
+                transaction.delete(TO.name(ipv6), having(|entry| entry.next_hop.is_some()));
+                transaction.delete(ALIVE.name(ipv6), having(|entry| entry.alive));
+                transaction.delete(END.name(ipv6), having(|entry| entry.ends));
+                let steered = |flow: &Flow| present.get(flow).filter(|entry| entry.alive)?.next_hop;
+                ended.extend(flows.iter().filter_map(|flow| Some((*flow, steered(flow)?))));
+            })?;
+            stopped.extend(ended);
+        }
+        Ok(stopped)
+    }
+
+    /// The connections that are steered.
+    ///
+    /// # Errors
+    /// `ENOENT` where it has been removed; `EPERM` without `CAP_NET_ADMIN`.
+    pub fn contents(&self) -> Result<Vec<Steered>> {
+        with_socket(|socket| {
+            let mut contents = Vec::new();
+            for ipv6 in [false, true] {
+                contents.extend(self.contents_of(socket, ipv6).map_err(failed)?);
+            }
+            Ok(contents)
+        })
+    }
+
+    /// Ends the steering of everything between these two devices.
+    ///
+    /// # Errors
+    /// `ENOENT` where it has been removed already; `EPERM` without `CAP_NET_ADMIN`.
+    pub fn remove(&self) -> Result<()> {
+        with_socket(|socket| {
+            let (mut batch, name) = (Batch::new(), self.table());
+            let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+            transaction.remove();
+            transaction.commit(socket).map_err(|error| Error::system("nft delete table netdev", error))
+        })
+    }
+
+    fn table(&self) -> String {
+        format!("{PREFIX}{}/{}", self.ingress, self.egress)
+    }
+
+    /// Commits what `fill` writes, from what is there, until nobody has changed that in between.
+    fn change(
+        &self,
+        ipv6: bool,
+        flows: &[Flow],
+        mut fill: impl FnMut(&mut Transaction<'_>, &[Flow], &HashMap<Flow, Entry>),
+    ) -> Result<()> {
+        /// Packets and other processes change the sets; not that often.
+        const ATTEMPTS: usize = 32;
+        with_socket(|socket| {
+            nftables::set_longest(socket)?;
+            // Each connection may be in all three sets, and in the map twice.
+            let most = (nftables::most_elements(socket)? / 4).max(1);
+            let (mut batch, name) = (Batch::new(), self.table());
+            for flows in flows.chunks(most) {
+                let mut outcome = Ok(());
+                for _ in 0..ATTEMPTS {
+                    let present = self.present(socket, ipv6, flows).map_err(failed)?;
+                    let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+                    fill(&mut transaction, flows, &present);
+                    outcome = transaction.commit(socket);
+                    match outcome.as_ref().map_err(io::Error::raw_os_error) {
+                        Err(Some(libc::ENOENT | libc::EEXIST)) => {}
+                        _ => break,
+                    }
+                }
+                outcome.map_err(|error| Error::system("nft element", error))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What there is about these connections.
+    fn present(&self, socket: &mut Socket, ipv6: bool, flows: &[Flow]) -> io::Result<HashMap<Flow, Entry>> {
+        let name = self.table();
+        let table = Table::netdev(&name);
+        let mut present: HashMap<Flow, Entry> = flows.iter().map(|flow| (*flow, Entry::default())).collect();
+        let to = nftables::contents(socket, table, TO.name(ipv6), |flow, element| {
+            (flow, set::read_address(element))
+        })?;
+        for (flow, next_hop) in to {
+            present.get_mut(&flow).into_iter().for_each(|entry| entry.next_hop = next_hop);
+        }
+        for flow in nftables::contents(socket, table, ALIVE.name(ipv6), |flow, _| flow)? {
+            present.get_mut(&flow).into_iter().for_each(|entry| entry.alive = true);
+        }
+        for flow in nftables::contents(socket, table, END.name(ipv6), |flow, _| flow)? {
+            present.get_mut(&flow).into_iter().for_each(|entry| entry.ends = true);
+        }
+        Ok(present)
+    }
+
+    fn contents_of(&self, socket: &mut Socket, ipv6: bool) -> io::Result<Vec<Steered>> {
+        let name = self.table();
+        let table = Table::netdev(&name);
+        let whole = nftables::set_timeout(socket, table, ALIVE.name(ipv6))?.unwrap_or_default();
+        let closing = nftables::set_timeout(socket, table, END.name(ipv6))?.unwrap_or_default();
+        let ends: HashMap<Flow, Duration> =
+            nftables::contents(socket, table, END.name(ipv6), |flow, element| {
+                (flow, time(element, ELEMENT_TIMEOUT).unwrap_or(closing))
+            })?
+            .into_iter()
+            .collect();
+        let alive: HashMap<_, _> = nftables::contents(socket, table, ALIVE.name(ipv6), |flow, element| {
+            let left = time(element, ELEMENT_EXPIRATION).unwrap_or_default();
+            (flow, (left, set::read_counter(element).unwrap_or_default()))
+        })?
+        .into_iter()
+        .collect();
+        let contents = nftables::contents(socket, table, TO.name(ipv6), |flow, element| {
+            let (remaining, counter) = *alive.get(&flow)?;
+            // Each packet is counted when it is looked up, and when it prolongs the time.
+            let [packets, bytes] = counter.map(|twice| twice / 2);
+            let ends = ends.get(&flow);
+            let idle = ends.unwrap_or(&whole).saturating_sub(remaining);
+            let next_hop = set::read_address(element)?;
+            Some(Steered { flow, next_hop, packets, bytes, idle, remaining, closing: ends.is_some() })
+        })?;
+        Ok(contents.into_iter().flatten().collect())
+    }
+}
+
+/// The parts of a table, of which there is one for each address family.
+#[derive(Clone, Copy)]
+struct Names([&'static str; 2]);
+
+const TO: Names = Names(["to4", "to6"]);
+const ALIVE: Names = Names(["alive4", "alive6"]);
+const END: Names = Names(["end4", "end6"]);
+
+impl Names {
+    fn name(self, ipv6: bool) -> &'static str {
+        self.0[usize::from(ipv6)]
+    }
+}
+
+fn create(transaction: &mut Transaction<'_>, ingress: &str, egress: u32, times: Times) {
+    const CHAIN: &str = "in";
+    transaction.create_table(false);
+    for ipv6 in [false, true] {
+        let set = Set { name: "", ipv6, size: Some(CAPACITY), timeout: false, map: false, dynamic: None };
+        transaction.create_set(&Set { name: TO.name(ipv6), map: true, ..set });
+        transaction.create_set(&Set { name: ALIVE.name(ipv6), dynamic: Some(times.idle), ..set });
+        transaction.create_set(&Set { name: END.name(ipv6), dynamic: Some(times.closing), ..set });
+    }
+    let hook = Hook { number: Hook::INGRESS, priority: Hook::RAW, device: Some(ingress) };
+    transaction.create_chain(CHAIN, hook);
+    for ipv6 in [false, true] {
+        let mut rule = |write: &dyn Fn(&mut Expressions<'_, '_>)| {
+            transaction.rule(CHAIN, |rule| {
+                rule.carries_ipv6(ipv6);
+                write(rule);
+            });
+        };
+        let tcp = |rule: &mut Expressions<'_, '_>, mask, flags| {
+            rule.is_protocol(libc::IPPROTO_TCP);
+            if mask != 0 {
+                rule.has_tcp_flags(mask, flags);
+            }
+            rule.load_key(ipv6, Direction::In);
+        };
+        let forward = |rule: &mut Expressions<'_, '_>, ending, timeout| {
+            rule.look_up(TO.name(ipv6));
+            rule.has_key(ALIVE.name(ipv6));
+            if ending {
+                rule.keep_in(END.name(ipv6), timeout);
+            }
+            rule.keep_in(ALIVE.name(ipv6), timeout);
+            rule.forward(egress, ipv6);
+        };
+        for (flag, timeout) in [(FIN, times.closing), (RST, times.reset)] {
+            rule(&|rule| {
+                tcp(rule, flag, flag);
+                forward(rule, true, Some(timeout));
+            });
+        }
+        // A peer that has ended the connection begins another one: with this host.
+        rule(&|rule| {
+            tcp(rule, SYN | ACK, SYN);
+            rule.has_key(END.name(ipv6));
+            rule.take_out(END.name(ipv6));
+            rule.take_out(ALIVE.name(ipv6));
+            rule.accept();
+        });
+        rule(&|rule| {
+            tcp(rule, 0, 0);
+            rule.has_key(END.name(ipv6));
+            forward(rule, false, Some(times.closing));
+        });
+        rule(&|rule| {
+            tcp(rule, 0, 0);
+            forward(rule, false, None);
+        });
+        let icmp = if ipv6 { libc::IPPROTO_ICMPV6 } else { libc::IPPROTO_ICMP };
+        for kind in ICMP_ERRORS[usize::from(ipv6)] {
+            rule(&|rule| {
+                rule.is_protocol(icmp);
+                rule.has_icmp_type(*kind);
+                rule.load_quoted_key(ipv6);
+                forward(rule, false, None);
+            });
+        }
+    }
+}
+
+fn time(element: &[u8], kind: u16) -> Option<Duration> {
+    value(element, kind).and_then(milliseconds)
+}
+
+fn with_socket<T>(work: impl FnOnce(&mut Socket) -> Result<T>) -> Result<T> {
+    let socket = Socket::open(Family::Netfilter).map_err(|error| Error::system("netfilter socket", error));
+    socket.and_then(|mut socket| work(&mut socket)).map_err(|error| error.at("steer"))
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::system("nft list", error)
+}
+
+const NEEDS: &str = "needs nftables with CONFIG_NFT_FWD_NETDEV and CONFIG_NF_TABLES_NETDEV; CAP_NET_ADMIN, as root or \
+                     under `unshare -Urn`";

@@ -1,0 +1,103 @@
+//! The host that delivers packets for an address that it does not have.
+
+use std::io::Write;
+
+use soccr::ErrorKind::Refused;
+use soccr::steer::{Foreign, Numbers, is_foreign};
+use soccr::{Flow, pause};
+use soccr_lab::{Lan, Sniffer, TcpInfo, wait_until};
+use soccr_netlink::{Policy, Rtnetlink};
+
+use super::moves::transfer;
+use super::{address, connect};
+
+pub fn numbers_of_others_are_refused() {
+    let lan = Lan::new().unwrap();
+    let home = lan.hosts[0].v4.into();
+    lan.hosts[1].run(|| {
+        let numbers = Numbers::default();
+        let mut route = Rtnetlink::here().unwrap();
+        let theirs = Policy { priority: 500, mark: 0, mask: 0, to: None, table: 0, protocol: 4 };
+        let refused = |why: &str| {
+            let error = Foreign::deliver(home, numbers).unwrap_err();
+            assert_eq!(error.kind(), Refused);
+            assert!(error.to_string().contains(why), "{error}");
+            assert_eq!(Foreign::list().unwrap(), []);
+        };
+        for (policy, why) in [
+            (Policy { table: numbers.table, ..theirs }, "routing table 20684"),
+            (
+                Policy { mark: numbers.mark, mask: u32::MAX, table: 77, priority: 5000, ..theirs },
+                "the mark 0x50cc",
+            ),
+            (Policy { mark: 0x4000, mask: 0x4000, table: 77, ..theirs }, "the mark 0x50cc"),
+            (Policy { mark: 0x100, mask: 0x100, table: 77, ..theirs }, "the mark 0xc114"),
+        ] {
+            route.add_policy(&policy, false).unwrap();
+            refused(why);
+            route.remove_policy(&policy, false).unwrap();
+        }
+        route.add_local_table(numbers.table, false, 4).unwrap();
+        refused("which has routes of others");
+        route.remove_local_table(numbers.table, false, 4).unwrap();
+        Foreign::deliver(home, numbers).unwrap();
+    });
+}
+
+pub fn an_address_is_delivered_once() {
+    let lan = Lan::new().unwrap();
+    lan.hosts[1].run(|| {
+        for ipv6 in [false, true] {
+            let home = address(&lan.hosts[0], ipv6);
+            assert!(is_foreign(home).unwrap());
+            assert!(!is_foreign(address(&lan.hosts[1], ipv6)).unwrap());
+            for _ in 0..2 {
+                assert_eq!(Foreign::deliver(home, Numbers::default()).unwrap().address(), home);
+            }
+        }
+        let all = Foreign::list().unwrap();
+        assert_eq!(all.len(), 2);
+        // The table of routes stays for the other.
+        let other = Foreign::deliver(lan.hosts[2].v4.into(), Numbers::default()).unwrap();
+        all[0].remove().unwrap();
+        assert_eq!(Foreign::list().unwrap().len(), 2);
+        let table = other.numbers().table;
+        let mut route = Rtnetlink::here().unwrap();
+        assert_eq!(route.table_protocols(table, false).unwrap().len(), 1);
+        other.remove().unwrap();
+        assert_eq!(route.table_protocols(table, false).unwrap().len(), 0);
+    });
+}
+
+pub fn what_no_socket_has_is_dropped() {
+    let lan = Lan::new().unwrap();
+    for ipv6 in [false, true] {
+        let (mut peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let stream = transfer(&lan, stream, flow, 0, 1);
+        pause(&stream).unwrap().detach().unwrap();
+        drop(stream);
+        let mut sniffer = Sniffer::on(&lan.hosts[1].namespace, "eth0").unwrap();
+        peer.write_all(b"anybody there?").unwrap();
+        wait_until("the peer has sent it twice", || TcpInfo::of(&peer).unwrap().total_retrans > 0);
+        let seen: Vec<_> = sniffer
+            .segments()
+            .unwrap()
+            .into_iter()
+            .filter(|segment| [segment.source, segment.destination].contains(&flow.remote))
+            .collect();
+        // It comes, and nothing goes: neither an answer nor the packet back to where it came from.
+        assert!(!seen.is_empty());
+        assert!(seen.iter().all(|segment| segment.source == flow.remote), "{seen:?}");
+        assert!(seen.len() < 10, "{seen:?}");
+    }
+}
+
+pub fn without_it_a_foreign_address_is_refused() {
+    let lan = Lan::new().unwrap();
+    let (_peer, stream) = connect(&lan, false);
+    let connection = pause(&stream).unwrap().save().unwrap();
+    let error = lan.hosts[1].run(|| connection.restore()).unwrap_err();
+    assert_eq!(error.errno(), Some(libc::EADDRNOTAVAIL));
+    assert!(error.to_string().contains("soccr::steer"), "{error}");
+}

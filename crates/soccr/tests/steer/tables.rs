@@ -1,0 +1,242 @@
+//! What is steered, as the host that steers it sees it.
+
+use std::io::Write;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketType};
+use soccr::ErrorKind::Refused;
+use soccr::Flow;
+use soccr::steer::{Foreign, NextHop, Numbers, Steered, Steering, Times, is_foreign, redirect, stop};
+use soccr_lab::{Lan, Sniffer, wait_until};
+
+use super::moves::transfer;
+use super::{address, connect, say};
+
+fn contents() -> Vec<Steered> {
+    Steering::list().unwrap().iter().flat_map(|steering| steering.contents().unwrap()).collect()
+}
+
+/// Connections that exist nowhere.
+fn flows(count: u16, ipv6: bool) -> Vec<Flow> {
+    let (local, remote): (IpAddr, IpAddr) = match ipv6 {
+        false => ([192, 0, 2, 1].into(), [198, 51, 100, 1].into()),
+        true => {
+            let v6 = |network| Ipv6Addr::new(0x2001, 0xdb8, network, 0, 0, 0, 0, 1).into();
+            (v6(0), v6(1))
+        }
+    };
+    let flow =
+        |port| Flow { local: SocketAddr::new(local, 80), remote: SocketAddr::new(remote, 1000 + port) };
+    (0..count).map(flow).collect()
+}
+
+pub fn many_are_added_moved_and_removed() {
+    let lan = Lan::new().unwrap();
+    lan.hosts[0].run(|| {
+        for ipv6 in [false, true] {
+            let flows = flows(10_000, ipv6);
+            let [b, c] = [1, 2].map(|host| NextHop::new(address(&lan.hosts[host], ipv6)).unwrap());
+            let to =
+                |hop: &NextHop| contents().iter().filter(|steered| steered.next_hop == hop.address()).count();
+            redirect(&flows, &b).unwrap();
+            assert_eq!((to(&b), to(&c)), (10_000, 0));
+            // Some of them, twice, with some that are new.
+            redirect(&flows[..7000], &c).unwrap();
+            redirect(&flows[..7000], &c).unwrap();
+            assert_eq!((to(&b), to(&c)), (3000, 7000));
+            assert_eq!(stop(&flows[5000..8000]).unwrap().len(), 3000);
+            assert_eq!(stop(&flows[5000..8000]).unwrap().len(), 0);
+            redirect(&flows, &c).unwrap();
+            assert_eq!((to(&b), to(&c)), (0, 10_000));
+            assert!(contents().iter().all(|steered| flows.contains(&steered.flow)));
+            assert_eq!(stop(&flows).unwrap().len(), 10_000);
+        }
+        assert_eq!(contents(), []);
+        let [steering] = &Steering::list().unwrap()[..] else { panic!("there is one") };
+        assert_eq!((steering.ingress(), steering.egress()), ("eth0", "eth0"));
+    });
+}
+
+pub fn what_is_steered_is_counted() {
+    let lan = Lan::new().unwrap();
+    for ipv6 in [false, true] {
+        let (mut peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let stream = transfer(&lan, stream, flow, 0, 1);
+        let steered = || lan.hosts[0].run(contents).pop().unwrap();
+        let before = steered();
+        let mut sniffer = Sniffer::on(&lan.hosts[1].namespace, "eth0").unwrap();
+        for _ in 0..10 {
+            peer.write_all(&[7; 100]).unwrap();
+            wait_until("it has arrived", || soccr_lab::TcpInfo::of(&peer).unwrap().unacknowledged == 0);
+        }
+        let after = steered();
+        let seen = sniffer.segments().unwrap();
+        let from_peer = seen.iter().filter(|segment| segment.source == flow.remote).count() as u64;
+        assert!(from_peer >= 10);
+        assert_eq!(after.packets - before.packets, from_peer);
+        let header = if ipv6 { 72 } else { 52 };
+        assert_eq!(after.bytes - before.bytes, 1000 + from_peer * header);
+        assert_eq!((after.flow, after.next_hop), (flow, address(&lan.hosts[1], ipv6)));
+        assert!(!after.closing && after.idle < Duration::from_secs(3600), "{after:?}");
+        drop(stream);
+        lan.hosts[0].run(|| stop(&[flow])).unwrap();
+    }
+}
+
+/// Short times, so that a test can see them pass.
+fn short() -> Times {
+    let mut times = Times::default();
+    times.closing = Duration::from_millis(300);
+    times.reset = Duration::from_millis(100);
+    times
+}
+
+pub fn an_entry_ends_with_its_connection() {
+    let lan = Lan::new().unwrap();
+    lan.hosts[0].run(|| Steering::open("eth0", "eth0", short()).unwrap());
+    let gone = || lan.hosts[0].run(contents).is_empty();
+    for ipv6 in [false, true] {
+        let (peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let stream = transfer(&lan, stream, flow, 0, 1);
+        drop(stream);
+        assert!(!gone());
+        drop(peer);
+        wait_until("it has ended after a FIN", gone);
+
+        let (mut peer, mut stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        stream.write_all(b"unread").unwrap();
+        peer.peek(&mut [0]).unwrap();
+        stream = transfer(&lan, stream, flow, 0, 1);
+        // Closing with unread data resets the connection.
+        peer.write_all(b"x").unwrap();
+        drop(peer);
+        wait_until("it has ended after an RST", gone);
+        drop(stream);
+    }
+}
+
+pub fn a_new_connection_with_the_same_ports_is_not_steered() {
+    let lan = Lan::new().unwrap();
+    for ipv6 in [false, true] {
+        let (peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let mut stream = transfer(&lan, stream, flow, 0, 1);
+        // While the connection lives, a SYN belongs to it: it draws an answer, and no reset.
+        assert_eq!(lan.hosts[0].run(contents).len(), 1);
+        stream.write_all(b"unread").unwrap();
+        peer.peek(&mut [0]).unwrap();
+        drop(peer);
+        wait_until("the FIN or RST was seen", || lan.hosts[0].run(contents)[0].closing);
+        let listener = lan.hosts[0].run(|| TcpListener::bind(flow.local)).unwrap();
+        let again = lan.peer.run(|| {
+            let family = if ipv6 { AddressFamily::INET6 } else { AddressFamily::INET };
+            let socket = rustix::net::socket(family, SocketType::STREAM, None).unwrap();
+            rustix::net::sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+            rustix::net::bind(&socket, &flow.remote).unwrap();
+            rustix::net::connect(&socket, &flow.local).unwrap();
+            TcpStream::from(socket)
+        });
+        let (accepted, from) = listener.accept().unwrap();
+        assert_eq!(from, flow.remote);
+        assert_eq!(lan.hosts[0].run(contents), []);
+        drop((again, accepted, stream));
+    }
+}
+
+pub fn two_processes_at_once() {
+    let lan = Lan::new().unwrap();
+    let hop = lan.hosts[0].run(|| NextHop::new(lan.hosts[1].v4.into())).unwrap();
+    let all = flows(400, false);
+    thread::scope(|scope| {
+        for number in 0..4 {
+            let (lan, hop, all) = (&lan, &hop, &all);
+            scope.spawn(move || {
+                lan.hosts[0].run(|| {
+                    let ours = &all[100 * number..][..100];
+                    for _ in 0..5 {
+                        redirect(ours, hop).unwrap();
+                        // What all of them have.
+                        redirect(&all[..10], hop).unwrap();
+                        let stopped = stop(&ours[50..]).unwrap();
+                        assert_eq!(stopped.len(), 50);
+                    }
+                });
+            });
+            scope.spawn(move || {
+                let home = lan.hosts[0].v4.into();
+                lan.hosts[2].run(|| {
+                    for _ in 0..5 {
+                        Foreign::deliver(home, Numbers::default()).unwrap();
+                    }
+                });
+            });
+        }
+    });
+    assert_eq!(lan.hosts[0].run(contents).len(), 200);
+    assert_eq!(lan.hosts[2].run(Foreign::list).unwrap().len(), 1);
+}
+
+pub fn a_next_hop_that_is_none_is_refused() {
+    let lan = Lan::new().unwrap();
+    lan.hosts[0].run(|| {
+        let refused = |address: IpAddr, why: &str| {
+            let error = NextHop::new(address).unwrap_err();
+            assert_eq!(error.kind(), Refused);
+            assert!(error.to_string().contains(why), "{error}");
+        };
+        wait_until("the address can be used", || !is_foreign(lan.hosts[0].v6.into()).unwrap());
+        refused(lan.hosts[0].v4.into(), "of this host");
+        refused(lan.hosts[0].v6.into(), "of this host");
+        refused(lan.peer.v4.into(), "behind a router");
+        refused([192, 0, 2, 77].into(), "does not answer");
+        assert!(NextHop::on(lan.hosts[1].v4.into(), "nosuch").is_err());
+        let hop = NextHop::new(lan.hosts[1].v6.into()).unwrap();
+        let error = redirect(&flows(1, false), &hop).unwrap_err();
+        assert_eq!(error.kind(), Refused);
+        assert!(hop.answers().unwrap());
+    });
+}
+
+pub fn nothing_is_left_behind() {
+    let lan = Lan::new().unwrap();
+    let say_all = |host: usize| {
+        lan.hosts[host].run(|| {
+            let mut all = vec![say("nft", &["list", "ruleset"])?];
+            for family in ["-4", "-6"] {
+                all.push(say("ip", &[family, "rule"])?);
+                all.push(say("ip", &[family, "route", "show", "table", "all"])?);
+            }
+            all.push(say("ip", &["link"])?);
+            Some(all)
+        })
+    };
+    let before = [0, 1].map(say_all);
+    if before[0].is_none() {
+        eprintln!("the listings are not compared: there is no nft(8) or ip(8)");
+    }
+    for ipv6 in [false, true] {
+        let (_peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let stream = transfer(&lan, stream, flow, 0, 1);
+        // What people see of it can be read.
+        if let Some(all) = say_all(0) {
+            assert!(all[0].contains("fwd ip"), "{}", all[0]);
+        }
+        transfer(&lan, stream, flow, 1, 0);
+    }
+    lan.hosts[0].run(|| Steering::list().unwrap().iter().for_each(|steering| steering.remove().unwrap()));
+    lan.hosts[1].run(|| {
+        let all = Foreign::list().unwrap();
+        assert_eq!(all.len(), 2);
+        all.iter().for_each(|foreign| foreign.remove().unwrap());
+        // Twice does no harm.
+        all.iter().for_each(|foreign| foreign.remove().unwrap());
+    });
+    // The locks' tables go a moment later.
+    wait_until("everything is as it was", || [0, 1].map(say_all) == before);
+}
