@@ -20,7 +20,7 @@
 //! 2. A calls [`redirect`]: from now on the lock of B holds what arrives.
 //! 3. A lets go of the connection and sends B what its own lock has held.
 //!
-//! On the way home A calls [`stop`] in the place of step 2. Here `flow` is to leave:
+//! On the way home A calls [`stop`] in the place of step 2, or has it done by a [`Homecoming`]. Here `flow` is to leave:
 //!
 //! ```no_run
 //! # fn example(flow: soccr::Flow) -> soccr::Result<()> {
@@ -42,6 +42,7 @@
 //! nft(8) (`fwd`, `socket transparent`), ip-rule(8), ip(7) (`IP_TRANSPARENT`).
 
 mod foreign;
+mod homecoming;
 mod steering;
 
 use std::collections::HashMap;
@@ -56,6 +57,7 @@ use crate::error::{Error, Result};
 
 pub use foreign::{Foreign, Numbers, is_foreign};
 pub(crate) use foreign::{admit, admit_bound_anyhow, forget_transparency};
+pub use homecoming::Homecoming;
 pub use steering::{Steered, Steering, Times};
 
 /// The host to which packets are steered: an address on a network that both hosts share.
@@ -101,9 +103,14 @@ impl NextHop {
     /// # Errors
     /// Refused: nobody there answers. `ENODEV` where there is no such device.
     pub fn on(address: IpAddr, device: &str) -> Result<Self> {
-        let found = Self { address, device: device.to_owned() };
+        let found = Self::known(address, device);
         with_route(|route| found.resolve(route))?;
         Ok(found)
+    }
+
+    /// The same without a look whether somebody answers.
+    pub fn known(address: IpAddr, device: &str) -> Self {
+        Self { address, device: device.to_owned() }
     }
 
     /// Its address.
@@ -169,18 +176,12 @@ pub fn redirect(flows: &[Flow], to: &NextHop) -> Result<()> {
 }
 
 /// Ends the steering of connections, in the network namespace of the calling thread, wherever they are steered. Others
-/// are passed over. Returns how they were steered.
+/// are passed over. Returns how many were steered.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`.
-pub fn stop(flows: &[Flow]) -> Result<Vec<(Flow, NextHop)>> {
-    let mut stopped = Vec::new();
-    for steering in Steering::list()? {
-        for (flow, address) in steering.stop(flows)? {
-            stopped.push((flow, NextHop { address, device: steering.egress().to_owned() }));
-        }
-    }
-    Ok(stopped)
+pub fn stop(flows: &[Flow]) -> Result<usize> {
+    Steering::list()?.iter().map(|steering| steering.stop(flows)).sum()
 }
 
 /// The devices by which connections arrive.

@@ -38,6 +38,12 @@ impl<'m, 'b> Expressions<'m, 'b> {
         self.equals(&[protocol as u8]);
     }
 
+    /// Goes on for packets with this mark.
+    pub(crate) fn has_mark(&mut self, mark: u32) {
+        self.meta(META_MARK);
+        self.equals(&mark.to_ne_bytes());
+    }
+
     /// Goes on for packets without this mark.
     pub(crate) fn lacks_mark(&mut self, mark: u32) {
         self.meta(META_MARK);
@@ -149,7 +155,8 @@ impl<'m, 'b> Expressions<'m, 'b> {
     }
 
     /// Goes on for ICMP messages of this type.
-    pub(crate) fn has_icmp_type(&mut self, kind: u8) {
+    pub(crate) fn is_icmp(&mut self, ipv6: bool, kind: u8) {
+        self.is_protocol(if ipv6 { libc::IPPROTO_ICMPV6 } else { libc::IPPROTO_ICMP });
         self.transport_byte(0);
         self.equals(&[kind]);
     }

@@ -6,6 +6,7 @@
 //!   set alive4 { …; flags dynamic,timeout; timeout 1d; counter }   # steered as long as it is in both
 //!   set end4   { …; flags dynamic,timeout }                        # the peer has sent a FIN or an RST
 //!   chain in { type filter hook ingress device eth0 priority -300
+//!     meta mark 0x50cd       meta mark set 0                                               accept     # see homecoming.rs
 //!     tcp flags fin          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1h }  fwd
 //!     tcp flags rst          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1m }  fwd
 //!     tcp flags syn, not ack KEY @end4           delete @end4, @alive4                     accept
@@ -25,7 +26,7 @@ use std::time::Duration;
 
 use soccr_netlink::{Batch, Family, Socket};
 
-use super::{index, with_route};
+use super::{homecoming, index, with_route};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::nftables::rule::{Direction, Expressions};
@@ -40,7 +41,7 @@ const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
 /// Destination unreachable ("fragmentation needed" is one of its codes), time exceeded.
-const ICMP_ERRORS: [&[u8]; 2] = [&[3, 11], &[1, 2, 3]];
+pub(super) const ICMP_ERRORS: [&[u8]; 2] = [&[3, 11], &[1, 2, 3]];
 
 /// After how long without a packet steering ends by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +95,7 @@ pub struct Steered {
 /// What is in the tables about one connection.
 #[derive(Default)]
 struct Entry {
-    next_hop: Option<IpAddr>,
+    steered: bool,
     alive: bool,
     ends: bool,
 }
@@ -169,42 +170,35 @@ impl Steering {
         }
         let ipv6 = next_hop.is_ipv6();
         let flows: Vec<Flow> = flows.iter().map(Flow::on_the_wire).collect();
-        self.change(ipv6, &flows, |transaction, flows, present| {
-            let was = |flow: &Flow| present.get(flow);
-            let moving = flows.iter().filter(|flow| was(flow).is_some_and(|was| was.next_hop.is_some()));
+        let steered = self.change(ipv6, &flows, |transaction, flows, present| {
+            let has = |flow: &Flow, has: fn(&Entry) -> bool| present.is_some_and(|all| has(&all[flow]));
+            let moving = flows.iter().filter(|flow| has(flow, |entry| entry.steered));
             transaction.delete(TO.name(ipv6), moving);
-            transaction
-                .delete(END.name(ipv6), flows.iter().filter(|flow| was(flow).is_some_and(|was| was.ends)));
+            let ended = flows.iter().filter(|flow| has(flow, |entry| entry.ends));
+            transaction.delete(END.name(ipv6), ended);
             transaction.add(TO.name(ipv6), flows.iter(), |element, _| set::write_address(element, next_hop));
-            let sleeping = flows.iter().filter(|flow| !was(flow).is_some_and(|was| was.alive));
-            transaction.add(ALIVE.name(ipv6), sleeping, |_, _| ());
-        })
+            let asleep = flows.iter().filter(|flow| !has(flow, |entry| entry.alive));
+            transaction.add(ALIVE.name(ipv6), asleep, |_, _| ());
+        });
+        steered.map(drop)
     }
 
-    /// Ends the steering of connections. Others are passed over. Returns to where they were steered.
+    /// Ends the steering of connections. Others are passed over. Returns how many were steered.
     ///
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
-    pub fn stop(&self, flows: &[Flow]) -> Result<Vec<(Flow, IpAddr)>> {
-        let mut stopped = Vec::new();
+    pub fn stop(&self, flows: &[Flow]) -> Result<usize> {
+        let mut stopped = 0;
         for ipv6 in [false, true] {
             let flows: Vec<Flow> =
                 flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect();
-            if flows.is_empty() {
-                continue;
-            }
-            let mut ended: HashMap<Flow, IpAddr> = HashMap::new();
-            self.change(ipv6, &flows, |transaction, flows, present| {
+            stopped += self.change(ipv6, &flows, |transaction, flows, present| {
                 let having = |has: fn(&Entry) -> bool| {
-                    flows.iter().filter(move |flow| present.get(flow).is_some_and(has))
+                    flows.iter().filter(move |flow| present.is_none_or(|all| has(&all[*flow])))
                 };
-                transaction.delete(TO.name(ipv6), having(|entry| entry.next_hop.is_some()));
+                transaction.delete(TO.name(ipv6), having(|entry| entry.steered));
                 transaction.delete(ALIVE.name(ipv6), having(|entry| entry.alive));
-                transaction.delete(END.name(ipv6), having(|entry| entry.ends));
-                let steered = |flow: &Flow| present.get(flow).filter(|entry| entry.alive)?.next_hop;
-                ended.extend(flows.iter().filter_map(|flow| Some((*flow, steered(flow)?))));
             })?;
-            stopped.extend(ended);
         }
         Ok(stopped)
     }
@@ -240,54 +234,58 @@ impl Steering {
         format!("{PREFIX}{}/{}", self.ingress, self.egress)
     }
 
-    /// Commits what `fill` writes, from what is there, until nobody has changed that in between.
+    /// Commits what `fill` writes about chunks of connections: at first as if it were the usual case, then from what is there,
+    /// until nobody has changed that in between. Returns how many of them were steered before, as far as `fill` has asked for that.
     fn change(
         &self,
         ipv6: bool,
         flows: &[Flow],
-        mut fill: impl FnMut(&mut Transaction<'_>, &[Flow], &HashMap<Flow, Entry>),
-    ) -> Result<()> {
+        mut fill: impl FnMut(&mut Transaction<'_>, &[Flow], Option<&HashMap<Flow, Entry>>),
+    ) -> Result<usize> {
         /// Packets and other processes change the sets; not that often.
         const ATTEMPTS: usize = 32;
+        if flows.is_empty() {
+            return Ok(0);
+        }
         with_socket(|socket| {
             nftables::set_longest(socket)?;
             // Each connection may be in all three sets, and in the map twice.
             let most = (nftables::most_elements(socket)? / 4).max(1);
             let (mut batch, name) = (Batch::new(), self.table());
+            let mut steered = 0;
             for flows in flows.chunks(most) {
+                let mut present = None;
                 let mut outcome = Ok(());
                 for _ in 0..ATTEMPTS {
-                    let present = self.present(socket, ipv6, flows).map_err(failed)?;
                     let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-                    fill(&mut transaction, flows, &present);
+                    fill(&mut transaction, flows, present.as_ref());
                     outcome = transaction.commit(socket);
                     match outcome.as_ref().map_err(io::Error::raw_os_error) {
                         Err(Some(libc::ENOENT | libc::EEXIST)) => {}
                         _ => break,
                     }
+                    present = Some(self.present(socket, ipv6, flows).map_err(failed)?);
                 }
                 outcome.map_err(|error| Error::system("nft element", error))?;
+                let was_steered = |entry: &&Entry| entry.steered && entry.alive;
+                steered += present.map_or(flows.len(), |all| all.values().filter(was_steered).count());
             }
-            Ok(())
+            Ok(steered)
         })
     }
 
     /// What there is about these connections.
     fn present(&self, socket: &mut Socket, ipv6: bool, flows: &[Flow]) -> io::Result<HashMap<Flow, Entry>> {
         let name = self.table();
-        let table = Table::netdev(&name);
         let mut present: HashMap<Flow, Entry> = flows.iter().map(|flow| (*flow, Entry::default())).collect();
-        let to = nftables::contents(socket, table, TO.name(ipv6), |flow, element| {
-            (flow, set::read_address(element))
-        })?;
-        for (flow, next_hop) in to {
-            present.get_mut(&flow).into_iter().for_each(|entry| entry.next_hop = next_hop);
-        }
-        for flow in nftables::contents(socket, table, ALIVE.name(ipv6), |flow, _| flow)? {
-            present.get_mut(&flow).into_iter().for_each(|entry| entry.alive = true);
-        }
-        for flow in nftables::contents(socket, table, END.name(ipv6), |flow, _| flow)? {
-            present.get_mut(&flow).into_iter().for_each(|entry| entry.ends = true);
+        for (set, mark) in [
+            (TO, (|entry| entry.steered = true) as fn(&mut Entry)),
+            (ALIVE, |entry| entry.alive = true),
+            (END, |entry| entry.ends = true),
+        ] {
+            for flow in nftables::contents(socket, Table::netdev(&name), set.name(ipv6), |flow, _| flow)? {
+                present.get_mut(&flow).into_iter().for_each(mark);
+            }
         }
         Ok(present)
     }
@@ -347,6 +345,11 @@ fn create(transaction: &mut Transaction<'_>, ingress: &str, egress: u32, times: 
     }
     let hook = Hook { number: Hook::INGRESS, priority: Hook::RAW, device: Some(ingress) };
     transaction.create_chain(CHAIN, hook);
+    transaction.rule(CHAIN, |rule| {
+        rule.has_mark(homecoming::MARK);
+        rule.mark(0);
+        rule.accept();
+    });
     for ipv6 in [false, true] {
         let mut rule = |write: &dyn Fn(&mut Expressions<'_, '_>)| {
             transaction.rule(CHAIN, |rule| {
@@ -393,11 +396,9 @@ fn create(transaction: &mut Transaction<'_>, ingress: &str, egress: u32, times: 
             tcp(rule, 0, 0);
             forward(rule, false, None);
         });
-        let icmp = if ipv6 { libc::IPPROTO_ICMPV6 } else { libc::IPPROTO_ICMP };
         for kind in ICMP_ERRORS[usize::from(ipv6)] {
             rule(&|rule| {
-                rule.is_protocol(icmp);
-                rule.has_icmp_type(*kind);
+                rule.is_icmp(ipv6, *kind);
                 rule.load_quoted_key(ipv6);
                 forward(rule, false, None);
             });

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         tables::what_is_steered_is_counted,
         tables::an_entry_ends_with_its_connection,
         tables::a_new_connection_with_the_same_ports_is_not_steered,
+        tables::who_stays_away_is_steered_again,
         tables::two_processes_at_once,
         tables::a_next_hop_that_is_none_is_refused,
         tables::nothing_is_left_behind,
@@ -61,7 +62,7 @@ fn steer(lan: &Lan, flow: Flow, to: usize) {
     let ipv6 = !flow.is_ipv4();
     lan.hosts[0].run(|| {
         if to == 0 {
-            assert_eq!(stop(&[flow]).unwrap().len(), 1);
+            assert_eq!(stop(&[flow]).unwrap(), 1);
         } else {
             let hop = NextHop::new(address(&lan.hosts[to], ipv6)).unwrap();
             redirect(&[flow], &hop).unwrap();

@@ -1,15 +1,17 @@
 //! What is steered, as the host that steers it sees it.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType};
 use soccr::ErrorKind::Refused;
-use soccr::Flow;
-use soccr::steer::{Foreign, NextHop, Numbers, Steered, Steering, Times, is_foreign, redirect, stop};
-use soccr_lab::{Lan, Sniffer, wait_until};
+use soccr::steer::{
+    Foreign, Homecoming, NextHop, Numbers, Steered, Steering, Times, is_foreign, redirect, stop,
+};
+use soccr::{Flow, Lock};
+use soccr_lab::{Lan, Sniffer, TcpInfo, wait_until};
 
 use super::moves::transfer;
 use super::{address, connect, say};
@@ -46,12 +48,12 @@ pub fn many_are_added_moved_and_removed() {
             redirect(&flows[..7000], &c).unwrap();
             redirect(&flows[..7000], &c).unwrap();
             assert_eq!((to(&b), to(&c)), (3000, 7000));
-            assert_eq!(stop(&flows[5000..8000]).unwrap().len(), 3000);
-            assert_eq!(stop(&flows[5000..8000]).unwrap().len(), 0);
+            assert_eq!(stop(&flows[5000..8000]).unwrap(), 3000);
+            assert_eq!(stop(&flows[5000..8000]).unwrap(), 0);
             redirect(&flows, &c).unwrap();
             assert_eq!((to(&b), to(&c)), (0, 10_000));
             assert!(contents().iter().all(|steered| flows.contains(&steered.flow)));
-            assert_eq!(stop(&flows).unwrap().len(), 10_000);
+            assert_eq!(stop(&flows).unwrap(), 10_000);
         }
         assert_eq!(contents(), []);
         let [steering] = &Steering::list().unwrap()[..] else { panic!("there is one") };
@@ -70,7 +72,7 @@ pub fn what_is_steered_is_counted() {
         let mut sniffer = Sniffer::on(&lan.hosts[1].namespace, "eth0").unwrap();
         for _ in 0..10 {
             peer.write_all(&[7; 100]).unwrap();
-            wait_until("it has arrived", || soccr_lab::TcpInfo::of(&peer).unwrap().unacknowledged == 0);
+            wait_until("it has arrived", || TcpInfo::of(&peer).unwrap().unacknowledged == 0);
         }
         let after = steered();
         let seen = sniffer.segments().unwrap();
@@ -163,7 +165,7 @@ pub fn two_processes_at_once() {
                         // What all of them have.
                         redirect(&all[..10], hop).unwrap();
                         let stopped = stop(&ours[50..]).unwrap();
-                        assert_eq!(stopped.len(), 50);
+                        assert_eq!(stopped, 50);
                     }
                 });
             });
@@ -239,4 +241,47 @@ pub fn nothing_is_left_behind() {
     });
     // The locks' tables go a moment later.
     wait_until("everything is as it was", || [0, 1].map(say_all) == before);
+}
+
+/// A connection that is to come home is steered again where it does not.
+pub fn who_stays_away_is_steered_again() {
+    let lan = Lan::new().unwrap();
+    for ipv6 in [false, true] {
+        let (mut peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let mut stream = transfer(&lan, stream, flow, 0, 1);
+        peer.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        let packets = || lan.hosts[0].run(|| contents()[0].packets);
+        let home = |work: &mut dyn FnMut(&mut Homecoming)| {
+            lan.hosts[0].run(|| {
+                let mut homecoming = Homecoming::new().unwrap();
+                let lock = Lock::hold(&[flow]).unwrap();
+                homecoming.expect(&[flow]).unwrap();
+                homecoming.expect(&[flow]).unwrap();
+                work(&mut homecoming);
+                drop(homecoming);
+                drop(lock);
+            });
+        };
+        // Given up, and dropped.
+        for give_up in [true, false] {
+            let before = packets();
+            home(&mut |homecoming| {
+                peer.write_all(b"y").unwrap();
+                let sent = TcpInfo::of(&peer).unwrap().total_retrans;
+                wait_until("it is sent again", || TcpInfo::of(&peer).unwrap().total_retrans > sent);
+                assert_eq!(packets(), before);
+                if give_up {
+                    homecoming.stay_away(&[flow]).unwrap();
+                }
+            });
+            stream.read_exact(&mut [0]).unwrap();
+            assert!(packets() > before);
+        }
+        home(&mut |homecoming| homecoming.arrived(&[flow]).unwrap());
+        assert_eq!(lan.hosts[0].run(contents), []);
+        // Other than a steered one, it needs no table.
+        home(&mut |_| ());
+    }
 }

@@ -1,0 +1,196 @@
+//! Connections on their way home: their packets stay here for the time being.
+//!
+//! ```text
+//! table netdev soccr-home-04711b2a { flags owner
+//!   set flows4, flows6
+//!   chain eth0 { type filter hook ingress device eth0 priority -301      # before the chains that steer
+//!     KEY @flows4 meta mark set 0x50cd                                   # which those pass over
+//! } }
+//! ```
+
+use std::collections::{BTreeSet, HashSet};
+use std::hash::{BuildHasher, RandomState};
+
+use soccr_netlink::{Batch, Family, Socket};
+
+use super::steering::{ICMP_ERRORS, Steering};
+use super::stop;
+use crate::connection::Flow;
+use crate::error::{Error, Result};
+use crate::nftables::rule::{Direction, Expressions};
+use crate::nftables::set::{CAPACITY, Set};
+use crate::nftables::{self, Hook, Table, Transaction};
+
+/// Between two chains of one device: what is not steered. Nobody else ever sees it.
+pub(super) const MARK: u32 = 0x50cd;
+
+/// Steered connections that are about to come home. While they are [expected](Self::expect) their packets are not steered, but
+/// reach this host: the lock that is on them.
+///
+/// It owns an nftables table, which the kernel removes when it is dropped or its process dies. Then the connections that have
+/// not [arrived](Self::arrived) are steered again: they live on where they were. For no packet to find neither lock nor
+/// steering, make it before the [`Locker`](crate::lock::Locker): the kernel closes the sockets of a process that dies in the order
+/// in which they were opened.
+#[derive(Debug)]
+pub struct Homecoming {
+    socket: Option<Socket>,
+    table: String,
+    /// Those with a chain.
+    devices: BTreeSet<String>,
+    expected: HashSet<Flow>,
+}
+
+impl Homecoming {
+    /// Of no connection yet, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Those of opening a netlink socket.
+    pub fn new() -> Result<Self> {
+        // A table vanishes with the port of its owner: no other socket may ever have it.
+        let port = RandomState::new().hash_one(std::process::id()) as u32;
+        let socket = Socket::open_at(Family::Netfilter, port)
+            .map_err(|error| Error::system("netfilter socket", error).at("steer"))?;
+        let table = format!("soccr-home-{port:08x}");
+        Ok(Self { socket: Some(socket), table, devices: BTreeSet::new(), expected: HashSet::new() })
+    }
+
+    /// Suspends the steering of those of the connections that are steered.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`. They are steered then as before.
+    pub fn expect(&mut self, flows: &[Flow]) -> Result<()> {
+        self.suspend(flows).map_err(|error| error.at("steer"))
+    }
+
+    /// These connections are home: their steering ends.
+    ///
+    /// # Errors
+    /// Those of [`stop`].
+    pub fn arrived(&mut self, flows: &[Flow]) -> Result<()> {
+        let home = self.expected_of(flows);
+        if home.is_empty() {
+            return Ok(());
+        }
+        stop(&home)?;
+        self.forget(&home).map_err(|error| error.at("steer"))
+    }
+
+    /// These connections stay where they are: they are steered again.
+    ///
+    /// # Errors
+    /// Those of deleting elements of a set.
+    pub fn stay_away(&mut self, flows: &[Flow]) -> Result<()> {
+        let away = self.expected_of(flows);
+        self.forget(&away).map_err(|error| error.at("steer"))
+    }
+
+    fn expected_of(&self, flows: &[Flow]) -> Vec<Flow> {
+        flows.iter().map(Flow::on_the_wire).filter(|flow| self.expected.contains(flow)).collect()
+    }
+
+    fn suspend(&mut self, flows: &[Flow]) -> Result<()> {
+        let wanted: HashSet<Flow> =
+            flows.iter().map(Flow::on_the_wire).filter(|flow| !self.expected.contains(flow)).collect();
+        let mut steered = HashSet::new();
+        let mut devices = BTreeSet::new();
+        for steering in Steering::list()? {
+            let before = steered.len();
+            let contents = steering.contents()?.into_iter().map(|entry| entry.flow);
+            steered.extend(contents.filter(|flow| wanted.contains(flow)));
+            if steered.len() > before && !self.devices.contains(steering.ingress()) {
+                devices.insert(steering.ingress().to_owned());
+            }
+        }
+        if steered.is_empty() {
+            return Ok(());
+        }
+        let flows: Vec<Flow> = steered.into_iter().collect();
+        let is_first = self.devices.is_empty();
+        self.transact("nft add table netdev", |transaction| {
+            if is_first {
+                create(transaction);
+            }
+            devices.iter().for_each(|device| create_chain(transaction, device));
+            for ipv6 in [false, true] {
+                transaction.add(SETS[usize::from(ipv6)], of_family(&flows, ipv6), |_, _| ());
+            }
+        })?;
+        self.devices.extend(devices);
+        self.expected.extend(flows);
+        Ok(())
+    }
+
+    fn forget(&mut self, flows: &[Flow]) -> Result<()> {
+        if flows.is_empty() {
+            return Ok(());
+        }
+        self.transact("nft delete element", |transaction| {
+            for ipv6 in [false, true] {
+                transaction.delete(SETS[usize::from(ipv6)], of_family(flows, ipv6));
+            }
+        })?;
+        for flow in flows {
+            self.expected.remove(flow);
+        }
+        Ok(())
+    }
+
+    fn transact(&mut self, what: &'static str, fill: impl FnOnce(&mut Transaction<'_>)) -> Result<()> {
+        let socket = self.socket.as_mut().expect("it is there until the drop");
+        nftables::set_longest(socket)?;
+        let mut batch = Batch::new();
+        let mut transaction = Transaction::begin(&mut batch, Table::netdev(&self.table));
+        fill(&mut transaction);
+        transaction.commit(socket).map_err(|error| Error::system(what, error))
+    }
+}
+
+impl Drop for Homecoming {
+    fn drop(&mut self) {
+        let socket = self.socket.take();
+        if !self.devices.is_empty() {
+            // The kernel takes milliseconds to remove a table.
+            let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(socket));
+        }
+    }
+}
+
+const SETS: [&str; 2] = ["flows4", "flows6"];
+
+fn of_family(flows: &[Flow], ipv6: bool) -> impl Iterator<Item = &Flow> {
+    flows.iter().filter(move |flow| flow.is_ipv4() != ipv6)
+}
+
+fn create(transaction: &mut Transaction<'_>) {
+    transaction.create_table(true);
+    for ipv6 in [false, true] {
+        let name = SETS[usize::from(ipv6)];
+        let set = Set { name, ipv6, size: Some(CAPACITY), timeout: false, map: false, dynamic: None };
+        transaction.create_set(&set);
+    }
+}
+
+fn create_chain(transaction: &mut Transaction<'_>, device: &str) {
+    let hook = Hook { number: Hook::INGRESS, priority: Hook::RAW - 1, device: Some(device) };
+    transaction.create_chain(device, hook);
+    for ipv6 in [false, true] {
+        let mut rule = |write: &dyn Fn(&mut Expressions<'_, '_>)| {
+            transaction.rule(device, |rule| {
+                rule.carries_ipv6(ipv6);
+                write(rule);
+                rule.has_key(SETS[usize::from(ipv6)]);
+                rule.mark(MARK);
+            });
+        };
+        rule(&|rule| {
+            rule.is_protocol(libc::IPPROTO_TCP);
+            rule.load_key(ipv6, Direction::In);
+        });
+        for kind in ICMP_ERRORS[usize::from(ipv6)] {
+            rule(&|rule| {
+                rule.is_icmp(ipv6, *kind);
+                rule.load_quoted_key(ipv6);
+            });
+        }
+    }
+}
