@@ -2,7 +2,6 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
-use std::os::fd::AsFd;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 use soccr::settings::Value;
