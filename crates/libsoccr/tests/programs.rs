@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use soccr_lab::{Test, harness};
 
 mod common;
-use common::{build_library, include, installed, run};
+use common::{include, installed, run};
 
 /// The programs in `tests/c`.
 const PROGRAMS: [&str; 5] = ["connections", "staged", "border", "lessons", "host"];
@@ -28,6 +28,15 @@ fn main() -> ExitCode {
         }
     }
     harness(tests)
+}
+
+/// Builds the library and returns its folder: cargo builds none for the tests of its package.
+fn build_library() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it is in the target folder");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--lib", "--package", "libsoccr", "--target-dir"]).arg(target);
+    run(&mut cargo);
+    target.join("debug")
 }
 
 fn compile(name: &str, library: &Path) -> PathBuf {

@@ -4,16 +4,72 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value as Json, json};
-use soccr::{Entry, Fidelity, Restored};
+use soccr::connection::State;
+use soccr::settings::Value;
+use soccr::{Connection, Entry, Fidelity, Restored};
 use soccr_image::AtomicFile;
 
 use crate::exit;
 
+/// Which socket options of an image are set here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Trust {
+    /// All that this process may set
+    All,
+    /// Those that concern nothing but the connection: no mark, filter, device, foreign address or IP option
+    Safe,
+    /// None
+    None,
+}
+
+impl Trust {
+    fn takes(self, name: &str) -> bool {
+        const SAFE: [&str; 26] = [
+            "SO_REUSEADDR",
+            "SO_KEEPALIVE",
+            "SO_LINGER",
+            "SO_OOBINLINE",
+            "SO_RCVLOWAT",
+            "SO_RCVTIMEO",
+            "SO_SNDTIMEO",
+            "SO_MAX_PACING_RATE",
+            "SO_TXREHASH",
+            "SO_ZEROCOPY",
+            "SO_BUSY_POLL",
+            "SO_PRIORITY",
+            "IP_TOS",
+            "IP_TTL",
+            "IP_MTU_DISCOVER",
+            "IP_MINTTL",
+            "IP_BIND_ADDRESS_NO_PORT",
+            "IP_PKTINFO",
+            "IPV6_V6ONLY",
+            "IPV6_TCLASS",
+            "IPV6_UNICAST_HOPS",
+            "IPV6_MTU_DISCOVER",
+            "IPV6_DONTFRAG",
+            "IPV6_FLOWINFO_SEND",
+            "IPV6_AUTOFLOWLABEL",
+            "IPV6_MINHOPCOUNT",
+        ];
+        const FAMILIES: [&str; 4] = ["TCP_", "IP_RECV", "IPV6_RECV", "SO_TIMESTAMP"];
+        match self {
+            Self::All => true,
+            Self::Safe => SAFE.contains(&name) || FAMILIES.iter().any(|family| name.starts_with(family)),
+            Self::None => false,
+        }
+    }
+}
+
 /// How well connections must come back
 #[derive(clap::Args, Debug)]
 pub(crate) struct Demands {
+    /// Which socket options are set here: a mark or a filter concerns more than the connection; `receive` takes the safe ones, `restore`
+    /// all
+    #[arg(long, value_name = "WHICH")]
+    settings: Option<Trust>,
     /// Fail where a socket option of the old program cannot be set here; else that is only said
     #[arg(long)]
     strict: bool,
@@ -26,18 +82,44 @@ pub(crate) struct Demands {
 #[derive(Debug)]
 pub(crate) struct Reports<'a> {
     demands: &'a Demands,
+    trust: Trust,
     all: Vec<Json>,
     /// What is missing and why: the first time in words, and how often.
     missing: BTreeMap<[String; 2], (String, usize)>,
 }
 
 impl Demands {
-    pub(crate) fn reports(&self) -> Reports<'_> {
-        Reports { demands: self, all: Vec::new(), missing: BTreeMap::new() }
+    /// Where nothing is said, options are taken as far as this `trust` goes.
+    pub(crate) fn reports(&self, trust: Trust) -> Reports<'_> {
+        let trust = self.settings.unwrap_or(trust);
+        Reports { demands: self, trust, all: Vec::new(), missing: BTreeMap::new() }
     }
 }
 
 impl Reports<'_> {
+    /// Leaves out of a connection what is not to be believed.
+    pub(crate) fn distrust(&mut self, connection: &mut Connection) -> Result<()> {
+        /// By this mark our own packets pass every lock.
+        const OURS: Value = Value::Number(0xc114);
+        const RESERVED: u16 = 1024;
+        if self.trust != Trust::All
+            && connection.control.state == State::SynSent
+            && connection.local.port() < RESERVED
+        {
+            bail!("it begins at a port that services trust: --settings all takes it");
+        }
+        connection.settings.retain(|name, value| {
+            let takes = self.trust.takes(name) && !(name == "SO_MARK" && *value == OURS);
+            if !takes {
+                let reason = "it is not taken from an image (see --settings)";
+                let what = [name, reason].map(str::to_owned);
+                self.missing.entry(what).or_insert_with(|| (format!("{name}: {reason}"), 0)).1 += 1;
+            }
+            takes
+        });
+        Ok(())
+    }
+
     /// Takes in the report of a restored connection, which `name` tells from others.
     pub(crate) fn add(&mut self, name: &str, restored: &Restored) -> Result<()> {
         if self.demands.strict {
@@ -65,7 +147,7 @@ impl Reports<'_> {
             let mut file = AtomicFile::create(path)?;
             serde_json::to_writer_pretty(&mut file, &self.all)?;
             writeln!(file)?;
-            file.commit()
+            file.commit().map(drop)
         };
         write().with_context(|| path.display().to_string())
     }

@@ -66,6 +66,9 @@ const FIRST: RawFd = 3;
 /// The kernel takes no more descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
 
+/// How long a recipient may take to read on. What it has not got by then is saved in images.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Whoever will get the connections, known to be there.
 #[derive(Debug)]
 pub(crate) enum Recipient {
@@ -88,6 +91,7 @@ impl Handover {
         }
         if let Some(path) = &self.send_fd {
             let socket = UnixStream::connect(path).with_context(|| format!("{}", path.display()))?;
+            socket.set_write_timeout(Some(PATIENCE)).context("SO_SNDTIMEO")?;
             return Ok(Recipient::Socket(socket));
         }
         let path = find_program(&self.program[0])?;
@@ -196,14 +200,14 @@ fn send(socket: &UnixStream, connections: &mut Vec<TcpStream>) -> Result<()> {
         control.push(SendAncillaryMessage::ScmRights(&fds));
         let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)
             .context("--send-fd: sendmsg(SCM_RIGHTS)")?;
-        // The descriptors went with the first byte; the rest of the text may follow.
+        // The descriptors went with the first byte: they are the recipient's, whatever becomes of the rest of the text.
+        let batch = fds.len();
+        connections.drain(..batch);
         let mut rest = &text.as_bytes()[sent..];
         while !rest.is_empty() {
             let sent = rustix::net::send(socket, rest, SendFlags::NOSIGNAL).context("--send-fd: send")?;
             rest = &rest[sent..];
         }
-        let batch = fds.len();
-        connections.drain(..batch);
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
@@ -33,8 +34,9 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper. This process must not have started a thread.
-    pub(crate) fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing) -> Result<Self> {
+    /// Starts the keeper. This process must not have started a thread. The file is removed in the end where the connections are still
+    /// there.
+    pub(crate) fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing, file: Option<&Path>) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
         match sys::fork().context("fork")? {
             Some(pid) => {
@@ -45,7 +47,7 @@ impl Keeper {
             }
             None => {
                 drop(ours);
-                keep(theirs, sockets, sharing);
+                keep(theirs, sockets, sharing, file);
                 std::process::exit(0)
             }
         }
@@ -99,7 +101,7 @@ impl Drop for Keeper {
 }
 
 /// The life of the keeper.
-fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing) {
+fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, file: Option<&Path>) {
     let _ = setsid();
     // Those are somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
@@ -136,6 +138,10 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing) 
     }
     // What is still here has not left: a source that has died in between no longer says so.
     let here: Vec<Flow> = sockets.iter().filter_map(|socket| Flow::of(socket).ok()).collect();
+    if let Some(file) = file.filter(|_| !here.is_empty()) {
+        // It has been renamed, or the process that wrote it was killed.
+        let _ = std::fs::remove_file(file);
+    }
     if !here.is_empty() && network::enter_of(sockets[0]).is_ok() {
         let _ = silence::lift(&here);
     }

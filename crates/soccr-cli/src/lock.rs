@@ -98,7 +98,11 @@ impl Unlock {
             bail!("there is no lock {name}");
         }
         for lock in locks.iter().filter(|lock| self.all || self.names.contains(&lock.name)) {
-            lock.remove()?;
+            match lock.remove() {
+                // Somebody else was faster.
+                Err(error) if error.errno() == Some(libc::ENOENT) => {}
+                removed => removed?,
+            }
         }
         Ok(Exit::Done)
     }

@@ -1,15 +1,16 @@
 //! `soccr receive`: connections out of a pipe, for a program.
 
 use std::fs::{File, OpenOptions};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use clap::value_parser;
 use soccr_image::AddressMap;
 
 use crate::exit::{Coded, Exit};
-use crate::fidelity::Demands;
+use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
-use crate::signals::Deaf;
-use crate::target::Target;
+use crate::target::{Target, Terms};
 use crate::{descriptors, exit, lifeline, network};
 
 /// Receive connections from `soccr send`, and give them to a program
@@ -26,6 +27,7 @@ soccr receive [OPTIONS] [--stdio] -- PROGRAM [ARGUMENT]...
     after_help = "\
 Examples:
   soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
+  soccr send --pid 4711 --all --via 'soccr receive --netns /run/netns/blue -- ./server'
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
   soccr send --pid 4711 --all --via 'soccr receive --adopt'     to the server that listens on that port now"
 )]
@@ -36,6 +38,9 @@ pub(crate) struct Receive {
     /// The network namespace to restore in: a path, or the number of a process
     #[arg(long, value_name = "PATH|PID")]
     netns: Option<String>,
+    /// How many seconds the source may take to let go of a connection that is ready here; then it is refused
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = value_parser!(u64).range(1..=86400))]
+    timeout: u64,
     #[command(flatten)]
     demands: Demands,
     #[command(flatten)]
@@ -51,7 +56,9 @@ impl Receive {
         let recipient = self.handover.find()?;
         descriptors::raise_limit();
         let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
-        let mut target = Target::new(&self.map, &recipient, self.demands.reports(), claim)?;
+        let limit = Duration::from_secs(self.timeout);
+        let terms = Terms { maps: &self.map, is_here: self.netns.is_some(), limit };
+        let mut target = Target::new(terms, &recipient, self.demands.reports(Trust::Safe), claim)?;
         let broken = target.listen(input).err();
         if let Some(error) = &broken {
             exit::complain(&exit::line(error));
@@ -67,7 +74,7 @@ impl Receive {
             0 if arrived.lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if arrived.failed > 0 || broken.is_some() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
-            _ => recipient.give(arrived.streams, arrived.deaf.unwrap_or_else(Deaf::begin)),
+            _ => recipient.give(arrived.streams, arrived.deaf),
         }
     }
 }

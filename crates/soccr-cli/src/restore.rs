@@ -8,9 +8,10 @@ use anyhow::Result;
 use soccr::Connection;
 use soccr::lock::{Locker, Mode};
 use soccr_image::AddressMap;
+use soccr_image::stream::{Message, Reader};
 
-use crate::exit::Exit;
-use crate::fidelity::Demands;
+use crate::exit::{self, Exit};
+use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::signals::Deaf;
 use crate::{network, silence};
@@ -53,17 +54,18 @@ pub(crate) struct Restore {
 
 impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
-        let mut connection = read(self.file.as_deref())?;
-        AddressMap::apply_to_connection(&self.map, &mut connection);
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
+        let mut connection = read(self.file.as_deref())?;
+        AddressMap::apply_to_connection(&self.map, &mut connection);
         recipient.check(&connection)?;
         soccr::prepare();
+        let mut reports = self.demands.reports(Trust::All);
+        reports.distrust(&mut connection)?;
         let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
         let restored = connection.restore()?;
         // From here on the image is not all that there is.
         let deaf = Deaf::begin();
-        let mut reports = self.demands.reports();
         reports.add("", &restored)?;
         reports.tell()?;
         silence::lift(&[connection.flow()])?;
@@ -72,10 +74,40 @@ impl Restore {
     }
 }
 
+/// What a `soccr save` to this file has left behind that was killed when it had taken the connection: its keeper removes the file
+/// otherwise. The end of it may be missing.
+fn left_behind(path: &Path) -> Option<(PathBuf, Connection)> {
+    let prefix = format!(".{}.", path.file_name()?.to_str()?);
+    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let left = std::fs::read_dir(directory).ok()?.flatten().find(|entry| {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".tmp"));
+        // One that still runs has its reasons.
+        pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
+    })?;
+    let mut reader = Reader::new(BufReader::new(File::open(left.path()).ok()?)).ok()?;
+    match reader.receive() {
+        Ok(Some(Message::Connection { connection, .. })) => Some((left.path(), connection)),
+        _ => None,
+    }
+}
+
 /// Reads an image from a file or, without a name, from standard input.
 pub(crate) fn read(path: Option<&Path>) -> Result<Connection> {
     match path.filter(|path| *path != Path::new("-")) {
-        Some(path) => Ok(soccr_image::load_file(path)?),
+        Some(path) => match soccr_image::load_file(path) {
+            Err(error) if !path.exists() => match left_behind(path) {
+                Some((left, connection)) => {
+                    let (left, path) = (left.display(), path.display());
+                    exit::complain(&format!(
+                        "{path}: a `soccr save` was killed before it was there; {left} is restored"
+                    ));
+                    Ok(connection)
+                }
+                None => Err(error.into()),
+            },
+            loaded => Ok(loaded?),
+        },
         None => {
             Ok(soccr_image::read(BufReader::new(File::from(rustix::stdio::stdin().try_clone_to_owned()?)))?)
         }

@@ -1,9 +1,10 @@
 //! `soccr save`: a connection out of a running process, into a file.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -12,15 +13,16 @@ use rustix::process::Pid;
 use soccr::Connection;
 use soccr::lock::{Locker, Mode};
 use soccr_image::AtomicFile;
+use soccr_image::stream::{Reader, Writer};
 
 use crate::captive::Captive;
-use crate::exit::Exit;
+use crate::exit::{self, Exit};
 use crate::keeper::Keeper;
 use crate::network;
 use crate::process::{Process, Sharing, parse_pid};
 use crate::signals::Deaf;
 use crate::silence::Silence;
-use crate::via::{Deadline, Output};
+use crate::via::{Deadline, Output, Reading};
 
 /// Save a connection of a running process in a file
 ///
@@ -42,6 +44,9 @@ pub(crate) struct Save {
     /// Where to: a file that only you can read; standard output without it
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Replace an image that is there
+    #[arg(long, requires = "output")]
+    force: bool,
     /// Leave the connection where it is: it goes on
     #[arg(long)]
     keep: bool,
@@ -64,7 +69,8 @@ impl Save {
         }
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
         let sharing = Sharing::find(&[captive.inode])?;
-        let mut keeper = Keeper::start(&[captive.socket().as_fd()], sharing)?;
+        let sink = self.open()?;
+        let mut keeper = Keeper::start(&[captive.socket().as_fd()], sharing, sink.temporary())?;
         network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
         let flow = captive.flow()?;
         let locker = Locker::new(Mode::HOLD)?;
@@ -73,18 +79,15 @@ impl Save {
         let connection = captive.save()?;
         if self.keep {
             lock.release()?;
-            drop(keeper);
-            self.write(&connection)?.map_or(Ok(()), |image| self.publish(image))?;
-            return Ok(Exit::Done);
+            keeper.go_on()?;
+            return self.write(sink, &connection).and_then(|image| self.finish(image)).map(|()| Exit::Done);
         }
-        let image = self.write(&connection)?;
+        let image = self.write(sink, &connection)?;
         let mut silence = Silence::begin(lock, Duration::from_secs(self.silence))?;
         // Between the two the connection is in a file without a name.
         let _deaf = Deaf::begin();
         let last = captive.let_go(&connection.control)?;
-        if let Some(image) = image
-            && let Err(error) = self.publish(image)
-        {
+        if let Err(error) = self.finish(image) {
             captive.take_back(&last)?;
             return Err(error);
         }
@@ -92,22 +95,88 @@ impl Save {
         Ok(Exit::Done)
     }
 
-    /// Writes the image, whole and durable. A file has yet to get its name.
-    fn write(&self, connection: &Connection) -> Result<Option<AtomicFile>> {
+    /// Finds out where the image is to go, before anything is stopped.
+    fn open(&self) -> Result<Sink> {
         let Some(path) = &self.output else {
             let stdout = rustix::stdio::stdout().try_clone_to_owned().context("standard output")?;
-            let mut output = Output::new(stdout, Deadline::after(Duration::from_secs(self.timeout)));
-            soccr_image::write(&mut output, connection)?;
-            return Ok(None);
+            return Ok(Sink::Output(Output::new(stdout, Deadline::after(Duration::from_secs(self.timeout)))));
         };
-        let at = || path.display().to_string();
-        let mut file = AtomicFile::create(path).with_context(at)?;
-        soccr_image::write(&mut file, connection).with_context(at)?;
-        file.sync().with_context(at)?;
-        Ok(Some(file))
+        let begins_like_an_image = |file| Reader::new(file).is_ok();
+        if !self.force && File::open(path).is_ok_and(begins_like_an_image) {
+            bail!(
+                "{}: it is an image already, maybe all that is left of a connection: --force replaces it",
+                path.display()
+            );
+        }
+        Ok(Sink::File(AtomicFile::create(path).with_context(|| path.display().to_string())?))
     }
 
-    fn publish(&self, image: AtomicFile) -> Result<()> {
-        image.commit().with_context(|| self.output.clone().unwrap_or_default().display().to_string())
+    /// Writes the image but for its end, without which it is none: the process still has the connection.
+    fn write(&self, sink: Sink, connection: &Connection) -> Result<Writer<Sink>> {
+        let write = || {
+            let mut writer = Writer::new(sink)?;
+            writer.connection(1, "", connection)?;
+            writer.get_mut().settle()?;
+            anyhow::Ok(writer)
+        };
+        write().with_context(|| self.destination())
+    }
+
+    /// Ends the image, and gives the file its name.
+    fn finish(&self, image: Writer<Sink>) -> Result<()> {
+        let finish = || match image.finish()? {
+            Sink::File(file) => Ok(file.commit()?),
+            // A slow reader still finds all of it.
+            Sink::Output(output) if output.read() == Reading::Closed => bail!("it is not read to its end"),
+            Sink::Output(_) => Ok(None),
+        };
+        if let Some(error) = finish().with_context(|| self.destination())? {
+            let name = self.destination();
+            exit::complain(&format!(
+                "{name}: in place, though its name may not survive a power failure: {error}"
+            ));
+        }
+        Ok(())
+    }
+
+    fn destination(&self) -> String {
+        self.output.as_ref().map_or("standard output".into(), |path| path.display().to_string())
+    }
+}
+
+/// Where an image goes.
+enum Sink {
+    File(AtomicFile),
+    Output(Output),
+}
+
+impl Sink {
+    fn temporary(&self) -> Option<&Path> {
+        match self {
+            Self::File(file) => Some(file.temporary()),
+            Self::Output(_) => None,
+        }
+    }
+
+    /// Makes sure of what has been written so far: a file is durable, a pipe is read.
+    fn settle(&self) -> Result<()> {
+        match self {
+            Self::File(file) => Ok(file.sync()?),
+            Self::Output(output) if output.read() == Reading::Done => Ok(()),
+            Self::Output(_) => bail!("its reader does not read on"),
+        }
+    }
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::File(file) => file.write(bytes),
+            Self::Output(output) => output.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -31,7 +31,7 @@ use crate::{descriptors, exit};
 #[command(after_help = "\
 Examples:
   soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
-  soccr send --pid 4711 --all --via 'ip netns exec blue soccr receive -- ./server'
+  soccr send --pid 4711 --all --via 'soccr receive --netns /run/netns/blue -- ./server'
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
   soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port"]))]
@@ -42,12 +42,15 @@ pub(crate) struct Send {
     /// The number of a descriptor there (see `soccr list`); may be repeated
     #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port"])]
     fd: Vec<RawFd>,
-    /// All connections of the process
+    /// All connections of the process, but for those to this host itself
     #[arg(long, requires = "pid")]
     all: bool,
     /// All connections with this port at either end, of the process or of all; may be repeated
     #[arg(long, value_name = "PORT")]
     port: Vec<u16>,
+    /// With --all and --port: those to this host itself, too. Their peers cannot follow them to another host
+    #[arg(long, conflicts_with = "fd")]
+    with_local: bool,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
@@ -93,9 +96,12 @@ impl Send {
                 false
             }
         });
+        if self.fd.is_empty() && !self.with_local {
+            leave_out_local(&mut captives)?;
+        }
         let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
         let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
-        let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?)?;
+        let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(via::Started::new).transpose()?;
         network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
@@ -161,5 +167,29 @@ impl Send {
             || captive.flow().is_ok_and(|flow| {
                 self.port.iter().any(|port| flow.local.port() == *port || flow.remote.port() == *port)
             })
+    }
+}
+
+/// The peers of these would stay here, and find nobody.
+fn leave_out_local(captives: &mut Vec<Captive>) -> Result<()> {
+    let remotes = || captives.iter().map(|captive| captive.flow().map(|flow| flow.remote));
+    let local = network::ask_beside(captives[0].socket().as_fd(), || {
+        remotes().map(|remote| remote.is_ok_and(network::is_local).into()).collect()
+    })
+    .with_context(|| captives[0].name.clone())?;
+    let mut local = local.into_iter().map(|local| local != 0);
+    captives.retain(|captive| {
+        let stays = local.next() == Some(true);
+        if stays {
+            exit::complain(&format!(
+                "{}: left out: its peer is this host itself (--with-local takes it)",
+                captive.name
+            ));
+        }
+        !stays
+    });
+    match captives.is_empty() {
+        true => bail!("there is no other connection to send"),
+        false => Ok(()),
     }
 }

@@ -1,6 +1,40 @@
 //! The signals by which people and service managers end a command, while that would destroy connections.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result};
+use rustix::pipe::{PipeFlags, pipe_with};
+
 use crate::sys;
+
+/// SIGHUP, SIGINT and SIGTERM make it readable, instead of ending the process.
+#[derive(Debug)]
+pub(crate) struct Bell {
+    bell: OwnedFd,
+    _rope: OwnedFd,
+    before: [sys::Disposition; 3],
+}
+
+impl Bell {
+    /// Hung up once in the life of a process.
+    pub(crate) fn hang() -> Result<Self> {
+        let (bell, rope) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).context("pipe2")?;
+        let before = sys::ENDING.map(|signal| sys::catch(signal, rope.as_fd()));
+        Ok(Self { bell, _rope: rope, before })
+    }
+
+    /// From now on the signals are ignored.
+    pub(crate) fn deafen(self) -> Deaf {
+        let _ = sys::ENDING.map(sys::ignore);
+        Deaf { before: self.before }
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}
 
 /// SIGHUP, SIGINT and SIGTERM are ignored as long as it lives.
 #[derive(Debug)]

@@ -17,12 +17,12 @@ use soccr::lock::{Held, Locker, Mode};
 use soccr_image::stream::{Message, Writer};
 
 use crate::captive::Captive;
-use crate::exit;
 use crate::keeper::Keeper;
 use crate::progress::Progress;
 use crate::signals::Deaf;
 use crate::silence::Silence;
 use crate::via::{Answer, Deadline, Output, Via};
+use crate::{exit, network};
 
 /// How many connections are on their way at a time: a batch of the target. They are silent together, and their queues are
 /// in memory.
@@ -135,7 +135,7 @@ impl Source {
 
     fn talk(&mut self, via: &mut Via, output: Output) -> Result<()> {
         let mut writer = Writer::new(output)?;
-        writer.send(&Message::Begin { connections: self.items.len() as u32, answers: true })?;
+        writer.send(&self.begin(true))?;
         match via.answer(&self.deadline) {
             Answer::Hello => {}
             Answer::Gone(reason) => return Err(anyhow!("the target is gone: {reason}")),
@@ -172,6 +172,10 @@ impl Source {
             self.hear(message)?;
         }
         Ok(())
+    }
+
+    fn begin(&self, answers: bool) -> Message {
+        Message::Begin { connections: self.items.len() as u32, answers, place: network::place() }
     }
 
     fn windows(&self) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -242,7 +246,7 @@ impl Source {
 
     fn push_all(&mut self, output: Output) -> Result<()> {
         let mut writer = Writer::new(output)?;
-        writer.send(&Message::Begin { connections: self.items.len() as u32, answers: false })?;
+        writer.send(&self.begin(false))?;
         let mut progress = Progress::new("sent", self.items.len());
         let mut scratch = Connection::empty();
         for window in self.windows() {

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::process::{Pid, Resource, Rlimit, setrlimit};
 
@@ -72,9 +73,32 @@ pub(crate) fn ignore(signal: libc::c_int) -> Disposition {
     unsafe { libc::signal(signal, libc::SIG_IGN) }
 }
 
+/// The descriptor that [`catch`] writes to.
+static BELL: AtomicI32 = AtomicI32::new(-1);
+
+extern "C" fn ring(_: libc::c_int) {
+    // SAFETY: write(2) may be called by a signal handler, which must leave errno as it was.
+    unsafe {
+        let errno = *libc::__errno_location();
+        libc::write(BELL.load(Ordering::Relaxed), b"!".as_ptr().cast(), 1);
+        *libc::__errno_location() = errno;
+    }
+}
+
+/// Has a signal write a byte to this descriptor from now on, unless it is ignored; what it did before.
+pub(crate) fn catch(signal: libc::c_int, bell: BorrowedFd<'_>) -> Disposition {
+    BELL.store(bell.as_raw_fd(), Ordering::Relaxed);
+    // SAFETY: the handler makes one system call that signal handlers may make.
+    let before = unsafe { libc::signal(signal, ring as extern "C" fn(libc::c_int) as Disposition) };
+    if before == libc::SIG_IGN {
+        ignore(signal);
+    }
+    before
+}
+
 /// Gives a signal back what it did before.
 pub(crate) fn heed(signal: libc::c_int, before: Disposition) {
-    // SAFETY: the disposition is one that the signal had; this program has no handlers.
+    // SAFETY: the disposition is one that the signal had.
     unsafe { libc::signal(signal, before) };
 }
 

@@ -6,9 +6,10 @@ use anstyle::Style;
 
 const HEADING: Style = Style::new().bold();
 
-/// Text of others, which may hold anything, without control characters.
+/// Text of others, which may hold anything, without control characters, those that turn the direction of text included.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    let turns = |c| matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if c.is_control() || turns(c) { '?' } else { c }).collect()
 }
 
 /// How a column is aligned.

@@ -3,14 +3,18 @@
 //! The words and their order are those of [`soccr_image::stream`]. What arrives without a pause is locked, restored and
 //! resumed together, as a batch. In the namespace of the source the old socket is in the way until the COMMIT: there a
 //! connection is restored behind that.
+//!
+//! The source is not trusted with this process or this host: what waits for it has limits in number, memory and time, and what
+//! is in use here and not its own is refused before it is locked.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Read};
 use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -25,13 +29,22 @@ use soccr_image::stream::{Message, Reader, Writer};
 use crate::fidelity::Reports;
 use crate::handover::Recipient;
 use crate::lifeline::Claim;
-use crate::signals::Deaf;
-use crate::{exit, silence};
+use crate::signals::{Bell, Deaf};
+use crate::via::{Deadline, Output};
+use crate::{exit, network, silence};
 
 /// The most connections of a batch, and the most bytes in their queues. A source that sends as many at a time is not
 /// waited for.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 16 << 20;
+
+/// The most connections, and the most bytes in their queues, that wait for the source. It sends 256 at a time.
+const WAITING: usize = 1024;
+const WAITING_BYTES: usize = 1 << 30;
+
+/// The most memory that held packets take; each takes as much as [`PACKET`] besides its bytes. Peers send again what is not kept.
+const HELD_BYTES: usize = 64 << 20;
+const PACKET: usize = 64;
 
 /// How long a batch waits for what is still announced. Each one takes about a millisecond by itself.
 const PATIENCE: Duration = Duration::from_millis(2);
@@ -40,34 +53,59 @@ const PATIENCE: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(crate) struct Target<'a> {
     claim: Claim,
-    /// Since the source may have let go of a connection.
-    deaf: Option<Deaf>,
+    bell: Bell,
     locker: Locker,
-    maps: &'a [AddressMap],
+    terms: Terms<'a>,
+    /// The source is in this network namespace: what is in use here may be its own.
+    beside: bool,
+    /// It is known to be in another one.
+    apart: bool,
     recipient: &'a Recipient,
     reports: Reports<'a>,
     /// How many connections are still to come, as the source has said.
     announced: usize,
     /// How many more connections the recipient can take.
     room: usize,
-    /// The numbers that the source has used.
-    numbers: HashSet<u32>,
+    /// The last number that the source has used: they ascend.
+    last: u32,
+    /// It is refused before it has come.
+    unwanted: bool,
     arriving: Vec<Arriving>,
     arriving_bytes: usize,
     waiting: BTreeMap<u32, Waiting>,
     /// Those that the source has let go of, and that are not restored yet.
     committed: Vec<Committed>,
-    batches: Vec<Batch>,
+    held_bytes: usize,
+    batches: BTreeMap<usize, Batch>,
     streams: BTreeMap<u32, TcpStream>,
-    answers: Option<Writer<Answers>>,
+    answers: Option<Answers>,
     failed: usize,
     lost: usize,
+}
+
+/// What the command line says about what may come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms<'a> {
+    pub(crate) maps: &'a [AddressMap],
+    /// The network namespace is named: it is the one that is meant.
+    pub(crate) is_here: bool,
+    /// How long the source may take to let go of what is ready here, and to read an answer.
+    pub(crate) limit: Duration,
+}
+
+/// The way back to the source.
+#[derive(Debug)]
+struct Answers {
+    writer: Writer<Output>,
+    deadline: Deadline,
+    /// The source does not read: nothing more is said.
+    silent: bool,
 }
 
 /// What has become of everything.
 #[derive(Debug)]
 pub(crate) struct Arrived {
-    pub(crate) deaf: Option<Deaf>,
+    pub(crate) deaf: Deaf,
     pub(crate) streams: Vec<TcpStream>,
     /// The source has listened.
     pub(crate) answered: bool,
@@ -81,6 +119,8 @@ struct Arriving {
     id: u32,
     name: String,
     connection: Connection,
+    /// It is in use here: by the source.
+    behind: bool,
 }
 
 /// A connection that is silent until the source says COMMIT.
@@ -88,6 +128,9 @@ struct Arriving {
 struct Waiting {
     name: String,
     batch: usize,
+    since: Instant,
+    /// In its queues.
+    bytes: usize,
     place: Place,
     held: Held,
 }
@@ -114,8 +157,7 @@ struct Committed {
 /// Connections under one lock.
 #[derive(Debug)]
 struct Batch {
-    /// `None` when it is over.
-    lock: Option<Lock>,
+    lock: Lock,
     /// How many the source has not decided about.
     undecided: usize,
     /// Those that are ours: they go on when the rest is decided.
@@ -124,26 +166,30 @@ struct Batch {
 
 impl<'a> Target<'a> {
     pub(crate) fn new(
-        maps: &'a [AddressMap],
+        terms: Terms<'a>,
         recipient: &'a Recipient,
         reports: Reports<'a>,
         claim: Claim,
     ) -> Result<Self> {
         Ok(Self {
             claim,
-            deaf: None,
+            bell: Bell::hang()?,
             locker: Locker::new(Mode::HOLD)?,
-            maps,
+            terms,
+            beside: false,
+            apart: false,
             recipient,
             reports,
             announced: 0,
             room: recipient.capacity(),
-            numbers: HashSet::new(),
+            last: 0,
+            unwanted: false,
             arriving: Vec::new(),
             arriving_bytes: 0,
             waiting: BTreeMap::new(),
             committed: Vec::new(),
-            batches: Vec::new(),
+            held_bytes: 0,
+            batches: BTreeMap::new(),
             streams: BTreeMap::new(),
             answers: None,
             failed: 0,
@@ -151,12 +197,30 @@ impl<'a> Target<'a> {
         })
     }
 
-    /// Listens to the source until it has said everything.
+    /// Listens to the source until it has said everything. Where that fails, what it has not let go of stays with it.
     pub(crate) fn listen(&mut self, input: File) -> Result<()> {
+        let outcome = self.listen_to_the_end(input);
+        if let Err(error) = &outcome {
+            let gone = error.downcast_ref::<soccr_image::Error>();
+            let gone = gone.is_some_and(|error| error.kind() == soccr_image::ErrorKind::Truncated);
+            for (id, waiting) in std::mem::take(&mut self.waiting) {
+                if !gone {
+                    self.give_up(id, &waiting.name, anyhow!(exit::line(error)));
+                }
+                self.decided(waiting.batch);
+            }
+        }
+        outcome
+    }
+
+    fn listen_to_the_end(&mut self, input: File) -> Result<()> {
         let buffered = Rc::new(Cell::new(0));
+        let until = Rc::new(Cell::new(None));
         let more = input.try_clone().context("standard input")?;
+        let bell = self.bell.as_fd().try_clone_to_owned().context("fcntl(F_DUPFD_CLOEXEC)")?;
+        let patient = Patient { input, bell, until: Rc::clone(&until) };
         let input =
-            Input { reader: BufReader::with_capacity(64 << 10, input), buffered: Rc::clone(&buffered) };
+            Input { reader: BufReader::with_capacity(64 << 10, patient), buffered: Rc::clone(&buffered) };
         let mut reader = Reader::new(input).context("standard input")?;
         loop {
             let full = self.arriving.len() >= BATCH || self.arriving_bytes >= BATCH_BYTES;
@@ -167,11 +231,17 @@ impl<'a> Target<'a> {
             if idle || self.committed.len() >= BATCH {
                 self.restore_committed();
             }
+            until.set(self.waiting.values().next().map(|oldest| oldest.since + self.terms.limit));
             match reader.receive() {
+                Ok(Some(Message::Connection { id, .. })) if id == self.last && self.unwanted => {}
                 Ok(Some(Message::Connection { id, name, connection })) => {
+                    if id <= self.last {
+                        bail!("the source counts down: {id} comes after {}", self.last);
+                    }
+                    (self.last, self.unwanted) = (id, false);
                     self.announced = self.announced.saturating_sub(1);
-                    self.arriving_bytes += connection.receive_queue.len() + connection.send_queue.len();
-                    self.arriving.push(Arriving { id, name, connection });
+                    self.arriving_bytes += queued(&connection);
+                    self.arriving.push(Arriving { id, name, connection, behind: false });
                 }
                 Ok(Some(message)) => {
                     self.restore()?;
@@ -179,7 +249,7 @@ impl<'a> Target<'a> {
                 }
                 Ok(None) => return self.restore(),
                 Err(error) => match error.connection() {
-                    Some(id) => self.refuse(id, &error.into()),
+                    Some(id) => self.distrust(id, error.into()),
                     None => return Err(anyhow::Error::new(error).context("the source")),
                 },
             }
@@ -195,24 +265,46 @@ impl<'a> Target<'a> {
 
     fn hear(&mut self, message: Message) -> Result<()> {
         match message {
-            Message::Begin { connections, answers } => {
+            Message::Begin { connections, answers, place } => {
+                let here = network::place();
+                self.beside = place.is_some() && place == here;
+                self.apart = !self.beside && place.is_some() && here.is_some();
+                let on_host = place.zip(here).is_some_and(|(there, here)| there.host == here.host);
+                if self.apart && on_host && !self.terms.is_here {
+                    exit::complain(
+                        "the connections come from another network namespace of this host; where they are to stay in it, name it \
+                         by --netns",
+                    );
+                }
                 let connections = connections as usize;
                 Needs { connections, ..Needs::default() }.check()?;
                 self.announced = connections;
                 if answers && self.answers.is_none() {
                     // One that does not listen may have let go of them already: they are rescued in the end.
                     self.recipient.check_room(connections)?;
-                    self.answers = Some(Writer::new(Answers)?);
+                    self.answers = Some(Answers::new(self.terms.limit)?);
                 }
             }
-            Message::Held { connection, packets } => {
+            Message::Held { connection, mut packets } => {
                 if let Some(waiting) = self.waiting.get_mut(&connection) {
+                    packets.retain(|packet| {
+                        self.held_bytes += packet.len() + PACKET;
+                        let keep = self.held_bytes <= HELD_BYTES;
+                        self.held_bytes -= if keep { 0 } else { packet.len() + PACKET };
+                        keep
+                    });
                     waiting.held.packets.extend(packets);
                 }
             }
+            Message::State { connection, critical: true, .. } => {
+                let error =
+                    anyhow!("it comes with a state of its application, which a program cannot be given");
+                self.distrust(connection, error);
+            }
+            Message::State { .. } => {}
             Message::Commit { connection } => {
                 let id = connection;
-                if let Some(Waiting { name, batch, place, held }) = self.waiting.remove(&id) {
+                if let Some(Waiting { name, batch, place, held, .. }) = self.waiting.remove(&id) {
                     match place {
                         Place::Restored(restored) => self.take(id, batch, restored, held),
                         Place::Behind(connection) => {
@@ -235,21 +327,39 @@ impl<'a> Target<'a> {
 
     /// Restores what has arrived.
     fn restore(&mut self) -> Result<()> {
-        self.arriving_bytes = 0;
+        let waiting: usize = self.waiting.values().map(|waiting| waiting.bytes).sum();
+        let waiting = waiting + std::mem::take(&mut self.arriving_bytes);
+        let arriving = std::mem::take(&mut self.arriving);
+        let crowd = self.waiting.len() + arriving.len() > WAITING || waiting > WAITING_BYTES;
         let mut batch = Vec::new();
-        for mut arriving in std::mem::take(&mut self.arriving) {
-            if !self.numbers.insert(arriving.id) {
-                bail!("the source uses the number {} twice", arriving.id);
-            }
-            if self.room == 0 {
-                self.refuse(arriving.id, &anyhow!("{}: --stdio takes one connection", arriving.name));
-                continue;
-            }
-            AddressMap::apply_to_connection(self.maps, &mut arriving.connection);
-            self.room -= 1;
-            match self.recipient.check(&arriving.connection) {
-                Ok(()) => batch.push(arriving),
-                Err(error) => self.give_up(arriving.id, &arriving.name, error),
+        // Where that cannot be found out, the restore tells.
+        let mut diag = Diag::open().ok();
+        for mut arriving in arriving {
+            AddressMap::apply_to_connection(self.terms.maps, &mut arriving.connection);
+            let flow = arriving.connection.flow();
+            let refused = if self.room == 0 {
+                Err(anyhow!("--stdio takes one connection"))
+            } else if crowd {
+                Err(anyhow!("more connections wait for the source than there is room for"))
+            } else if self.apart && !self.terms.is_here && is_loopback(flow) {
+                Err(anyhow!(
+                    "its peer is where it comes from: name that network namespace by --netns, or use --map"
+                ))
+            } else if let Err(error) = self.reports.distrust(&mut arriving.connection) {
+                Err(error)
+            } else {
+                arriving.behind = diag.as_mut().is_some_and(|diag| is_in_use(diag, flow));
+                match arriving.behind && !self.beside {
+                    true => Err(anyhow!("this connection is in use here, and not by the source")),
+                    false => self.recipient.check(&arriving.connection),
+                }
+            };
+            match refused {
+                Err(error) => self.refuse(arriving.id, &error.context(arriving.name)),
+                Ok(()) => {
+                    self.room -= 1;
+                    batch.push(arriving);
+                }
             }
         }
         let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
@@ -268,36 +378,30 @@ impl<'a> Target<'a> {
     }
 
     fn restore_locked(&mut self, batch: Vec<Arriving>, lock: Lock) -> Result<()> {
-        let number = self.batches.len();
-        self.batches.push(Batch { lock: Some(lock), undecided: batch.len(), taken: Vec::new() });
-        // Where that cannot be found out, the restore tells.
-        let mut diag = Diag::open().ok();
-        let mut is_in_use = |flow: Flow| {
-            let state = diag.as_mut()?.find(flow.local, flow.remote, |socket| socket.state).ok()??;
-            Some(state != State::TimeWait)
-        };
-        let (behind, free): (Vec<_>, Vec<_>) =
-            batch.into_iter().partition(|arriving| is_in_use(arriving.connection.flow()) == Some(true));
+        let number = self.batches.last_key_value().map_or(0, |(last, _)| last + 1);
+        self.batches.insert(number, Batch { lock, undecided: batch.len(), taken: Vec::new() });
+        let (behind, free): (Vec<_>, Vec<_>) = batch.into_iter().partition(|arriving| arriving.behind);
         // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
         lift(&free.iter().map(|arriving| arriving.connection.flow()).collect::<Vec<_>>());
-        for Arriving { id, name, connection } in behind {
+        for Arriving { id, name, connection, .. } in behind {
             match connection.validate() {
                 Ok(()) => {
                     let flow = connection.flow();
-                    self.ready(id, name, number, flow, Place::Behind(Box::new(connection)));
+                    let bytes = queued(&connection);
+                    self.ready(id, name, number, (flow, bytes), Place::Behind(Box::new(connection)));
                 }
                 Err(error) => self.give_up_of(number, id, &name, error.into()),
             }
         }
         let mut outcomes = Vec::with_capacity(free.len());
-        let keyed = free.into_iter().map(|Arriving { id, name, connection }| {
-            let flow = connection.flow();
-            ((id, name, flow), connection)
+        let keyed = free.into_iter().map(|Arriving { id, name, connection, .. }| {
+            let what = (connection.flow(), queued(&connection));
+            ((id, name, what), connection)
         });
         bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
-        for ((id, name, flow), outcome) in outcomes {
+        for ((id, name, what), outcome) in outcomes {
             match self.check(&name, outcome) {
-                Ok(restored) => self.ready(id, name, number, flow, Place::Restored(restored)),
+                Ok(restored) => self.ready(id, name, number, what, Place::Restored(restored)),
                 Err(error) => self.give_up_of(number, id, &name, error),
             }
         }
@@ -310,10 +414,9 @@ impl<'a> Target<'a> {
         Ok(restored)
     }
 
-    fn ready(&mut self, id: u32, name: String, batch: usize, flow: Flow, place: Place) {
-        let held = Held { flow, packets: Vec::new() };
-        self.waiting.insert(id, Waiting { name, batch, place, held });
-        self.deaf.get_or_insert_with(Deaf::begin);
+    fn ready(&mut self, id: u32, name: String, batch: usize, (flow, bytes): (Flow, usize), place: Place) {
+        let (held, since) = (Held { flow, packets: Vec::new() }, Instant::now());
+        self.waiting.insert(id, Waiting { name, batch, since, bytes, place, held });
         self.answer(&Message::Ready { connection: id });
     }
 
@@ -348,7 +451,9 @@ impl<'a> Target<'a> {
     fn take(&mut self, id: u32, batch: usize, restored: Restored, held: Held) {
         self.claim.has_taken();
         self.answer(&Message::Taken { connection: id });
-        self.batches[batch].taken.push((id, restored, held));
+        if let Some(batch) = self.batches.get_mut(&batch) {
+            batch.taken.push((id, restored, held));
+        }
         self.decided(batch);
     }
 
@@ -362,35 +467,57 @@ impl<'a> Target<'a> {
         self.refuse(id, &if name.is_empty() { error } else { error.context(name.to_owned()) });
     }
 
+    /// A record about this connection cannot be used. What comes about it from here on is not obeyed, a COMMIT least of all.
+    fn distrust(&mut self, id: u32, error: anyhow::Error) {
+        if let Some(at) = self.arriving.iter().position(|arriving| arriving.id == id) {
+            self.arriving.remove(at);
+            self.refuse(id, &error);
+        } else if self.waiting.contains_key(&id) && self.answers.is_none() {
+            // Nobody would take it back; what was held the peer sends again.
+            exit::complain(&exit::line(&error));
+        } else if let Some(waiting) = self.waiting.remove(&id) {
+            self.give_up_of(waiting.batch, id, "", error);
+        } else if id > self.last {
+            (self.last, self.unwanted) = (id, true);
+            self.refuse(id, &error);
+        } else {
+            // It is decided about already.
+            exit::complain(&exit::line(&error));
+        }
+    }
+
     fn refuse(&mut self, id: u32, error: &anyhow::Error) {
-        let reason = exit::line(error);
-        exit::complain(&format!("connection {id}: {reason}"));
+        let (reason, subject) = (exit::line(error), format!("connection {id}: "));
+        let reason = reason.strip_prefix(&subject).unwrap_or(&reason).to_owned();
+        exit::complain(&format!("{subject}{reason}"));
         self.failed += 1;
         self.answer(&Message::Refused { connection: id, reason });
     }
 
     /// Where the source does not hear it, it has gone on without us: its end of the stream tells what it has decided.
     fn answer(&mut self, message: &Message) {
-        if let Some(answers) = &mut self.answers {
-            let _ = answers.send(message);
+        if let Some(answers) = self.answers.as_mut().filter(|answers| !answers.silent) {
+            answers.deadline.set(self.terms.limit);
+            answers.silent = answers.writer.send(message).is_err();
         }
     }
 
     /// The source has decided about one more of a batch.
-    fn decided(&mut self, batch: usize) {
-        self.batches[batch].undecided -= 1;
-        if self.batches[batch].undecided == 0 {
+    fn decided(&mut self, number: usize) {
+        let Some(batch) = self.batches.get_mut(&number) else { return };
+        batch.undecided -= 1;
+        if batch.undecided == 0
+            && let Some(batch) = self.batches.remove(&number)
+        {
             self.resume(batch);
         }
     }
 
-    fn resume(&mut self, batch: usize) {
-        let batch = &mut self.batches[batch];
-        let Some(lock) = batch.lock.take() else { return };
-        let taken = std::mem::take(&mut batch.taken);
+    fn resume(&mut self, Batch { lock, taken, .. }: Batch) {
         let restored = taken.into_iter().map(|(id, restored, held)| {
             // What cannot be delivered the peer sends again.
             let _ = held.replay(&restored);
+            self.held_bytes -= held.packets.iter().map(|packet| packet.len() + PACKET).sum::<usize>();
             (id, restored)
         });
         let restored: Vec<_> = restored.collect();
@@ -411,19 +538,20 @@ impl<'a> Target<'a> {
     pub(crate) fn end(mut self) -> Arrived {
         self.waiting.clear();
         self.restore_committed();
-        for batch in 0..self.batches.len() {
+        for batch in std::mem::take(&mut self.batches).into_values() {
             self.resume(batch);
         }
         if let Err(error) = self.reports.tell() {
             exit::complain(&exit::line(&error));
         }
         let answered = self.answers.is_some();
-        if let Some(answers) = self.answers {
+        if let Some(answers) = self.answers.filter(|answers| !answers.silent) {
+            answers.deadline.set(self.terms.limit);
             // Where the source is gone, nobody waits for it.
-            let _ = answers.finish();
+            let _ = answers.writer.finish();
         }
         let streams = self.streams.into_values().collect();
-        Arrived { deaf: self.deaf, streams, answered, failed: self.failed, lost: self.lost }
+        Arrived { deaf: self.bell.deafen(), streams, answered, failed: self.failed, lost: self.lost }
     }
 }
 
@@ -431,6 +559,46 @@ impl<'a> Target<'a> {
 fn lift(flows: &[Flow]) {
     if let Err(error) = silence::lift(flows) {
         exit::complain(&exit::line(&error));
+    }
+}
+
+fn queued(connection: &Connection) -> usize {
+    connection.receive_queue.len() + connection.send_queue.len()
+}
+
+fn is_loopback(flow: Flow) -> bool {
+    [flow.local, flow.remote].iter().any(|end| end.ip().to_canonical().is_loopback())
+}
+
+/// A socket of this network namespace has the connection.
+fn is_in_use(diag: &mut Diag, flow: Flow) -> bool {
+    let state = diag.find(flow.local, flow.remote, |socket| socket.state);
+    state.is_ok_and(|state| state.is_some_and(|state| state != State::TimeWait))
+}
+
+/// A pipe that is not waited for beyond an instant, nor when the bell rings.
+struct Patient {
+    input: File,
+    bell: OwnedFd,
+    until: Rc<Cell<Option<Instant>>>,
+}
+
+impl Read for Patient {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.get().map(|until| until.saturating_duration_since(Instant::now()));
+        let limit = left.map(|left| left.try_into().expect("a time limit fits"));
+        let mut events = [PollFd::new(&self.input, PollFlags::IN), PollFd::new(&self.bell, PollFlags::IN)];
+        poll(&mut events, limit.as_ref())?;
+        if !events[1].revents().is_empty() {
+            return Err(io::Error::other("this command has been asked to end"));
+        }
+        if left.is_some_and(|left| left.is_zero()) || events[0].revents().is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the source does not say COMMIT in time (--timeout)",
+            ));
+        }
+        self.input.read(bytes)
     }
 }
 
@@ -443,7 +611,7 @@ fn is_readable(input: &File, patience: Duration) -> bool {
 
 /// Standard input, and how much of it has been read ahead.
 struct Input {
-    reader: BufReader<File>,
+    reader: BufReader<Patient>,
     buffered: Rc<Cell<usize>>,
 }
 
@@ -455,16 +623,11 @@ impl Read for Input {
     }
 }
 
-/// Standard output without a buffer: the source waits for every answer.
-#[derive(Debug)]
-struct Answers;
-
-impl Write for Answers {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(rustix::io::write(rustix::stdio::stdout(), bytes)?)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+impl Answers {
+    /// Says hello, on standard output without a buffer: the source waits for every answer.
+    fn new(limit: Duration) -> Result<Self> {
+        let deadline = Deadline::after(limit);
+        let stdout = rustix::stdio::stdout().try_clone_to_owned().context("standard output")?;
+        Ok(Self { writer: Writer::new(Output::new(stdout, deadline.clone()))?, deadline, silent: false })
     }
 }

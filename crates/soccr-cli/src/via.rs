@@ -57,6 +57,38 @@ impl Output {
     }
 }
 
+/// What has become of the bytes in a pipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reading {
+    /// All of them have been read, as far as that can be told.
+    Done,
+    /// Nobody will read them.
+    Closed,
+    /// Not in time.
+    Late,
+}
+
+impl Output {
+    /// Waits until what has been written is read.
+    pub(crate) fn read(&self) -> Reading {
+        let tick = Duration::from_millis(1).try_into().expect("milliseconds fit");
+        loop {
+            // Not a pipe: then nothing is to be waited for.
+            if !matches!(rustix::io::ioctl_fionread(&self.fd), Ok(1..)) {
+                return Reading::Done;
+            }
+            let mut closed = [PollFd::new(&self.fd, PollFlags::empty())];
+            // That it has been read is no event.
+            if poll(&mut closed, Some(&tick)).is_ok_and(|count| count > 0) {
+                return Reading::Closed;
+            }
+            if self.deadline.remaining().is_zero() {
+                return Reading::Late;
+            }
+        }
+    }
+}
+
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let limit = self.deadline.remaining().try_into().expect("a time limit fits");

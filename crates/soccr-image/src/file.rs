@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, BufReader, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use soccr::Connection;
@@ -34,11 +34,11 @@ pub struct AtomicFile {
 
 impl AtomicFile {
     /// Creates the file beside `path`. What is at `path` stays there until [`commit`](Self::commit). A symbolic link
-    /// stays in any case: the file to which it leads is replaced.
+    /// stays in any case: the file to which it leads is replaced, unless the link belongs to another user.
     ///
     /// # Errors
     /// `InvalidInput` where `path` is there and no regular file, such as a device or a pipe, which a rename would
-    /// destroy; those of open(2).
+    /// destroy; `PermissionDenied` for the link of another user; those of open(2).
     pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = destination(path.as_ref())?;
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
@@ -59,6 +59,11 @@ impl AtomicFile {
         }
     }
 
+    /// Where the file is until it is committed.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
     /// Gives the file the mode of the one that it replaces.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
         self.file.set_permissions(Permissions::from_mode(mode))
@@ -75,19 +80,18 @@ impl AtomicFile {
 
     /// Makes the file durable (fsync) and puts it in its place (rename), where it replaces what is there.
     ///
+    /// Returns why the new name may not survive a power failure: the file is in its place in any case.
+    ///
     /// # Errors
     /// Those of fsync(2) and rename(2); then nothing has changed at the path.
-    pub fn commit(self) -> io::Result<()> {
+    pub fn commit(self) -> io::Result<Option<io::Error>> {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
         // The name is durable when its directory is; not every filesystem can say so.
         let directory = self.path.parent().filter(|path| !path.as_os_str().is_empty());
-        File::open(directory.unwrap_or(Path::new("."))).and_then(|file| file.sync_all()).or_else(|error| {
-            match error.kind() {
-                io::ErrorKind::InvalidInput | io::ErrorKind::PermissionDenied => Ok(()),
-                _ => Err(error),
-            }
-        })
+        let synced = File::open(directory.unwrap_or(Path::new("."))).and_then(|file| file.sync_all());
+        let denied = [io::ErrorKind::InvalidInput, io::ErrorKind::PermissionDenied];
+        Ok(synced.err().filter(|error| !denied.contains(&error.kind())))
     }
 }
 
@@ -98,7 +102,14 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
             io::ErrorKind::InvalidInput,
             "not a regular file: leave -o out to write to standard output",
         )),
-        Ok(_) if path.is_symlink() => path.canonicalize(),
+        Ok(_) if path.is_symlink() => {
+            let owner = path.symlink_metadata()?.uid();
+            if owner != 0 && owner != std::fs::metadata("/proc/self")?.uid() {
+                let message = format!("a symbolic link that belongs to user {owner} is not followed");
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+            }
+            path.canonicalize()
+        }
         Err(error) if path.is_symlink() => Err(error),
         _ => Ok(path.to_owned()),
     }
@@ -142,7 +153,7 @@ pub fn save_file(path: impl AsRef<Path>, connection: &Connection) -> Result<()> 
     let at = |error: io::Error| Error::io(path.display().to_string(), error);
     let mut file = AtomicFile::create(path).map_err(at)?;
     crate::write(&mut file, connection).map_err(|error| error.at(path.display()))?;
-    file.commit().map_err(at)
+    file.commit().map(drop).map_err(at)
 }
 
 /// Loads a connection that [`save_file`] has saved.

@@ -35,7 +35,7 @@
 //! |---|---|---|
 //! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue |
 //! | 2 | HELD | 5 packet, each |
-//! | 3 | BEGIN | 3 count of connections · 4 answers are expected |
+//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place |
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
 //! | 5, 7 | ABORT, REFUSED | 2 reason |
 //! | 9 | END | 3 count of records before it |
@@ -47,7 +47,7 @@
 //! 16 microsecond clock, 32 `O_NONBLOCK`. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
 //! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
 //! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 secret bytes),
-//! length of the name (u8), name, value.
+//! length of the name (u8), name, value. A place is the boot id of the host (16 bytes), device and inode of the network namespace (u64 each).
 //!
 //! **Growing.** Nothing that is there changes its meaning. A minor version adds records and fields: what can be ignored comes without
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
@@ -78,7 +78,7 @@
 //! ```
 //!
 //! The state that an application keeps about a connection is a record right before that. Both directions are streams of their own, each with preamble and END. The target answers BEGIN with its preamble, and the source
-//! disturbs nobody before that has come. Any number of connections is under way at once; each goes
+//! disturbs nobody before that has come. Any number of connections is under way at once, numbered in ascending order; each goes
 //! its own way, by number. The source says ABORT instead of COMMIT to keep a connection that the target has ready.
 //! Who sends must read the answers meanwhile: both pipes full at once would wait for each other for ever.
 //!
@@ -98,6 +98,13 @@
 //!
 //! **In one network namespace** the socket of the source is in the way of a new one until the COMMIT. There the target says READY for
 //! what is valid, restores it behind the COMMIT, and answers TAKEN then; or REFUSED, and the source restores it from its value.
+//!
+//! **REFUSED is final.** The target may say it of any connection that it has not said TAKEN of: of one whose HELD record is damaged,
+//! or needs a newer version; of all that wait when the source takes too long, or somebody ends the target. Whatever comes about that
+//! connection afterwards is passed over, a COMMIT that is on its way too: then the source takes the connection back.
+//!
+//! BEGIN tells the place of the source. Only at the same place the socket that is in the way of a new one can be the source's;
+//! elsewhere the target refuses what it finds in use before it locks anything.
 //!
 //! Without a way back (BEGIN without answers) the source detaches and commits unasked; it cannot know what became of it.
 //!
@@ -129,7 +136,7 @@ use std::io::{Read, Write};
 use soccr::Connection;
 
 pub use decoder::{Decoded, Decoder};
-pub use message::Message;
+pub use message::{Message, Place};
 pub use reader::Reader;
 pub use writer::Writer;
 

@@ -8,7 +8,7 @@ use common::{SetQueues, connection, idle, sample};
 use proptest::prelude::*;
 use soccr::Connection;
 use soccr::settings::Value;
-use soccr_image::stream::{Decoded, Decoder, Message, Reader, STATE_LIMIT, Writer};
+use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Writer};
 use soccr_image::{ErrorKind, read, write};
 
 fn bytes_of(connection: &Connection) -> Vec<u8> {
@@ -301,7 +301,12 @@ fn small_fields_do_not_add_up_to_much_memory() {
 #[test]
 fn every_message_comes_through() {
     let messages = [
-        Message::Begin { connections: 2, answers: true },
+        Message::Begin {
+            connections: 2,
+            answers: true,
+            place: Some(Place { host: *b"0123456789abcdef", namespace: [4, 4_026_531_840] }),
+        },
+        Message::Begin { connections: 1, answers: false, place: None },
         Message::State { connection: 1, critical: true, bytes: vec![7; 100_000] },
         Message::Connection { id: 1, name: "pid 7 fd 3".into(), connection: sample() },
         Message::State { connection: 2, critical: false, bytes: Vec::new() },

@@ -78,7 +78,6 @@ pub(crate) fn acknowledgement(
     let room = tcp::window(fd)?.map_or(i32::from(i16::MAX), |window| {
         window.rcv_wup.wrapping_add(window.rcv_wnd).wrapping_sub(rcv_nxt) as i32
     });
-    let shift = control.options.window_scale.map_or(0, |scale| scale.rcv);
     let clock = match control.options.timestamps {
         // An echo of zero says nothing, and Linux takes no round-trip time from it.
         Some(_) => Some((tcp::timestamp(fd)?, 0)),
@@ -90,11 +89,17 @@ pub(crate) fn acknowledgement(
         seq: snd_nxt,
         ack: rcv_nxt,
         flags: flags::ACK,
-        window: (room.max(0) as u32 >> shift).min(u16::MAX.into()) as u16,
+        window: window_field(control, room.max(0) as u32),
         timestamps: clock,
         urgent: 0,
         payload: &[],
     })
+}
+
+/// A window of ours as a segment carries it.
+pub(crate) fn window_field(control: &ControlBlock, window: u32) -> u16 {
+    let shift = control.options.window_scale.map_or(0, |scale| scale.rcv);
+    (window >> shift).min(u16::MAX.into()) as u16
 }
 
 /// Sends a segment of ours to the peer.

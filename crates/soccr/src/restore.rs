@@ -47,6 +47,8 @@ pub struct Restore<'fd> {
     control: ControlBlock,
     /// What is left to be done about the buffers once the queues are filled.
     buffers: Option<Buffers>,
+    /// The caller knows the sizes that they had.
+    sized: bool,
     flow: Option<Flow>,
     reuse_address: bool,
     report: Report,
@@ -115,7 +117,15 @@ impl<'fd> Restore<'fd> {
         derived::limit_segments(fd, &control.options)?;
         tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
         tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
-        Ok(Self { fd, control, buffers: later, flow: None, reuse_address: false, report })
+        Ok(Self {
+            fd,
+            control,
+            buffers: later,
+            sized: buffers.is_some(),
+            flow: None,
+            reuse_address: false,
+            report,
+        })
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated. `flow` is what the socket is to be,
@@ -250,14 +260,10 @@ impl<'fd> Restore<'fd> {
             self.restore_fins(injectors)?;
         }
         if let Some(window) = self.control.window {
-            let mut wanted = window;
-            if self.window_is_closed() {
-                wanted = opened(window, self.control.rcv_nxt);
-                let reason = "it was closed: opened, or what is on its way would be dropped";
-                self.report.approximate("rcv_wnd", [window.rcv_wnd.into(), wanted.rcv_wnd.into()], reason);
-            }
-            tcp::set_window(self.fd, &wanted)?;
-            derived::widen_receive_window(self.fd, &self.control.options, &wanted)?;
+            // As saved, even if it is closed: the kernel tells the peer of a new window only where it is twice what it
+            // believes to have told.
+            tcp::set_window(self.fd, &window)?;
+            derived::widen_receive_window(self.fd, &self.control.options, &window)?;
         }
         self.restore_buffers()?;
         self.verify()
@@ -348,27 +354,33 @@ impl<'fd> Restore<'fd> {
         Ok(Some(window))
     }
 
-    /// Our window has closed, or was taken back: the kernel (≥ 6.17) drops what lies beyond it, its ACK too.
-    fn window_is_closed(&self) -> bool {
-        self.control.window.is_some_and(|window| {
-            let edge = window.rcv_wup.wrapping_add(window.rcv_wnd);
-            !after(edge, self.control.rcv_nxt)
-        })
-    }
-
     /// The buffers as saved, but never smaller than what lies in them.
     fn restore_buffers(&mut self) -> Result<()> {
         let Some(saved) = self.buffers else { return Ok(()) };
         let mut wanted = saved;
         let memory = buffers::read(self.fd)?;
         if self.control.inq_len > 0 {
+            // With room in the buffer the probe that ends repair mode opens a closed window, and the peer discards the
+            // probe: where the size is ours to choose, there is none beyond what a segment needs later.
+            if !self.sized && self.window_is_closed() {
+                wanted.receive = 2 * u32::from(self.control.options.mss_clamp);
+            }
             // The kernel drops whatever arrives while the queue takes more memory than the buffer may.
-            let expected = if self.window_is_closed() { 2 * OPEN_WINDOW } else { 0 };
-            wanted.receive = wanted.receive.max(memory.receive_queue + expected);
+            wanted.receive = wanted.receive.max(memory.receive_queue);
         }
         let restored = buffers::write(self.fd, memory.buffers, wanted)?;
-        self.report.buffers(saved, restored);
+        if self.sized {
+            self.report.buffers(saved, restored);
+        }
         Ok(())
+    }
+
+    /// Less than a segment is left of our window, or it was taken back: the peer waits for another one.
+    fn window_is_closed(&self) -> bool {
+        let segment = u32::from(self.control.options.mss_clamp);
+        self.control.window.is_some_and(|window| {
+            after(self.control.rcv_nxt.wrapping_add(segment), window.rcv_wup.wrapping_add(window.rcv_wnd))
+        })
     }
 
     fn verify(&self) -> Result<()> {

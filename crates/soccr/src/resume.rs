@@ -82,10 +82,16 @@ impl<Fd: AsFd> Restored<Fd> {
         if self.control.state == State::SynSent {
             return start_handshake(fd, self.flow.remote);
         }
-        let acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
+        let mut acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
         // Opened now, so that the ACK follows the probe at once. Without CAP_NET_RAW there is none.
         let _ = injectors.outward(fd, Via::routed(self.flow.remote.ip()));
         tcp::set_repair(fd, Repair::Off)?;
+        if self.control.state == State::Established {
+            // The kernel's probe has opened the window as far as there is room, and believes that the peer knows.
+            if let Some(window) = tcp::rcv_wnd(fd)? {
+                acknowledgement.window = fin::window_field(&self.control, window);
+            }
+        }
         if self.reuse_address {
             set_reuse_address(fd, true)?;
         }

@@ -56,6 +56,13 @@ impl fmt::Debug for Value {
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Settings(Vec<(Name, Value)>);
 
+impl Settings {
+    /// Keeps only the options for which `keep` says so, such as those that may be believed of a stream from elsewhere.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str, &Value) -> bool) {
+        self.0.retain(|(name, value)| keep(name.as_str(), value));
+    }
+}
+
 /// Names of the table are carried as their place in it: 10,000 connections have half a million of them.
 #[derive(Clone, PartialEq, Eq)]
 enum Name {

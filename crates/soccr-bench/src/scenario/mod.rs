@@ -1,5 +1,6 @@
 //! The scenarios, one file each.
 
+mod adopt;
 mod handover;
 mod lock;
 mod memory;
@@ -20,6 +21,7 @@ type Run = fn(&Arguments, &mut Report) -> Result<()>;
 pub(crate) const ALL: &[(&str, Run)] = &[
     ("save", save::run),
     ("restore", restore::run),
+    ("adopt", adopt::run),
     ("lock", lock::run),
     ("moves", moves::run),
     ("handover", handover::run),

@@ -4,6 +4,7 @@ mod adopt;
 mod check;
 mod images;
 mod kill;
+mod only;
 mod programs;
 mod real;
 mod relay;
@@ -11,6 +12,7 @@ mod rescue;
 mod save;
 mod steps;
 mod transfer;
+mod trust;
 
 fn main() -> std::process::ExitCode {
     let tests = [
@@ -23,6 +25,8 @@ fn main() -> std::process::ExitCode {
         real::tests(),
         relay::tests(),
         rescue::tests(),
+        trust::tests(),
+        only::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())
 }

@@ -427,6 +427,8 @@ fn one_that_fails_does_not_hurt_the_others() {
         }
     }
     assert_eq!(moved, 1);
+    moving.lab.steer(Side::B).unwrap();
+    moving.end();
 }
 
 fn all_connections_of_a_port_move() {

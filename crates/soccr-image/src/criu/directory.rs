@@ -192,5 +192,5 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = AtomicFile::create(path)?;
     file.write_all(bytes)?;
     file.set_mode(std::fs::metadata(path)?.permissions().mode() & 0o7777)?;
-    file.commit()
+    file.commit().map(drop)
 }

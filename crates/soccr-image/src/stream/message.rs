@@ -2,6 +2,15 @@
 
 use soccr::Connection;
 
+/// Where connections are. Two ends that are at one place find there the sockets of each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The machine since it was booted: `/proc/sys/kernel/random/boot_id`.
+    pub host: [u8; 16],
+    /// The network namespace: device and inode, as stat(2) tells them of `/proc/PID/ns/net`.
+    pub namespace: [u64; 2],
+}
+
 /// A record of a stream, taken apart. `connection` is its number in the stream; 0 is the stream as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -13,6 +22,8 @@ pub enum Message {
         connections: u32,
         /// There is a way back, and the source waits for what comes on it.
         answers: bool,
+        /// Where the connections are now, as far as the source can tell.
+        place: Option<Place>,
     },
     /// A connection.
     Connection {

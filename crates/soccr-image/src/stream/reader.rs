@@ -7,7 +7,7 @@ use soccr::Connection;
 use super::connection::{Fields, skip_unknown, text};
 use super::field::{self, tag};
 use super::record::{self, Header, Payload, kind};
-use super::{Decoded, Message, STATE_LIMIT};
+use super::{Decoded, Message, Place, STATE_LIMIT};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest record of held packets: closed behind the packet that made it large.
@@ -157,12 +157,17 @@ fn parse<R: Read>(
         _ => return Ok(Parsed::Nothing),
     }
     let (mut reason, mut count, mut answers, mut packets) = (String::new(), 0, false, Vec::new());
+    let mut place = None;
     let mut state = Vec::new();
     while let Some((tag, length)) = payload.field()? {
         match tag {
             tag::REASON => reason = text(payload.value(length)?.rest())?,
             tag::COUNT => count = payload.value(length)?.u32()?,
             tag::ANSWERS => answers = payload.value(length)?.flag()?,
+            tag::PLACE => {
+                let mut value = payload.value(length)?;
+                place = Some(Place { host: value.array()?, namespace: [value.u64()?, value.u64()?] });
+            }
             tag::PACKET if header.kind == kind::HELD => {
                 if length == 0 || header.length > HELD_LIMIT {
                     return Err(Error::damaged("a held packet is empty, or they are too many"));
@@ -179,7 +184,7 @@ fn parse<R: Read>(
         }
     }
     Ok(Parsed::Message(match header.kind {
-        kind::BEGIN => Message::Begin { connections: count, answers },
+        kind::BEGIN => Message::Begin { connections: count, answers, place },
         kind::STATE => Message::State { connection: id, critical: header.critical, bytes: state },
         kind::HELD => Message::Held { connection: id, packets },
         kind::COMMIT => Message::Commit { connection: id },

@@ -104,12 +104,18 @@ impl<W: Write> Writer<W> {
                 return self.state(*connection, bytes, *critical);
             }
             Message::Held { connection, packets } => return self.held(*connection, packets),
-            Message::Begin { connections, answers } => {
+            Message::Begin { connections, answers, place } => {
                 record::open(&mut self.small, kind::BEGIN, 0);
                 field::put(&mut self.small, tag::COUNT, |out| {
                     out.extend_from_slice(&connections.to_le_bytes());
                 });
                 field::put(&mut self.small, tag::ANSWERS, |out| out.push((*answers).into()));
+                if let Some(place) = place {
+                    field::put(&mut self.small, tag::PLACE, |out| {
+                        out.extend_from_slice(&place.host);
+                        place.namespace.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+                    });
+                }
                 return self.seal();
             }
             Message::Commit { connection } => (kind::COMMIT, connection, None),

@@ -218,6 +218,15 @@ pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
     named("TCP_INFO", sockopt::get(fd, SOL_TCP, libc::TCP_INFO))
 }
 
+/// `rcv_wnd`, out of repair mode too; `None` before Linux 6.2.
+pub(crate) fn rcv_wnd(fd: BorrowedFd<'_>) -> Result<Option<u32>> {
+    const END: usize = 236;
+    let mut info = [0; END];
+    let length = named("TCP_INFO", sockopt::get_bytes(fd, SOL_TCP, libc::TCP_INFO, &mut info))?;
+    Ok((length == END)
+        .then(|| u32::from_ne_bytes([info[END - 4], info[END - 3], info[END - 2], info[END - 1]])))
+}
+
 /// Bytes that the application can read, up to an urgent mark.
 pub(crate) fn unread(fd: BorrowedFd<'_>) -> Result<u32> {
     named("SIOCINQ", sockopt::ioctl_int::<0x541B>(fd)).map(|bytes| bytes as u32)

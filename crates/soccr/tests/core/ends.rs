@@ -24,7 +24,7 @@ const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const NOBODY: [u8; 6] = [2, 0, 0, 0, 0, 99];
 
 /// How long a read or a write may take before its test fails.
-const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// A connection from host `a`, which is ours to move, to host `b`.
 #[derive(Debug)]
@@ -334,6 +334,11 @@ pub fn info_bytes(end: &TcpStream) -> [u8; 512] {
 /// `tcpi_rto`: how long the retransmission timer runs now.
 pub fn rto(end: &TcpStream) -> Duration {
     Duration::from_micros(u32::from_ne_bytes(*info_bytes(end)[8..].first_chunk().unwrap()).into())
+}
+
+/// `tcpi_probes`: how often it has asked in vain for a window.
+pub fn probes(end: &TcpStream) -> u8 {
+    info_bytes(end)[3]
 }
 
 /// `tcpi_total_rto`: how often that timer has run out (Linux 6.7).

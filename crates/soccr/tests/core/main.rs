@@ -17,6 +17,7 @@ mod states;
 mod sys;
 mod unread;
 mod urgent;
+mod windows;
 
 /// The named functions of a module as tests.
 macro_rules! tests {
@@ -84,5 +85,6 @@ fn main() -> ExitCode {
     tests.extend(unread::tests());
     tests.extend(urgent::tests());
     tests.extend(matrix::tests());
+    tests.extend(windows::tests());
     soccr_lab::harness(tests)
 }

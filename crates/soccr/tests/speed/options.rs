@@ -264,23 +264,3 @@ pub fn a_closed_window_opens_though_its_update_was_lost() {
         assert!(read.iter().chain(&rest).all(|byte| *byte == 7));
     }
 }
-
-pub fn a_window_that_was_opened_is_reported() {
-    let mut ends = Ends::near(Family::V4);
-    std::mem::swap(&mut ends.ours, &mut ends.peer);
-    std::mem::swap(&mut ends.pair.a, &mut ends.pair.b);
-    let mut total = 0;
-    ends.peer.set_nonblocking(true).unwrap();
-    wait_until("our window is closed", || {
-        match ends.peer.write(&[7; 65536]) {
-            Ok(written) => total += written,
-            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
-        }
-        ends.window().is_some_and(|window| window.rcv_wnd == 0)
-    });
-    let restored = ends.restored();
-    let _ = restored.as_fd();
-    assert_eq!(fidelity(restored.report(), "rcv_wnd"), Fidelity::Approximate, "{}", restored.report());
-    ends.resume(restored);
-    ends.ours.read_exact(&mut vec![0; total]).unwrap();
-}

@@ -1,0 +1,205 @@
+//! What is the only copy of a connection is not lost, and there is never a second one; and a process that is stopped notices nothing.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use soccr::settings::Value;
+use soccr_lab::wait_until;
+
+use crate::programs::{
+    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, python, server,
+    soccr, succeed,
+};
+use crate::steps::run_and_kill;
+
+crate::tests![
+    an_image_that_is_there_is_not_replaced,
+    what_nobody_reads_goes_back,
+    a_killed_save_leaves_the_connection_or_an_image,
+    a_stopped_process_waits_on,
+    options_that_concern_more_than_the_connection_are_left_out,
+    the_walkthrough_goes_to_its_end,
+];
+
+fn an_image_that_is_there_is_not_replaced() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    let server = server("", 2);
+    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
+    for client in &mut clients {
+        assert_eq!(ask(client, "one", ""), "one");
+    }
+    let [first, second] = descriptors(&server.pid()).try_into().unwrap();
+    let save = |fd| ["save", "--pid", &server.pid(), "--fd", fd, "-o", &image].map(str::to_owned).to_vec();
+    let run = |arguments: Vec<String>| soccr(&[]).args(arguments).stderr(Stdio::piped()).output().unwrap();
+    assert!(run(save(&first)).status.success());
+    let before = std::fs::read(&image).unwrap();
+    let refused = run(save(&second));
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--force"), "{refused:?}");
+    assert_eq!(std::fs::read(&image).unwrap(), before);
+    let mut forced = save(&second);
+    forced.push("--force".into());
+    assert!(run(forced).status.success());
+    assert_ne!(std::fs::read(&image).unwrap(), before);
+}
+
+fn what_nobody_reads_goes_back() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let fd = descriptors(&server.pid()).remove(0);
+    let mut save = soccr(&["save", "--pid", &server.pid(), "--fd", &fd]);
+    let mut save = save.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut reader = save.stdout.take().unwrap();
+    // The image is in the pipe, but for its end maybe.
+    wait_until("it is written", || rustix::io::ioctl_fionread(&reader).unwrap() > 300);
+    reader.read_exact(&mut [0; 8]).unwrap();
+    drop(reader);
+    assert_eq!(save.wait().unwrap().code(), Some(1));
+    assert_runs(&server.pid());
+    assert_eq!(ask(&mut client, "more", ""), "more");
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+fn a_killed_save_leaves_the_connection_or_an_image() {
+    if !installed("python3") {
+        return;
+    }
+    for (call, left) in [(libc::SYS_connect, false), (libc::SYS_rename, true)] {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image").display().to_string();
+        let server = server("", 1);
+        let mut client = connect(([127, 0, 0, 1], 7));
+        assert_eq!(ask(&mut client, "one", ""), "one");
+        let fd = descriptors(&server.pid()).remove(0);
+        let mut save = soccr(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", &image]);
+        // It takes a connection from its socket by connecting that to nowhere.
+        assert!(run_and_kill(&mut save, |entered| entered.number == call), "it was killed");
+        if left {
+            assert_eq!(names(directory.path()).len(), 1);
+            let mut restore = soccr(&["restore", &image, "--", "python3", "-c", HEIR, "new "]);
+            let _heir = Program::start(restore.stderr(Stdio::null()));
+            assert_eq!(ask(&mut client, "two", "new "), "new two");
+        } else {
+            assert_runs(&server.pid());
+            assert_eq!(ask(&mut client, "two", ""), "two");
+            wait_until("no file is left", || names(directory.path()).is_empty());
+        }
+    }
+}
+
+/// Waits for events and bytes as simple C programs do, which end at EINTR.
+const SIMPLE: &str = r#"
+import ctypes, os, socket, struct, threading
+libc = ctypes.CDLL(None, use_errno=True)
+listener = socket.create_server(("", 7), backlog=64)
+def polls(connection):
+    poll = libc.epoll_create1(0)
+    event = struct.pack("=IQ", 1, 0)
+    assert libc.epoll_ctl(poll, 1, connection.fileno(), event) == 0
+    events = ctypes.create_string_buffer(12)
+    while libc.epoll_wait(poll, events, 1, 60000) == 1:
+        connection.sendall(b"polls " + os.read(connection.fileno(), 100))
+    print("errno", ctypes.get_errno(), flush=True)
+    os._exit(1)
+def receives(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("=qq", 60, 0))
+    bytes = ctypes.create_string_buffer(100)
+    while (count := libc.recv(connection.fileno(), bytes, 100, 0)) > 0:
+        connection.sendall(b"hears " + bytes.raw[:count])
+    print("errno", ctypes.get_errno(), flush=True)
+    os._exit(1)
+threads = [threading.Thread(target=serve, args=[listener.accept()[0]]) for serve in (polls, receives)]
+for thread in threads:
+    thread.start()
+"#;
+
+fn a_stopped_process_waits_on() {
+    if !installed("python3") || !cfg!(target_arch = "x86_64") {
+        return;
+    }
+    let server = Program::start(&mut python(SIMPLE, &[]));
+    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
+    for round in 0..5 {
+        let text = format!("round {round}");
+        for (client, prefix) in clients.iter_mut().zip(["polls ", "hears "]) {
+            assert_eq!(ask(client, &text, prefix), format!("{prefix}{text}"));
+        }
+        let fd = descriptors(&server.pid()).remove(0);
+        succeed(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]);
+        let refused = ["send", "--pid", &server.pid(), "--fd", &fd, "--timeout", "1", "--via", "false"];
+        fail(1, &refused);
+    }
+}
+
+fn options_that_concern_more_than_the_connection_are_left_out() {
+    if !installed("python3") {
+        return;
+    }
+    const MARK: &str = r#"
+import socket
+connection = socket.socket(fileno=3)
+connection.sendall(b"mark %d nodelay %d" % (connection.getsockopt(1, 36), connection.getsockopt(6, 1)))
+"#;
+    for (arguments, mark, answer) in [
+        (&["--settings", "all"][..], 7, "mark 7 nodelay 1"),
+        (&[], 7, "mark 7 nodelay 1"),
+        (&[], 0xc114, "mark 0 nodelay 1"),
+        (&["--settings", "safe"], 7, "mark 0 nodelay 1"),
+        (&["--settings", "none"], 7, "mark 0 nodelay 0"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image").display().to_string();
+        let server = server("", 1);
+        let mut client = connect(([127, 0, 0, 1], 7));
+        assert_eq!(ask(&mut client, "one", ""), "one");
+        let fd = descriptors(&server.pid()).remove(0);
+        succeed(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", &image]);
+        let mut connection = soccr_image::load_file(&image).unwrap();
+        connection.settings.set("SO_MARK", Value::Number(mark));
+        connection.settings.set("TCP_NODELAY", Value::Number(1));
+        soccr_image::save_file(&image, &connection).unwrap();
+        let mut restore = soccr(&["restore", &image]);
+        restore.args(arguments).args(["--", "python3", "-c", MARK]).stderr(Stdio::piped());
+        let output = restore.spawn().unwrap();
+        assert_eq!(hear(&mut client, answer.len()), answer, "{arguments:?}");
+        let output = output.wait_with_output().unwrap();
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(complaint.contains("SO_MARK"), answer.contains("mark 0"), "{arguments:?}: {complaint}");
+    }
+}
+
+fn the_walkthrough_goes_to_its_end() {
+    if !installed("python3") || !installed("ip") {
+        return;
+    }
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/walkthrough.sh");
+    let path = format!("{}:{}", Path::new(SOCCR).parent().unwrap().display(), std::env::var("PATH").unwrap());
+    let mut complaints = tempfile::tempfile().unwrap();
+    let mut command = Command::new("sh");
+    command.arg(script).env("PATH", path).stderr(complaints.try_clone().unwrap());
+    // Its output ends when its last program does.
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text.ends_with("\nfirst server: hello\nsecond server: again\n"), "{text}");
+    std::io::Seek::rewind(&mut complaints).unwrap();
+    let mut complaint = String::new();
+    complaints.read_to_string(&mut complaint).unwrap();
+    assert_eq!(complaint, "");
+    let mut without = Command::new("/bin/sh");
+    let output = without.arg(script).env("PATH", "/nonexistent").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+}
