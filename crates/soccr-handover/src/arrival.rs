@@ -99,6 +99,10 @@ pub(crate) struct Arrival {
     writer: Option<Writer<Outbox>>,
     /// Where it does not.
     unheard: Outbox,
+    /// The source is in the same network: its sockets are in the way here.
+    is_beside: bool,
+    /// It is known to be in another one.
+    is_apart: bool,
     /// The state of the connection that comes next.
     state: Option<(Id, Vec<u8>)>,
     arriving: Vec<Arriving>,
@@ -135,6 +139,8 @@ impl Arrival {
             decoder: Decoder::new(),
             writer: None,
             unheard: Outbox::default(),
+            is_beside: false,
+            is_apart: false,
             state: None,
             arriving: Vec::new(),
             arriving_bytes: 0,
@@ -182,7 +188,10 @@ impl Arrival {
             return self.give_up(violation(format!("the state of connection {id} is not before it")));
         }
         match message {
-            Message::Begin { connections, answers } => {
+            Message::Begin { connections, answers, place } => {
+                let here = self.shared.place;
+                self.is_beside = place.is_some() && place == here;
+                self.is_apart = !self.is_beside && place.is_some() && here.is_some();
                 let needs = Needs { connections: connections as usize, ..Needs::default() };
                 if let Err(error) = needs.check() {
                     return self.give_up(error.into());
@@ -213,7 +222,8 @@ impl Arrival {
                 let bytes: usize = packets.iter().map(Vec::len).sum();
                 let Some(waiting) = self.waiting.get_mut(&connection) else { return };
                 if self.waiting_bytes + bytes > MEMORY {
-                    return self.refuse(connection, "there is no room for the packets that were held for it");
+                    // The peer sends them again.
+                    return;
                 }
                 (self.waiting_bytes, waiting.bytes) = (self.waiting_bytes + bytes, waiting.bytes + bytes);
                 waiting.held.packets.extend(packets);
@@ -288,8 +298,10 @@ impl Arrival {
     fn place(&mut self) {
         (self.patience, self.arriving_bytes) = (None, 0);
         let mut batch = Vec::new();
+        // Where that cannot be found out, the restore tells.
+        let mut diag = (!self.arriving.is_empty()).then(Diag::open).and_then(soccr::Result::ok);
         for arriving in std::mem::take(&mut self.arriving) {
-            match self.accept(&arriving) {
+            match self.accept(&arriving, &mut diag) {
                 Ok(()) => batch.push(arriving),
                 Err(reason) => self.placed(arriving.id, Err(reason)),
             }
@@ -299,12 +311,12 @@ impl Arrival {
         }
         let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
         match self.shared.locker.lock(&flows) {
-            Ok(lock) => self.place_locked(batch, lock),
+            Ok(lock) => self.place_locked(batch, lock, &mut diag),
             // One of them is in the way of all.
             Err(_) => {
                 for arriving in batch {
                     match self.shared.locker.lock(&[arriving.connection.flow()]) {
-                        Ok(lock) => self.place_locked(vec![arriving], lock),
+                        Ok(lock) => self.place_locked(vec![arriving], lock, &mut diag),
                         Err(error) => self.placed(arriving.id, Err(error.to_string())),
                     }
                 }
@@ -313,7 +325,7 @@ impl Arrival {
     }
 
     /// Whether the application wants the connection, and this host has room for it.
-    fn accept(&mut self, arriving: &Arriving) -> std::result::Result<(), String> {
+    fn accept(&mut self, arriving: &Arriving, diag: &mut Option<Diag>) -> std::result::Result<(), String> {
         let Arriving { name, state, connection, .. } = arriving;
         connection.validate().map_err(|error| error.to_string())?;
         if self.terms.room == Some(0) {
@@ -322,24 +334,27 @@ impl Arrival {
         if self.waiting_bytes > MEMORY {
             return Err("too much waits for the source to decide".into());
         }
+        let flow = connection.flow();
+        if self.is_apart && flow.local.ip().to_canonical().is_loopback() {
+            return Err("its peer is where it comes from: take it over there, or map its addresses".into());
+        }
+        // Nothing of somebody else is locked, let alone replaced.
+        if !self.is_beside && is_in_use(diag, flow) {
+            return Err("this connection is in use here, and not by the source".into());
+        }
         self.terms.check.as_ref().map_or(Ok(()), |check| check(&Offer { name, state, connection }))?;
         self.terms.room = self.terms.room.map(|room| room - 1);
         Ok(())
     }
 
-    fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock) {
+    fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock, diag: &mut Option<Diag>) {
         let number = self.next_batch;
         self.next_batch += 1;
         self.batches
             .insert(number, Batch { lock, size: batch.len(), undecided: batch.len(), taken: Vec::new() });
-        // Where that cannot be found out, the restore tells.
-        let mut diag = Diag::open().ok();
-        let mut is_in_use = |flow: Flow| {
-            let state = diag.as_mut()?.find(flow.local, flow.remote, |socket| socket.state).ok()??;
-            Some(state != State::TimeWait)
-        };
-        let (behind, free): (Vec<_>, Vec<_>) =
-            batch.into_iter().partition(|arriving| is_in_use(arriving.connection.flow()) == Some(true));
+        let (behind, free): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .partition(|arriving| self.is_beside && is_in_use(diag, arriving.connection.flow()));
         // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
         self.shared.end_silence(&flows);
@@ -606,6 +621,11 @@ impl Drop for Arrival {
             self.end();
         }
     }
+}
+
+fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
+    let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
+    matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
 }
 
 fn held(flow: Flow) -> Held {

@@ -1,11 +1,14 @@
 //! [`Mover`]: what a process needs once to let connections go and to take them in.
 
 use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use soccr::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
+use soccr_image::stream::Place;
 
 use crate::departing::{Departing, Stream};
 use crate::error::{Error, Rejected, Result};
@@ -73,6 +76,8 @@ type Listener = dyn Fn(Event<'_>) + Send + Sync;
 pub(crate) struct Shared {
     pub(crate) locker: Locker,
     pub(crate) limits: Limits,
+    /// Where it moves connections from and to, as far as the kernel tells.
+    pub(crate) place: Option<Place>,
     listener: Option<Box<Listener>>,
     /// What nobody has waited for.
     came_back: Mutex<Vec<Rejected<std::net::TcpStream>>>,
@@ -93,8 +98,13 @@ impl Mover {
     /// Those of [`new`](Self::new).
     pub fn with(limits: Limits) -> Result<Self> {
         soccr::prepare();
-        let shared =
-            Shared { locker: Locker::new(Mode::HOLD)?, limits, listener: None, came_back: Mutex::default() };
+        let shared = Shared {
+            locker: Locker::new(Mode::HOLD)?,
+            limits,
+            place: place(),
+            listener: None,
+            came_back: Mutex::default(),
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -165,4 +175,12 @@ impl Shared {
             Err(error) => self.warn(error),
         }
     }
+}
+
+/// The host, and the network namespace of the calling thread.
+fn place() -> Option<Place> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let boot = u128::from_str_radix(&boot.trim().replace('-', ""), 16).ok()?;
+    let namespace = fs::metadata("/proc/thread-self/ns/net").ok()?;
+    Some(Place { host: boot.to_be_bytes(), namespace: [namespace.dev(), namespace.ino()] })
 }
