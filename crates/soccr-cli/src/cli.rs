@@ -42,6 +42,11 @@ enum Command {
     /// A program of the demonstration
     #[command(hide = true)]
     DemoProgram,
+    /// A server of the demonstration
+    #[command(hide = true)]
+    DemoServer {
+        name: String,
+    },
 }
 
 impl Cli {
@@ -62,6 +67,7 @@ impl Cli {
             Command::Man(man) => man.run(),
             Command::Demo(demo) => demo.run(),
             Command::DemoProgram => demo::worker::run(),
+            Command::DemoServer { name } => demo::servers::serve(name.leak()),
         }
     }
 }

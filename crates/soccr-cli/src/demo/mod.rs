@@ -16,6 +16,7 @@ mod mover;
 mod pattern;
 mod peer;
 mod report;
+pub(crate) mod servers;
 mod wire;
 pub(crate) mod worker;
 
@@ -34,6 +35,9 @@ pub(crate) struct Demo {
     /// How often the connection moves to the other host
     #[arg(long, default_value_t = 20, value_name = "N")]
     moves: u32,
+    /// Replace a server that knows nothing of it, and keep its client: needs root and Linux 6.9
+    #[arg(long)]
+    servers: bool,
     /// Print one JSON object instead of the account
     #[arg(long)]
     json: bool,
@@ -44,6 +48,9 @@ impl Demo {
     pub(crate) fn run(self) -> Result<Exit> {
         // Before any thread starts, and before the report looks at the terminal.
         soccr_lab::enter()?;
+        if self.servers {
+            return servers::run(self.moves, self.json);
+        }
         let lab = Lab::new().context("the private network")?;
         for host in [&lab.peer, &lab.a, &lab.b] {
             // bbr pauses by itself, for longer than a move takes. Where cubic is not allowed, the account shows that too.

@@ -9,10 +9,10 @@ use soccr_lab::{Host, Lab, Side};
 
 use super::mover::{Ends, Move};
 
-const DIM: Style = Style::new().dimmed();
-const BOLD: Style = Style::new().bold();
-const GOOD: Style = AnsiColor::Green.on_default().bold();
-const BAD: Style = AnsiColor::Red.on_default().bold();
+pub(super) const DIM: Style = Style::new().dimmed();
+pub(super) const BOLD: Style = Style::new().bold();
+pub(super) const GOOD: Style = AnsiColor::Green.on_default().bold();
+pub(super) const BAD: Style = AnsiColor::Red.on_default().bold();
 
 /// Rows for people: with many moves not every one is worth a line.
 const ROWS: u32 = 40;
@@ -142,7 +142,7 @@ impl Summary {
 }
 
 /// Resets that a host has sent, by the kernel's own count (`OutRsts` in snmp(5)); counted as one where it cannot be read.
-fn resets_sent(host: &Host) -> u64 {
+pub(super) fn resets_sent(host: &Host) -> u64 {
     let table = host.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap_or_default();
     let mut rows = table.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split_whitespace());
     let (Some(names), Some(mut values)) = (rows.next(), rows.next()) else { return 1 };
@@ -173,7 +173,7 @@ fn bytes(count: u64) -> String {
 }
 
 /// Prints a line; colours on a terminal alone. Nobody may be listening any more.
-fn say(line: std::fmt::Arguments<'_>) {
+pub(super) fn say(line: std::fmt::Arguments<'_>) {
     let mut out = anstream::AutoStream::auto(std::io::stdout());
     let _ = writeln!(out, "{line}");
 }

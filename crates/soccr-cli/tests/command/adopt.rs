@@ -22,6 +22,7 @@ crate::tests![
     idle_connections_move_from_nginx_to_nginx,
     clients_of_redis_get_another_redis,
     every_byte_arrives_while_clients_talk,
+    the_demonstration_moves_between_servers,
 ];
 
 /// A plain server: epoll, accept in a loop. Closes its listener after as many connections as its second argument says.
@@ -252,6 +253,15 @@ impl Drop for End<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+fn the_demonstration_moves_between_servers() {
+    if !adoption_works() {
+        return;
+    }
+    let output = succeed(&["demo", "--servers", "--moves", "2", "--json"]);
+    let account: serde_json::Value = serde_json::from_slice(&output).unwrap();
+    assert_eq!(account, serde_json::json!({ "moves": 2, "answers": 6, "resets": 0 }));
 }
 
 /// The byte of a long conversation at this place.
