@@ -1,10 +1,10 @@
 //! Moves between hosts that are set up differently, with peers of every kind: afterwards the connection is what it was.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::set_socket_recv_buffer_size;
 use soccr_lab::{Family, Host, Pair, State, Test, sysctl, wait_until};
 
@@ -160,20 +160,36 @@ fn exercise(ends: &Ends) -> [usize; 2] {
     sizes
 }
 
+/// On one thread, so that a busy machine has none to wait for.
 fn transfer(mut from: &TcpStream, mut to: &TcpStream, start: Instant) -> usize {
     let before = data_segments(from);
     let bytes = pattern(0, LENGTH);
-    thread::scope(|scope| {
-        scope.spawn(|| from.write_all(&bytes).unwrap());
-        let (mut buffer, mut at) = (vec![0; 64 << 10], 0);
-        while at < LENGTH {
-            let length = to.read(&mut buffer).unwrap();
-            assert!(length > 0 && start.elapsed() < LIMIT, "{at} bytes of {LENGTH} after {LIMIT:?}");
-            assert_same_bytes(&buffer[..length], &bytes[at..][..length]);
-            at += length;
-        }
-    });
+    let mut buffer = vec![0; 64 << 10];
+    let (mut written, mut read) = (0, 0);
+    for end in [from, to] {
+        end.set_nonblocking(true).unwrap();
+    }
+    while read < LENGTH {
+        assert!(start.elapsed() < LIMIT, "{read} bytes of {LENGTH} after {LIMIT:?}");
+        let mut ends = [PollFd::new(from, PollFlags::OUT), PollFd::new(to, PollFlags::IN)];
+        let ends = if written < LENGTH { &mut ends[..] } else { &mut ends[1..] };
+        poll(ends, Some(&Timespec { tv_sec: 1, tv_nsec: 0 })).unwrap();
+        written += progress(from.write(&bytes[written..]));
+        let length = progress(to.read(&mut buffer));
+        assert_same_bytes(&buffer[..length], &bytes[read..][..length]);
+        read += length;
+    }
+    for end in [from, to] {
+        end.set_nonblocking(false).unwrap();
+    }
     LENGTH / (data_segments(from) - before) as usize
+}
+
+fn progress(moved: io::Result<usize>) -> usize {
+    match moved {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+        moved => moved.unwrap(),
+    }
 }
 
 /// `tcpi_data_segs_out` (Linux 4.6).
