@@ -19,19 +19,19 @@
 #ifndef LIBSOCCR_SOCCR_H
 #define LIBSOCCR_SOCCR_H
 
-#include <linux/types.h>
 #include <netinet/in.h>
+#include <stdint.h>
 #include <sys/socket.h>
 
 /* TCP_RECV_QUEUE and TCP_SEND_QUEUE; linux/tcp.h has them too, and does not go together with netinet/tcp.h. */
 #if !defined(_LINUX_TCP_H) && !defined(_UAPI_LINUX_TCP_H)
 #include <netinet/tcp.h>
-#endif
-/* In its strict modes glibc leaves them out. */
-#if defined(__GLIBC__) && !defined(__USE_MISC) && !defined(TCP_RECV_QUEUE)
+/* glibc leaves them out in its strict modes, musl in all. */
+#if !(defined(__GLIBC__) && defined(__USE_MISC)) && !defined(TCP_RECV_QUEUE)
 #define TCP_NO_QUEUE 0
 #define TCP_RECV_QUEUE 1
 #define TCP_SEND_QUEUE 2
+#endif
 #endif
 
 #ifdef __cplusplus
@@ -65,25 +65,25 @@ struct libsoccr_sk;
 
 /* A connection without its queues and addresses, to be kept and passed on as it is. It may only grow at its end. */
 struct libsoccr_sk_data {
-	__u32 state;      /* TCP_ESTABLISHED and the others */
-	__u32 inq_len;    /* bytes received and not yet read */
-	__u32 inq_seq;    /* rcv_nxt; the peer's FIN, once received, counts one */
-	__u32 outq_len;   /* bytes written and not yet acknowledged; without a FIN of ours */
-	__u32 outq_seq;   /* write_seq; our FIN, once queued, counts one */
-	__u32 unsq_len;   /* bytes at the end of the send queue that were never sent; without a FIN */
-	__u32 opt_mask;   /* TCPI_OPT_*: what the two ends have negotiated */
-	__u32 mss_clamp;  /* largest segment that the peer accepts, in bytes */
-	__u32 snd_wscale; /* shift counts of the window fields, with TCPI_OPT_WSCALE */
-	__u32 rcv_wscale;
-	__u32 timestamp;  /* TCP_TIMESTAMP, opaque, with TCPI_OPT_TIMESTAMPS */
+	uint32_t state;      /* TCP_ESTABLISHED and the others */
+	uint32_t inq_len;    /* bytes received and not yet read */
+	uint32_t inq_seq;    /* rcv_nxt; the peer's FIN, once received, counts one */
+	uint32_t outq_len;   /* bytes written and not yet acknowledged; without a FIN of ours */
+	uint32_t outq_seq;   /* write_seq; our FIN, once queued, counts one */
+	uint32_t unsq_len;   /* bytes at the end of the send queue that were never sent; without a FIN */
+	uint32_t opt_mask;   /* TCPI_OPT_*: what the two ends have negotiated */
+	uint32_t mss_clamp;  /* largest segment that the peer accepts, in bytes */
+	uint32_t snd_wscale; /* shift counts of the window fields, with TCPI_OPT_WSCALE */
+	uint32_t rcv_wscale;
+	uint32_t timestamp;  /* TCP_TIMESTAMP, opaque, with TCPI_OPT_TIMESTAMPS */
 
-	__u32 flags;      /* SOCCR_FLAGS_* */
+	uint32_t flags;      /* SOCCR_FLAGS_* */
 
-	__u32 snd_wl1;    /* struct tcp_repair_window, with SOCCR_FLAGS_WINDOW */
-	__u32 snd_wnd;
-	__u32 max_window;
-	__u32 rcv_wnd;
-	__u32 rcv_wup;
+	uint32_t snd_wl1;    /* struct tcp_repair_window, with SOCCR_FLAGS_WINDOW */
+	uint32_t snd_wnd;
+	uint32_t max_window;
+	uint32_t rcv_wnd;
+	uint32_t rcv_wup;
 };
 
 /* The address of a socket. */
@@ -170,6 +170,25 @@ int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, struct libsoccr_sk_data *da
 			     char *buf);
 
 #endif
+
+/*
+ * Writes everything that there is of a paused connection to a file, pipe or memfd, its socket options included, in the
+ * format of the command soccr: `soccr restore` and libsoccr_read() read it. Nothing is consumed.
+ */
+int libsoccr_write(struct libsoccr_sk *sk, int fd);
+
+/*
+ * Reads a connection that libsoccr_write() or `soccr save` has written. libsoccr_get_addr() tells its addresses,
+ * libsoccr_set_addr() changes them. An image can set any socket option: read those of whom you trust.
+ */
+struct libsoccr_sk *libsoccr_read(int fd);
+
+/*
+ * Restores a connection that was read onto a new socket, in the network of the calling thread, in repair mode:
+ * libsoccr_resume() ends that. Returns its descriptor, which is the caller's, and closed on exec. When it fails, it can be
+ * tried again.
+ */
+int libsoccr_open(struct libsoccr_sk *sk);
 
 /*
  * The last failure of a handle: step, option, errno and remedy on one line. Without a handle (NULL): the last failure

@@ -1,6 +1,6 @@
 //! Why a call failed, as the line of text and the numbers that C gets.
 
-use std::fmt;
+use std::{fmt, io};
 
 use soccr_core::ErrorKind;
 
@@ -55,6 +55,18 @@ impl From<soccr_core::Error> for Failure {
             (_, Some(errno)) => Self::system(text, errno),
             (ErrorKind::Refused, None) => Self::refused(text),
             _ => Self::new(text),
+        }
+    }
+}
+
+impl From<soccr_image::Error> for Failure {
+    fn from(error: soccr_image::Error) -> Self {
+        let text = format!("image: {error}");
+        let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
+        match source.and_then(io::Error::raw_os_error) {
+            Some(errno) => Self::system(text, errno),
+            // Cut off, damaged, of another format or a newer version.
+            None => Self { text, kind: Kind::Refused, errno: libc::EBADMSG },
         }
     }
 }

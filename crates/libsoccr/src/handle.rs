@@ -1,9 +1,11 @@
 //! `struct libsoccr_sk`: a socket, what is being done with it, and the memory that belongs to it.
 
+use std::io;
 use std::mem::replace;
 use std::net::SocketAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use soccr_core::Connection;
 use soccr_core::connection::{ControlBlock, Flow, State};
 use soccr_core::{ErrorKind, Paused, Queue, Restored};
 
@@ -48,7 +50,8 @@ pub(crate) enum Owner {
 /// An open handle.
 #[derive(Debug)]
 pub(crate) struct Handle {
-    socket: BorrowedFd<'static>,
+    /// None before a connection that was read is restored.
+    socket: Option<BorrowedFd<'static>>,
     stage: Stage,
     /// The queues that the last save has read, until they are given away.
     read: PerQueue<Option<Memory>>,
@@ -59,11 +62,13 @@ pub(crate) struct Handle {
     own_address: Option<SocketAddr>,
     peer_address: Option<SocketAddr>,
     pub(crate) last_error: Option<LastError>,
-    claim: Claim,
+    claim: Option<Claim>,
 }
 
 #[derive(Debug)]
 enum Stage {
+    /// Read from an image, and not restored yet.
+    Read(Box<Connection>),
     Paused(Paused<'static>),
     Restoring(Staged),
     Restored(Restored<BorrowedFd<'static>>),
@@ -76,6 +81,7 @@ enum Stage {
 impl Stage {
     fn is(&self) -> &'static str {
         match self {
+            Self::Read(_) => "the connection comes from an image — libsoccr_open restores it",
             Self::Paused(_) => "the socket is paused",
             Self::Restoring(_) => "the socket is being restored",
             Self::Restored(_) | Self::Connecting => "the socket is restored already",
@@ -89,21 +95,65 @@ impl Handle {
         let claim = Claim::new(socket)?;
         // Repair mode without a handle here is what a process has left behind that died: there is nobody to disturb.
         let paused = Paused::take_over(socket).or_else(|_| Paused::new(socket))?;
-        Ok(Self {
-            socket,
-            stage: Stage::Paused(paused),
+        Ok(Self { socket: Some(socket), claim: Some(claim), ..Self::new(Stage::Paused(paused)) })
+    }
+
+    fn new(stage: Stage) -> Self {
+        Self {
+            socket: None,
+            stage,
             read: PerQueue::default(),
             lent: Vec::new(),
             given: PerQueue::default(),
             own_address: None,
             peer_address: None,
             last_error: None,
-            claim,
-        })
+            claim: None,
+        }
+    }
+
+    /// A connection from an image, to be [opened](Self::open).
+    pub(crate) fn read(image: impl io::Read) -> Result<Self> {
+        let connection = soccr_image::read(image)?;
+        let (own_address, peer_address) = (Some(connection.local), Some(connection.remote));
+        Ok(Self { own_address, peer_address, ..Self::new(Stage::Read(Box::new(connection))) })
+    }
+
+    /// Writes everything that there is of the paused connection.
+    pub(crate) fn write(&self, image: impl io::Write) -> Result<()> {
+        let connection = self.paused("write")?.save()?;
+        Ok(soccr_image::write(image, &connection)?)
+    }
+
+    /// Restores the connection of an image onto a socket of its own, which `give` makes the caller's. Returns what did
+    /// not come back exactly.
+    pub(crate) fn open(&mut self, give: impl FnOnce(OwnedFd) -> BorrowedFd<'static>) -> Result<String> {
+        let Stage::Read(connection) = &mut self.stage else {
+            return Err(Failure::new(format!("open: {}", self.stage.is())));
+        };
+        connection.local = self.own_address.unwrap_or(connection.local);
+        connection.remote = self.peer_address.unwrap_or(connection.remote);
+        let restored = connection.restore();
+        // What brings the congestion window back is not to stay in the host.
+        soccr_core::release_prepared();
+        let restored = restored?;
+        let claim = Claim::new(restored.as_fd())?;
+        let report = restored.report().to_string();
+        let mut socket = None;
+        self.stage = Stage::Restored(restored.with_socket(|fd| *socket.insert(give(fd))));
+        (self.socket, self.claim) = (socket, Some(claim));
+        Ok(report)
+    }
+
+    fn is_there(&self) -> bool {
+        match (&self.claim, self.socket) {
+            (Some(claim), Some(socket)) => claim.holds(socket),
+            _ => false,
+        }
     }
 
     pub(crate) fn resume(self) -> Result<()> {
-        if !self.claim.holds(self.socket) {
+        if self.claim.is_some() && !self.is_there() {
             self.release();
             return Err(Failure::new(
                 "resume: the socket was closed, or has got another handle since — this one has only ended",
@@ -118,7 +168,9 @@ impl Handle {
                     "resume: the connection is not completely restored — it stays in repair mode: close it",
                 ));
             }
-            Stage::Failed => return Err(Failure::new(format!("resume: {}", self.stage.is()))),
+            Stage::Read(_) | Stage::Failed => {
+                return Err(Failure::new(format!("resume: {}", self.stage.is())));
+            }
         }
         Ok(())
     }
@@ -158,7 +210,7 @@ impl Handle {
 
     pub(crate) fn address(&mut self, end: End, owner: Owner) -> Result<*mut u8> {
         let given = if end == End::Own { self.own_address } else { self.peer_address };
-        if given.is_none() && !self.claim.holds(self.socket) {
+        if given.is_none() && !self.is_there() {
             return Err(Failure::new("save: the socket was closed — its addresses are asked for before"));
         }
         let address = match (&self.stage, given) {

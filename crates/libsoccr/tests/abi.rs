@@ -68,6 +68,14 @@ fn the_header_compiles_alone_in_every_dialect() {
     let mut command = Command::new("cc");
     command.args(["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-pedantic", "-std=gnu99", "-I"]).arg(poor);
     run(command.arg("-I").arg(include()).arg(source("header.c")));
+    // It has no headers of the kernel, nor the numbers of the queues.
+    if installed("musl-gcc") {
+        for definition in ["-DNOTHING", "-DSOCCR_API_2016"] {
+            let mut command = Command::new("musl-gcc");
+            command.args(["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-std=c11", definition, "-I"]);
+            run(command.arg(include()).arg(source("header.c")));
+        }
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod common;
 use common::{include, installed, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 5] = ["connections", "staged", "border", "lessons", "host"];
+const PROGRAMS: [&str; 6] = ["connections", "staged", "border", "lessons", "host", "image"];
 
 fn main() -> ExitCode {
     let libraries = build_library();
@@ -20,6 +20,10 @@ fn main() -> ExitCode {
         for function in functions(&program) {
             if function.starts_with("memory_") && has_valgrind {
                 tests.push(memory_test(&program, name, &function));
+            }
+            if function == "a_file_for_others" {
+                tests.push(file_test(&program, &function));
+                continue;
             }
             let program = program.clone();
             tests.push(Test::new(format!("{name}::{function}"), move || {
@@ -53,6 +57,19 @@ fn compile(name: &str, library: &Path) -> PathBuf {
 /// The names that a program tells.
 fn functions(program: &Path) -> Vec<String> {
     run(&mut Command::new(program)).lines().map(str::to_owned).collect()
+}
+
+/// What C writes is what Rust reads, and so does the command.
+fn file_test(program: &Path, function: &str) -> Test {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("written.soccr");
+    let mut writer = Command::new(program);
+    writer.arg(function).env("IMAGE", &path);
+    Test::new("image::rust_reads_what_c_writes", move || {
+        run(&mut writer);
+        let connection = soccr_image::load_file(&path).unwrap();
+        assert_eq!(connection.receive_queue, b"unread");
+        assert!(connection.path.is_some() && connection.buffers.is_some());
+    })
 }
 
 /// The test once more under valgrind: no byte lost, none freed twice.

@@ -14,7 +14,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bpf::{self, Assembler, Btf, Kind, Map, MapSpec, ProgramSpec, Register, Size, Type};
 use crate::connection::Path;
@@ -128,7 +128,23 @@ pub fn prepare() {
     let _ = Writer::get();
 }
 
-/// The algorithm, registered with the kernel as long as this process lives.
+/// Closes what [`prepare`], or the first restore, has opened: two descriptors, which a program may not want to keep
+/// between its restores. The next restore opens them again.
+pub fn release_prepared() {
+    let mut writer = writer();
+    // That it cannot be had stays known.
+    if matches!(*writer, Some(Ok(_))) {
+        *writer = None;
+    }
+}
+
+/// The one of this process, once it has been tried.
+fn writer() -> MutexGuard<'static, Option<Result<Arc<Writer>, Unavailable>>> {
+    static WRITER: Mutex<Option<Result<Arc<Writer>, Unavailable>>> = Mutex::new(None);
+    WRITER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The algorithm, registered with the kernel as long as this lives.
 struct Writer {
     values: Map,
     name: Vec<u8>,
@@ -137,9 +153,8 @@ struct Writer {
 
 impl Writer {
     /// Loaded on first use: that takes milliseconds.
-    fn get() -> Result<&'static Self, Unavailable> {
-        static WRITER: OnceLock<Result<Writer, Unavailable>> = OnceLock::new();
-        WRITER.get_or_init(Self::load).as_ref().map_err(Clone::clone)
+    fn get() -> Result<Arc<Self>, Unavailable> {
+        writer().get_or_insert_with(|| Self::load().map(Arc::new)).clone()
     }
 
     fn load() -> Result<Self, Unavailable> {

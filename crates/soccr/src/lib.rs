@@ -80,7 +80,7 @@ mod state;
 pub mod steer;
 mod sys;
 
-pub use congestion::prepare;
+pub use congestion::{prepare, release_prepared};
 pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
 pub use lock::Lock;

@@ -51,6 +51,14 @@ impl Restored {
     }
 }
 
+impl<Fd> Restored<Fd> {
+    /// Gives the socket to somebody else, who keeps it open as long as this lives.
+    pub fn with_socket<New>(self, change: impl FnOnce(Fd) -> New) -> Restored<New> {
+        let Self { control, flow, reuse_address, report, socket } = self;
+        Restored { control, flow, reuse_address, report, socket: change(socket) }
+    }
+}
+
 impl Restored<BorrowedFd<'_>> {
     /// Like [`resume`](Restored::resume) of a socket of its own.
     ///

@@ -7,6 +7,7 @@ pub(crate) mod claim;
 mod errno;
 mod exports;
 mod exports_2016;
+mod exports_image;
 mod exports_lock;
 pub(crate) mod log;
 pub(crate) mod memory;

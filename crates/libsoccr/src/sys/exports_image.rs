@@ -1,0 +1,57 @@
+//! Whole connections as bytes. See [`exports`](super::exports) for the contract.
+
+use std::ffi::c_int;
+use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::ptr;
+
+use crate::failure::{Failure, Result};
+use crate::handle::Handle;
+use crate::sys::border::{run, told, with};
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn libsoccr_write(handle: *mut Handle, fd: c_int) -> c_int {
+    let write = |handle: &mut Handle| handle.write(file("write", fd)?).map(|()| 0);
+    // SAFETY: by contract.
+    let written = unsafe { with(handle, -1, write) };
+    told(written, || format!("write: the connection is in descriptor {fd}"))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn libsoccr_read(fd: c_int) -> *mut Handle {
+    run(ptr::null_mut(), || {
+        let handle = Handle::read(file("read", fd)?)?;
+        Ok(Box::into_raw(Box::new(handle)))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn libsoccr_open(handle: *mut Handle) -> c_int {
+    let (mut socket, mut report) = (-1, String::new());
+    let open = |handle: &mut Handle| {
+        report = handle.open(|fd| {
+            socket = fd.into_raw_fd();
+            // SAFETY: it is the caller's now, who keeps it open as long as the handle, by contract.
+            unsafe { BorrowedFd::borrow_raw(socket) }
+        })?;
+        Ok(0)
+    };
+    // SAFETY: by contract.
+    let opened = unsafe { with(handle, -1, open) };
+    told(opened, || format!("open: descriptor {socket}; {}", report.trim_end().replace('\n', "; ")));
+    if opened == 0 { socket } else { -1 }
+}
+
+/// The file of a descriptor, which stays the caller's.
+fn file(step: &str, fd: c_int) -> Result<File> {
+    if fd < 0 {
+        return Err(Failure::new(format!("{step}: {fd} is no descriptor")));
+    }
+    // SAFETY: it is open, by contract; a closed one is told by the kernel.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let owned = borrowed.try_clone_to_owned();
+    owned.map(File::from).map_err(|error| {
+        let number = error.raw_os_error().unwrap_or(libc::EBADF);
+        Failure::system(format!("{step}: descriptor {}: {error}", borrowed.as_raw_fd()), number)
+    })
+}

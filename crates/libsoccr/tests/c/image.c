@@ -1,0 +1,152 @@
+/* Whole connections as bytes: what the command does, from C. */
+#include "kit.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+
+/* Locks a connection, writes it, and closes its socket. */
+static void write_away(struct pair *pair, int image)
+{
+	struct libsoccr_sk *sk;
+
+	kit_lock(pair);
+	sk = libsoccr_pause(pair->here);
+	CHECK(sk);
+	SAME(libsoccr_write(sk, image), 0);
+	libsoccr_release(sk);
+	close(pair->here);
+}
+
+static struct libsoccr_sk *read_back(int image)
+{
+	struct libsoccr_sk *sk;
+
+	SAME(lseek(image, 0, SEEK_SET), 0);
+	sk = libsoccr_read(image);
+	CHECK(sk);
+	return sk;
+}
+
+static int descriptors(void)
+{
+	int count = 0;
+
+	for (int fd = 0; fd < 4096; fd++)
+		count += fcntl(fd, F_GETFD) >= 0;
+	return count;
+}
+
+static void moves(enum family family)
+{
+	int image = memfd_create("image", MFD_CLOEXEC);
+	struct pair pair = kit_connect(family);
+	union libsoccr_addr *peer;
+	struct libsoccr_sk *sk;
+	int before = descriptors();
+
+	kit_set_option(pair.here, IPPROTO_TCP, TCP_KEEPIDLE, 77);
+	kit_set_option(pair.here, SOL_SOCKET, SO_REUSEADDR, 1);
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	kit_deafen(pair.there);
+	kit_send(pair.here, "unacknowledged", 14);
+	write_away(&pair, image);
+
+	sk = read_back(image);
+	peer = libsoccr_get_addr(sk, 0, 0);
+	SAME(peer->v4.sin_port, pair.peer.v4.sin_port);
+	pair.here = libsoccr_open(sk);
+	CHECK(pair.here >= 0);
+	SAME(fcntl(pair.here, F_GETFD), FD_CLOEXEC);
+	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
+	SAME(libsoccr_open(sk), -1);
+	kit_unlock(&pair);
+	libsoccr_resume(sk);
+	/* A new socket in the place of the old one; nothing of what brings the congestion window back. */
+	SAME(descriptors(), before);
+	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 0);
+	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_KEEPIDLE), 77);
+	SAME(kit_option(pair.here, SOL_SOCKET, SO_REUSEADDR), 1);
+	kit_hear(pair.there);
+	kit_expect(pair.here, "unread", 6);
+	kit_expect(pair.there, "unacknowledged", 14);
+	kit_talk(&pair);
+}
+
+static void a_connection_moves_in_an_image(void)
+{
+	moves(IPV4);
+}
+
+static void a_connection_moves_in_an_image_over_ipv6(void)
+{
+	moves(IPV6);
+}
+
+static void memory_of_what_is_read(void)
+{
+	int image = memfd_create("image", MFD_CLOEXEC);
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_sk_data data;
+	struct libsoccr_sk *sk;
+
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	write_away(&pair, image);
+	sk = read_back(image);
+	SAME(libsoccr_save(sk, &data, sizeof(data)), -1);
+	kit_error_has(sk, "libsoccr_open");
+	libsoccr_resume(sk);
+	kit_error_has(NULL, "libsoccr_open");
+	libsoccr_release(read_back(image));
+	kit_unlock(&pair);
+}
+
+static void what_is_no_image_is_refused(void)
+{
+	int file = memfd_create("image", MFD_CLOEXEC);
+	struct pair pair;
+	int ends[2];
+
+	CHECK(!libsoccr_read(-1));
+	SAME(errno, EINVAL);
+	CHECK(!libsoccr_read(4000));
+	SAME(errno, EBADF);
+	SAME(write(file, "something else altogether", 25), 25);
+	SAME(lseek(file, 0, SEEK_SET), 0);
+	CHECK(!libsoccr_read(file));
+	SAME(errno, EBADMSG);
+	SAME(libsoccr_last_kind(NULL), SOCCR_REFUSED);
+
+	/* A connection that cannot be written goes on. */
+	pair = kit_connect(IPV4);
+	SAME(pipe(ends), 0);
+	struct libsoccr_sk *sk = libsoccr_pause(pair.here);
+	SAME(libsoccr_write(sk, ends[0]), -1);
+	SAME(errno, EBADF);
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+/* For other readers: the image goes into the file that IMAGE names. */
+static void a_file_for_others(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	int file = open(getenv("IMAGE") ? getenv("IMAGE") : "/dev/null", O_WRONLY | O_CREAT | O_TRUNC, 0600);
+
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	write_away(&pair, file);
+	kit_unlock(&pair);
+}
+
+static const struct test tests[] = {
+	TEST(a_connection_moves_in_an_image),
+	TEST(a_connection_moves_in_an_image_over_ipv6),
+	TEST(memory_of_what_is_read),
+	TEST(what_is_no_image_is_refused),
+	TEST(a_file_for_others),
+};
+
+KIT_MAIN(tests)
