@@ -65,7 +65,7 @@ fn a_server_is_replaced_three_times() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let arguments = ["127.0.0.1:7", path.to_str().unwrap()];
-    let mut server = Example::start("restart", &arguments);
+    let mut server = Example::start("replace", &arguments);
     assert_eq!(server.says(), "serving 0 clients\n");
     let (one, two) = (connect("127.0.0.1:7"), connect("127.0.0.1:7"));
     says(&one, "hello\nhalf");
@@ -73,7 +73,7 @@ fn a_server_is_replaced_three_times() {
     for round in 1..4 {
         says(&two, "x\n");
         hears(&two, &format!("{round}: x\n"));
-        let successor = Example::start("restart", &arguments);
+        let successor = Example::start("replace", &arguments);
         let mut before = std::mem::replace(&mut server, successor);
         assert_eq!(server.says(), "serving 2 clients\n");
         assert_eq!(before.says(), "given away\n");

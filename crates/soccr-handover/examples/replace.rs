@@ -1,8 +1,8 @@
 //! A server that is replaced by another process while its clients are connected: none of them notices.
 //!
 //! ```text
-//! sudo cargo run --example restart -- 127.0.0.1:7000 /run/restart.sock     # serves
-//! sudo cargo run --example restart -- 127.0.0.1:7000 /run/restart.sock     # takes everything over from the first one, which ends
+//! sudo cargo run --example replace -- 127.0.0.1:7000 /run/replace.sock     # serves
+//! sudo cargo run --example replace -- 127.0.0.1:7000 /run/replace.sock     # takes everything over from the first one, which ends
 //! ```
 //!
 //! It numbers the lines that each client sends. The number goes along as the state of the connection, and half a line that
@@ -31,7 +31,7 @@ struct Client {
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let (Some(address), Some(path)) = (arguments.next(), arguments.next()) else {
-        return Err("usage: restart ADDRESS:PORT UNIX_SOCKET".into());
+        return Err("usage: replace ADDRESS:PORT UNIX_SOCKET".into());
     };
     let mover = Mover::new()?;
     // Before the predecessor closes its own, so that nobody is refused in between.
