@@ -2,6 +2,7 @@
 
 mod adopt;
 mod check;
+mod documents;
 mod images;
 mod kill;
 mod only;
@@ -18,6 +19,7 @@ fn main() -> std::process::ExitCode {
     let tests = [
         adopt::tests(),
         check::tests(),
+        documents::tests(),
         images::tests(),
         save::tests(),
         transfer::tests(),

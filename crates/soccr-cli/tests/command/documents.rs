@@ -1,0 +1,234 @@
+//! What README.md and docs/ say holds: their shell blocks run, their links lead somewhere, the errors they explain exist.
+//!
+//! A block that begins with ```` ```sh ```` runs on a host where `$server` has connections; `ssh host2` leads to another host with the same
+//! address, and `./server` is a program that takes connections. ```` ```sh root ```` needs a root that may load BPF;
+//! ```` ```sh ignore: REASON ```` does not run.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use soccr::adopt::Adopter;
+use soccr_lab::{Lab, Side, Test};
+
+use crate::programs::{Program, SOCCR, ask, connect, hear, installed, json, python};
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+/// Its two hosts have different addresses. The tests of steering do what it says.
+const OTHER_NETWORK: &str = "hosts.md";
+
+pub fn tests() -> Vec<Test> {
+    let blocks = pages().into_iter().map(|page| {
+        let name = page.strip_prefix(ROOT).unwrap().display().to_string();
+        Test::new(format!("documents::the_blocks_of_{name}_run"), move || run_blocks(&page))
+    });
+    let others = [
+        Test::new("documents::links_lead_somewhere", links_lead_somewhere),
+        Test::new("documents::explained_errors_exist", explained_errors_exist),
+    ];
+    blocks.chain(others).collect()
+}
+
+/// README.md and what lies in docs/.
+fn pages() -> Vec<PathBuf> {
+    let docs = fs::read_dir(Path::new(ROOT).join("docs")).unwrap();
+    let docs = docs.map(|entry| entry.unwrap().path());
+    docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .chain([Path::new(ROOT).join("README.md")])
+        .collect()
+}
+
+/// The shell blocks of a page: line, what follows `sh`, and the text.
+fn blocks(page: &str) -> Vec<(usize, &str, String)> {
+    let mut blocks = Vec::new();
+    let mut lines = page.lines().zip(1..);
+    while let Some((line, number)) = lines.next() {
+        let Some(info) = line.strip_prefix("```") else { continue };
+        let text: Vec<&str> =
+            lines.by_ref().map(|(line, _)| line).take_while(|line| *line != "```").collect();
+        if let Some(how) = info.strip_prefix("sh").filter(|how| how.is_empty() || how.starts_with(' ')) {
+            blocks.push((number, how.trim(), text.join("\n")));
+        }
+    }
+    blocks
+}
+
+fn run_blocks(page: &Path) {
+    if page.ends_with(OTHER_NETWORK) || !installed("python3") || !installed("nsenter") {
+        return;
+    }
+    for (line, how, text) in blocks(&fs::read_to_string(page).unwrap()) {
+        let place = format!("{}:{line}", page.file_name().unwrap().display());
+        match how {
+            "" => run_block(&place, &text),
+            "root" => match Adopter::new() {
+                Ok(_) => run_block(&place, &text),
+                Err(error) => eprintln!("\nSKIPPED: {place}: {error}\n"),
+            },
+            _ => {
+                let reason = how.strip_prefix("ignore: ").unwrap_or_else(|| panic!("{place}: sh {how}?"));
+                assert!(!reason.is_empty(), "{place}: why is it ignored?");
+            }
+        }
+    }
+}
+
+/// Accepts connections for ever, and answers with its argument in front.
+const OLD: &str = r#"
+import socket, sys, threading
+listener = socket.create_server(("", 443), backlog=64)
+def serve(connection):
+    try:
+        while data := connection.recv(100):
+            connection.sendall(sys.argv[1].encode() + data)
+    except OSError:
+        pass  # it has left
+while True:
+    threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
+"#;
+
+/// Greets each connection that it is given, and ends.
+const NEW: &str = r#"#!/usr/bin/env python3
+import os, socket
+for fd in range(3, 3 + int(os.environ["LISTEN_FDS"])):
+    socket.socket(fileno=fd).sendall(b"new ")
+"#;
+
+/// Greets each connection that it accepts, and keeps it.
+const GREETER: &str = r#"
+import socket
+listener, connections = socket.create_server(("", 443), backlog=64), []
+while True:
+    connections.append(listener.accept()[0])
+    connections[-1].sendall(b"new ")
+"#;
+
+const SSH: &str = "#!/bin/sh\nshift\nexec nsenter --net=/proc/$HOST2/ns/net -- sh -c \"$*\"\n";
+
+fn run_block(place: &str, text: &str) {
+    let lab = Lab::new().unwrap();
+    let old = lab.a.run(|| Program::start(&mut python(OLD, &["old "])));
+    let mut clients: Vec<TcpStream> = (0..3).map(|_| lab.peer.run(|| connect((lab.a.v4, 443)))).collect();
+    for client in &mut clients {
+        assert_eq!(ask(client, "hello", "old "), "old hello");
+    }
+    let host2 = lab.b.run(|| Program::start(&mut python(GREETER, &[])));
+    lab.b.run(|| {
+        connect(([127, 0, 0, 1], 443));
+    });
+    let directory = tempfile::tempdir().unwrap();
+    let bin = directory.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    for (path, script) in [(bin.join("ssh"), SSH), (directory.path().join("server"), NEW)] {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o755).open(path).unwrap();
+        file.write_all(script.as_bytes()).unwrap();
+    }
+    let commands = Path::new(SOCCR).parent().unwrap();
+    let path = format!("{}:{}:{}", bin.display(), commands.display(), std::env::var("PATH").unwrap());
+    // Programs that go on in the background keep it open.
+    let mut said = tempfile::tempfile().unwrap();
+    let out = |said: &File| Stdio::from(said.try_clone().unwrap());
+    let mut shell = Command::new("timeout");
+    shell.args(["60", "sh", "-euc", text]).current_dir(&directory).stdin(Stdio::null());
+    shell.env("PATH", path).env("server", old.pid()).env("HOST2", host2.pid());
+    let status = lab.a.run(|| shell.stdout(out(&said)).stderr(out(&said)).status().unwrap());
+    let mut output = String::new();
+    said.rewind().unwrap();
+    said.read_to_string(&mut output).unwrap();
+    assert!(status.success(), "{place}: {status}\n{text}\n{output}");
+
+    let stay = lab.a.run(|| json(&["list", "--json", "--pid", &old.pid()]));
+    if text.contains("host2") {
+        lab.steer(Side::B).unwrap();
+    }
+    for client in &mut clients {
+        let address = client.local_addr().unwrap().to_string();
+        if stay.iter().any(|socket| socket["remote"] == *address && socket["state"] == "ESTABLISHED") {
+            assert_eq!(ask(client, "again", "old "), "old again", "{place}: {address}");
+        } else {
+            assert_eq!(hear(client, 4), "new ", "{place}: {address}");
+        }
+    }
+}
+
+/// The targets of the links of a page.
+fn links(page: &str) -> impl Iterator<Item = &str> {
+    page.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target))
+}
+
+/// As the hosting sites make them.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim_start_matches('#').trim().to_lowercase();
+    kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).collect::<String>().replace(' ', "-")
+}
+
+fn links_lead_somewhere() {
+    for page in pages() {
+        let text = fs::read_to_string(&page).unwrap();
+        for link in links(&text).filter(|link| !link.contains("://")) {
+            let (file, wanted) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
+            assert!(target.exists(), "{}: {link}", page.display());
+            if !wanted.is_empty() {
+                let text = fs::read_to_string(target).unwrap();
+                let found = text.lines().any(|line| line.starts_with('#') && anchor(line) == wanted);
+                assert!(found, "{}: {link}", page.display());
+            }
+        }
+    }
+}
+
+/// The sources of all crates, with string literals in one piece.
+fn sources(folder: &Path, text: &mut String) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, text);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let mut continued = false;
+            for line in fs::read_to_string(path).unwrap().lines() {
+                let line = if continued { line.trim_start() } else { line };
+                continued = line.ends_with('\\');
+                text.push_str(line.trim_end_matches('\\'));
+                if !continued {
+                    text.push('\n');
+                }
+            }
+        }
+    }
+}
+
+/// How far apart the pieces of one message are in the sources, where an argument or a line is between them.
+const NEAR: usize = 200;
+
+/// Whether the pieces follow each other somewhere.
+fn follow(text: &str, pieces: &[&str]) -> bool {
+    let [first, rest @ ..] = pieces else { return true };
+    text.match_indices(first).any(|(at, _)| {
+        let mut end = at + first.len();
+        rest.iter().all(|piece| {
+            let behind = text[end..].find(piece).filter(|distance| *distance < NEAR);
+            end += behind.map_or(0, |distance| distance + piece.len());
+            behind.is_some()
+        })
+    })
+}
+
+fn explained_errors_exist() {
+    let mut text = String::new();
+    for folder in fs::read_dir(Path::new(ROOT).join("crates")).unwrap() {
+        sources(&folder.unwrap().path().join("src"), &mut text);
+    }
+    let page = fs::read_to_string(Path::new(ROOT).join("docs/troubleshooting.md")).unwrap();
+    let errors: Vec<&str> =
+        page.lines().filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`')).collect();
+    assert!(errors.len() > 10, "{errors:?}");
+    for error in errors {
+        let pieces: Vec<&str> = error.split('…').map(str::trim).filter(|piece| !piece.is_empty()).collect();
+        assert!(follow(&text, &pieces), "no source says: {error}");
+    }
+}
