@@ -343,7 +343,8 @@ impl Adopter {
         }
         let mut report = Report::default();
         let anew = "the server's socket learns it anew";
-        report.speed(connection, &info, Some(anew.into()), Some(anew.into()));
+        let path = connection.path.as_ref();
+        report.speed(path, options.ecn, &info, Some(anew.into()), Some(anew.into()));
         report.replaced(&connection.settings);
         Ok(Adopted { flow, accepted, report })
     }

@@ -14,7 +14,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::bpf::{self, Assembler, Btf, Kind, Map, MapSpec, ProgramSpec, Register, Size, Type};
 use crate::connection::Path;
@@ -91,7 +91,9 @@ pub(crate) fn restore(
     ecn_seen: bool,
     algorithm: &[u8],
 ) -> Result<(), Unavailable> {
-    let writer = Writer::get()?;
+    // Unless it is prepared it is loaded for this call alone, and leaves no descriptor behind.
+    let prepared = writer().clone();
+    let writer = prepared.unwrap_or_else(|| Writer::load().map(Arc::new))?;
     let flags = if ecn { ECN_OK | if ecn_seen { ECN_SEEN } else { 0 } } else { 0 };
     let key = fd.as_raw_fd().to_ne_bytes();
     let value: [u32; VALUES] = [path.snd_cwnd, path.snd_ssthresh, flags];
@@ -162,9 +164,8 @@ impl Writer {
         let types =
             bpf::load_btf(&bpf::describe_map(VALUES as u32)).map_err(Unavailable::at("BPF_BTF_LOAD"))?;
         let values = create_values(types.as_fd())?;
-        let mut btf = Btf::kernel().map_err(Unavailable::at("BTF"))?;
-        let operations = Operations::load(&mut btf, &values)?;
-        let (name, link) = operations.register_anyhow(&mut btf, types.as_fd())?;
+        let operations = Operations::load(Layout::of_kernel().map_err(Unavailable::at("BTF"))?, &values)?;
+        let (name, link) = operations.register_anyhow(types.as_fd())?;
         Ok(Self { values, name, _link: link })
     }
 }
@@ -184,49 +185,86 @@ fn create_values(types: BorrowedFd<'_>) -> Result<Map, Unavailable> {
     .map_err(Unavailable::at("BPF_MAP_CREATE"))
 }
 
-/// The programs, by the names of the members of `struct tcp_congestion_ops` that they implement.
+/// Where things are in the running kernel.
+struct Layout {
+    socket: Offsets,
+    /// `struct tcp_congestion_ops`.
+    structure: u32,
+    /// The place of each of [`PROGRAMS`] among its members.
+    indices: [u32; PROGRAMS.len()],
+    /// The kernel wants the structure in a container.
+    container: Type,
+    /// Where in the container the programs are, and the name.
+    places: [usize; PROGRAMS.len()],
+    name: usize,
+}
+
+/// The members of the structure that are programs: the least that the kernel accepts as an algorithm, and `init`.
+const PROGRAMS: [&str; 4] = ["init", "ssthresh", "undo_cwnd", "cong_avoid"];
+
+impl Layout {
+    /// Read once: that takes milliseconds.
+    fn of_kernel() -> io::Result<&'static Self> {
+        static KNOWN: OnceLock<Layout> = OnceLock::new();
+        if KNOWN.get().is_none() {
+            // Whoever is faster is right, too. Waiting for another thread would be for ever in a process that was forked.
+            let _ = KNOWN.set(Self::find(&mut Btf::kernel()?)?);
+        }
+        KNOWN.get().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn find(btf: &mut Btf) -> io::Result<Self> {
+        let socket = Offsets::find(btf)?;
+        let structure = btf.find(Kind::Struct, "tcp_congestion_ops")?;
+        let container = btf.find(Kind::Struct, "bpf_struct_ops_tcp_congestion_ops")?;
+        let data = btf.member(&container, "data")?.offset;
+        let mut layout = Self {
+            socket,
+            structure: structure.number,
+            indices: [0; PROGRAMS.len()],
+            container,
+            places: [0; PROGRAMS.len()],
+            name: data + btf.member(&structure, "name")?.offset,
+        };
+        for (position, program) in PROGRAMS.iter().enumerate() {
+            let member = btf.member(&structure, program)?;
+            layout.indices[position] = member.index;
+            layout.places[position] = data + member.offset;
+        }
+        Ok(layout)
+    }
+}
+
+/// The [`PROGRAMS`], loaded.
 struct Operations {
-    structure: Type,
-    programs: Vec<(&'static str, OwnedFd)>,
+    layout: &'static Layout,
+    programs: Vec<OwnedFd>,
 }
 
 impl Operations {
-    /// The least that the kernel accepts as an algorithm, and `init`.
-    fn load(btf: &mut Btf, values: &Map) -> Result<Self, Unavailable> {
-        let structure = btf.find(Kind::Struct, "tcp_congestion_ops").map_err(Unavailable::at("BTF"))?;
-        let socket = Offsets::find(btf).map_err(Unavailable::at("BTF"))?;
-        let sources = [
-            ("init", socket.init(values)),
-            ("ssthresh", socket.get(socket.snd_ssthresh)),
-            ("undo_cwnd", socket.get(socket.snd_cwnd)),
-            ("cong_avoid", nothing()),
-        ];
-        let mut programs = Vec::with_capacity(sources.len());
-        for (name, instructions) in sources {
-            let index = btf.member(&structure, name).map_err(Unavailable::at("BTF"))?.index;
-            let spec = ProgramSpec {
+    fn load(layout: &'static Layout, values: &Map) -> Result<Self, Unavailable> {
+        let socket = &layout.socket;
+        let sources =
+            [socket.init(values), socket.get(socket.snd_ssthresh), socket.get(socket.snd_cwnd), nothing()];
+        let load = |(instructions, index): (&Vec<u64>, &u32)| {
+            bpf::load_program(&ProgramSpec {
                 prog_type: PROG_TYPE_STRUCT_OPS,
-                expected_attach_type: index,
-                attach_btf_id: structure.number,
-                instructions: &instructions,
-            };
-            let program = bpf::load_program(&spec).map_err(Unavailable::at("BPF_PROG_LOAD"))?;
-            programs.push((name, program));
-        }
-        Ok(Self { structure, programs })
+                expected_attach_type: *index,
+                attach_btf_id: layout.structure,
+                instructions,
+            })
+        };
+        let programs = sources.iter().zip(&layout.indices).map(load).collect::<io::Result<_>>();
+        Ok(Self { layout, programs: programs.map_err(Unavailable::at("BPF_PROG_LOAD"))? })
     }
 
     /// Registers under a name that is free: the algorithms of all processes share one space of names, but processes
     /// of several namespaces may have one number.
-    fn register_anyhow(
-        &self,
-        btf: &mut Btf,
-        types: BorrowedFd<'_>,
-    ) -> Result<(Vec<u8>, OwnedFd), Unavailable> {
+    fn register_anyhow(&self, types: BorrowedFd<'_>) -> Result<(Vec<u8>, OwnedFd), Unavailable> {
         let mut attempts = 0..ATTEMPTS;
         loop {
             let name = name(std::process::id(), attempts.start);
-            let outcome = self.register(btf, types, &name);
+            let outcome = self.register(types, &name);
             attempts.next();
             match outcome {
                 Err(error) if error.name_taken && !attempts.is_empty() => {}
@@ -236,8 +274,8 @@ impl Operations {
     }
 
     /// Fills a `struct tcp_congestion_ops` and registers it.
-    fn register(&self, btf: &mut Btf, types: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Unavailable> {
-        let (container, value) = self.value(btf, name).map_err(Unavailable::at("BTF"))?;
+    fn register(&self, types: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Unavailable> {
+        let value = self.value(name).map_err(Unavailable::at("BTF"))?;
         let map = Map::create(&MapSpec {
             map_type: MAP_TYPE_STRUCT_OPS,
             key_size: size_of::<u32>() as u32,
@@ -246,7 +284,7 @@ impl Operations {
             map_flags: MAP_LINK,
             // Of no use here, but the kernel insists on some types of our own.
             btf_fd: types.as_raw_fd(),
-            btf_vmlinux_value_type_id: container,
+            btf_vmlinux_value_type_id: self.layout.container.number,
             ..Default::default()
         })
         .map_err(Unavailable::at("BPF_MAP_CREATE"))?;
@@ -254,22 +292,19 @@ impl Operations {
         bpf::link(map.as_fd(), 0, ATTACH_STRUCT_OPS).map_err(Unavailable::at("BPF_LINK_CREATE"))
     }
 
-    /// The kernel wants the structure in a container: programs by their descriptors, everything else as it is.
-    fn value(&self, btf: &mut Btf, name: &[u8]) -> io::Result<(u32, Vec<u8>)> {
-        let container = btf.find(Kind::Struct, "bpf_struct_ops_tcp_congestion_ops")?;
-        let data = btf.member(&container, "data")?.offset;
-        let mut value = vec![0; container.size];
-        let mut put = |member: &str, bytes: &[u8]| {
-            let at = data + btf.member(&self.structure, member)?.offset;
+    /// The container: programs by their descriptors, everything else as it is.
+    fn value(&self, name: &[u8]) -> io::Result<Vec<u8>> {
+        let mut value = vec![0; self.layout.container.size];
+        let mut put = |at: usize, bytes: &[u8]| {
             let place = value.get_mut(at..at + bytes.len()).ok_or(io::ErrorKind::InvalidData)?;
             place.copy_from_slice(bytes);
             io::Result::Ok(())
         };
-        for (member, program) in &self.programs {
-            put(member, &(program.as_raw_fd() as usize).to_ne_bytes())?;
+        for (place, program) in self.layout.places.iter().zip(&self.programs) {
+            put(*place, &(program.as_raw_fd() as usize).to_ne_bytes())?;
         }
-        put("name", name)?;
-        Ok((container.number, value))
+        put(self.layout.name, name)?;
+        Ok(value)
     }
 }
 
@@ -363,8 +398,8 @@ mod tests {
     }
 
     /// The writer, where this user may load programs.
-    fn writer() -> Option<&'static Writer> {
-        match Writer::get() {
+    fn writer() -> Option<Writer> {
+        match Writer::load() {
             Ok(writer) => Some(writer),
             Err(reason) if reason.remedy.contains("CAP_BPF") => {
                 eprintln!("SKIPPED: {reason}");
@@ -408,12 +443,9 @@ mod tests {
 
     #[test]
     fn a_name_that_is_taken_is_avoided() {
-        if writer().is_none() {
-            return;
-        }
-        // This process has the writer's name already.
-        let second = Writer::load().unwrap();
-        assert_ne!(second.name, writer().unwrap().name);
+        let Some(first) = writer() else { return };
+        // This process has the first one's name already.
+        assert_ne!(first.name, writer().unwrap().name);
     }
 
     #[test]

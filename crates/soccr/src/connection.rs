@@ -191,7 +191,7 @@ impl Buffers {
 
 impl Path {
     /// What is compared, computed with or written into the kernel is what `TCP_INFO` can tell.
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
         for (time, what) in [
             (self.rtt, "rtt is over an hour"),

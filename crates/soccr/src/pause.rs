@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use crate::buffers;
 use crate::connection::{Bare, Buffers, Connection, ControlBlock, Flow};
 use crate::error::{Error, Result};
 use crate::queue;
@@ -147,6 +148,24 @@ impl<'fd> Paused<'fd> {
         let bare = save::bare(self.fd, memory).map_err(|error| error.at("save"))?;
         self.saved.set(Some(Position::of(&bare.control)));
         Ok(bare)
+    }
+
+    /// The sizes of the socket buffers.
+    ///
+    /// # Errors
+    /// System: the option.
+    pub fn buffers(&self) -> Result<Buffers> {
+        buffers::read(self.fd).map(|memory| memory.buffers).map_err(|error| error.at("save"))
+    }
+
+    /// The limit of the receive window, `TCP_WINDOW_CLAMP`.
+    ///
+    /// # Errors
+    /// System: the option.
+    pub fn window_clamp(&self) -> Result<u32> {
+        tcp::get_int(self.fd, tcp::SOL_TCP, libc::TCP_WINDOW_CLAMP, "TCP_WINDOW_CLAMP")
+            .map(|bytes| bytes as u32)
+            .map_err(|error| error.at("save"))
     }
 
     /// The address of our end.

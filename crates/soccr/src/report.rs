@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use crate::buffers;
-use crate::connection::{Buffers, Connection};
+use crate::connection::{Buffers, Path};
 use crate::error::{Error, Result};
 use crate::settings::{Settings, Skipped};
 use crate::sys::tcp::{TcpInfo, info_option};
@@ -128,6 +128,10 @@ impl Report {
         fidelity: Fidelity,
         reason: impl Into<Cow<'static, str>>,
     ) {
+        // A value of zero was not known.
+        if values[0] == 0 {
+            return;
+        }
         let is_estimate = matches!(name, "rtt" | "rto" | "rcv_ssthresh");
         let tolerated = if is_estimate { values[0] / 20 } else { 0 };
         let is_exact = values[0].abs_diff(values[1]) <= tolerated;
@@ -172,17 +176,17 @@ impl Report {
     /// congestion window from coming back.
     pub(crate) fn speed(
         &mut self,
-        connection: &Connection,
+        path: Option<&Path>,
+        ecn: bool,
         info: &TcpInfo,
         untimed: Option<String>,
         unwritten: Option<String>,
     ) {
-        let options = &connection.control.options;
         let judged = |reason: &Option<String>| match reason {
             Some(reason) => (Fidelity::Missing, Cow::Owned(reason.clone())),
             None => (Fidelity::Approximate, Cow::Borrowed("")),
         };
-        if let Some(path) = &connection.path {
+        if let Some(path) = path {
             self.approximate(
                 "snd_mss",
                 [path.snd_mss.into(), info.snd_mss.into()],
@@ -209,7 +213,7 @@ impl Report {
             }
             self.approximate("rcv_ssthresh", [path.rcv_ssthresh.into(), info.rcv_ssthresh.into()], "");
         }
-        if options.ecn {
+        if ecn {
             let back = info.options & info_option::ECN != 0;
             let (fidelity, reason) = if back { (Fidelity::Exact, "".into()) } else { judged(&unwritten) };
             self.0.push(Entry { name: "ecn".into(), fidelity, values: None, reason, is_option: false });

@@ -12,6 +12,7 @@
 
 mod bind;
 mod derived;
+mod speed;
 mod whole;
 
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair, option_kind};
 use bind::bind;
 
+use speed::Speed;
 pub(crate) use whole::open;
 
 /// Room for a peer that may fill the window it once saw, where ours has closed meanwhile.
@@ -50,6 +52,7 @@ pub struct Restore<'fd> {
     /// The caller knows the sizes that they had.
     sized: bool,
     flow: Option<Flow>,
+    speed: Speed,
     reuse_address: bool,
     report: Report,
 }
@@ -88,16 +91,11 @@ impl<'fd> Restore<'fd> {
         if save::state(fd)? != State::Close {
             return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
         }
-        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers, 0)? })
+        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers)? })
     }
 
-    /// Step 1, with so many sequence numbers to spare in front of the send queue.
-    fn start(
-        fd: BorrowedFd<'fd>,
-        control: ControlBlock,
-        buffers: Option<Buffers>,
-        spare: u32,
-    ) -> Result<Self> {
+    /// Step 1.
+    fn start(fd: BorrowedFd<'fd>, control: ControlBlock, buffers: Option<Buffers>) -> Result<Self> {
         let filled = control.inq_len > 0 || control.outq_len > 0;
         let mut report = Report::default();
         tcp::set_repair(fd, Repair::On)?;
@@ -114,18 +112,25 @@ impl<'fd> Restore<'fd> {
                 report.buffers(wanted, now);
             }
         }
-        derived::limit_segments(fd, &control.options)?;
-        tcp::set_queue_seq(fd, Queue::Receive, control.copied_seq())?;
-        tcp::set_queue_seq(fd, Queue::Send, control.first_unacknowledged().wrapping_sub(spare))?;
-        Ok(Self {
+        let steps = Self {
             fd,
             control,
             buffers: later,
             sized: buffers.is_some(),
             flow: None,
+            speed: Speed::default(),
             reuse_address: false,
             report,
-        })
+        };
+        steps.set_unbound()?;
+        Ok(steps)
+    }
+
+    /// What must be known before `bind` and `connect`.
+    fn set_unbound(&self) -> Result<()> {
+        derived::limit_segments(self.fd, &self.control.options)?;
+        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq())?;
+        self.set_send_seq()
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated. `flow` is what the socket is to be,
@@ -135,7 +140,7 @@ impl<'fd> Restore<'fd> {
     /// Refused: a socket with other addresses. System: the option, or `ENOTCONN` where the socket is not connected.
     pub fn connected(&mut self, flow: Option<Flow>) -> Result<()> {
         flow.map_or_else(|| Flow::of(&self.fd), Ok)
-            .and_then(|flow| self.set_options(flow))
+            .and_then(|flow| self.set_connected(flow))
             .map_err(|error| error.at("restore"))
     }
 
@@ -147,7 +152,7 @@ impl<'fd> Restore<'fd> {
         flow.validate()
             .and_then(|()| bind(self.fd, flow.local))
             .and_then(|foreign| connect(self.fd, flow, foreign))
-            .and_then(|()| self.set_options(flow))
+            .and_then(|()| self.set_connected(flow))
             .map_err(|error| error.at("restore"))
     }
 
@@ -180,10 +185,15 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// Refused: the state was not reached. System: the option.
     pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
-        let completed = self.complete(&mut Injectors::default());
+        let completed = self.complete(&mut Injectors::default()).and_then(|()| self.restore_speed());
         let flow = completed.and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
         let Self { fd, control, reuse_address, report, .. } = self;
         Ok(Restored { control, flow, reuse_address, report, socket: fd })
+    }
+
+    fn set_connected(&mut self, flow: Flow) -> Result<()> {
+        self.set_options(flow)?;
+        self.seed(&mut Injectors::default(), flow).map(drop)
     }
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {

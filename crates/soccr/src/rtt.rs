@@ -19,7 +19,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::connection::{Connection, Path};
+use crate::connection::{ControlBlock, Flow, Path};
 use crate::error::Result;
 use crate::fin;
 use crate::queue;
@@ -55,18 +55,17 @@ pub(crate) struct Seed {
 static SWALLOWED: Mutex<Option<(u64, Instant)>> = Mutex::new(None);
 
 impl Seed {
-    /// How to bring back what `connection` had measured, on the fresh socket `fd`; `None` where it had measured nothing,
-    /// or will never send again.
+    /// How to bring back what a connection had measured, on the fresh socket `fd`; `None` where it had measured nothing, or
+    /// will never send again.
     ///
     /// # Errors
     /// Why it cannot be brought back.
     pub(crate) fn new(
-        connection: &Connection,
+        path: &Path,
+        control: &ControlBlock,
         fd: BorrowedFd<'_>,
     ) -> std::result::Result<Option<Self>, &'static str> {
-        let Some(path) = connection.path.filter(|path| !path.rtt.is_zero()) else { return Ok(None) };
-        let control = &connection.control;
-        if control.state.fin_acknowledged() {
+        if path.rtt.is_zero() || control.state.fin_acknowledged() {
             return Ok(None);
         }
         if control.state.fin_queued() && !control.fin_unsent {
@@ -88,7 +87,7 @@ impl Seed {
         if swallowed {
             return Err("a segment that plays the peer's was swallowed a moment ago");
         }
-        Ok(Self::plan(&path))
+        Ok(Self::plan(path))
     }
 
     /// By what the kernel's estimator makes of the same sample again and again.
@@ -132,9 +131,10 @@ impl Seed {
         &self,
         injectors: &mut Injectors,
         fd: BorrowedFd<'_>,
-        connection: &Connection,
+        flow: Flow,
+        control: &ControlBlock,
     ) -> Result<()> {
-        let sown = self.take_samples(injectors, fd, connection);
+        let sown = self.take_samples(injectors, fd, flow, control);
         if sown.is_err() {
             let now = namespace::cookie(fd).ok().map(|cookie| (cookie, Instant::now()));
             if let Ok(mut last) = SWALLOWED.try_lock() {
@@ -148,9 +148,9 @@ impl Seed {
         &self,
         injectors: &mut Injectors,
         fd: BorrowedFd<'_>,
-        connection: &Connection,
+        flow: Flow,
+        control: &ControlBlock,
     ) -> Result<()> {
-        let control = &connection.control;
         let clock = control.options.timestamps.unwrap_or_default();
         let micros = use_microseconds(fd)?;
         let first = control.first_unacknowledged().wrapping_sub(self.samples);
@@ -172,7 +172,7 @@ impl Seed {
             let ack = first.wrapping_add(number);
             let segment = Segment {
                 timestamps: Some((0, echo)),
-                ..fin::from_peer(connection.flow(), control, seq, ack, flags::ACK, &[])
+                ..fin::from_peer(flow, control, seq, ack, flags::ACK, &[])
             };
             fin::inject(injectors, fd, &segment, || Ok(tcp::unacknowledged(fd)? == 0))?;
         }

@@ -11,11 +11,9 @@ use crate::connection::{Connection, State};
 use crate::error::{Error, Result};
 use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
-use crate::rtt::Seed;
 use crate::settings::{self, Skipped, Stage, Value};
 use crate::steer;
 use crate::sys::raw::Injectors;
-use crate::sys::tcp::{self, TcpInfo, info_option};
 
 impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
@@ -52,7 +50,7 @@ impl Connection {
             // The first time it takes long, and from here on the timers of a socket run.
             congestion::prepare();
         }
-        let mut socket = open(self.local)?;
+        let socket = open(self.local)?;
         let mut skipped = Vec::new();
         let report = if self.control.state == State::SynSent {
             self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
@@ -62,35 +60,14 @@ impl Connection {
             }
             Report::default()
         } else {
-            let (seed, mut untimed) = match Seed::new(self, socket.as_fd()) {
-                Ok(seed) => (seed, None),
-                Err(reason) => (None, Some(reason.to_owned())),
-            };
-            let mut steps = self.connect(socket.as_fd(), seed, &mut skipped)?;
-            if let Some(seed) = seed {
-                steps.open_window_at(self.control.copied_seq())?;
-                if let Err(error) = seed.sow(injectors, socket.as_fd(), self) {
-                    untimed = Some(error.to_string());
-                    skipped.clear();
-                    // Closing it would not free the addresses while a process that is just being started has a copy.
-                    rustix::net::connect_unspec(&socket)
-                        .map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
-                    socket = open(self.local)?;
-                    steps = self.connect(socket.as_fd(), None, &mut skipped)?;
-                }
-            }
+            let mut steps = self.connect(injectors, socket.as_fd(), &mut skipped)?;
             steps.fill_receive_queue(injectors, &self.receive_queue, self.urgent)?;
             steps.fill_send_queue(&self.send_queue)?;
             steps.complete(injectors)?;
-            let mut report = steps.report;
-            let fd = socket.as_fd();
-            self.apply(fd, Stage::Injected, &mut skipped);
-            self.apply(fd, Stage::Last, &mut skipped);
-            if self.has_congestion() {
-                let (info, unwritten) = self.restore_congestion(fd)?;
-                report.speed(self, &info, untimed, unwritten);
-            }
-            report
+            self.apply(socket.as_fd(), Stage::Injected, &mut skipped);
+            self.apply(socket.as_fd(), Stage::Last, &mut skipped);
+            steps.restore_speed()?;
+            steps.report
         };
         if self.nonblocking {
             set_nonblocking(socket.as_fd(), true)?;
@@ -109,12 +86,14 @@ impl Connection {
     /// Steps 1 to 3.
     fn connect<'fd>(
         &self,
+        injectors: &mut Injectors,
         fd: BorrowedFd<'fd>,
-        seed: Option<Seed>,
         skipped: &mut Vec<Skipped>,
     ) -> Result<Restore<'fd>> {
-        let spare = seed.map_or(0, |seed| seed.samples());
-        let mut steps = Restore::start(fd, self.control.clone(), self.buffers, spare)?;
+        let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
+        if let Some(path) = self.path {
+            steps = steps.path(path)?;
+        }
         self.apply(fd, Stage::BeforeBind, skipped);
         // Such a socket can be bound to any address, and says nothing of one that is another host's.
         let bound_anyhow = steer::admit_bound_anyhow(fd, self.local, &self.settings)?;
@@ -122,36 +101,18 @@ impl Connection {
         self.apply(fd, Stage::BeforeConnect, skipped);
         connect(fd, self.flow(), foreign)?;
         steps.set_options(self.flow())?;
+        let before = skipped.len();
         self.apply(fd, Stage::InRepair, skipped);
+        if !steps.seed(injectors, self.flow())? {
+            skipped.truncate(before);
+            self.apply(fd, Stage::InRepair, skipped);
+        }
         Ok(steps)
     }
 
     /// There is something to control: it may send again, and what it knew about that was saved.
     fn has_congestion(&self) -> bool {
         (self.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
-    }
-
-    /// Brings back congestion window, threshold and ECN, where they differ from those of the socket. Returns what the
-    /// socket has then, and why it is not what it was.
-    fn restore_congestion(&self, fd: BorrowedFd<'_>) -> Result<(TcpInfo, Option<String>)> {
-        let path = self.path.unwrap_or_default();
-        let options = &self.control.options;
-        let info = tcp::info(fd)?;
-        let is_back = (info.options & info_option::ECN != 0) == options.ecn
-            && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
-                .iter()
-                .all(|(now, before)| now == before || *before == 0);
-        let algorithm = match tcp::congestion(fd) {
-            Ok(algorithm) => algorithm,
-            Err(error) => return Ok((info, Some(error.to_string()))),
-        };
-        if is_back {
-            let restarted = congestion::restart(fd, &algorithm);
-            return Ok((info, restarted.err().map(|reason| reason.to_string())));
-        }
-        let restored = congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
-            .or_else(|reason| congestion::restart(fd, &algorithm).and(Err(reason)));
-        Ok((tcp::info(fd)?, restored.err().map(|reason| reason.to_string())))
     }
 
     fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {

@@ -1,0 +1,113 @@
+//! What makes a restored connection as fast as it was: round-trip time, congestion window and threshold, ECN.
+
+use rustix::net::connect_unspec;
+
+use super::{Restore, bind, connect, derived};
+use crate::congestion;
+use crate::connection::{Flow, Path};
+use crate::error::{Error, Result};
+use crate::rtt::Seed;
+use crate::sys::raw::Injectors;
+use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
+
+/// What is known of the speed of a connection, and what has come of it.
+#[derive(Debug, Default)]
+pub(super) struct Speed {
+    path: Option<Path>,
+    window_clamp: Option<u32>,
+    seed: Option<Seed>,
+    /// Why the round-trip time does not come back.
+    untimed: Option<String>,
+}
+
+impl Restore<'_> {
+    /// Step 1, too: what the connection had learned about its path comes back as well, as far as this kernel and this user
+    /// can do that. What is zero is not known.
+    ///
+    /// # Errors
+    /// Invalid: values that no kernel reports. System: the option.
+    pub fn path(mut self, path: Path) -> Result<Self> {
+        path.validate().map_err(|error| error.at("restore"))?;
+        match Seed::new(&path, &self.control, self.fd) {
+            Ok(seed) => self.speed.seed = seed,
+            Err(reason) => self.speed.untimed = Some(reason.to_owned()),
+        }
+        self.speed.path = Some(path);
+        self.set_send_seq().map_err(|error| error.at("restore"))?;
+        Ok(self)
+    }
+
+    /// Step 1, too: the limit of the receive window, `TCP_WINDOW_CLAMP`.
+    pub fn window_clamp(mut self, bytes: u32) -> Self {
+        self.speed.window_clamp = Some(bytes);
+        self
+    }
+
+    /// Where the send queue begins, with sequence numbers to spare in front of it for the samples of the round-trip time.
+    pub(super) fn set_send_seq(&self) -> Result<()> {
+        let spare = self.speed.seed.map_or(0, |seed| seed.samples());
+        let first = self.control.first_unacknowledged().wrapping_sub(spare);
+        tcp::set_queue_seq(self.fd, Queue::Send, first)
+    }
+
+    /// Step 3, behind the options: lets the kernel measure the round-trip time. False where it could not: then the socket
+    /// has been connected anew, and has lost what is set in repair mode.
+    pub(super) fn seed(&mut self, injectors: &mut Injectors, flow: Flow) -> Result<bool> {
+        let Some(seed) = self.speed.seed.take() else { return Ok(true) };
+        self.open_window_at(self.control.copied_seq())?;
+        let Err(error) = seed.sow(injectors, self.fd, flow, &self.control) else { return Ok(true) };
+        self.speed.untimed = Some(error.to_string());
+        // Its send queue holds a byte that nobody wrote. In repair mode nothing of this is sent.
+        connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
+        self.set_unbound()?;
+        if derived::check_local(self.fd, flow.local).is_err() {
+            bind(self.fd, flow.local)?;
+        }
+        // A firewall that has to know of it does so by now.
+        connect(self.fd, flow, false)?;
+        self.set_options(flow)?;
+        Ok(false)
+    }
+
+    /// There is something to control: it may send again, and what it knew about that was saved.
+    pub(super) fn has_congestion(&self) -> bool {
+        (self.speed.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
+    }
+
+    /// In the end: brings back congestion window, threshold and ECN, and reports how fast the connection will be.
+    pub(super) fn restore_speed(&mut self) -> Result<()> {
+        if let Some(bytes) = self.speed.window_clamp {
+            let name = libc::TCP_WINDOW_CLAMP;
+            tcp::set_int(self.fd, tcp::SOL_TCP, name, "TCP_WINDOW_CLAMP", bytes as i32)?;
+        }
+        if !self.has_congestion() {
+            return Ok(());
+        }
+        let (info, unwritten) = self.restore_congestion()?;
+        let Speed { path, untimed, .. } = std::mem::take(&mut self.speed);
+        self.report.speed(path.as_ref(), self.control.options.ecn, &info, untimed, unwritten);
+        Ok(())
+    }
+
+    /// Returns what the socket has then, and why it is not what it was.
+    fn restore_congestion(&self) -> Result<(TcpInfo, Option<String>)> {
+        let (fd, options) = (self.fd, &self.control.options);
+        let path = self.speed.path.unwrap_or_default();
+        let info = tcp::info(fd)?;
+        let is_back = (info.options & info_option::ECN != 0) == options.ecn
+            && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
+                .iter()
+                .all(|(now, before)| now == before || *before == 0);
+        let algorithm = match tcp::congestion(fd) {
+            Ok(algorithm) => algorithm,
+            Err(error) => return Ok((info, Some(error.to_string()))),
+        };
+        if is_back {
+            let restarted = congestion::restart(fd, &algorithm);
+            return Ok((info, restarted.err().map(|reason| reason.to_string())));
+        }
+        let restored = congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
+            .or_else(|reason| congestion::restart(fd, &algorithm).and(Err(reason)));
+        Ok((tcp::info(fd)?, restored.err().map(|reason| reason.to_string())))
+    }
+}
