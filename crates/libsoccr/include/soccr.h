@@ -50,6 +50,17 @@ extern "C" {
 
 /* libsoccr_sk_data.flags: the five fields from snd_wl1 on are valid (0 is a valid value for any of them). */
 #define SOCCR_FLAGS_WINDOW 0x1
+/* The fields from srtt on are valid, those from sndbuf on, and urgent: only where data_size reaches behind them. */
+#define SOCCR_FLAGS_PATH 0x2
+#define SOCCR_FLAGS_BUFFERS 0x4
+#define SOCCR_FLAGS_URGENT 0x8
+/* The urgent byte has been read out of band. */
+#define SOCCR_FLAGS_URGENT_CONSUMED 0x10
+/* Our FIN is queued and was never sent. */
+#define SOCCR_FLAGS_FIN_UNSENT 0x20
+
+/* libsoccr_sk_data.opt_mask, behind the bits of the kernel: the smoothed round-trip time in units of 8 us, or 0. */
+#define SOCCR_OPT_SRTT_SHIFT 9
 
 /*
  * The memory belongs to the receiving side: with get calls to the caller, who calls free(); with set calls to the
@@ -71,7 +82,7 @@ struct libsoccr_sk_data {
 	uint32_t outq_len;   /* bytes written and not yet acknowledged; without a FIN of ours */
 	uint32_t outq_seq;   /* write_seq; our FIN, once queued, counts one */
 	uint32_t unsq_len;   /* bytes at the end of the send queue that were never sent; without a FIN */
-	uint32_t opt_mask;   /* TCPI_OPT_*: what the two ends have negotiated */
+	uint32_t opt_mask;   /* TCPI_OPT_*: what the two ends have negotiated; above, SOCCR_OPT_* */
 	uint32_t mss_clamp;  /* largest segment that the peer accepts, in bytes */
 	uint32_t snd_wscale; /* shift counts of the window fields, with TCPI_OPT_WSCALE */
 	uint32_t rcv_wscale;
@@ -84,6 +95,23 @@ struct libsoccr_sk_data {
 	uint32_t max_window;
 	uint32_t rcv_wnd;
 	uint32_t rcv_wup;
+
+	/* The structure of the original ends here: 68 bytes. */
+
+	uint32_t srtt;       /* with SOCCR_FLAGS_PATH, all as in struct tcp_info, times in microseconds; 0 is not known */
+	uint32_t rttvar;
+	uint32_t rto;
+	uint32_t snd_mss;
+	uint32_t snd_cwnd;
+	uint32_t snd_ssthresh;
+	uint32_t rcv_ssthresh;
+
+	uint32_t sndbuf;     /* with SOCCR_FLAGS_BUFFERS: SO_SNDBUF, SO_RCVBUF, SO_BUF_LOCK, TCP_WINDOW_CLAMP, as read */
+	uint32_t rcvbuf;
+	uint32_t buf_lock;
+	uint32_t window_clamp;
+
+	uint32_t urgent;     /* with SOCCR_FLAGS_URGENT: where the urgent byte lies in the receive queue */
 };
 
 /* The address of a socket. */
@@ -113,7 +141,8 @@ void libsoccr_release(struct libsoccr_sk *sk);
 
 /*
  * Fills in data, of data_size bytes: 68 or more. Zeroes what a larger structure has behind. Returns the size of what
- * has been filled in. Nothing is consumed: resume, and the connection goes on.
+ * has been filled in. Where there is no room for the urgent mark, its byte becomes an ordinary one. Nothing is consumed:
+ * resume, and the connection goes on.
  */
 int libsoccr_save(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned data_size);
 

@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use soccr_core::Connection;
 use soccr_core::connection::{ControlBlock, Flow, State};
-use soccr_core::{ErrorKind, Paused, Queue, Restored};
+use soccr_core::{ErrorKind, Paused, Queue, Restore, Restored};
 
-use crate::data::Data;
+use crate::data::{Data, Extras};
 use crate::failure::{Failure, Result};
 use crate::staged::Staged;
 use crate::sys::address;
@@ -181,18 +181,29 @@ impl Handle {
         }
     }
 
-    pub(crate) fn save(&mut self) -> Result<Data> {
+    /// For a caller whose structure has so many bytes. What cannot be told there is said in a line.
+    pub(crate) fn save(&mut self, size: usize) -> Result<(Data, Option<&'static str>)> {
         // What was handed out before stays readable.
         self.lent.extend(self.read.of(Queue::Receive).take());
         self.lent.extend(self.read.of(Queue::Send).take());
-        let bare = self.paused("save")?.save_bare(|length| Memory::new(length).ok())?;
-        if bare.urgent.is_some() {
-            return Err(Failure::refused(
-                "save: urgent data in the receive queue — let the application read it first",
-            ));
+        let paused = self.paused("save")?;
+        let mut bare = paused.save_bare(|length| Memory::new(length).ok())?;
+        let mut extras = Extras { path: Some(bare.path), urgent: bare.urgent, buffers: None };
+        if Data::has_buffers(size) {
+            extras.buffers = Some((paused.buffers()?, paused.window_clamp()?));
+        }
+        let mut note = None;
+        if let Some(urgent) = bare.urgent.filter(|_| !Data::has_urgent(size)) {
+            note = Some("save: data_size has no room for the urgent mark: its byte becomes an ordinary one");
+            if urgent.consumed {
+                // It has been read out of band; in line it would be read once more.
+                bare.receive_queue.remove(urgent.offset as usize);
+                bare.control.inq_len -= 1;
+                note = Some("save: an urgent byte that has been read is left out of the queue");
+            }
         }
         self.read = PerQueue { receive: Some(bare.receive_queue), send: Some(bare.send_queue) };
-        Ok(Data::new(&bare.control))
+        Ok((Data::new(&bare.control, &extras), note))
     }
 
     /// The bytes of a queue, as the last save has read them: the socket may be closed by now.
@@ -231,18 +242,34 @@ impl Handle {
         *(if end == End::Own { &mut self.own_address } else { &mut self.peer_address }) = Some(address);
     }
 
-    /// The whole restore. After the first stages of the other interface, what is left of it.
-    pub(crate) fn restore(&mut self, control: &ControlBlock, receive: &[u8], send: &[u8]) -> Result<()> {
+    /// The whole restore. After the first stages of the other interface, what is left of it. Returns what is not as it was,
+    /// one line each.
+    pub(crate) fn restore(
+        &mut self,
+        control: &ControlBlock,
+        extras: &Extras,
+        receive: &[u8],
+        send: &[u8],
+    ) -> Result<String> {
         match self.stage {
             Stage::Restoring(_) => self.restore_rest(receive, send),
-            _ => self.restore_whole(control, receive, send),
+            _ => self.restore_whole(control, extras, receive, send),
         }?;
         // Many a host never ends its handles after a restore.
         self.given = PerQueue::default();
-        Ok(())
+        Ok(match &self.stage {
+            Stage::Restored(restored) => restored.report().to_string(),
+            _ => String::new(),
+        })
     }
 
-    fn restore_whole(&mut self, control: &ControlBlock, receive: &[u8], send: &[u8]) -> Result<()> {
+    fn restore_whole(
+        &mut self,
+        control: &ControlBlock,
+        extras: &Extras,
+        receive: &[u8],
+        send: &[u8],
+    ) -> Result<()> {
         let (Some(local), Some(remote)) = (self.own_address, self.peer_address) else {
             return Err(Failure::new("restore: libsoccr_set_addr has not told both addresses"));
         };
@@ -256,9 +283,9 @@ impl Handle {
             self.stage = Stage::Connecting;
             return Ok(());
         }
-        let mut steps = paused.restore(control, None)?;
+        let mut steps = unbound(paused, control, extras)?;
         steps.connect(flow)?;
-        steps.receive_queue(receive, None)?;
+        steps.receive_queue(receive, extras.urgent)?;
         steps.send_queue(send)?;
         self.stage = Stage::Restored(steps.finish()?);
         Ok(())
@@ -274,12 +301,12 @@ impl Handle {
     }
 
     /// Stage 1: the socket is neither bound nor connected.
-    pub(crate) fn restore_unbound(&mut self, control: &ControlBlock) -> Result<()> {
+    pub(crate) fn restore_unbound(&mut self, control: &ControlBlock, extras: &Extras) -> Result<()> {
         if control.state == State::SynSent {
             return Err(Failure::new("restore: a connection in SYN_SENT — connect a fresh socket instead"));
         }
-        let steps = self.take_paused()?.restore(control, None)?;
-        self.stage = Stage::Restoring(Staged::new(steps, control));
+        let steps = unbound(self.take_paused()?, control, extras)?;
+        self.stage = Stage::Restoring(Staged::new(steps, control, extras.urgent));
         Ok(())
     }
 
@@ -362,6 +389,18 @@ impl Handle {
                 Err(Failure::new(format!("restore: {is}")))
             }
         }
+    }
+}
+
+/// Step 1, with all that is known.
+fn unbound(paused: Paused<'static>, control: &ControlBlock, extras: &Extras) -> Result<Restore<'static>> {
+    let mut steps = paused.restore(control, extras.buffers.map(|(buffers, _)| buffers))?;
+    if let Some((_, window_clamp)) = extras.buffers {
+        steps = steps.window_clamp(window_clamp);
+    }
+    match extras.path {
+        Some(path) => Ok(steps.path(path)?),
+        None => Ok(steps),
     }
 }
 

@@ -1,12 +1,13 @@
 //! A restore in stages: the caller binds and connects, and fills the queues before or after the final step.
 
-use soccr_core::connection::{ControlBlock, Flow};
+use soccr_core::connection::{ControlBlock, Flow, Urgent};
 use soccr_core::{Queue, Restore, Result};
 
 /// What has been done of a restore in stages.
 #[derive(Debug)]
 pub(crate) struct Staged {
     steps: Restore<'static>,
+    urgent: Option<Urgent>,
     receive_queue_missing: bool,
     send_queue_missing: bool,
     connected: bool,
@@ -15,9 +16,10 @@ pub(crate) struct Staged {
 }
 
 impl Staged {
-    pub(crate) fn new(steps: Restore<'static>, control: &ControlBlock) -> Self {
+    pub(crate) fn new(steps: Restore<'static>, control: &ControlBlock, urgent: Option<Urgent>) -> Self {
         Self {
             steps,
+            urgent,
             receive_queue_missing: control.inq_len > 0,
             send_queue_missing: control.outq_len > 0,
             connected: false,
@@ -38,7 +40,7 @@ impl Staged {
         self.connect(flow)?;
         match queue {
             Queue::Receive => {
-                self.steps.receive_queue(bytes, None)?;
+                self.steps.receive_queue(bytes, self.urgent)?;
                 self.receive_queue_missing = false;
             }
             Queue::Send => {

@@ -9,7 +9,7 @@ mod common;
 use common::{include, installed, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 6] = ["connections", "staged", "border", "lessons", "host", "image"];
+const PROGRAMS: [&str; 7] = ["connections", "staged", "border", "lessons", "host", "image", "grown"];
 
 fn main() -> ExitCode {
     let libraries = build_library();

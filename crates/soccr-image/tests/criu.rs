@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value as Json;
 use soccr::connection::State;
@@ -155,6 +156,24 @@ fn every_stream_reads_as_criu_reads_it() {
         );
         assert_eq!((stream.cork, stream.nodelay), (None, None));
     }
+}
+
+/// As CRIU writes it with our C library: the bits of `opt_mask` from 9 on.
+#[test]
+fn the_round_trip_time_is_in_the_options() {
+    let path = golden().join(format!("tcp-stream-{:x}.img", STREAMS[0]));
+    let mut bytes = std::fs::read(path).unwrap();
+    // Field 5, a varint: 7 becomes 7 | 300 << 9, which takes two bytes more.
+    let at = bytes.windows(2).position(|pair| pair == [5 << 3, 7]).unwrap();
+    assert_eq!(Stream::parse(&bytes).unwrap().rtt, Duration::ZERO);
+    bytes.splice(at + 1..at + 2, [0x87, 0xb0, 0x09]);
+    bytes[8] += 2;
+    let stream = Stream::parse(&bytes).unwrap();
+    assert_eq!(stream.rtt, Duration::from_micros(300 * 8));
+    assert_eq!((stream.options.sack, stream.options.ecn), (true, false));
+    let images = Directory::open(golden()).unwrap();
+    let socket = images.sockets().iter().find(|socket| socket.state == State::Established).unwrap();
+    assert_eq!(socket.connection(stream).unwrap().path.unwrap().rtt, Duration::from_micros(2400));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int, c_uint};
 use std::mem::size_of;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
 
 use soccr_core::Queue;
 
@@ -12,6 +13,9 @@ use crate::data::Data;
 use crate::failure::{Failure, Kind, Result};
 use crate::handle::Handle;
 use crate::sys::{errno, log};
+
+/// What the structure had when it was first published.
+pub(crate) const LEAST_DATA: usize = 68;
 
 /// A larger size is a mistake: a negative number.
 const LARGEST_DATA: usize = c_int::MAX as usize;
@@ -131,14 +135,17 @@ pub(super) fn told(result: c_int, text: impl FnOnce() -> String) -> c_int {
     result
 }
 
-/// Reads the caller's data; what a longer structure has behind is of a newer library, and passed over.
+/// Reads the caller's data: of a shorter structure what it has, of a longer one what this library knows.
 ///
 /// # Safety
 /// `data` is null or has `size` bytes.
 pub(super) unsafe fn read_data(data: *const Data, size: c_uint) -> Result<Data> {
     check_data(data, size)?;
-    // SAFETY: it has been checked to have the size of the structure, which has no invalid values.
-    Ok(unsafe { data.read_unaligned() })
+    let (mut known, size) = (Data::default(), size as usize);
+    let length = size.min(size_of::<Data>());
+    // SAFETY: both have so many bytes, and the structure has no invalid values.
+    unsafe { ptr::copy_nonoverlapping(data.cast::<u8>(), (&raw mut known).cast(), length) };
+    Ok(known.within(size))
 }
 
 /// Zeroes the caller's memory, then fills in what `data` gives; returns how many bytes that were.
@@ -151,22 +158,23 @@ pub(super) unsafe fn write_data(
     data: impl FnOnce() -> Result<Data>,
 ) -> Result<c_int> {
     check_data(out, size)?;
+    let size = size as usize;
     // SAFETY: it has so many bytes.
-    unsafe { out.cast::<u8>().write_bytes(0, size as usize) };
-    let data = data()?;
-    // SAFETY: it has been checked to have the size of the structure.
-    unsafe { out.write_unaligned(data) };
-    Ok(size_of::<Data>() as c_int)
+    unsafe { out.cast::<u8>().write_bytes(0, size) };
+    let data = data()?.within(size);
+    let length = size.min(size_of::<Data>());
+    // SAFETY: both have so many bytes.
+    unsafe { ptr::copy_nonoverlapping((&raw const data).cast(), out.cast::<u8>(), length) };
+    Ok(length as c_int)
 }
 
 fn check_data(data: *const Data, size: c_uint) -> Result<()> {
     if data.is_null() {
         return Err(Failure::null("data"));
     }
-    if !(size_of::<Data>()..=LARGEST_DATA).contains(&(size as usize)) {
-        let least = size_of::<Data>();
+    if !(LEAST_DATA..=LARGEST_DATA).contains(&(size as usize)) {
         return Err(Failure::new(format!(
-            "data_size is {size}, but struct libsoccr_sk_data has {least} bytes or more"
+            "data_size is {size}, but struct libsoccr_sk_data has {LEAST_DATA} bytes or more"
         )));
     }
     Ok(())

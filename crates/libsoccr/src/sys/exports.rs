@@ -81,9 +81,22 @@ unsafe fn end_handle(handle: *mut Handle, how: impl FnOnce(Handle) -> Result<()>
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn libsoccr_save(handle: *mut Handle, data: *mut Data, size: c_uint) -> c_int {
+pub(super) unsafe extern "C" fn libsoccr_save(handle: *mut Handle, data: *mut Data, size: c_uint) -> c_int {
+    let mut note = None;
+    let save = |handle: &mut Handle| {
+        let read = || {
+            let (data, told) = handle.save(size as usize)?;
+            note = told;
+            Ok(data)
+        };
+        // SAFETY: by contract.
+        unsafe { write_data(data, size, read) }
+    };
     // SAFETY: by contract.
-    let filled = unsafe { with(handle, -1, |handle| write_data(data, size, || handle.save())) };
+    let filled = unsafe { with(handle, -1, save) };
+    if let Some(note) = note {
+        told(filled, || note.to_owned());
+    }
     told(filled, || "save: the connection has been read".to_owned())
 }
 
@@ -146,6 +159,7 @@ unsafe extern "C" fn libsoccr_set_addr(
 #[unsafe(no_mangle)]
 unsafe extern "C" fn libsoccr_restore(handle: *mut Handle, data: *const Data, size: c_uint) -> c_int {
     let mut state: Option<State> = None;
+    let mut differences = String::new();
     let restore = |handle: &mut Handle| {
         // SAFETY: by contract.
         let data = unsafe { read_data(data, size) }?;
@@ -158,11 +172,14 @@ unsafe extern "C" fn libsoccr_restore(handle: *mut Handle, data: *const Data, si
         };
         let receive = bytes(handle.given.of(soccr_core::Queue::Receive), data.inq_len);
         let send = bytes(handle.given.of(soccr_core::Queue::Send), data.outq_len);
-        handle.restore(&control, receive, send)?;
+        differences = handle.restore(&control, &data.extras(), receive, send)?;
         Ok(0)
     };
     // SAFETY: by contract.
     let restored = unsafe { with(handle, -1, restore) };
+    for line in differences.lines() {
+        told(restored, || format!("restore: {line}"));
+    }
     told(restored, || state.map_or_else(String::new, |state| format!("restore: a connection in {state}")))
 }
 

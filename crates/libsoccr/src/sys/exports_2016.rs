@@ -7,13 +7,14 @@ use soccr_core::Queue;
 use crate::data::Data;
 use crate::failure::{Failure, Result};
 use crate::handle::Handle;
-use crate::sys::border::{queue, read_data, with, write_data};
+use crate::sys::border::{queue, read_data, with};
+use crate::sys::exports::libsoccr_save;
 use crate::sys::memory::Given;
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn libsoccr_get_sk_data(handle: *mut Handle, data: *mut Data, size: c_uint) -> c_int {
     // SAFETY: by contract.
-    unsafe { with(handle, -1, |handle| write_data(data, size, || handle.save())) }
+    unsafe { libsoccr_save(handle, data, size) }
 }
 
 #[unsafe(no_mangle)]
@@ -22,7 +23,8 @@ unsafe extern "C" fn libsoccr_set_sk_data_unbound(
     data: *const Data,
     size: c_uint,
 ) -> c_int {
-    let step = |handle: &mut Handle, data: Data| handle.restore_unbound(&data.control_block()?);
+    let step =
+        |handle: &mut Handle, data: Data| handle.restore_unbound(&data.control_block()?, &data.extras());
     // SAFETY: by contract.
     unsafe { stage(handle, data, size, step) }
 }

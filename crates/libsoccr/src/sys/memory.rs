@@ -34,6 +34,16 @@ impl Memory {
         }
     }
 
+    /// Takes out one byte; those behind it move up.
+    pub(crate) fn remove(&mut self, at: usize) {
+        assert!(at < self.length);
+        // SAFETY: both places are inside of the memory, which has been allocated as a whole.
+        unsafe {
+            let place = self.start.as_ptr().add(at);
+            std::ptr::copy(place.add(1), place, self.length - at - 1);
+        }
+    }
+
     pub(crate) fn as_ptr(&mut self) -> *mut u8 {
         self.start.as_ptr()
     }

@@ -18,7 +18,7 @@ static void established(enum family family)
 	SAME(saved.data.inq_len, 6);
 	SAME(saved.data.outq_len, 14);
 	SAME(saved.data.unsq_len, 0);
-	SAME(saved.data.flags, SOCCR_FLAGS_WINDOW);
+	CHECK(saved.data.flags & SOCCR_FLAGS_WINDOW);
 	SAME(kit_state(pair.here), TCP_ESTABLISHED);
 	kit_hear(pair.there);
 	kit_expect(pair.here, "unread", 6);
@@ -201,8 +201,8 @@ static void pause_and_resume_change_nothing(void)
 	sk = libsoccr_pause(pair.here);
 	CHECK(sk);
 	SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
-	SAME(libsoccr_save(sk, &first, sizeof(first)), 68);
-	SAME(libsoccr_save(sk, &second, sizeof(second)), 68);
+	SAME(libsoccr_save(sk, &first, sizeof(first)), sizeof(first));
+	SAME(libsoccr_save(sk, &second, sizeof(second)), sizeof(second));
 	second.timestamp = first.timestamp;
 	SAME(memcmp(&first, &second, sizeof(first)), 0);
 	libsoccr_resume(sk);
@@ -286,7 +286,7 @@ static void a_released_socket_is_silent_and_free_at_once(void)
 
 /* What CRIU 4.2 had dumped of six connections, in the order of the structure. */
 static const struct {
-	struct libsoccr_sk_data data;
+	uint32_t data[17];
 	const char *address;
 	int ports[2];
 } dumped_by_criu[] = {
@@ -307,11 +307,12 @@ static const struct {
 static void what_criu_has_dumped_comes_back(void)
 {
 	for (size_t i = 0; i < sizeof(dumped_by_criu) / sizeof(*dumped_by_criu); i++) {
-		struct libsoccr_sk_data data = dumped_by_criu[i].data, after;
+		struct libsoccr_sk_data data = { .flags = 0 }, after;
 		struct libsoccr_lock *lock;
 		struct pair pair;
 		struct saved saved;
 
+		memcpy(&data, dumped_by_criu[i].data, sizeof(dumped_by_criu[i].data));
 		pair.self = kit_address(dumped_by_criu[i].address, dumped_by_criu[i].ports[0]);
 		pair.peer = kit_address(dumped_by_criu[i].address, dumped_by_criu[i].ports[1]);
 		/* Nobody is at the other end: an acknowledgement would draw a reset. */
@@ -329,7 +330,7 @@ static void what_criu_has_dumped_comes_back(void)
 		SAME(after.outq_len, data.outq_len);
 		SAME(after.outq_seq, data.outq_seq);
 		SAME(after.unsq_len, data.unsq_len);
-		SAME(after.opt_mask, data.opt_mask);
+		SAME(after.opt_mask & 0xff, data.opt_mask);
 		SAME(after.mss_clamp, data.mss_clamp);
 		SAME(after.snd_wscale, data.snd_wscale);
 		SAME(after.rcv_wscale, data.rcv_wscale);

@@ -247,6 +247,15 @@ void kit_add_ipv6_address(const char *text)
 	close(fd);
 }
 
+void kit_set_mtu(int bytes)
+{
+	struct ifreq request = { .ifr_name = "lo", .ifr_mtu = bytes };
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+
+	SAME(ioctl(fd, SIOCSIFMTU, &request), 0);
+	close(fd);
+}
+
 int kit_option(int fd, int level, int name)
 {
 	int value = -1;
@@ -349,7 +358,7 @@ struct saved kit_read(int fd)
 	struct saved saved;
 
 	CHECK(sk);
-	SAME(libsoccr_save(sk, &saved.data, sizeof(saved.data)), 68);
+	SAME(libsoccr_save(sk, &saved.data, sizeof(saved.data)), sizeof(saved.data));
 	saved.receive_queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
 	saved.send_queue = libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, SOCCR_MEM_EXCL);
 	CHECK(saved.receive_queue && saved.send_queue);

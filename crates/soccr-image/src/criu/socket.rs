@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use soccr::Connection;
-use soccr::connection::{Buffers, ControlBlock, State};
+use soccr::connection::{Buffers, ControlBlock, Path, State};
 use soccr::settings::{Settings, Value};
 
 use super::protobuf::{Field, fields};
@@ -291,7 +291,7 @@ impl Socket {
             send_queue: stream.send_queue,
             urgent: None,
             buffers: Some(self.buffers),
-            path: None,
+            path: (!stream.rtt.is_zero()).then(|| Path { rtt: stream.rtt, ..Path::default() }),
             settings,
             nonblocking: self.flags & O_NONBLOCK != 0,
         };

@@ -1,5 +1,7 @@
 //! A `tcp-stream` image: sequence numbers, windows and queues of one connection.
 
+use std::time::Duration;
+
 use soccr::connection::{Options, QUEUE_LIMIT, Window, WindowScale};
 
 use super::container;
@@ -15,6 +17,9 @@ mod bit {
     pub(super) const ECN_SEEN: u32 = 16;
     pub(super) const SYN_DATA: u32 = 32;
     pub(super) const MICROSECONDS: u32 = 64;
+    /// Our C library keeps the round-trip time in the bits that the kernel does not use: in units of 8 µs, 0 is unknown.
+    pub(super) const SRTT_SHIFT: u32 = 9;
+    pub(super) const SRTT_UNIT: u32 = 8;
 }
 
 /// What a `tcp-stream` image says of a connection.
@@ -28,6 +33,8 @@ pub struct Stream {
     pub unsq_len: u32,
     /// Options negotiated by the handshake.
     pub options: Options,
+    /// The smoothed round-trip time, where our C library was part of CRIU; else zero.
+    pub rtt: Duration,
     /// The windows, where CRIU has saved them.
     pub window: Option<Window>,
     /// `TCP_CORK`, where the image is of an old CRIU that kept it here.
@@ -92,6 +99,7 @@ impl Stream {
                 ecn_seen: has(bit::ECN_SEEN),
                 syn_data: has(bit::SYN_DATA),
             },
+            rtt: Duration::from_micros(u64::from((mask >> bit::SRTT_SHIFT) * bit::SRTT_UNIT)),
             window,
             cork: numbers[10].map(|cork| cork != 0),
             nodelay: numbers[11].map(|nodelay| nodelay != 0),
