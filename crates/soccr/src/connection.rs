@@ -83,7 +83,8 @@ pub struct ControlBlock {
 pub struct Options {
     /// The largest segment the peer accepts, in bytes (`TCP_MAXSEG` in repair mode).
     pub mss_clamp: u16,
-    /// Shift counts of the two window fields (RFC 7323).
+    /// Shift counts of the two window fields (RFC 7323). `None` where none were agreed upon, which is the same as two zeros: so a
+    /// restored socket reports it.
     pub window_scale: Option<WindowScale>,
     /// Selective acknowledgements (RFC 2018).
     pub sack: bool,

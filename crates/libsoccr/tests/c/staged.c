@@ -187,6 +187,34 @@ static void the_order_is_enforced(void)
 	close(fresh);
 }
 
+/* Addresses that the caller has told are those that the socket must have. */
+static void another_port_is_refused(void)
+{
+	size_t filled;
+	struct pair pair = full_pair(IPV4, &filled);
+	struct saved saved = save(&pair);
+	union libsoccr_addr self = pair.self;
+	struct libsoccr_sk *sk;
+
+	pair.self.v4.sin_port ^= htons(1);
+	sk = begin(&pair, &saved);
+	SAME(libsoccr_set_addr(sk, 1, &self, 0), 0);
+	SAME(libsoccr_set_addr(sk, 0, &pair.peer, 0), 0);
+	SAME(libsoccr_set_sk_data(sk, &saved.data, sizeof(saved.data)), -1);
+	kit_error_has(sk, "not from");
+	libsoccr_release(sk);
+	close(pair.here);
+	pair.self = self;
+	sk = begin(&pair, &saved);
+	SAME(libsoccr_set_addr(sk, 1, &self, 0), 0);
+	SAME(libsoccr_set_addr(sk, 0, &pair.peer, 0), 0);
+	SAME(libsoccr_set_sk_data(sk, &saved.data, sizeof(saved.data)), 0);
+	SAME(fill(sk, &saved, TCP_RECV_QUEUE), 0);
+	SAME(fill(sk, &saved, TCP_SEND_QUEUE), 0);
+	end(&pair, sk, &saved);
+	check_full_pair(&pair, filled);
+}
+
 /* What is half restored is not let loose: the peer would be reset. */
 static void resuming_half_a_connection_is_refused(void)
 {
@@ -218,6 +246,7 @@ static const struct test tests[] = {
 	TEST(the_rest_can_be_left_to_restore),
 	TEST(a_mistake_can_be_mended),
 	TEST(the_order_is_enforced),
+	TEST(another_port_is_refused),
 	TEST(resuming_half_a_connection_is_refused),
 };
 
