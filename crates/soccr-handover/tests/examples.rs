@@ -7,7 +7,11 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-soccr_lab::tests![a_server_is_replaced_three_times, a_chat_room_moves_while_everybody_talks];
+soccr_lab::tests![
+    a_server_is_replaced_three_times,
+    a_chat_room_moves_while_everybody_talks,
+    a_proxy_moves_between_two_answers,
+];
 
 struct Example(Child);
 
@@ -119,4 +123,38 @@ fn a_chat_room_moves_while_everybody_talks() {
     says(&bob, "bye\n");
     hears(&bob, "Bob: bye\n");
     hears(&ada, "Bob: bye\n");
+}
+
+fn a_proxy_moves_between_two_answers() {
+    let addresses = ["127.0.0.1:7", "127.0.0.1:9"];
+    let answers = |proxy: &Example, client: &TcpStream| {
+        let body = format!("process {}\n", proxy.0.id());
+        hears(client, &format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n", body.len()));
+        let mut rest = Vec::new();
+        while !rest.ends_with(body.as_bytes()) {
+            let mut byte = [0];
+            { client }.read_exact(&mut byte).unwrap();
+            rest.push(byte[0]);
+        }
+    };
+    let mut proxy = Example::start("proxy", &addresses);
+    assert_eq!(proxy.says(), "0 connections\n");
+    let clients: Vec<TcpStream> = (0..10).map(|_| connect("127.0.0.1:7")).collect();
+    for client in &clients {
+        says(client, "GET / HTTP/1.1\r\nHost: here\r\n\r\n");
+        answers(&proxy, client);
+    }
+    for moves in 1..4 {
+        // Half a request each, read or not.
+        clients.iter().for_each(|client| says(client, "GET / HTTP/1.1\r\nHo"));
+        let mut successor = Example::start("proxy", &[&addresses[..], &["take"]].concat());
+        assert_eq!(successor.says(), "10 connections\n", "move {moves}");
+        assert_eq!(proxy.says(), "moved\n");
+        proxy.ends();
+        proxy = successor;
+        for client in &clients {
+            says(client, "st: there\r\n\r\n");
+            answers(&proxy, client);
+        }
+    }
 }

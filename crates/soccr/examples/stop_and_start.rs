@@ -1,8 +1,8 @@
 //! A server that can be stopped and started again while its clients stay connected.
 //!
 //! ```text
-//! sudo cargo run --example restart -- 127.0.0.1:7000 /run/restart     # serves; "stop" or end of input ends it
-//! sudo cargo run --example restart -- 127.0.0.1:7000 /run/restart     # later: goes on where the first one was
+//! sudo cargo run --example stop_and_start -- 127.0.0.1:7000 /run/images     # serves; "stop" or end of input ends it
+//! sudo cargo run --example stop_and_start -- 127.0.0.1:7000 /run/images     # later: goes on where the first one was
 //! ```
 //!
 //! It numbers the lines that each client sends. When it stops, each connection becomes a file, its count part of the name;
@@ -22,7 +22,7 @@ use soccr::{Flow, Lock};
 
 /// How long a restart may take: afterwards the host answers for the connections again, with resets.
 const LIMIT: Duration = Duration::from_secs(60);
-const LOCK: &str = "restart-example";
+const LOCK: &str = "stop-and-start-example";
 
 struct Client {
     stream: TcpStream,
@@ -32,7 +32,7 @@ struct Client {
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let (Some(address), Some(directory)) = (arguments.next(), arguments.next()) else {
-        return Err("usage: restart ADDRESS:PORT DIRECTORY".into());
+        return Err("usage: stop_and_start ADDRESS:PORT DIRECTORY".into());
     };
     let directory = Path::new(&directory);
     fs::create_dir_all(directory)?;
