@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 
 use crate::exit::Exit;
 use crate::{
-    check, completions, criu, demo, exit, inspect, list, lock, receive, restore, resume, save, send,
+    check, completions, criu, demo, exit, inspect, list, lock, receive, restore, resume, save, send, steer,
 };
 
 /// See, save, restore and move live TCP connections of any process
@@ -34,6 +34,7 @@ enum Command {
     Check(check::Check),
     Inspect(inspect::Inspect),
     Criu(criu::Criu),
+    Steer(steer::Steer),
     Lock(lock::Lock),
     Unlock(lock::Unlock),
     Completions(completions::Completions),
@@ -61,6 +62,7 @@ impl Cli {
             Command::Check(check) => check.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Criu(criu) => criu.run(),
+            Command::Steer(steer) => steer.run(),
             Command::Lock(lock) => lock.run(),
             Command::Unlock(unlock) => unlock.run(),
             Command::Completions(completions) => completions.run(),

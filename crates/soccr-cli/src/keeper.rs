@@ -144,6 +144,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     }
     if !here.is_empty() && network::enter_of(sockets[0]).is_ok() {
         let _ = silence::lift(&here);
+        let _ = soccr::steer::stop(&here);
     }
     drop(stopped);
 }

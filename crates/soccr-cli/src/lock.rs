@@ -64,7 +64,7 @@ pub(crate) struct Unlock {
 }
 
 /// `192.0.2.1:443-198.51.100.7:41234`; a zone of IPv6 has no place in a packet, so none here.
-fn parse_flow(text: &str) -> Result<Flow, String> {
+pub(crate) fn parse_flow(text: &str) -> Result<Flow, String> {
     let wrong = || "two addresses with ports and a hyphen between them: IP:PORT-IP:PORT".to_owned();
     let (local, remote) = text.split_once('-').ok_or_else(wrong)?;
     let end = |text: &str| text.parse::<SocketAddr>().map_err(|_| wrong());

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::value_parser;
 use soccr_image::AddressMap;
 
+use crate::delivery::Steered;
 use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
@@ -41,6 +42,9 @@ pub(crate) struct Receive {
     /// How many seconds the source may take to let go of a connection that is ready here; then it is refused
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,
+    /// When packets for an address that this host does not have are delivered here, to what has been received
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Steered::Auto)]
+    steered: Steered,
     #[command(flatten)]
     demands: Demands,
     #[command(flatten)]
@@ -57,7 +61,7 @@ impl Receive {
         descriptors::raise_limit();
         let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
         let limit = Duration::from_secs(self.timeout);
-        let terms = Terms { maps: &self.map, is_here: self.netns.is_some(), limit };
+        let terms = Terms { maps: &self.map, is_here: self.netns.is_some(), limit, steered: self.steered };
         let mut target = Target::new(terms, &recipient, self.demands.reports(Trust::Safe), claim)?;
         let broken = target.listen(input).err();
         if let Some(error) = &broken {

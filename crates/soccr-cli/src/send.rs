@@ -8,12 +8,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::value_parser;
 use rustix::process::Pid;
+use soccr::Flow;
 
 use crate::captive::Captive;
 use crate::exit::Exit;
+use crate::guide::{Guide, Hop, find_hops, parse_hop};
 use crate::keeper::Keeper;
 use crate::network::{self, Identity};
 use crate::process::{self, Holder, Process, Sharing, parse_pid};
+use crate::silence::Silence;
 use crate::source::{Limits, Source};
 use crate::via::{self, Deadline, Output};
 use crate::{descriptors, exit};
@@ -33,6 +36,7 @@ Examples:
   soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
   soccr send --pid 4711 --all --via 'soccr receive --netns /run/netns/blue -- ./server'
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
+  soccr send --pid 4711 --all --via 'ssh host soccr receive -- ./server' --steer 192.0.2.2
   soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port"]))]
 pub(crate) struct Send {
@@ -62,6 +66,10 @@ pub(crate) struct Send {
     #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
         value_parser = value_parser!(u64).range(..=86400))]
     silence: u64,
+    /// Instead of being silent, send on the packets of connections that have left: to this address of the target, on a network
+    /// that both hosts share; or to ADDRESS dev DEVICE, the other end of a tunnel. Once for each address family
+    #[arg(long, value_name = "NEXT_HOP", value_parser = parse_hop, requires = "via", conflicts_with = "silence")]
+    steer: Vec<Hop>,
 }
 
 impl Send {
@@ -70,8 +78,7 @@ impl Send {
             bail!("connections are not for a terminal: pipe them into `soccr receive`, or name it by --via");
         }
         descriptors::raise_limit();
-        let limits =
-            Limits { answer: Duration::from_secs(self.timeout), silence: Duration::from_secs(self.silence) };
+        let limits = Limits { answer: Duration::from_secs(self.timeout) };
         let mut failed = 0;
         let mut fail = |error: anyhow::Error| {
             exit::complain(&exit::line(&error));
@@ -106,7 +113,8 @@ impl Send {
         let via = self.via.as_deref().map(via::Started::new).transpose()?;
         network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
         let deadline = Deadline::after(limits.answer);
-        let source = Source::new(captives, keeper, limits, deadline.clone())?;
+        let guide = self.guide(&captives)?;
+        let source = Source::new(captives, keeper, limits, deadline.clone(), guide)?;
         let outcome = match via {
             Some(started) => {
                 let (via, output) = started.listen(deadline)?;
@@ -120,6 +128,15 @@ impl Send {
             (0, _, 0) => Exit::Failed,
             (0, _, _) => Exit::SomeFailed,
         })
+    }
+
+    /// What becomes of the packets of connections that have left. To be called in their network namespace.
+    fn guide(&self, captives: &[Captive]) -> Result<Guide> {
+        if self.steer.is_empty() {
+            return Ok(Guide::Silent(Silence::new(Duration::from_secs(self.silence))));
+        }
+        let flows: Vec<Flow> = captives.iter().map(Captive::flow).collect::<Result<_>>()?;
+        Ok(Guide::Steering { hops: find_hops(&self.steer, &flows).context("--steer")?, flows: Vec::new() })
     }
 
     /// The connections that are asked for. Each that cannot be had is reported by itself.

@@ -17,10 +17,10 @@ use soccr::lock::{Held, Locker, Mode};
 use soccr_image::stream::{Message, Writer};
 
 use crate::captive::Captive;
+use crate::guide::Guide;
 use crate::keeper::Keeper;
 use crate::progress::Progress;
 use crate::signals::Deaf;
-use crate::silence::Silence;
 use crate::via::{Answer, Deadline, Output, Via};
 use crate::{exit, network};
 
@@ -39,8 +39,6 @@ const TOO_LATE: &str = "the target answers too late";
 pub(crate) struct Limits {
     /// For the target to start, and then for each window to move.
     pub(crate) answer: Duration,
-    /// For which this host stays silent about what has left it.
-    pub(crate) silence: Duration,
 }
 
 /// How many connections ended up where.
@@ -93,7 +91,7 @@ pub(crate) struct Source {
     deadline: Deadline,
     /// How many answers have come.
     heard: usize,
-    silence: Silence,
+    guide: Guide,
     /// Since the first connection has left.
     deaf: Option<Deaf>,
     /// Continues the processes when everything else is done.
@@ -107,6 +105,7 @@ impl Source {
         keeper: Keeper,
         limits: Limits,
         deadline: Deadline,
+        guide: Guide,
     ) -> Result<Self> {
         let locker = Locker::new(Mode::HOLD)?;
         let mut items = Vec::with_capacity(captives.len());
@@ -114,9 +113,8 @@ impl Source {
             let held = Held { flow: captive.flow()?, packets: Vec::new() };
             items.push(Item { id, captive, held, stage: Stage::Here });
         }
-        let silence = Silence::new(limits.silence);
         let (window, locks, heard, deaf) = (0..0, Vec::new(), 0, None);
-        Ok(Self { items, locker, window, locks, limits, deadline, heard, silence, deaf, keeper })
+        Ok(Self { items, locker, window, locks, limits, deadline, heard, guide, deaf, keeper })
     }
 
     /// Moves the connections to a target that answers.
@@ -175,7 +173,8 @@ impl Source {
     }
 
     fn begin(&self, answers: bool) -> Message {
-        Message::Begin { connections: self.items.len() as u32, answers, place: network::place() }
+        let steered = matches!(self.guide, Guide::Steering { .. });
+        Message::Begin { connections: self.items.len() as u32, answers, place: network::place(), steered }
     }
 
     fn windows(&self) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -221,9 +220,10 @@ impl Source {
     fn commit(&mut self, window: Range<usize>, writer: &mut Writer<Output>) -> Result<()> {
         // What has left lives in this process until the target has it.
         self.deaf.get_or_insert_with(Deaf::begin);
-        self.collect(window.clone())?;
         let ready = self.items[window.clone()].iter().filter(|item| matches!(item.stage, Stage::Ready(_)));
-        self.silence.extend(ready.map(|item| item.held.flow).collect())?;
+        self.guide.extend(ready.map(|item| item.held.flow).collect())?;
+        // From here on nothing arrives that is steered.
+        self.collect(window.clone())?;
         for item in &mut self.items[window] {
             if let Stage::Ready(control) = &item.stage {
                 let control = control.clone();
@@ -279,7 +279,7 @@ impl Source {
         let window = self.items[self.window.clone()].iter();
         let staying: Vec<_> = window.filter(|item| matches!(item.stage, Stage::Stays)).collect();
         let flows: Vec<Flow> = staying.iter().map(|item| item.held.flow).collect();
-        if let Err(error) = self.silence.end_about(&flows) {
+        if let Err(error) = self.guide.end_about(&flows) {
             exit::complain(&exit::line(&error));
         }
         let replay = || staying.iter().for_each(|item| drop(item.held.replay(item.captive.socket())));
@@ -305,7 +305,7 @@ impl Source {
             item.settle(reason, certain, &mut self.keeper);
         }
         self.unlock();
-        self.silence.stay();
+        self.guide.stay();
         let mut outcome = Outcome::default();
         for item in &self.items {
             match item.stage {

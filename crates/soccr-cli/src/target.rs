@@ -26,6 +26,7 @@ use soccr::{Connection, Flow, Lock, Restored};
 use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Reader, Writer};
 
+use crate::delivery::{Delivery, Steered};
 use crate::fidelity::Reports;
 use crate::handover::Recipient;
 use crate::lifeline::Claim;
@@ -54,6 +55,7 @@ const PATIENCE: Duration = Duration::from_millis(2);
 pub(crate) struct Target<'a> {
     claim: Claim,
     bell: Bell,
+    delivery: Delivery,
     locker: Locker,
     terms: Terms<'a>,
     /// The source is in this network namespace: what is in use here may be its own.
@@ -91,6 +93,8 @@ pub(crate) struct Terms<'a> {
     pub(crate) is_here: bool,
     /// How long the source may take to let go of what is ready here, and to read an answer.
     pub(crate) limit: Duration,
+    /// When packets for addresses of other hosts are delivered here.
+    pub(crate) steered: Steered,
 }
 
 /// The way back to the source.
@@ -174,6 +178,7 @@ impl<'a> Target<'a> {
         Ok(Self {
             claim,
             bell: Bell::hang()?,
+            delivery: Delivery::new(terms.steered)?,
             locker: Locker::new(Mode::HOLD)?,
             terms,
             beside: false,
@@ -265,7 +270,8 @@ impl<'a> Target<'a> {
 
     fn hear(&mut self, message: Message) -> Result<()> {
         match message {
-            Message::Begin { connections, answers, place } => {
+            Message::Begin { connections, answers, place, steered } => {
+                self.delivery.source_steers(steered);
                 let here = network::place();
                 self.beside = place.is_some() && place == here;
                 self.apart = !self.beside && place.is_some() && here.is_some();
@@ -354,6 +360,7 @@ impl<'a> Target<'a> {
                     false => self.recipient.check(&arriving.connection),
                 }
             };
+            let refused = refused.and_then(|()| self.delivery.arrange(flow.local.ip().to_canonical()));
             match refused {
                 Err(error) => self.refuse(arriving.id, &error.context(arriving.name)),
                 Ok(()) => {
@@ -382,7 +389,9 @@ impl<'a> Target<'a> {
         self.batches.insert(number, Batch { lock, undecided: batch.len(), taken: Vec::new() });
         let (behind, free): (Vec<_>, Vec<_>) = batch.into_iter().partition(|arriving| arriving.behind);
         // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
-        lift(&free.iter().map(|arriving| arriving.connection.flow()).collect::<Vec<_>>());
+        let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
+        lift(&flows);
+        self.delivery.expect(&flows)?;
         for Arriving { id, name, connection, .. } in behind {
             match connection.validate() {
                 Ok(()) => {
@@ -514,6 +523,8 @@ impl<'a> Target<'a> {
     }
 
     fn resume(&mut self, Batch { lock, taken, .. }: Batch) {
+        let arrived: Vec<Flow> = taken.iter().map(|(_, _, held)| held.flow).collect();
+        self.delivery.settle(lock.flows(), &arrived);
         let restored = taken.into_iter().map(|(id, restored, held)| {
             // What cannot be delivered the peer sends again.
             let _ = held.replay(&restored);

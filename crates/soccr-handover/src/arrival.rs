@@ -188,7 +188,7 @@ impl Arrival {
             return self.give_up(violation(format!("the state of connection {id} is not before it")));
         }
         match message {
-            Message::Begin { connections, answers, place } => {
+            Message::Begin { connections, answers, place, .. } => {
                 let here = self.shared.place;
                 self.is_beside = place.is_some() && place == here;
                 self.is_apart = !self.is_beside && place.is_some() && here.is_some();

@@ -101,7 +101,12 @@ impl Departure {
     ) -> Self {
         let items: Vec<_> = departing.into_iter().map(|departing| *departing.item).collect();
         let mut writer = Writer::new(Outbox::default()).expect("memory takes every byte");
-        let begin = Message::Begin { connections: items.len() as u32, answers: true, place: shared.place };
+        let begin = Message::Begin {
+            connections: items.len() as u32,
+            answers: true,
+            place: shared.place,
+            steered: false,
+        };
         writer.send(&begin).expect("memory takes every byte");
         Self {
             machine: Source::new(items.len(), WINDOW),

@@ -403,7 +403,12 @@ fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
         });
         let mut writer = soccr_image::stream::Writer::new(&there).unwrap();
         writer
-            .send(&soccr_image::stream::Message::Begin { connections: 1, answers: true, place: None })
+            .send(&soccr_image::stream::Message::Begin {
+                connections: 1,
+                answers: true,
+                place: None,
+                steered: false,
+            })
             .unwrap();
         writer.connection(1, "x", &saved).unwrap();
         let mut reader = soccr_image::stream::Reader::new(&mut there).unwrap();

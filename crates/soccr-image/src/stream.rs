@@ -35,7 +35,7 @@
 //! |---|---|---|
 //! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue |
 //! | 2 | HELD | 5 packet, each |
-//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place |
+//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place · 8 packets are steered |
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
 //! | 5, 7 | ABORT, REFUSED | 2 reason |
 //! | 9 | END | 3 count of records before it |

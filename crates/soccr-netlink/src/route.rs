@@ -23,6 +23,8 @@ const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_NEWNEIGH: u16 = 28;
 
+const ARPHRD_ETHER: u16 = 1;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_MTU: u16 = 4;
 const IFLA_OPERSTATE: u16 = 16;
 const IF_OPER_UP: u8 = 6;
@@ -95,6 +97,23 @@ impl Rtnetlink {
             operational = attributes.any(|attribute| attribute == (IFLA_OPERSTATE, &[IF_OPER_UP]));
         })?;
         Ok(operational)
+    }
+
+    /// The Ethernet address of a link, where it is one that has some.
+    ///
+    /// # Errors
+    /// `ENODEV` where there is no such link.
+    pub fn ethernet_address(&mut self, link: u32) -> io::Result<Option<[u8; 6]>> {
+        let mut batch = Batch::new();
+        batch.message(RTM_GETLINK, REQUEST | ACK, |message| message.bytes(&link_header(link, 0)));
+        let mut address = None;
+        self.socket.dump(&batch, |_, link| {
+            let is_ethernet = link.get(2..4) == Some(&ARPHRD_ETHER.to_ne_bytes());
+            let value =
+                attributes(link.get(16..).unwrap_or_default()).find(|attribute| attribute.0 == IFLA_ADDRESS);
+            address = value.filter(|_| is_ethernet).and_then(|(_, value)| value.try_into().ok());
+        })?;
+        Ok(address)
     }
 
     /// Sets a link up.

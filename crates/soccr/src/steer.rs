@@ -41,6 +41,7 @@
 //! # References
 //! nft(8) (`fwd`, `socket transparent`), ip-rule(8), ip(7) (`IP_TRANSPARENT`).
 
+mod adoption;
 mod foreign;
 mod homecoming;
 mod steering;
@@ -55,6 +56,7 @@ use soccr_netlink::{Neighbour, Rtnetlink};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 
+pub use adoption::adopt_address;
 pub use foreign::{Foreign, Numbers, is_foreign};
 pub(crate) use foreign::{admit, admit_bound_anyhow, forget_transparency};
 pub use homecoming::Homecoming;

@@ -11,6 +11,7 @@ mod real;
 mod relay;
 mod rescue;
 mod save;
+mod steered;
 mod steps;
 mod transfer;
 mod trust;
@@ -29,6 +30,7 @@ fn main() -> std::process::ExitCode {
         rescue::tests(),
         trust::tests(),
         only::tests(),
+        steered::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())
 }

@@ -22,6 +22,7 @@ pub(super) mod tag {
     pub(in super::super) const PACKET: u16 = 5 | CRITICAL;
     pub(in super::super) const STATE: u16 = 6 | CRITICAL;
     pub(in super::super) const PLACE: u16 = 7;
+    pub(in super::super) const STEERED: u16 = 8;
 
     pub(in super::super) const LOCAL: u16 = 16 | CRITICAL;
     pub(in super::super) const REMOTE: u16 = 17 | CRITICAL;

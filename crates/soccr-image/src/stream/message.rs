@@ -24,6 +24,8 @@ pub enum Message {
         answers: bool,
         /// Where the connections are now, as far as the source can tell.
         place: Option<Place>,
+        /// The source has packets follow the connections that leave it.
+        steered: bool,
     },
     /// A connection.
     Connection {

@@ -157,7 +157,7 @@ fn parse<R: Read>(
         _ => return Ok(Parsed::Nothing),
     }
     let (mut reason, mut count, mut answers, mut packets) = (String::new(), 0, false, Vec::new());
-    let mut place = None;
+    let (mut place, mut steered) = (None, false);
     let mut state = Vec::new();
     while let Some((tag, length)) = payload.field()? {
         match tag {
@@ -168,6 +168,7 @@ fn parse<R: Read>(
                 let mut value = payload.value(length)?;
                 place = Some(Place { host: value.array()?, namespace: [value.u64()?, value.u64()?] });
             }
+            tag::STEERED => steered = payload.value(length)?.flag()?,
             tag::PACKET if header.kind == kind::HELD => {
                 if length == 0 || header.length > HELD_LIMIT {
                     return Err(Error::damaged("a held packet is empty, or they are too many"));
@@ -184,7 +185,7 @@ fn parse<R: Read>(
         }
     }
     Ok(Parsed::Message(match header.kind {
-        kind::BEGIN => Message::Begin { connections: count, answers, place },
+        kind::BEGIN => Message::Begin { connections: count, answers, place, steered },
         kind::STATE => Message::State { connection: id, critical: header.critical, bytes: state },
         kind::HELD => Message::Held { connection: id, packets },
         kind::COMMIT => Message::Commit { connection: id },

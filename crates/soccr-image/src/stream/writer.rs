@@ -104,7 +104,7 @@ impl<W: Write> Writer<W> {
                 return self.state(*connection, bytes, *critical);
             }
             Message::Held { connection, packets } => return self.held(*connection, packets),
-            Message::Begin { connections, answers, place } => {
+            Message::Begin { connections, answers, place, steered } => {
                 record::open(&mut self.small, kind::BEGIN, 0);
                 field::put(&mut self.small, tag::COUNT, |out| {
                     out.extend_from_slice(&connections.to_le_bytes());
@@ -115,6 +115,9 @@ impl<W: Write> Writer<W> {
                         out.extend_from_slice(&place.host);
                         place.namespace.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
                     });
+                }
+                if *steered {
+                    field::put(&mut self.small, tag::STEERED, |out| out.push(1));
                 }
                 return self.seal();
             }

@@ -243,7 +243,11 @@ impl Injector {
                 let address = SocketAddrV6::new(*v6.ip(), 0, 0, v6.scope_id());
                 sendto(&self.fd, packet, flags, &address)
             }
-            (Via::Loopback, address, _) => sendto(&self.fd, packet, flags, &Loopback(address)),
+            (Via::Loopback, address, _) => {
+                let protocol = if address.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 } as u16;
+                let device = Device { index: LOOPBACK, protocol, destination: [0; 6] };
+                sendto(&self.fd, packet, flags, &device)
+            }
             _ => Err(rustix::io::Errno::AFNOSUPPORT),
         };
         match sent {
@@ -261,21 +265,39 @@ impl AsFd for Injector {
     }
 }
 
-/// The device `lo`, for packets with this address.
-struct Loopback(IpAddr);
+/// Sends a packet of this protocol (`ETH_P_…`) out of a device, to an Ethernet address.
+pub(crate) fn send_from_device(
+    index: u32,
+    protocol: u16,
+    destination: [u8; 6],
+    packet: &[u8],
+) -> io::Result<()> {
+    let fd = socket_with(AddressFamily::PACKET, SocketType::DGRAM, SocketFlags::CLOEXEC, None::<Protocol>)?;
+    let device = Device { index, protocol, destination };
+    sendto(&fd, packet, SendFlags::NOSIGNAL, &device)?;
+    Ok(())
+}
+
+/// A device, and for whom a packet is that leaves it.
+struct Device {
+    index: u32,
+    protocol: u16,
+    destination: [u8; 6],
+}
 
 // SAFETY: the closure gets a pointer to a `sockaddr_ll` and its size.
-unsafe impl SocketAddrArg for Loopback {
+unsafe impl SocketAddrArg for Device {
     unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
-        let protocol = if self.0.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
+        let mut sll_addr = [0; 8];
+        sll_addr[..6].copy_from_slice(&self.destination);
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
-            sll_protocol: (protocol as u16).to_be(),
-            sll_ifindex: LOOPBACK as i32,
+            sll_protocol: self.protocol.to_be(),
+            sll_ifindex: self.index as i32,
             sll_hatype: 0,
             sll_pkttype: 0,
             sll_halen: 6,
-            sll_addr: [0; 8],
+            sll_addr,
         };
         f((&raw const address).cast(), size_of::<libc::sockaddr_ll>() as SocketAddrLen)
     }

@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         moves::a_half_closed_connection_is_restored_where_its_address_is_not,
         moves::transparent_only_where_the_address_is_not,
         moves::neighbours_hear_nothing_of_it,
+        moves::the_new_host_takes_the_address,
         tables::many_are_added_moved_and_removed,
         tables::what_is_steered_is_counted,
         tables::an_entry_ends_with_its_connection,

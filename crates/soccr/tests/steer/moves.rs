@@ -1,11 +1,12 @@
 //! Connections that move, steered.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
 use soccr::lock::{Locker, Mode};
 use soccr::settings::Value;
+use soccr::steer::{Foreign, adopt_address};
 use soccr::{Flow, Lock, pause};
 use soccr_lab::{Flags, Lan, Sniffer, TcpInfo, sysctl, wait_until};
 
@@ -218,5 +219,26 @@ pub fn neighbours_hear_nothing_of_it() {
         // New connections are still answered by the host that has the address.
         drop(connect(&lan, ipv6));
         transfer(&lan, stream, flow, place, 0);
+    }
+}
+
+pub fn the_new_host_takes_the_address() {
+    let lan = Lan::new().unwrap();
+    for ipv6 in [false, true] {
+        let (mut peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let mut stream = transfer(&lan, stream, flow, 0, 2);
+        exchange(&mut peer, &mut stream);
+        // The old host is gone for good.
+        let home = address(&lan.hosts[0], ipv6);
+        let prefix = if ipv6 { 64 } else { 24 };
+        lan.hosts[0].namespace.rtnetlink().unwrap().remove_address("eth0", home, prefix).unwrap();
+        lan.hosts[2].run(|| adopt_address(home, prefix, "eth0")).unwrap();
+        exchange(&mut peer, &mut stream);
+        assert_eq!(lan.hosts[2].run(Foreign::list).unwrap(), []);
+        // New connections find it, too.
+        let listener = lan.hosts[2].run(|| TcpListener::bind((home, 81))).unwrap();
+        drop(lan.peer.run(|| TcpStream::connect((home, 81))).unwrap());
+        drop(listener);
     }
 }

@@ -1,0 +1,185 @@
+//! `soccr steer`: what follows its connection to another host, and what is delivered here for another host.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value as Json, json};
+use soccr::Flow;
+use soccr::steer::{self, Foreign, NextHop, Steered, Steering};
+
+use crate::exit::{self, Exit};
+use crate::guide::{Hop, find_hops, parse_hop, redirect};
+use crate::list::duration;
+use crate::lock::parse_flow;
+use crate::network;
+use crate::table::{Align, Table};
+
+/// See and change where the packets of connections go that have left this host
+///
+/// What `soccr send --steer` and `soccr receive` arrange stays until it is removed, or until its connection has ended; no program
+/// has to run. Here it can be seen (--list), sent on to another host (--to), and removed.
+#[derive(clap::Args, Debug)]
+#[command(
+    group = clap::ArgGroup::new("what").required(true).args(["list", "to", "remove", "adopt_address"]),
+    after_help = "\
+Examples:
+  soccr steer --list
+  soccr steer --to 192.0.2.3 192.0.2.1:443-198.51.100.7:41234
+  soccr steer --remove 192.0.2.1:443-198.51.100.7:41234
+  soccr steer --remove --all                     on the old host and on the new one
+  soccr steer --adopt-address 192.0.2.1/24 --device eth0   on the new host, when the old one is gone for good"
+)]
+pub(crate) struct Steer {
+    /// The connections that are steered, and the addresses whose packets are delivered here
+    #[arg(long)]
+    list: bool,
+    /// One JSON object
+    #[arg(long, requires = "list")]
+    json: bool,
+    /// Steer connections to this address on a common network from now on, or to ADDRESS dev DEVICE
+    #[arg(long, value_name = "NEXT_HOP", value_parser = parse_hop, requires = "connections")]
+    to: Option<Hop>,
+    /// Do not steer the connections any more
+    #[arg(long)]
+    remove: bool,
+    /// With --remove: all connections, and the delivery of all addresses
+    #[arg(long, requires = "remove", conflicts_with = "connections")]
+    all: bool,
+    /// Give this host an address for which packets are delivered here, tell the network, and end the delivery
+    #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = parse_network, requires = "device")]
+    adopt_address: Option<(IpAddr, u8)>,
+    /// The device that gets the address
+    #[arg(long, value_name = "DEVICE", requires = "adopt_address")]
+    device: Option<String>,
+    /// The network namespace: a path, or the number of a process
+    #[arg(long, value_name = "PATH|PID")]
+    netns: Option<String>,
+    /// Both ends of a connection, the one on this host first
+    #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow)]
+    connections: Vec<Flow>,
+}
+
+fn parse_network(text: &str) -> Result<(IpAddr, u8), String> {
+    let wrong = || "an address and the length of its network's prefix: 192.0.2.1/24".to_owned();
+    let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
+    let address: IpAddr = address.parse().map_err(|_| wrong())?;
+    let prefix = prefix.parse().map_err(|_| wrong())?;
+    if prefix > if address.is_ipv4() { 32 } else { 128 } { Err(wrong()) } else { Ok((address, prefix)) }
+}
+
+impl Steer {
+    pub(crate) fn run(&self) -> Result<Exit> {
+        network::enter(self.netns.as_deref())?;
+        if let Some(hop) = &self.to {
+            let hops = find_hops(std::slice::from_ref(hop), &self.connections)?;
+            redirect(&self.connections, &hops)?;
+        } else if let (Some((address, prefix)), Some(device)) = (self.adopt_address, &self.device) {
+            steer::adopt_address(address, prefix, device)?;
+        } else if self.remove {
+            self.remove()?;
+        } else {
+            let all = contents()?;
+            let foreign = Foreign::list()?;
+            return if self.json { print_json(&all, &foreign) } else { print_tables(&all, &foreign) };
+        }
+        Ok(Exit::Done)
+    }
+
+    fn remove(&self) -> Result<()> {
+        if self.all {
+            Steering::list()?.iter().try_for_each(Steering::remove)?;
+            return Ok(Foreign::list()?.iter().try_for_each(Foreign::remove)?);
+        }
+        match self.connections.len() {
+            0 => bail!("name the connections, or --all"),
+            count => match steer::stop(&self.connections)? {
+                stopped if stopped < count => bail!("{} of them are not steered", count - stopped),
+                _ => Ok(()),
+            },
+        }
+    }
+}
+
+/// A connection that is steered, by which device, and whether its next hop answers.
+type Entry = (Steered, String, bool);
+
+fn contents() -> Result<Vec<Entry>> {
+    let mut all = Vec::new();
+    for steering in Steering::list()? {
+        let mut answers = std::collections::HashMap::new();
+        for entry in steering.contents()? {
+            let answers = match answers.get(&entry.next_hop) {
+                Some(answers) => *answers,
+                None => {
+                    let now = NextHop::known(entry.next_hop, steering.egress()).answers().unwrap_or(false);
+                    *answers.entry(entry.next_hop).or_insert(now)
+                }
+            };
+            all.push((entry, steering.egress().to_owned(), answers));
+        }
+    }
+    Ok(all)
+}
+
+fn print_json(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
+    let steered = all.iter().map(|(entry, device, answers)| {
+        json!({
+            "local": entry.flow.local,
+            "remote": entry.flow.remote,
+            "next_hop": entry.next_hop,
+            "device": device,
+            "answers": answers,
+            "packets": entry.packets,
+            "bytes": entry.bytes,
+            "idle_ms": entry.idle.as_millis() as u64,
+            "remaining_ms": entry.remaining.as_millis() as u64,
+            "closing": entry.closing,
+        })
+    });
+    let delivered = foreign.iter().map(|foreign| {
+        let numbers = foreign.numbers();
+        json!({
+            "address": foreign.address(),
+            "mark": numbers.mark,
+            "table": numbers.table,
+            "priority": numbers.priority,
+        })
+    });
+    let object =
+        json!({ "steered": steered.collect::<Vec<Json>>(), "delivered": delivered.collect::<Vec<Json>>() });
+    exit::print(&format!("{}\n", serde_json::to_string_pretty(&object).context("JSON")?))
+}
+
+fn print_tables(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
+    let mut table = Table::new([
+        ("LOCAL", Align::Left),
+        ("REMOTE", Align::Left),
+        ("NEXT HOP", Align::Left),
+        ("PACKETS", Align::Right),
+        ("BYTES", Align::Right),
+        ("LAST SEEN", Align::Right),
+        ("STATE", Align::Left),
+    ]);
+    for (entry, device, answers) in all {
+        let state = match (answers, entry.closing) {
+            (false, _) => "FAILED: it does not answer",
+            (true, true) => "closing",
+            (true, false) => "steered",
+        };
+        table.row([
+            entry.flow.local.to_string(),
+            entry.flow.remote.to_string(),
+            format!("{} dev {device}", entry.next_hop),
+            entry.packets.to_string(),
+            entry.bytes.to_string(),
+            duration(entry.idle),
+            state.to_owned(),
+        ]);
+    }
+    for foreign in foreign {
+        let (address, none) = (foreign.address().to_string(), String::new);
+        let row = [address, "any".into(), "this host".into(), none(), none(), none(), "delivered".into()];
+        table.row(row);
+    }
+    exit::written(table.print())
+}

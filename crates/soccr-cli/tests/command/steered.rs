@@ -1,0 +1,274 @@
+//! `send --steer`, `receive --steered`, `steer`: the connection goes to another host, the address stays.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use soccr::steer::{Foreign, NextHop, Numbers, redirect};
+use soccr::{Flow, pause};
+use soccr_image::stream::{Message, Reader, Writer};
+use soccr_lab::{Flags, Lan, Sniffer, wait_until};
+
+use crate::programs::{
+    HEIR, Program, SOCCR, ask, assert_runs, connect, fail, installed, server_at, soccr, succeed,
+};
+use crate::steps::{Call, run_and_kill};
+
+crate::tests![
+    steered_connections_wander_and_come_home,
+    what_is_steered_is_seen_and_removed,
+    a_target_that_is_not_to_deliver_refuses,
+    a_next_hop_that_does_not_fit_is_refused_before_anything_stops,
+    a_source_killed_before_it_lets_go_steers_nothing,
+    a_connection_that_does_not_come_home_is_steered_again,
+];
+
+/// An old server on the first of three hosts, and clients at the peer.
+struct Steering {
+    lan: Lan,
+    old: Program,
+    clients: Vec<TcpStream>,
+    /// A process on each host, by which its network is named.
+    places: Vec<Program>,
+    resets: Sniffer,
+}
+
+impl Steering {
+    fn new(connections: usize, ipv6: bool) -> Self {
+        let lan = Lan::new().unwrap();
+        let address = if ipv6 { "::" } else { "" };
+        let old = lan.hosts[0].run(|| server_at(address, "old ", connections));
+        let mut clients = Vec::new();
+        for _ in 0..connections {
+            let home: SocketAddr =
+                if ipv6 { (lan.hosts[0].v6, 7).into() } else { (lan.hosts[0].v4, 7).into() };
+            let mut client = lan.peer.run(|| connect(home));
+            assert_eq!(ask(&mut client, "one", "old "), "old one");
+            clients.push(client);
+        }
+        let places =
+            lan.hosts.iter().map(|host| host.run(|| Program::start(Command::new("sleep").arg("1000"))));
+        let places = places.collect();
+        // Until the server listened there were others.
+        let resets = Sniffer::flagged(&lan.peer.namespace, "eth0", Flags::RST).unwrap();
+        Self { lan, old, clients, places, resets }
+    }
+
+    fn receive(&self, host: usize, prefix: &str, more: &str) -> String {
+        let pid = self.places[host].pid();
+        format!("{SOCCR} receive --netns {pid} {more} -- python3 -c '{HEIR}' '{prefix}'")
+    }
+
+    /// What moves all connections of a process.
+    fn send(&self, pid: &str, via: &str, more: &[&str]) -> Command {
+        let mut command = soccr(&["send", "--pid", pid, "--all", "--via", via]);
+        command.args(more).stdout(Stdio::null());
+        command
+    }
+
+    fn hop(&self, host: usize) -> [String; 4] {
+        let host = &self.lan.hosts[host];
+        ["--steer".into(), host.v4.to_string(), "--steer".into(), host.v6.to_string()]
+    }
+
+    fn move_to(&self, pid: &str, host: usize, prefix: &str, steer: bool) {
+        let hop = self.hop(host);
+        let more: Vec<&str> = if steer { hop.iter().map(String::as_str).collect() } else { Vec::new() };
+        let status = self.send(pid, &self.receive(host, prefix, ""), &more).status().unwrap();
+        assert!(status.success(), "{status}");
+    }
+
+    fn assert_lives(&mut self, prefix: &str) {
+        for client in &mut self.clients {
+            assert_eq!(ask(client, "more", prefix), format!("{prefix}more"));
+        }
+        assert_eq!(self.resets.segments().unwrap().len(), 0);
+    }
+
+    fn list(&self, host: usize) -> Value {
+        let pid = self.places[host].pid();
+        serde_json::from_slice(&succeed(&["steer", "--list", "--json", "--netns", &pid])).unwrap()
+    }
+
+    /// The process that has the connections on a host.
+    fn holder(&self, host: usize) -> String {
+        let pid = self.places[host].pid();
+        let sockets: Vec<Value> =
+            serde_json::from_slice(&succeed(&["list", "--json", "--netns", &pid])).unwrap();
+        let holder = sockets.iter().find(|socket| socket["savable"] == true).expect("it has arrived");
+        holder["processes"][0]["pid"].to_string()
+    }
+
+    /// Ends the programs that have received.
+    fn end(&mut self) {
+        self.clients.clear();
+        for place in &self.places {
+            wait_until("the heirs have ended", || {
+                let sockets = succeed(&["list", "--json", "--netns", &place.pid()]);
+                let sockets: Vec<Value> = serde_json::from_slice(&sockets).unwrap();
+                sockets.iter().all(|socket| socket["savable"] == false)
+            });
+        }
+    }
+}
+
+fn steered_connections_wander_and_come_home() {
+    if !installed("python3") {
+        return;
+    }
+    for ipv6 in [false, true] {
+        let mut steering = Steering::new(3, ipv6);
+        steering.move_to(&steering.old.pid(), 1, "second ", true);
+        steering.assert_lives("second ");
+        assert_eq!(steering.list(0)["steered"].as_array().unwrap().len(), 3);
+        assert_eq!(steering.list(1)["delivered"].as_array().unwrap().len(), 1);
+        // Through the second to the third.
+        steering.move_to(&steering.holder(1), 2, "third ", true);
+        steering.assert_lives("third ");
+        // Home, where the steering ends by itself.
+        steering.move_to(&steering.holder(2), 0, "home ", false);
+        steering.assert_lives("home ");
+        assert_eq!(steering.list(0)["steered"].as_array().unwrap().len(), 0);
+        steering.end();
+    }
+}
+
+fn what_is_steered_is_seen_and_removed() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::new(2, false);
+    steering.move_to(&steering.old.pid(), 1, "new ", true);
+    steering.assert_lives("new ");
+    let [old, new, third] = [0, 1, 2].map(|host| steering.places[host].pid());
+    let list = steering.list(0);
+    let entry = &list["steered"][0];
+    assert_eq!((&entry["answers"], &entry["closing"]), (&true.into(), &false.into()));
+    assert_eq!(entry["next_hop"], steering.lan.hosts[1].v4.to_string());
+    assert!(entry["packets"].as_u64().unwrap() > 0);
+    let text = String::from_utf8(succeed(&["steer", "--list", "--netns", &old])).unwrap();
+    assert!(text.contains("192.0.2.2 dev eth0") && text.contains("steered"), "{text}");
+    let text = String::from_utf8(succeed(&["steer", "--list", "--netns", &new])).unwrap();
+    assert!(text.contains("192.0.2.1") && text.contains("delivered"), "{text}");
+    // To another next hop, and back.
+    let flow = format!("{}-{}", entry["local"].as_str().unwrap(), entry["remote"].as_str().unwrap());
+    for hop in ["192.0.2.3", "192.0.2.2"] {
+        succeed(&["steer", "--to", hop, &flow, "--netns", &old]);
+        let list = steering.list(0);
+        assert!(list["steered"].as_array().unwrap().iter().any(|entry| entry["next_hop"] == hop));
+    }
+    steering.assert_lives("new ");
+    succeed(&["steer", "--remove", &flow, "--netns", &old]);
+    assert!(fail(1, &["steer", "--remove", &flow, "--netns", &old]).contains("not steered"));
+    succeed(&["steer", "--to", "192.0.2.2", &flow, "--netns", &old]);
+    steering.end();
+    for pid in [&old, &new, &third] {
+        succeed(&["steer", "--remove", "--all", "--netns", pid]);
+    }
+    for host in [0, 1] {
+        let list = steering.list(host);
+        assert!(list["steered"].as_array().unwrap().is_empty(), "{list}");
+        assert!(list["delivered"].as_array().unwrap().is_empty(), "{list}");
+    }
+}
+
+fn a_target_that_is_not_to_deliver_refuses() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::new(1, false);
+    let hop = steering.hop(1);
+    let never = steering.receive(1, "new ", "--steered never");
+    let unsteered = steering.receive(1, "new ", "");
+    for (via, more) in [(never, hop.iter().map(String::as_str).collect()), (unsteered, Vec::new())] {
+        let status = steering.send(&steering.old.pid(), &via, &more).stderr(Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), Some(1));
+        assert_runs(&steering.old.pid());
+        steering.assert_lives("old ");
+    }
+    let list = steering.list(0);
+    assert!(list["steered"].as_array().unwrap().is_empty(), "{list}");
+    steering.end();
+}
+
+fn a_next_hop_that_does_not_fit_is_refused_before_anything_stops() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::new(1, false);
+    for (hop, why) in [
+        ("2001:db8::2", "no next hop for IPv4"),
+        ("192.0.2.1", "of this host"),
+        ("192.0.2.99", "does not answer"),
+        ("198.51.100.1", "behind a router"),
+        ("192.0.2.2 dev nosuch", "device nosuch"),
+    ] {
+        let output = steering.send(&steering.old.pid(), "true", &["--steer", hop]).output().unwrap();
+        let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{complaint}");
+        assert!(complaint.contains(why), "{complaint}");
+        steering.assert_lives("old ");
+    }
+    steering.end();
+}
+
+fn a_source_killed_before_it_lets_go_steers_nothing() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::new(2, false);
+    // It takes a connection from its socket by connecting that to nowhere.
+    let lets_go = |call: &Call| call.number == libc::SYS_connect;
+    let hop = steering.hop(1);
+    let hop: Vec<&str> = hop.iter().map(String::as_str).collect();
+    let mut send = steering.send(&steering.old.pid(), &steering.receive(1, "new ", ""), &hop);
+    assert!(run_and_kill(send.stderr(Stdio::null()), lets_go), "it was killed");
+    assert_runs(&steering.old.pid());
+    wait_until("nothing is steered", || steering.list(0)["steered"].as_array().unwrap().is_empty());
+    steering.assert_lives("old ");
+    steering.end();
+}
+
+fn a_connection_that_does_not_come_home_is_steered_again() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::new(0, false);
+    let [home, away] = [0, 1].map(|host| &steering.lan.hosts[host]);
+    let listener = home.run(|| TcpListener::bind((home.v4, 80))).unwrap();
+    let mut peer = steering.lan.peer.run(|| TcpStream::connect((home.v4, 80))).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let flow = Flow::of(&stream).unwrap();
+    away.run(|| Foreign::deliver(home.v4.into(), Numbers::default())).unwrap();
+    let paused = pause(&stream).unwrap();
+    let connection = paused.save().unwrap();
+    let restored = away.run(|| connection.restore()).unwrap();
+    home.run(|| redirect(&[flow], &NextHop::new(away.v4.into()).unwrap())).unwrap();
+    paused.detach().unwrap();
+    let mut stream: TcpStream = restored.resume().unwrap();
+    let mut exchange = || {
+        for _ in 0..2 {
+            peer.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+        }
+        stream.write_all(b"y").unwrap();
+        peer.read_exact(&mut [0]).unwrap();
+        pause(&stream).unwrap().save().unwrap()
+    };
+    let connection = exchange();
+
+    let (pid, place) = (steering.places[0].pid(), None);
+    let mut receive = Program::start(
+        soccr(&["receive", "--netns", &pid, "--", "true"]).stdin(Stdio::piped()).stdout(Stdio::piped()),
+    );
+    let mut writer = Writer::new(receive.0.stdin.take().unwrap()).unwrap();
+    let begin = Message::Begin { connections: 1, answers: true, place, steered: false };
+    writer.send(&begin).unwrap();
+    writer.connection(1, "one", &connection).unwrap();
+    let mut reader = Reader::new(receive.0.stdout.take().unwrap()).unwrap();
+    assert_eq!(reader.receive().unwrap(), Some(Message::Ready { connection: 1 }));
+    drop(receive);
+    exchange();
+    assert_eq!(steering.resets.segments().unwrap().len(), 0);
+}
