@@ -35,14 +35,11 @@ pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Ur
 
 /// The second witness of a receive queue, which is selected, without a byte.
 fn is_empty(fd: BorrowedFd<'_>) -> Result<bool> {
-    loop {
-        match recv(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Err(Errno::INTR) => {}
-            // Or behind the peer's FIN.
-            Err(Errno::AGAIN) | Ok((_, 0)) => return Ok(true),
-            Ok(_) => return Ok(false),
-            Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
-        }
+    match retry_on_intr(|| recv(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)) {
+        // Or behind the peer's FIN.
+        Err(Errno::AGAIN) | Ok((_, 0)) => Ok(true),
+        Ok(_) => Ok(false),
+        Err(error) => Err(Error::system("recv(MSG_PEEK)", error)),
     }
 }
 

@@ -236,7 +236,7 @@ fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<()> {
         Err(error) => return Err(Error::system("TCP_ULP", error)),
     }
     // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place.
-    match recv(fd, &mut [0; 0], RecvFlags::DONTWAIT) {
+    match retry_on_intr(|| recv(fd, &mut [0; 0], RecvFlags::DONTWAIT)) {
         Err(Errno::PERM) => Ok(()),
         Ok(_) | Err(Errno::AGAIN) => refuse(
             "a socket in a BPF map of sockets (sockmap)",
