@@ -19,7 +19,7 @@ use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 use super::held::Held;
 use super::packets::Packets;
 use super::replay::Replay;
-use super::rule::{LOG_LIMIT, TAIL};
+use super::rule::{LOG_LIMIT, TAIL, TAIL_SAVED};
 use super::table::Unlock;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -183,25 +183,12 @@ impl Capture {
                 if kind != PACKET {
                     return;
                 }
-                let (mut packet, mut ethernet, mut tail_saved, mut interface) = (&[][..], &[][..], false, 0);
-                for (kind, value) in attributes(payload.get(HEADER..).unwrap_or_default()) {
-                    match (kind, value.first_chunk().map(|n| u32::from_be_bytes(*n))) {
-                        (ATTRIBUTE_SEQUENCE, Some(number)) => {
-                            packets.lost(number.wrapping_sub(*next));
-                            *next = number.wrapping_add(1);
-                        }
-                        (ATTRIBUTE_INTERFACE, Some(index)) => interface = index,
-                        (ATTRIBUTE_PAYLOAD, _) => packet = value,
-                        (ATTRIBUTE_HARDWARE_HEADER, _) => ethernet = value,
-                        (ATTRIBUTE_PREFIX, _) => tail_saved = true,
-                        _ => {}
-                    }
+                let copy = Copy::new(payload);
+                if let Some(number) = copy.number {
+                    packets.lost(number.wrapping_sub(*next));
+                    *next = number.wrapping_add(1);
                 }
-                if tail_saved {
-                    packets.push(&with_tail(packet, ethernet), interface);
-                } else {
-                    packets.push(packet, interface);
-                }
+                packets.push(&copy.packet(), copy.interface);
             });
             match more {
                 Ok(true) if Instant::now() < end => {}
@@ -214,16 +201,47 @@ impl Capture {
     }
 }
 
-/// The whole of a packet of which the kernel could copy only the first part: the rule has written the rest where
-/// its Ethernet header was.
-fn with_tail<'a>(packet: &'a [u8], ethernet: &[u8]) -> Cow<'a, [u8]> {
-    let ipv6 = packet.first().is_some_and(|first| first >> 4 == 6);
-    let tail = ethernet.get(..TAIL[usize::from(ipv6)]);
-    match (Parsed::new(packet), tail) {
-        (Some(parsed), Some(tail)) if packet.len() == LOG_LIMIT && parsed.missing == tail.len() => {
-            Cow::Owned([packet, tail].concat())
+/// A packet as the kernel has copied it.
+#[derive(Debug, Default)]
+struct Copy<'a> {
+    /// Counts the packets of the group.
+    number: Option<u32>,
+    interface: u32,
+    packet: &'a [u8],
+    /// What is in the place of the Ethernet header.
+    ethernet: &'a [u8],
+    tail_saved: bool,
+}
+
+impl<'a> Copy<'a> {
+    fn new(message: &'a [u8]) -> Self {
+        let mut copy = Self::default();
+        for (kind, value) in attributes(message.get(HEADER..).unwrap_or_default()) {
+            match (kind, value.first_chunk().map(|n| u32::from_be_bytes(*n))) {
+                (ATTRIBUTE_SEQUENCE, number) => copy.number = number,
+                (ATTRIBUTE_INTERFACE, Some(index)) => copy.interface = index,
+                (ATTRIBUTE_PAYLOAD, _) => copy.packet = value,
+                (ATTRIBUTE_HARDWARE_HEADER, _) => copy.ethernet = value,
+                (ATTRIBUTE_PREFIX, _) => {
+                    copy.tail_saved = value.strip_suffix(&[0]) == Some(TAIL_SAVED.as_bytes())
+                }
+                _ => {}
+            }
         }
-        _ => Cow::Borrowed(packet),
+        copy
+    }
+
+    /// The whole packet where the kernel could copy only its first part, and the rule has written the rest where its
+    /// Ethernet header was; otherwise what was copied. What is missing then, the peer sends again.
+    fn packet(&self) -> Cow<'a, [u8]> {
+        let ipv6 = self.packet.first().is_some_and(|first| first >> 4 == 6);
+        let tail = self.ethernet.get(..TAIL[usize::from(ipv6)]).filter(|_| self.tail_saved);
+        match (Parsed::new(self.packet), tail) {
+            (Some(parsed), Some(tail)) if self.packet.len() == LOG_LIMIT && parsed.missing == tail.len() => {
+                Cow::Owned([self.packet, tail].concat())
+            }
+            _ => Cow::Borrowed(self.packet),
+        }
     }
 }
 
@@ -263,14 +281,35 @@ mod tests {
     use super::*;
     use crate::lock::packets::tests::packet;
 
+    /// What the kernel says of a packet that is longer than a copy.
+    fn message(packet: &[u8], ethernet: &[u8], prefix: Option<&str>) -> Vec<u8> {
+        let mut batch = Batch::new();
+        batch.message(PACKET, REQUEST, |m| {
+            m.bytes(&[0; HEADER]);
+            m.attribute(ATTRIBUTE_HARDWARE_HEADER, ethernet);
+            if let Some(prefix) = prefix {
+                m.string(ATTRIBUTE_PREFIX, prefix);
+            }
+            m.attribute(ATTRIBUTE_PAYLOAD, packet);
+        });
+        batch.as_bytes()[16..].to_vec()
+    }
+
     #[test]
-    fn the_tail_of_a_long_packet_is_put_back() {
+    fn a_tail_is_put_back_only_where_the_rule_has_saved_it() {
         let whole = packet(1, &vec![5; 65535 - 40]);
         let (first, tail) = whole.split_at(LOG_LIMIT);
-        assert_eq!(*with_tail(first, &[tail, &[0; 10]].concat()), *whole);
-        for ethernet in [&[][..], &[1, 2, 3]] {
-            assert_eq!(*with_tail(first, ethernet), *first);
+        let ethernet = [tail, &[0; 10]].concat();
+        let read =
+            |packet, ethernet, prefix| Copy::new(&message(packet, ethernet, prefix)).packet().into_owned();
+        assert_eq!(read(first, &ethernet, Some(TAIL_SAVED)), whole);
+        // Linux before 6.18 says of every copy that its prefix is empty.
+        for prefix in [None, Some(""), Some("tai"), Some("tails")] {
+            assert_eq!(read(first, &ethernet, prefix), first, "{prefix:?}");
         }
-        assert_eq!(*with_tail(&whole[..100], &[1; 14]), whole[..100]);
+        for ethernet in [&[][..], &[1, 2, 3]] {
+            assert_eq!(read(first, ethernet, Some(TAIL_SAVED)), first);
+        }
+        assert_eq!(read(&whole[..100], &[1; 14], Some(TAIL_SAVED)), whole[..100]);
     }
 }

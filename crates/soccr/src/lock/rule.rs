@@ -10,8 +10,9 @@ pub(super) const LOG_LIMIT: usize = 65531;
 /// The longest packets that exist otherwise, those on `lo`, have so much more (IPv4, IPv6).
 pub(super) const TAIL: [usize; 2] = [4, 5];
 
-/// Marks the copies of packets whose tail is in the place of their Ethernet address.
-const TAIL_SAVED: &str = "tail";
+/// Marks the copies of packets whose tail is in the place of their Ethernet address. Before Linux 6.18 a copy without
+/// any mark comes with an empty one.
+pub(super) const TAIL_SAVED: &str = "tail";
 
 /// Drops the packets of the connections in a set, in one direction and of one address family.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +23,7 @@ pub(super) struct Rule {
     /// The group to which the packets are copied first.
     pub(super) log: Option<u16>,
     /// Only packets that are longer than [`LOG_LIMIT`]. Their [`TAIL`] is copied as well: in the place of the
-    /// Ethernet address to which they were sent, which nobody needs any more (Linux 6.12).
+    /// Ethernet address to which they were sent, which nobody needs any more (Linux 6.18).
     pub(super) long: bool,
 }
 

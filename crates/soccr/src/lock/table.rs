@@ -45,7 +45,7 @@ impl Table {
             transaction.create(Kind::Owned(group.map(|group| Log { group, long })));
             transaction.commit(&mut socket)
         };
-        // Kernels before 6.12 cannot look that far into a packet.
+        // Kernels before 6.18 cannot look that far into a packet: ERANGE.
         create(true)
             .or_else(
                 |error| if error.raw_os_error() == Some(libc::EPERM) { Err(error) } else { create(false) },
