@@ -101,6 +101,15 @@ pub struct Options {
     pub syn_data: bool,
 }
 
+impl Options {
+    /// The value for `TCP_TIMESTAMP`. Since Linux 6.7 the lowest bit tells the unit of the clock; before, it was part of
+    /// the time. A clock must not go back (PAWS), so milliseconds are rounded up.
+    pub(crate) fn clock(&self) -> Option<u32> {
+        let clock = self.timestamps?;
+        Some(if self.microseconds { clock | 1 } else { clock.wrapping_add(clock & 1) })
+    }
+}
+
 /// Window scale of the two directions: shift counts up to 14.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WindowScale {

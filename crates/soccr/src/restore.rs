@@ -216,7 +216,7 @@ impl<'fd> Restore<'fd> {
         }
         add(option_kind::MSS, options.mss_clamp.into());
         tcp::set_repair_options(self.fd, &list[..length])?;
-        if let Some(clock) = options.timestamps {
+        if let Some(clock) = options.clock() {
             tcp::set_timestamp(self.fd, clock)?;
         }
         // The application may have had no limit of its own, and the clamp has done its work.

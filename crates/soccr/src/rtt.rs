@@ -151,7 +151,7 @@ impl Seed {
         flow: Flow,
         control: &ControlBlock,
     ) -> Result<()> {
-        let clock = control.options.timestamps.unwrap_or_default();
+        let clock = control.options.clock().unwrap_or_default();
         let micros = use_microseconds(fd)?;
         let first = control.first_unacknowledged().wrapping_sub(self.samples);
         for number in 1..=self.samples {

@@ -131,6 +131,28 @@ pub fn a_clock_in_microseconds_stays_one() {
     }
 }
 
+/// Before Linux 6.7 the lowest bit of the clock was part of the time; since then it would turn microseconds on.
+pub fn an_odd_clock_in_milliseconds_stays_one() {
+    for with_estimates in [true, false] {
+        let mut ends = Ends::near(Family::V4);
+        ends.transfer();
+        ends.take();
+        let clock = ends.saved.control.options.timestamps.as_mut().unwrap();
+        *clock |= 1;
+        let before = *clock;
+        if !with_estimates {
+            ends.saved.path = None;
+        }
+        let restored = ends.restore();
+        ends.resume(restored);
+        let options = ends.save().control.options;
+        assert!(!options.microseconds, "with estimates: {with_estimates}");
+        let passed = options.timestamps.unwrap().wrapping_sub(before);
+        assert!(passed < 60_000, "it went from {before} on by {passed} ms");
+        ends.transfer();
+    }
+}
+
 pub fn the_samples_of_a_seed_do_not_end_the_slow_start() {
     let goes_on = || {
         let mut ends = Ends::delayed(Family::V4);

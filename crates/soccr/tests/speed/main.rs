@@ -26,6 +26,7 @@ fn main() -> std::process::ExitCode {
             without_a_path_nothing_is_tried
             a_clock_far_ahead_is_accepted
             a_clock_in_microseconds_stays_one
+            an_odd_clock_in_milliseconds_stays_one
             the_samples_of_a_seed_do_not_end_the_slow_start;
         options: every_option_comes_back
             an_option_that_is_missing_is_fatal_for_the_strict
