@@ -259,7 +259,17 @@ impl Row {
 
     fn write(&self, fd: BorrowedFd<'_>, value: &Value) -> io::Result<()> {
         match (self.kind, value) {
-            (Kind::Number { .. }, Value::Number(number)) => sockopt::set(fd, self.level, self.number, number),
+            (Kind::Number { .. }, Value::Number(number)) => {
+                match sockopt::set(fd, self.level, self.number, number) {
+                    Err(error)
+                        if error.raw_os_error() == Some(libc::ENOPROTOOPT)
+                            && self.built_in() == Some(*number) =>
+                    {
+                        Ok(())
+                    }
+                    other => other,
+                }
+            }
             (Kind::Bytes { .. }, Value::Bytes(bytes)) => {
                 sockopt::set_bytes(fd, self.level, self.number, bytes)
             }

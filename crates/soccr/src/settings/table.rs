@@ -204,6 +204,15 @@ pub(crate) const TABLE: &[Row] = rows! {
 };
 
 impl Row {
+    /// How kernels behave that have no such option: there this value has nothing to set.
+    pub(crate) fn built_in(&self) -> Option<i32> {
+        match (self.level, self.number) {
+            (IPPROTO_TCP, TCP_RTO_MAX_MS) => Some(120_000),
+            (IPPROTO_TCP, TCP_RTO_MIN_US | TCP_DELACK_MAX_US) => Some(200_000),
+            _ => None,
+        }
+    }
+
     /// Neither another option nor the route changes it: `IP_TOS` sets the priority, and a route may have a hop limit.
     pub(crate) fn stands_alone(&self) -> bool {
         let depends = ["SO_PRIORITY", "IP_TTL", "IPV6_UNICAST_HOPS"].contains(&self.name);

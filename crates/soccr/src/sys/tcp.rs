@@ -149,7 +149,14 @@ pub(crate) fn set_repair_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -
     let mut pairs = [[0; 2]; 4];
     let pairs = &mut pairs[..options.len()];
     pairs.copy_from_slice(options);
-    named("TCP_REPAIR_OPTIONS", sockopt::set_bytes(fd, SOL_TCP, TCP_REPAIR_OPTIONS, bytes_of(pairs)))
+    let set = sockopt::set_bytes(fd, SOL_TCP, TCP_REPAIR_OPTIONS, bytes_of(pairs));
+    named("TCP_REPAIR_OPTIONS", set).map_err(|error| match error.errno() {
+        // In repair mode nobody is asked for a capability.
+        Some(libc::EPERM) => error.advise(
+            "the socket is not ESTABLISHED any more: a segment of the peer came in between; lock the traffic first",
+        ),
+        _ => error,
+    })
 }
 
 fn bytes_of(pairs: &[RepairOption]) -> &[u8] {
