@@ -165,26 +165,37 @@ fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<()> {
     }
 }
 
-/// A peek ends at the urgent mark, whatever is asked; `SO_PEEK_OFF` goes on behind it, if urgent data is in line.
+/// A peek ends at the urgent mark, unless it begins there; `SO_PEEK_OFF` goes on behind it, if urgent data is in line.
 fn peek_across_mark(fd: BorrowedFd<'_>, room: &mut impl Room, length: u32) -> Result<()> {
     let inline = get_inline(fd)?;
     set_inline(fd, true)?;
-    let read = with_peek_offset(fd, 0, || {
-        let mut before = usize::MAX;
-        while room.filled() != before && room.filled() < length as usize {
-            before = room.filled();
-            peek_once(fd, room)?;
+    let read = with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room)).and_then(|()| {
+        let first = room.filled();
+        if first >= length as usize {
+            return Ok(());
         }
-        Ok(())
+        with_peek_offset(fd, first as i32, || {
+            let mut before = 0;
+            while room.filled() != before && room.filled() < length as usize {
+                before = room.filled();
+                peek_once(fd, room)?;
+            }
+            Ok(())
+        })
     });
     set_inline(fd, inline)?;
     read
 }
 
-/// Runs `body` with another `SO_PEEK_OFF` than the application's, which is put back.
+/// Runs `body` with another `SO_PEEK_OFF` than the application's, which is put back. TCP has had it since Linux 6.9, and over
+/// IPv6 since 6.12; before, no application can have set it.
 fn with_peek_offset(fd: BorrowedFd<'_>, offset: i32, body: impl FnOnce() -> Result<()>) -> Result<()> {
     let option = |value| tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF", value);
-    let before = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF")?;
+    let before = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF") {
+        Err(error) if error.errno() == Some(libc::EOPNOTSUPP) && offset == NO_PEEK_OFFSET => offset,
+        Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => return Err(beyond_reach()),
+        before => before?,
+    };
     if before == offset {
         return body();
     }
@@ -192,6 +203,15 @@ fn with_peek_offset(fd: BorrowedFd<'_>, offset: i32, body: impl FnOnce() -> Resu
     let result = body();
     option(before)?;
     result
+}
+
+/// Without `SO_PEEK_OFF` nothing reads behind the urgent mark and leaves what is before it.
+fn beyond_reach() -> Error {
+    Error::refused(
+        "urgent data behind other unread bytes",
+        "this kernel cannot read it without consuming them: let the application read up to the mark, or use Linux 6.9 \
+         (IPv6: 6.12)",
+    )
 }
 
 fn get_inline(fd: BorrowedFd<'_>) -> Result<bool> {
