@@ -105,7 +105,7 @@ const SMALL: usize = 16 << 10;
 /// The receive buffer of a peer that shall close its window soon.
 const SMALL_WINDOW: usize = 16 << 10;
 /// On a busy machine the retransmission timer may run while we are at it; then the connection is not as wanted.
-const ATTEMPTS: usize = 5;
+const ATTEMPTS: usize = 50;
 
 impl Case {
     /// Whether such a connection can exist: nothing is queued before the handshake, nor behind an acknowledged FIN.
@@ -145,7 +145,10 @@ impl Case {
             }
         }
         if self.sent > 0 && self.unsent > 0 {
-            ours.run(|| sysctl("net/ipv4/tcp_early_retrans", "0"))?;
+            // Of a busy machine the kernel would join what is written in pieces to fewer segments.
+            ours.run(|| {
+                sysctl("net/ipv4/tcp_early_retrans", "0").and(sysctl("net/ipv4/tcp_autocorking", "0"))
+            })?;
         }
         Ok(())
     }
@@ -166,6 +169,17 @@ impl Case {
         let local = socket.local_addr().map_err(failed("getsockname"))?;
         let (peer, _) = listener.accept().map_err(failed("accept"))?;
         let mut making = Making { socket, peer, incoming: Vec::new(), outgoing: Vec::new() };
+        if let Err(why) = self.shape(&mut making, closed_window) {
+            // The next attempt is watched for resets.
+            making.forget();
+            return Err(why);
+        }
+        let Making { socket, peer, incoming, outgoing } = making;
+        Ok(Made { socket, local, remote, peer: Peer::Connected(peer), incoming, outgoing })
+    }
+
+    /// Brings a connection into the state and fills its queues.
+    fn shape(&self, making: &mut Making, closed_window: bool) -> Outcome<()> {
         making.receive(self.received)?;
         if matches!(self.state, State::CloseWait | State::LastAck | State::Close) {
             making.shutdown_peer()?;
@@ -193,8 +207,6 @@ impl Case {
         making.reach("the wanted state", |ours, _| {
             (ours.state, ours.unread, ours.unacknowledged, ours.unsent)
                 == (self.state, self.received, self.sent + self.unsent + fin, self.unsent + unsent_fin)
-        })?;
-        let Making { socket, peer, incoming, outgoing } = making;
-        Ok(Made { socket, local, remote, peer: Peer::Connected(peer), incoming, outgoing })
+        })
     }
 }

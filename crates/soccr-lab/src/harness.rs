@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Completion, Trial};
 
-use crate::{Namespace, enter};
+use crate::{Namespace, enter, orphans};
 
 /// A named test for [`harness`].
 pub struct Test {
@@ -31,6 +31,8 @@ const PARALLEL: usize = 8;
 /// Runs tests in parallel, each in a fresh network namespace, so that all of them can use the same ports. To be called
 /// from the `main` of a test with `harness = false`; takes the arguments that `cargo test` passes on.
 ///
+/// Programs that the tests have started end with the last test.
+///
 /// Where private networks are [unavailable](crate::Unavailable), every test is reported as ignored and the reason is
 /// printed on standard error. `--include-ignored` makes that a failure.
 pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
@@ -54,7 +56,11 @@ pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
         })
     };
     let trials = tests.into_iter().map(trial).collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    // Where that fails, what is left lives on.
+    let _ = orphans::adopt();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    orphans::end();
+    conclusion.exit_code()
 }
 
 /// Defines the `main` of a test with `harness = false` that runs the named functions by [`harness`].

@@ -32,6 +32,9 @@ mod lan;
 mod line;
 mod making;
 mod namespace;
+#[cfg(feature = "harness")]
+mod orphans;
+mod patience;
 mod rtnetlink;
 mod segment;
 mod sniffer;

@@ -11,13 +11,13 @@ use rustix::net::{
     AddressFamily, SocketFlags, SocketType, connect, getsockname, socket_with, sockopt::set_tcp_quickack,
 };
 
-use crate::sys::attach_filter;
+use crate::sys::{attach_filter, silence};
 use crate::{Host, Made, Peer, State, TcpInfo};
 
 pub(crate) type Outcome<T> = Result<T, String>;
 
 /// How long a step may take before the connection is given up.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(20);
 const NAP: Duration = Duration::from_micros(200);
 
 /// A connection that is not yet as wanted.
@@ -54,9 +54,10 @@ impl Making {
         for number in 0..segments {
             let at = |number: usize| length * number / segments;
             write_all(&self.socket, &bytes[at(number)..at(number + 1)])?;
+            // What waits for the device would be joined by the next piece.
+            self.reach("everything sent", |ours, _| ours.unsent == 0)?;
         }
-        self.socket.set_nodelay(false).map_err(failed("TCP_NODELAY"))?;
-        self.reach("everything sent", |ours, _| ours.unsent == 0)
+        self.socket.set_nodelay(false).map_err(failed("TCP_NODELAY"))
     }
 
     /// Writes `length` bytes, wherever they get to.
@@ -99,10 +100,23 @@ impl Making {
             if holds(&ours, &peer) {
                 return Ok(());
             }
-            if start.elapsed() > LIMIT {
-                return Err(format!("after {LIMIT:?} not reached: {what}: ours {ours:?}, peer {peer:?}"));
+            // A timer that has run leaves a congestion window of one segment.
+            let is_too_late = ours.total_retrans > 0 && ours.unacknowledged > 0;
+            if is_too_late || start.elapsed() > LIMIT {
+                return Err(format!(
+                    "not reached after {:?}: {what}: ours {ours:?}, peer {peer:?}",
+                    start.elapsed()
+                ));
             }
             thread::sleep(NAP);
+        }
+    }
+
+    /// Neither end says anything when it is closed.
+    pub(crate) fn forget(self) {
+        for end in [&self.socket, &self.peer] {
+            // Who may not do that sees a reset.
+            let _ = silence(end);
         }
     }
 

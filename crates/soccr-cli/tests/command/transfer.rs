@@ -8,8 +8,8 @@ use soccr_image::stream::{Message, Writer};
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, json,
-    python, server_at, soccr,
+    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, complaints, connect, descriptors, hear,
+    installed, json, python, server_at, soccr,
 };
 
 crate::tests![
@@ -80,12 +80,12 @@ impl Move {
     /// Sends, and returns exit code and complaints.
     pub fn try_send(&self, arguments: &[&str]) -> (i32, String) {
         // No pipe: the programs that receive keep standard error open.
-        let mut complaints = tempfile::tempfile().unwrap();
-        let status = self.send(arguments).stderr(complaints.try_clone().unwrap()).status().unwrap();
-        let mut text = String::new();
-        complaints.rewind().unwrap();
-        complaints.read_to_string(&mut text).unwrap();
-        (status.code().unwrap(), text)
+        let mut stderr = tempfile::tempfile().unwrap();
+        let status = self.send(arguments).stderr(stderr.try_clone().unwrap()).status().unwrap();
+        let mut text = Vec::new();
+        stderr.rewind().unwrap();
+        stderr.read_to_end(&mut text).unwrap();
+        (status.code().unwrap(), complaints(&text))
     }
 
     /// Everything goes on at the host.

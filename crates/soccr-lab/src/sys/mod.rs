@@ -62,6 +62,12 @@ pub(crate) fn detach_filter(socket: impl AsFd) -> io::Result<()> {
     set_option(socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; size_of::<c_int>()])
 }
 
+/// Lets a connection end without a packet once it is closed (`TCP_REPAIR`).
+pub(crate) fn silence(socket: impl AsFd) -> io::Result<()> {
+    const TCP_REPAIR: c_int = 19;
+    set_option(socket, libc::IPPROTO_TCP, TCP_REPAIR, &1_i32.to_ne_bytes())
+}
+
 /// A length that the kernel gives by `ioctl(2)`, see `tcp(7)`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Length {

@@ -17,7 +17,7 @@ use soccr::ErrorKind::Refused;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::{Lock, pause};
-use soccr_lab::{Family, Lab, Namespace, OnCpu, Pair, Side, Test, harness, sysctl, wait_until};
+use soccr_lab::{Family, Lab, Namespace, OnCpu, Pair, Side, Test, harness, wait_until};
 
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
 const VICTIM: &str = "LOCK_AND_WAIT";
@@ -134,15 +134,6 @@ fn expect_nothing(stream: &mut TcpStream) {
     assert_eq!(read.map_err(|error| error.kind()), Err(ErrorKind::WouldBlock));
 }
 
-/// From now on a host repeats a segment only after seconds, so that none is repeated because this machine is busy.
-fn be_patient(host: &Namespace) {
-    host.run(|| {
-        sysctl("net/ipv4/tcp_early_retrans", "0").unwrap();
-        // Since Linux 6.11; before, 200 ms must do.
-        let _ = sysctl("net/ipv4/tcp_rto_min_us", "10000000");
-    });
-}
-
 /// Segments that a host has sent more than once.
 fn retransmissions(host: &Namespace) -> u32 {
     counter(host, "RetransSegs")
@@ -210,7 +201,7 @@ fn a_strict_firewall_lets_a_moved_connection_pass() {
 
 fn move_on_one_host(pair: &Pair, family: Family) {
     let _cpu = OnCpu::stay(0);
-    be_patient(&pair.a.namespace);
+    pair.a.namespace.be_patient().unwrap();
     let (mut peer, mut ours) = connect_in(pair, family, 80);
     let flow = Flow::of(&ours).unwrap();
     let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
@@ -253,7 +244,7 @@ fn a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass() {
 
 /// Moves a connection from `a` to `b`; the peer closes its side before (`closing`) or sends data meanwhile.
 fn move_to_another_host(lab: &Lab, family: Family, closing: bool) {
-    be_patient(&lab.peer.namespace);
+    lab.peer.namespace.be_patient().unwrap();
     let listener = lab.a.run(|| TcpListener::bind(lab.a.address(family, 80))).unwrap();
     let mut peer = lab.peer.run(|| TcpStream::connect(lab.peer.address_of(&lab.a, family, 80))).unwrap();
     let (mut ours, _) = listener.accept().unwrap();

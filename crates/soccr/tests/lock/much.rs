@@ -12,7 +12,7 @@ use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Lock, Restored, pause};
 use soccr_lab::{Family, OnCpu, Pair, Shape, Side, State, TcpInfo, sysctl, wait_until};
 
-use crate::{Baseline, be_patient, bytes, connect_in, expect, transfer};
+use crate::{Baseline, bytes, connect_in, expect, transfer};
 
 /// A handful of the longest packets.
 const MUCH: usize = 600_000;
@@ -94,7 +94,7 @@ fn finish(mut peer: TcpStream, mut ours: TcpStream) {
 pub fn a_restored_connection_gets_it_in_its_queue() {
     for family in Family::ALL {
         let (pair, _cpu) = far_apart();
-        be_patient(&pair.a.namespace);
+        pair.a.namespace.be_patient().unwrap();
         let (mut peer, ours) = warm(&pair, family, 80);
         let baseline = Baseline::of(&pair.a.namespace);
         let lock = lock(&ours);
@@ -117,7 +117,7 @@ pub fn a_restored_connection_gets_it_in_its_queue() {
 
 pub fn a_connection_that_stayed_gets_it_too() {
     let (pair, _cpu) = far_apart();
-    be_patient(&pair.a.namespace);
+    pair.a.namespace.be_patient().unwrap();
     let (peer, mut ours) = warm(&pair, Family::V6, 80);
     let baseline = Baseline::of(&pair.a.namespace);
     let lock = lock(&ours);
@@ -133,7 +133,7 @@ pub fn a_connection_that_stayed_gets_it_too() {
 pub fn the_end_comes_last() {
     for half_closed in [false, true] {
         let (pair, _cpu) = far_apart();
-        be_patient(&pair.a.namespace);
+        pair.a.namespace.be_patient().unwrap();
         let (mut peer, ours) = warm(&pair, Family::V4, 80);
         if half_closed {
             ours.shutdown(Shutdown::Write).unwrap();
