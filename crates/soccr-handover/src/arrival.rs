@@ -258,6 +258,7 @@ impl Arrival {
             }
             Deed::Forget(id) => {
                 if let Some(waiting) = self.remove(id) {
+                    self.make_room();
                     self.decided(waiting.batch);
                 }
             }
@@ -317,7 +318,10 @@ impl Arrival {
                 for arriving in batch {
                     match self.shared.locker.lock(&[arriving.connection.flow()]) {
                         Ok(lock) => self.place_locked(vec![arriving], lock, &mut diag),
-                        Err(error) => self.placed(arriving.id, Err(error.to_string())),
+                        Err(error) => {
+                            self.make_room();
+                            self.placed(arriving.id, Err(error.to_string()));
+                        }
                     }
                 }
             }
@@ -347,6 +351,11 @@ impl Arrival {
         Ok(())
     }
 
+    /// One that was to come does not.
+    fn make_room(&mut self) {
+        self.terms.room = self.terms.room.map(|room| room + 1);
+    }
+
     fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock, diag: &mut Option<Diag>) {
         let number = self.next_batch;
         self.next_batch += 1;
@@ -359,7 +368,7 @@ impl Arrival {
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
         self.shared.end_silence(&flows);
         for Arriving { id, name, state, connection } in behind {
-            let (flow, bytes) = (connection.flow(), bytes_of(&connection));
+            let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
             let place = Place::Behind(Box::new(connection));
             self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
         }
@@ -373,10 +382,11 @@ impl Arrival {
             match outcome {
                 Ok(restored) => {
                     self.shared.tell(Told::Restored { name: &name, report: restored.report() });
-                    let place = Place::Restored(restored);
-                    self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes: 0 });
+                    let (place, bytes) = (Place::Restored(restored), state.len());
+                    self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
                 }
                 Err(error) => {
+                    self.make_room();
                     self.placed(id, Err(error.to_string()));
                     self.decided(number);
                 }
@@ -430,6 +440,7 @@ impl Arrival {
                     if self.writer.is_none() {
                         self.shared.warn(format_args!("{}: it is lost: {error}", waiting.name));
                     }
+                    self.make_room();
                     self.refusals.insert(id, error.to_string());
                     self.handle(News::Taken(id, false));
                     self.decided(waiting.batch);
@@ -582,11 +593,11 @@ impl Engine for Arrival {
             // Between two streams.
             false => self.is_complete = true,
         }
-        self.output().cut(0);
+        self.output().cut();
     }
 
-    fn broken(&mut self, error: std::io::Error, _: usize) {
-        self.output().cut(0);
+    fn broken(&mut self, error: std::io::Error) {
+        self.output().cut();
         self.give_up(Error::of(ErrorKind::Gone, "the source is gone", error));
     }
 
@@ -605,7 +616,7 @@ impl Engine for Arrival {
             self.handle(News::Late);
         }
         if self.reading.is_some_and(|until| until <= now) {
-            self.output().cut(0);
+            self.output().cut();
         }
     }
 

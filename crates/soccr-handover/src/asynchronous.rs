@@ -155,7 +155,7 @@ enum Happened {
     Wrote,
     Ended,
     Late,
-    Broken(io::Error, usize),
+    Broken(io::Error),
 }
 
 /// Does what may wait for the kernel on a thread for that.
@@ -168,7 +168,7 @@ async fn aside<E: Engine + Send + 'static>(
             Some(Happened::Read(bytes)) => engine.feed(&bytes),
             Some(Happened::Ended) => engine.ended(),
             Some(Happened::Late) => engine.late(),
-            Some(Happened::Broken(error, in_doubt)) => engine.broken(error, in_doubt),
+            Some(Happened::Broken(error)) => engine.broken(error),
             Some(Happened::Wrote) | None => {}
         }
         engine.advance();
@@ -198,8 +198,9 @@ impl<'a, C: AsyncRead + AsyncWrite + Unpin> Line<'a, C> {
     /// Writes, reads or waits once.
     async fn wait(&mut self, engine: &mut impl Engine) -> Happened {
         let deadline = engine.deadline();
+        // A layer of encryption may pass on more than it tells.
+        engine.output().doubt();
         let output = engine.output().bytes();
-        let offered = output.len();
         let exchanged = std::future::poll_fn(|context| self.exchange(output, context));
         let exchanged = match deadline {
             Some(deadline) if deadline <= Instant::now() => return Happened::Late,
@@ -223,8 +224,7 @@ impl<'a, C: AsyncRead + AsyncWrite + Unpin> Line<'a, C> {
                     None => Happened::Wrote,
                 }
             }
-            // A layer of encryption may have passed on some of it.
-            Err(error) => Happened::Broken(error, offered),
+            Err(error) => Happened::Broken(error),
         }
     }
 

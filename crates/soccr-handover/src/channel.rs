@@ -17,8 +17,8 @@ pub trait Channel {
     /// possible, or until the deadline. What is empty is not waited for.
     ///
     /// # Errors
-    /// The channel is broken. Of the `output` of the failed call nothing was passed on, unless
-    /// [`hides`](Self::hides_writes) says otherwise.
+    /// The channel is broken. Of the `output` nothing was passed on but what has been told as written, unless
+    /// [`hides_writes`](Self::hides_writes) says otherwise.
     fn exchange(
         &mut self,
         output: &[u8],
@@ -26,7 +26,8 @@ pub trait Channel {
         deadline: Option<Instant>,
     ) -> io::Result<Exchanged>;
 
-    /// Bytes of a write that fails may have been passed on nevertheless: there is a layer of encryption or a thread between.
+    /// Bytes may be passed on without being told as written: there is a layer of encryption or a thread between. What has left is then
+    /// taken back in fewer cases.
     fn hides_writes(&self) -> bool {
         false
     }

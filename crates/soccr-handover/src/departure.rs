@@ -335,7 +335,7 @@ impl Departure {
 
     /// Nothing more is said or heard: what the target cannot have read comes back.
     fn give_up(&mut self, error: Error) {
-        self.mute(error, 0);
+        self.mute(error);
         for (end, id) in std::mem::take(&mut self.commits) {
             if end > self.writer.get_mut().passed_on() {
                 self.machine.handle(Event::Unread(id)).expect("it is known");
@@ -344,11 +344,11 @@ impl Departure {
         self.machine.handle(Event::Cut { proven: false }).expect("it ends everything");
     }
 
-    /// Nothing more can be said. Of what has not been passed on, so many bytes may have been read nevertheless.
-    fn mute(&mut self, error: Error, in_doubt: usize) {
+    /// Nothing more can be said.
+    fn mute(&mut self, error: Error) {
         self.reason.get_or_insert_with(|| (error.kind(), error.to_string()));
         self.broken.get_or_insert(error);
-        self.writer.get_mut().cut(in_doubt);
+        self.writer.get_mut().cut();
     }
 }
 
@@ -381,12 +381,12 @@ impl Engine for Departure {
         self.give_up(Error::new(ErrorKind::Gone, "the target is gone"));
     }
 
-    fn broken(&mut self, error: std::io::Error, in_doubt: usize) {
+    fn broken(&mut self, error: std::io::Error) {
         if self.broken.is_some() {
             return self.ended();
         }
         // What it has said before still counts.
-        self.mute(Error::of(ErrorKind::Gone, "the target is gone", error), in_doubt);
+        self.mute(Error::of(ErrorKind::Gone, "the target is gone", error));
     }
 
     fn deadline(&self) -> Option<Instant> {

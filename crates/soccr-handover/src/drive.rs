@@ -15,8 +15,8 @@ pub(crate) trait Engine {
     fn feed(&mut self, bytes: &[u8]);
     /// The other end has closed the channel.
     fn ended(&mut self);
-    /// Writing or reading has failed; so many bytes of the output may have been passed on nevertheless.
-    fn broken(&mut self, error: io::Error, in_doubt: usize);
+    /// Writing or reading has failed.
+    fn broken(&mut self, error: io::Error);
     /// Until when to wait.
     fn deadline(&self) -> Option<Instant>;
     /// That time is over.
@@ -34,10 +34,12 @@ pub(crate) struct Outbox {
     bytes: Vec<u8>,
     /// How many of them are written.
     written: usize,
+    /// How many may be written without our knowing.
+    doubtful: usize,
     /// How many were written before them.
     before: u64,
-    /// Nothing more is taken.
-    is_cut: bool,
+    /// Nothing more is taken, and so much the other end may have read.
+    cut: Option<u64>,
 }
 
 impl Outbox {
@@ -45,12 +47,17 @@ impl Outbox {
         &self.bytes[self.written..]
     }
 
+    /// What there is goes into a channel that does not tell how far it gets.
+    pub(crate) fn doubt(&mut self) {
+        self.doubtful = self.bytes.len();
+    }
+
     pub(crate) fn wrote(&mut self, count: usize) {
         self.written += count;
         if self.written == self.bytes.len() {
             self.before += self.written as u64;
             self.bytes.clear();
-            self.written = 0;
+            (self.written, self.doubtful) = (0, 0);
         }
     }
 
@@ -66,22 +73,19 @@ impl Outbox {
 
     /// How many bytes of the stream the other end may have read.
     pub(crate) fn passed_on(&self) -> u64 {
-        self.before + self.written as u64
+        self.cut.unwrap_or(self.before + self.written.max(self.doubtful) as u64)
     }
 
-    /// Throws the rest away, of which so many bytes may have been passed on, and whatever comes.
-    pub(crate) fn cut(&mut self, in_doubt: usize) {
-        if !self.is_cut {
-            self.written = self.bytes.len().min(self.written + in_doubt);
-            self.bytes.truncate(self.written);
-            self.is_cut = true;
-        }
+    /// Throws the rest away, and whatever comes.
+    pub(crate) fn cut(&mut self) {
+        self.cut = Some(self.passed_on());
+        self.bytes.truncate(self.written);
     }
 }
 
 impl Write for Outbox {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !self.is_cut {
+        if self.cut.is_none() {
             self.bytes.extend_from_slice(bytes);
         }
         Ok(bytes.len())
@@ -116,8 +120,10 @@ pub(crate) fn step(
     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
         return engine.late();
     }
+    if channel.hides_writes() {
+        engine.output().doubt();
+    }
     let output = engine.output().bytes();
-    let (offered, hides) = (output.len(), channel.hides_writes());
     match channel.exchange(output, if *is_open { input } else { &mut [] }, deadline) {
         Ok(Exchanged { written, read }) => {
             if written > 0 {
@@ -132,6 +138,6 @@ pub(crate) fn step(
                 None => {}
             }
         }
-        Err(error) => engine.broken(error, if hides { offered } else { 0 }),
+        Err(error) => engine.broken(error),
     }
 }

@@ -22,6 +22,7 @@ soccr_lab::tests![
     a_target_that_ends_before_the_commit_leaves_it_here,
     a_commit_that_cannot_have_been_read_is_taken_back,
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
+    a_commit_that_may_have_been_read_is_not_taken_back,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,
@@ -383,6 +384,51 @@ fn a_channel_that_breaks_behind_the_commit_leaves_no_certainty() {
     assert!((&peers[0]).write_all(b"?").is_ok());
     let heard = (&peers[0]).read(&mut [0]).unwrap_err();
     assert_eq!(heard.kind(), io::ErrorKind::WouldBlock);
+}
+
+/// A channel that passes on what it does not tell, and ends when it has passed on COMMIT.
+struct Layer {
+    channel: UnixStream,
+    passed: usize,
+    limit: usize,
+}
+
+impl Channel for Layer {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        if self.passed + output.len() > self.limit {
+            self.channel.write_all(output).unwrap();
+            // Its answer is what gets lost.
+            self.channel.read_exact(&mut [0]).unwrap();
+            return Ok(Exchanged { written: 0, read: Some(0) });
+        }
+        let exchanged = self.channel.exchange(output, input, deadline)?;
+        self.passed += exchanged.written;
+        Ok(exchanged)
+    }
+
+    fn hides_writes(&self) -> bool {
+        true
+    }
+}
+
+fn a_commit_that_may_have_been_read_is_not_taken_back() {
+    let limit = elsewhere(bytes_before_commit);
+    let (mut ours, peers) = connect(1);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    let mut here = Layer { channel: here, passed: 0, limit };
+    match Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
+        Outcome::Unknown(error) => assert_eq!(error.kind(), ErrorKind::Gone),
+        other => panic!("{other:?}"),
+    }
+    drop(here);
+    let arrived = listening.join().unwrap().pop().unwrap();
+    assert_alive(&arrived.into_stream().unwrap(), &peers[0]);
 }
 
 fn a_source_that_ends_before_the_commit_leaves_nothing_there() {

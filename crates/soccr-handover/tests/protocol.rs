@@ -118,13 +118,11 @@ impl World {
                 if faulty {
                     steps.push(Step::SourceActs(false));
                 }
-            } else if !source.is_over() {
-                if !self.to_source.is_empty() {
-                    steps.push(Step::SourceHears);
-                }
-                if faulty {
-                    steps.push(Step::SourceIsLate);
-                }
+            } else if !source.is_over() && !self.to_source.is_empty() {
+                steps.push(Step::SourceHears);
+            }
+            if faulty && !source.is_over() {
+                steps.push(Step::SourceIsLate);
             }
             if (self.cut || self.target.is_none()) && !source.is_over() {
                 steps.push(Step::SourceSeesCut);
@@ -401,10 +399,12 @@ impl World {
 
     /// Where nothing can happen, time passes: a source that is over closes its end; one that waits in vain has a clock.
     fn wait(&mut self) {
+        let before = self.clone();
         match &self.source {
             Some(source) if !source.is_over() => self.tell_source(Event::Late),
             _ => self.cut = true,
         }
+        assert!(*self != before, "it waits for ever: {before:?}");
     }
 
     /// Goes on until nothing can happen.

@@ -233,10 +233,18 @@ impl Source {
             Phase::Greeting | Phase::Ending => self.cut(false),
             Phase::Over => {}
             Phase::Moving => {
+                // What has been decided and not been done is not done any more.
+                self.actions.retain(|action| {
+                    !matches!(action, Action::Lock(..) | Action::Offer(_) | Action::Commit(_))
+                });
                 for id in self.ids() {
-                    if let Some(Stage::Offered | Stage::Ready) = self.stage(id) {
-                        self.set(id, Stage::Settled(Fate::Stays));
-                        self.actions.push_back(Action::Abort(id));
+                    match self.stage(id) {
+                        Some(Stage::Here) => self.set(id, Stage::Settled(Fate::Stays)),
+                        Some(Stage::Offered | Stage::Ready | Stage::Leaving) => {
+                            self.set(id, Stage::Settled(Fate::Stays));
+                            self.actions.push_back(Action::Abort(id));
+                        }
+                        _ => {}
                     }
                 }
                 if self.any(Stage::Left) {
