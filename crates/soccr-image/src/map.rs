@@ -61,6 +61,10 @@ impl AddressMap {
         let (local, remote) = (connection.local, connection.remote);
         connection.local = Self::apply_first(maps, local);
         connection.remote = Self::apply_first(maps, remote);
+        if let Some(tracked) = &mut connection.tracked {
+            tracked.wire.local = Self::apply_first(maps, tracked.wire.local);
+            tracked.wire.remote = Self::apply_first(maps, tracked.wire.remote);
+        }
         (connection.local, connection.remote) != (local, remote)
     }
 }

@@ -33,7 +33,7 @@
 //!
 //! | Record | | Fields |
 //! |---|---|---|
-//! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue |
+//! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue · 40 tracked · 41 owner |
 //! | 2 | HELD | 5 packet, each |
 //! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place · 8 packets are steered |
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
@@ -48,6 +48,8 @@
 //! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
 //! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 secret bytes),
 //! length of the name (u8), name, value. A place is the boot id of the host (16 bytes), device and inode of the network namespace (u64 each).
+//! Tracked are the local and the remote address on the wire (NAT), a flag (our end has begun
+//! the connection) and the mark of connection tracking (u32); an owner is a user and a group (u32 each).
 //!
 //! **Growing.** Nothing that is there changes its meaning. A minor version adds records and fields: what can be ignored comes without
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new

@@ -6,10 +6,11 @@ use std::io::{self, IoSlice, Read, Write};
 
 use common::{SetQueues, connection, idle, sample};
 use proptest::prelude::*;
-use soccr::Connection;
+use soccr::connection::{Owner, Tracked};
 use soccr::settings::Value;
+use soccr::{Connection, Flow};
 use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Writer};
-use soccr_image::{ErrorKind, read, write};
+use soccr_image::{AddressMap, ErrorKind, read, write};
 
 fn bytes_of(connection: &Connection) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -522,6 +523,24 @@ fn files_hold_one_connection_and_nothing_else() {
     assert!(error.to_string().starts_with(path.to_str().unwrap()), "{error}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     assert_eq!(kind(soccr_image::load_file(directory.path().join("none"))), ErrorKind::Io);
+}
+
+#[test]
+fn what_others_know_of_it_travels_along() {
+    let wire =
+        Flow { local: "[2001:db8::1]:443".parse().unwrap(), remote: "[2001:db8::2]:5000".parse().unwrap() };
+    let tracked = Some(Tracked { wire, initiator: true, mark: 0x1234_5678 });
+    let mut connection = Connection { tracked, owner: Some(Owner { user: 1000, group: 100 }), ..sample() };
+    assert_eq!(read(&bytes_of(&connection)[..]).unwrap(), connection);
+
+    let map: AddressMap = "[2001:db8::1]:443=[2001:db8::9]:444".parse().unwrap();
+    AddressMap::apply_to_connection(&[map], &mut connection);
+    assert_eq!(connection.tracked.unwrap().wire.local, "[2001:db8::9]:444".parse().unwrap());
+    assert_eq!(connection.local, sample().local);
+
+    let family = Flow { local: "192.0.2.1:443".parse().unwrap(), remote: "192.0.2.2:5000".parse().unwrap() };
+    connection.tracked = Some(Tracked { wire: family, initiator: false, mark: 0 });
+    connection.validate().unwrap_err();
 }
 
 #[test]

@@ -14,6 +14,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::settings::Settings;
 
+pub use crate::conntrack::Tracked;
 pub use crate::flow::Flow;
 pub use crate::state::State;
 
@@ -53,6 +54,20 @@ pub struct Connection {
     pub settings: Settings,
     /// The descriptor does not wait (`O_NONBLOCK`).
     pub nonblocking: bool,
+    /// What connection tracking knew about it: how its addresses are translated (NAT). `None` where that is nothing that its
+    /// addresses do not say.
+    pub tracked: Option<Tracked>,
+    /// To whom the socket belongs: rules of firewalls and of routing may go by that.
+    pub owner: Option<Owner>,
+}
+
+/// To whom a socket belongs, as numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The user.
+    pub user: u32,
+    /// The group.
+    pub group: u32,
 }
 
 /// The transmission control block (RFC 9293 §3.3.1), as far as the kernel gives it away.
@@ -312,6 +327,8 @@ impl Connection {
             path: None,
             settings: Settings::default(),
             nonblocking: false,
+            tracked: None,
+            owner: None,
         }
     }
 
@@ -384,6 +401,13 @@ impl Connection {
         )?;
         self.buffers.as_ref().map_or(Ok(()), Buffers::validate)?;
         self.path.as_ref().map_or(Ok(()), Path::validate)?;
+        if let Some(tracked) = self.tracked {
+            tracked.wire.validate()?;
+            check(
+                tracked.wire.is_ipv4() == self.flow().is_ipv4(),
+                "it is translated to another address family",
+            )?;
+        }
         if let Some(urgent) = self.urgent {
             check(urgent.offset < self.control.inq_len, "the urgent mark lies outside the receive queue")?;
         }

@@ -1,77 +1,241 @@
-//! Connection tracking: a firewall that lets only established connections pass shall know that this one is.
+//! Connection tracking: firewalls and NAT know a connection by an entry of the kernel, which a host that it comes to has not.
+//!
+//! So the entry travels along, and is made where the connection is restored, before the first packet: a firewall that lets only
+//! established connections pass then knows that this one is, and NAT goes on to translate its addresses. An entry that is
+//! there already, perhaps from an earlier stay, is told the state of the connection, and to look at no windows.
+//!
+//! The entry is found by the packets that the socket sends: those have the addresses that it knows.
 //!
 //! # References
-//! `linux/netfilter/nfnetlink_conntrack.h`.
+//! `linux/netfilter/nfnetlink_conntrack.h`; conntrack(8).
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
-use soccr_netlink::{ACK, Batch, CREATE, Family, Message, REQUEST, Socket};
+use soccr_netlink::{ACK, Batch, CREATE, EXCLUSIVE, Message, REQUEST, Socket, attributes};
 
-use crate::connection::Flow;
 use crate::error::{Error, Result};
-use crate::sys::namespace;
+use crate::flow::Flow;
+use crate::nftables;
+use crate::state::State;
+use crate::sys::raw::Injectors;
 
-/// Enters a connection as established, in the network namespace of its socket.
-///
-/// Its windows are not tracked: they are unknown until both ends have sent. Packets keep the entry alive; without
-/// them it is gone after two minutes.
-///
-/// # Errors
-/// `EEXIST` where it is known already; the kernel tracks no connections (`CONFIG_NF_CT_NETLINK`).
-pub(crate) fn enter(socket: BorrowedFd<'_>, flow: Flow) -> Result<()> {
-    enter_for(socket, flow, 120)
+/// What connection tracking knows about a connection beyond its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tracked {
+    /// The connection as the packets of the peer show it before they are translated (NAT), and those of our end behind.
+    pub wire: Flow,
+    /// Our end has begun the connection.
+    pub initiator: bool,
+    /// The mark that a firewall has given it (`ct mark`).
+    pub mark: u32,
 }
 
-/// Enters a connection as established where connections are tracked, for as long as the kernel keeps idle ones there. To be
-/// called in the network namespace of the socket.
-///
-/// # Errors
-/// Those of [`enter`], but for `EEXIST`.
-pub(crate) fn enter_where_tracked(socket: BorrowedFd<'_>, flow: Flow) -> Result<()> {
-    const IDLE: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
-    let Some(seconds) = std::fs::read_to_string(IDLE).ok().and_then(|text| text.trim().parse().ok()) else {
-        return Ok(());
-    };
-    match enter_for(socket, flow, seconds) {
-        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(()),
-        other => other,
+impl Tracked {
+    /// What a host would assume by itself.
+    fn plain(flow: Flow) -> Self {
+        Self { wire: flow.on_the_wire(), initiator: false, mark: 0 }
+    }
+
+    /// Its packets have other addresses on the wire than its socket.
+    pub fn is_translated(&self, flow: Flow) -> bool {
+        self.wire.on_the_wire() != flow.on_the_wire()
+    }
+
+    /// The first packet's addresses, and those of the answer: (source, destination) each.
+    fn tuples(&self, flow: Flow) -> [(SocketAddr, SocketAddr); 2] {
+        let sent = (flow.local, flow.remote);
+        let received = (self.wire.remote, self.wire.local);
+        if self.initiator { [sent, received] } else { [received, sent] }
     }
 }
 
-fn enter_for(socket: BorrowedFd<'_>, flow: Flow, seconds: u32) -> Result<()> {
-    let mut batch = Batch::new();
-    batch.message(NEW, REQUEST | ACK | CREATE, |m| {
-        let family = if flow.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        m.bytes(&[family as u8, 0, 0, 0]);
-        m.nested(TUPLE_ORIGINAL, |t| tuple(t, flow.remote, flow.local));
-        m.nested(TUPLE_REPLY, |t| tuple(t, flow.local, flow.remote));
-        m.be32(STATUS, SEEN_REPLY | ASSURED | CONFIRMED);
-        m.be32(TIMEOUT, seconds);
-        m.nested(PROTOCOL_INFO, |info| {
-            info.nested(INFO_TCP, |tcp| {
-                tcp.attribute(TCP_STATE, &[ESTABLISHED]);
-                tcp.attribute(TCP_FLAGS_ORIGINAL, &[BE_LIBERAL, BE_LIBERAL]);
-                tcp.attribute(TCP_FLAGS_REPLY, &[BE_LIBERAL, BE_LIBERAL]);
-            });
-        });
-    });
-    namespace::open_beside(socket, || Socket::open(Family::Netfilter))
-        .and_then(|mut netlink| netlink.transact(&batch))
-        .map_err(|error| Error::system("conntrack", error))
+/// What is known about a connection in the network namespace of its socket, where that is more than its addresses.
+/// `None` as well where nothing is tracked, or nobody tells.
+pub(crate) fn read(socket: BorrowedFd<'_>, flow: Flow) -> Option<Tracked> {
+    is_loaded().then(|| read_by(Injectors::default().netfilter(socket).ok()?, flow)).flatten()
 }
 
-fn tuple(t: &mut Message<'_>, source: SocketAddr, destination: SocketAddr) {
-    t.nested(TUPLE_IP, |ip| match (source.ip().to_canonical(), destination.ip().to_canonical()) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            ip.attribute(IPV4_SOURCE, &source.octets());
-            ip.attribute(IPV4_DESTINATION, &destination.octets());
+fn read_by(netlink: &mut Socket, flow: Flow) -> Option<Tracked> {
+    find(netlink, flow).ok().flatten().filter(|tracked| *tracked != Tracked::plain(flow))
+}
+
+/// Makes a connection known in the network namespace of its socket, and returns it as its packets must show it to reach the
+/// socket.
+///
+/// Entries live by packets; one that sees none is gone after two minutes.
+///
+/// # Errors
+/// Refused where it was translated, and cannot be here.
+pub(crate) fn admit(
+    injectors: &mut Injectors,
+    socket: BorrowedFd<'_>,
+    flow: Flow,
+    state: State,
+    tracked: Option<Tracked>,
+) -> Result<Flow> {
+    let translated = tracked.filter(|tracked| tracked.is_translated(flow));
+    if !is_loaded() && translated.is_none() {
+        return Ok(flow);
+    }
+    let entered = injectors.netfilter(socket).and_then(|netlink| {
+        let failed = |error| Error::system("conntrack", error);
+        if translated.is_some() && !translates(netlink).map_err(failed)? {
+            return Err(Error::refused("no rules for NAT are here", ""));
         }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            ip.attribute(IPV6_SOURCE, &source.octets());
-            ip.attribute(IPV6_DESTINATION, &destination.octets());
+        enter(netlink, flow, state, tracked.unwrap_or(Tracked::plain(flow))).map_err(failed)
+    });
+    match (entered, translated) {
+        (Ok(entered), Some(wanted)) if entered.wire != wanted.wire.on_the_wire() => Err(untranslated(
+            wanted,
+            &format!("here it would be {} to {}", entered.wire.local, entered.wire.remote),
+        )),
+        // The addresses of the socket say more: the scope of link-local ones.
+        (Ok(entered), _) if !entered.is_translated(flow) => Ok(flow),
+        (Ok(entered), _) => Ok(entered.wire),
+        (Err(error), Some(wanted)) => Err(untranslated(wanted, &error.to_string())),
+        // A kernel that tells nobody about its entries.
+        (Err(_), None) => Ok(flow),
+    }
+}
+
+fn untranslated(wanted: Tracked, reason: &str) -> Error {
+    let Flow { local, remote } = wanted.wire;
+    Error::refused(
+        format!(
+            "the peer knows the connection as {local} to {remote} (NAT), and this host does not: {reason}"
+        ),
+        "set up the same NAT here, in the same network namespace, before the connection comes",
+    )
+}
+
+/// As packets show them before they are translated: those of these connections for which that makes a difference.
+pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> Vec<(Flow, Flow)> {
+    if !is_loaded() || !translates(netlink).unwrap_or(true) {
+        return Vec::new();
+    }
+    let wire = |flow: &Flow| {
+        let tracked = read_by(netlink, *flow).filter(|tracked| tracked.is_translated(*flow))?;
+        Some((*flow, tracked.wire))
+    };
+    flows.iter().filter_map(wire).collect()
+}
+
+/// The kernel can track connections: otherwise to ask it would load what nobody here uses.
+pub(crate) fn is_loaded() -> bool {
+    Path::new("/proc/sys/net/netfilter/nf_conntrack_count").exists() || !Path::new("/proc/sys/net").exists()
+}
+
+/// Something here translates addresses: without such a rule no entry is ever applied.
+fn translates(netlink: &mut Socket) -> io::Result<bool> {
+    let legacy = ["ip_tables_names", "ip6_tables_names"].iter().any(|file| {
+        std::fs::read_to_string(Path::new("/proc/thread-self/net").join(file))
+            .is_ok_and(|names| names.lines().any(|name| name == "nat"))
+    });
+    Ok(legacy || nftables::has_chain_of_type(netlink, "nat")?)
+}
+
+/// Finds the entry of a connection by what its socket sends.
+fn find(netlink: &mut Socket, flow: Flow) -> io::Result<Option<Tracked>> {
+    let flow = flow.on_the_wire();
+    let mut batch = Batch::new();
+    batch.message(GET, REQUEST | ACK, |m| {
+        header(m, flow);
+        m.nested(TUPLE_ORIGINAL, |t| tuple(t, (flow.local, flow.remote)));
+    });
+    let mut found = None;
+    let outcome = netlink.dump(&batch, |_, entry| {
+        let entry = entry.get(HEADER..).unwrap_or_default();
+        let side = |kind| nftables::value(entry, kind).and_then(read_tuple);
+        if let (Some(original), Some(reply)) = (side(TUPLE_ORIGINAL), side(TUPLE_REPLY)) {
+            let initiator = original == (flow.local, flow.remote);
+            let (remote, local) = if initiator { reply } else { original };
+            let mark = nftables::value(entry, MARK).and_then(<[u8]>::first_chunk);
+            let mark = mark.map_or(0, |mark| u32::from_be_bytes(*mark));
+            found = Some(Tracked { wire: Flow { local, remote }, initiator, mark });
         }
-        _ => {}
+    });
+    match outcome {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        outcome => outcome.map(|()| found),
+    }
+}
+
+fn enter(netlink: &mut Socket, flow: Flow, state: State, tracked: Tracked) -> io::Result<Tracked> {
+    let known = find(netlink, flow)?;
+    let flow = flow.on_the_wire();
+    let [original, reply] = known.unwrap_or(tracked).tuples(flow);
+    let mut batch = Batch::new();
+    batch.message(
+        NEW,
+        if known.is_some() { REQUEST | ACK } else { REQUEST | ACK | CREATE | EXCLUSIVE },
+        |m| {
+            header(m, flow);
+            m.nested(TUPLE_ORIGINAL, |t| tuple(t, original));
+            // The kernel translates the answer by itself, and only what it translates so.
+            m.nested(TUPLE_REPLY, |t| {
+                tuple(t, if known.is_some() { reply } else { (original.1, original.0) })
+            });
+            if known.is_none() {
+                for (kind, before, after) in
+                    [(NAT_DESTINATION, original.1, reply.0), (NAT_SOURCE, original.0, reply.1)]
+                {
+                    if before != after {
+                        m.nested(kind, |nat| translation(nat, after));
+                    }
+                }
+                m.be32(STATUS, SEEN_REPLY | ASSURED | CONFIRMED);
+                m.be32(TIMEOUT, 120);
+                if tracked.mark != 0 {
+                    m.be32(MARK, tracked.mark);
+                }
+            }
+            m.nested(PROTOCOL_INFO, |info| {
+                info.nested(INFO_TCP, |tcp| {
+                    tcp.attribute(TCP_STATE, &[state_of(state)]);
+                    // The windows are unknown until both ends have sent.
+                    tcp.attribute(TCP_FLAGS_ORIGINAL, &[BE_LIBERAL, BE_LIBERAL]);
+                    tcp.attribute(TCP_FLAGS_REPLY, &[BE_LIBERAL, BE_LIBERAL]);
+                });
+            });
+        },
+    );
+    netlink.transact(&batch)?;
+    match known {
+        Some(known) => Ok(known),
+        // What it has made of it.
+        None => find(netlink, flow)?.ok_or_else(|| io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// The state by which the kernel's tracker names it (`enum tcp_conntrack`).
+fn state_of(state: State) -> u8 {
+    match state {
+        State::FinWait1 => 4,
+        State::FinWait2 | State::CloseWait => 5,
+        State::Closing | State::LastAck => 6,
+        State::Close => 7,
+        _ => 3,
+    }
+}
+
+fn header(m: &mut Message<'_>, flow: Flow) {
+    let family = if flow.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    m.bytes(&[family as u8, 0, 0, 0]);
+}
+
+fn tuple(t: &mut Message<'_>, (source, destination): (SocketAddr, SocketAddr)) {
+    t.nested(TUPLE_IP, |ip| {
+        for (end, v4, v6) in
+            [(source, IPV4_SOURCE, IPV6_SOURCE), (destination, IPV4_DESTINATION, IPV6_DESTINATION)]
+        {
+            match end.ip().to_canonical() {
+                IpAddr::V4(address) => ip.attribute(v4, &address.octets()),
+                IpAddr::V6(address) => ip.attribute(v6, &address.octets()),
+            }
+        }
     });
     t.nested(TUPLE_PROTOCOL, |protocol| {
         protocol.attribute(PROTOCOL_NUMBER, &[libc::IPPROTO_TCP as u8]);
@@ -80,12 +244,50 @@ fn tuple(t: &mut Message<'_>, source: SocketAddr, destination: SocketAddr) {
     });
 }
 
+fn read_tuple(bytes: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+    let (ip, protocol) = (nftables::value(bytes, TUPLE_IP)?, nftables::value(bytes, TUPLE_PROTOCOL)?);
+    let end = |v4, v6, port| {
+        let address = match attributes(ip).find(|(kind, _)| [v4, v6].contains(kind))?.1 {
+            bytes if bytes.len() == 4 => IpAddr::from(*bytes.first_chunk::<4>()?),
+            bytes => IpAddr::from(*bytes.first_chunk::<16>()?),
+        };
+        let port = u16::from_be_bytes(*nftables::value(protocol, port)?.first_chunk()?);
+        Some(SocketAddr::new(address, port))
+    };
+    Some((
+        end(IPV4_SOURCE, IPV6_SOURCE, PORT_SOURCE)?,
+        end(IPV4_DESTINATION, IPV6_DESTINATION, PORT_DESTINATION)?,
+    ))
+}
+
+/// One address, and one port, to translate to.
+fn translation(nat: &mut Message<'_>, to: SocketAddr) {
+    match to.ip().to_canonical() {
+        IpAddr::V4(address) => {
+            [NAT_V4_FROM, NAT_V4_TO].iter().for_each(|kind| nat.attribute(*kind, &address.octets()))
+        }
+        IpAddr::V6(address) => {
+            [NAT_V6_FROM, NAT_V6_TO].iter().for_each(|kind| nat.attribute(*kind, &address.octets()))
+        }
+    }
+    nat.nested(NAT_PROTOCOL, |protocol| {
+        for kind in [NAT_PORT_FROM, NAT_PORT_TO] {
+            protocol.attribute(kind, &to.port().to_be_bytes());
+        }
+    });
+}
+
+const HEADER: usize = 4;
 const NEW: u16 = 1 << 8;
+const GET: u16 = 1 << 8 | 1;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const STATUS: u16 = 3;
 const PROTOCOL_INFO: u16 = 4;
+const NAT_SOURCE: u16 = 6;
 const TIMEOUT: u16 = 7;
+const MARK: u16 = 8;
+const NAT_DESTINATION: u16 = 13;
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTOCOL: u16 = 2;
 const IPV4_SOURCE: u16 = 1;
@@ -99,10 +301,16 @@ const INFO_TCP: u16 = 1;
 const TCP_STATE: u16 = 1;
 const TCP_FLAGS_ORIGINAL: u16 = 4;
 const TCP_FLAGS_REPLY: u16 = 5;
+const NAT_V4_FROM: u16 = 1;
+const NAT_V4_TO: u16 = 2;
+const NAT_PROTOCOL: u16 = 3;
+const NAT_V6_FROM: u16 = 4;
+const NAT_V6_TO: u16 = 5;
+const NAT_PORT_FROM: u16 = 1;
+const NAT_PORT_TO: u16 = 2;
 
 // linux/netfilter/nf_conntrack_common.h, linux/netfilter/nf_conntrack_tcp.h
 const SEEN_REPLY: u32 = 1 << 1;
 const ASSURED: u32 = 1 << 2;
 const CONFIRMED: u32 = 1 << 3;
-const ESTABLISHED: u8 = 3;
 const BE_LIBERAL: u8 = 0x08;

@@ -21,7 +21,7 @@ use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::state::State;
-use crate::sys::{namespace, sockopt};
+use crate::sys::{descriptor, namespace, sockopt};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -117,6 +117,11 @@ impl Diag {
         let open = || soccr_netlink::Socket::open(Family::SockDiag);
         let netlink = namespace::open_beside(socket, open).map_err(failed)?;
         Ok(Self { netlink, batch: Batch::new() })
+    }
+
+    /// The same, for whoever keeps it.
+    pub(crate) fn kept(self) -> Self {
+        Self { netlink: self.netlink.with_descriptor(descriptor::high), ..self }
     }
 
     /// Shows every TCP socket to `each`, IPv4 first. Sockets come and go meanwhile: it is no snapshot.

@@ -5,7 +5,6 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use crate::connection::{ControlBlock, Flow};
-use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::save;
 use crate::segment::{Segment, flags};
@@ -145,15 +144,9 @@ pub(crate) fn inject(
     segment: &Segment<'_>,
     arrived: impl Fn() -> Result<bool>,
 ) -> Result<()> {
-    let routed = Via::routed(segment.destination.ip());
-    let flow = Flow { local: segment.destination, remote: segment.source };
+    let ways = [(Via::routed(segment.destination.ip()), FIRST_ARRIVAL), (Via::Loopback, ARRIVAL)];
     let (mut refusal, mut sent) = (None, false);
-    for (via, unknown) in [(routed, false), (routed, true), (Via::Loopback, false)] {
-        // A firewall may let only established connections pass, and not know that this is one.
-        if unknown && conntrack::enter(fd, flow).is_err() {
-            continue;
-        }
-        let limit = if via == routed && !unknown { FIRST_ARRIVAL } else { ARRIVAL };
+    for (via, limit) in ways {
         match send(injectors, fd, segment, via) {
             Ok(()) if wait_for(limit, &arrived)? => return Ok(()),
             Ok(()) => sent = true,

@@ -33,7 +33,7 @@
 //! let connection = paused.save()?;
 //! paused.detach()?; // this socket forgets the connection; nothing reaches the wire
 //!
-//! let restored = connection.restore()?; // here, or in another process, or on another host
+//! let restored = connection.restore()?; // HERE: in this process or another one
 //! lock.release()?; // what the peer sent meanwhile arrives now
 //! let mut stream: TcpStream = restored.resume()?;
 //!
@@ -41,6 +41,20 @@
 //! let mut read = [0; 14];
 //! stream.read_exact(&mut read)?;
 //! assert_eq!(&read, b"unread and new");
+//! # Ok(()) }
+//! ```
+//!
+//! THERE, on another host, what was held travels behind the connection, and the old host stays silent: a late packet to it
+//! would draw a reset. See [`lock`].
+//!
+//! ```no_run
+//! # fn example(connection: soccr::Connection, mut lock: soccr::Lock) -> soccr::Result<()> {
+//! let held = lock.take()?; // HERE, behind the detach
+//! lock.persist("moved", Some(soccr::lock::SILENCE))?; // once it lives THERE
+//!
+//! let restored = connection.restore()?; // THERE
+//! held[0].replay(&restored)?;
+//! let stream = restored.resume()?;
 //! # Ok(()) }
 //! ```
 //!

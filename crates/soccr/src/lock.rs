@@ -52,11 +52,13 @@ use std::time::Duration;
 use soccr_netlink::{Family, Socket};
 
 use crate::connection::Flow;
+use crate::conntrack;
 use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::sys::raw::Ways;
 use crate::sys::{descriptor, namespace};
 use capture::Capture;
+use packets::Back;
 use reader::Reader;
 use table::{Table, Unlock};
 
@@ -127,8 +129,8 @@ impl Locker {
     fn start(sockets: Sockets, mode: Mode) -> Result<Self> {
         let Sockets { port, table, held } = sockets;
         let capture = match (mode, held) {
-            (Mode::Hold { limit }, Some((log, ways))) => {
-                let capture = Capture::open(log, ways, limit);
+            (Mode::Hold { limit }, Some((log, ways, diag))) => {
+                let capture = Capture::open(log, Back::new(ways, diag), limit);
                 Some(capture.map_err(|error| Error::system("NFLOG", error).advise(NEEDS))?)
             }
             _ => None,
@@ -168,9 +170,7 @@ impl Locker {
 
 /// Connections whose traffic is stopped.
 ///
-/// Dropping it unlocks them. Those that have a socket in that namespace get what has been held, as by
-/// [`release`](Self::release). For the others it is thrown away, because it would draw a reset; so will what
-/// arrives from then on, unless the lock is made to [stay](Self::persist).
+/// Dropping it unlocks them, as [`release`](Self::release) does.
 #[derive(Debug)]
 #[must_use = "dropping it unlocks at once"]
 pub struct Lock {
@@ -224,6 +224,9 @@ impl Lock {
     /// Unlocks the connections and delivers what has been held, in order. They answer when all of it is there: a peer hears
     /// of no gap. Returns how many packets that were.
     ///
+    /// What has been held for a connection that has no socket in that namespace (any more) is thrown away, because it would
+    /// draw a reset; so will what arrives from then on, unless the lock is made to [stay](Self::persist).
+    ///
     /// Release a restored connection before it is [resumed](crate::Restored::resume): what it then sends at once reaches
     /// the peer.
     ///
@@ -274,29 +277,21 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         let flows = std::mem::take(&mut self.flows);
-        if flows.is_empty() {
-            return;
-        }
-        let mut diag = self.shared.diag();
-        // What cannot be found out counts as none.
-        let has_socket = |flow: &Flow| match &mut diag {
-            Ok(diag) => matches!(diag.find(flow.local, flow.remote, |_| ()), Ok(Some(()))),
-            Err(_) => false,
-        };
-        let (here, gone): (Vec<_>, Vec<_>) = flows.into_iter().partition(has_socket);
         // There is nobody left to tell.
-        let _ = self.shared.release(&here, &[]);
-        let _ = self.shared.abandon(&gone);
+        let _ = self.shared.release(&flows, &[]);
     }
 }
 
 impl Shared {
     fn lock(&self, flows: &[Flow]) -> Result<()> {
         flows.iter().try_for_each(validate)?;
+        // Packets arrive with the addresses that they have before they are translated.
+        let translated = self.with_table(|table| Ok(conntrack::translated(table.socket(), flows)))?;
         self.with_table(|table| table.reserve(flows))?;
-        let Some(reader) = &self.reader else { return self.with_table(|table| table.add(flows)) };
-        reader.capture().packets().hold(flows);
-        let added = self.with_table(|table| table.add(flows));
+        let add = || self.with_table(|table| table.add(flows, &translated));
+        let Some(reader) = &self.reader else { return add() };
+        reader.capture().packets().hold(flows, &translated);
+        let added = add();
         if added.is_err() {
             reader.capture().packets().forget(flows);
         }
@@ -336,11 +331,6 @@ impl Shared {
             reader.capture().packets().discard(flows);
         }
         self.unlock(Unlock::Both, flows)
-    }
-
-    /// Asks about the sockets in the namespace of the lock.
-    fn diag(&self) -> Result<Diag> {
-        self.with_table(|table| Diag::beside(table.socket().as_fd()))
     }
 
     fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {
@@ -383,7 +373,7 @@ struct Sockets {
     port: u32,
     table: Socket,
     /// Where packets are held: from where they come, and the way back for them.
-    held: Option<(Socket, Ways)>,
+    held: Option<(Socket, Ways, Diag)>,
 }
 
 impl Sockets {
@@ -398,7 +388,7 @@ impl Sockets {
         if mode == Mode::Drop {
             return Ok(Self { port, table, held: None });
         }
-        Ok(Self { port, table, held: Some((own()?.1, Ways::open()?)) })
+        Ok(Self { port, table, held: Some((own()?.1, Ways::open()?, Diag::open()?.kept())) })
     }
 }
 

@@ -216,6 +216,17 @@ pub(crate) fn names(socket: &mut Socket, family: Family) -> io::Result<Vec<Strin
     })
 }
 
+/// Whether any table in the namespace of `socket` has a base chain of this type.
+pub(crate) fn has_chain_of_type(socket: &mut Socket, wanted: &str) -> io::Result<bool> {
+    let mut batch = Batch::new();
+    batch.message(SUBSYSTEM | GET_CHAIN, REQUEST | DUMP, |m| m.bytes(&header(0, 0)));
+    let found = socket.dump_all(&batch, |found, payload| {
+        let kind = value(payload.get(HEADER..).unwrap_or_default(), CHAIN_TYPE);
+        found.push(kind.and_then(|kind| kind.strip_suffix(&[0])) == Some(wanted.as_bytes()));
+    })?;
+    Ok(found.contains(&true))
+}
+
 /// What `read` makes of every element of a set: of its connection, and its attributes.
 pub(crate) fn contents<T>(
     socket: &mut Socket,
@@ -287,6 +298,7 @@ const NEW_TABLE: u16 = 0;
 const GET_TABLE: u16 = 1;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
+const GET_CHAIN: u16 = 4;
 const NEW_RULE: u16 = 6;
 const NEW_SET: u16 = 9;
 const GET_SET: u16 = 10;

@@ -19,7 +19,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::buffers;
-use crate::connection::{Buffers, ControlBlock, Flow, State, Urgent, Window, after};
+use crate::connection::{Buffers, ControlBlock, Flow, State, Tracked, Urgent, Window, after};
 use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::fin;
@@ -53,6 +53,8 @@ pub struct Restore<'fd> {
     sized: bool,
     flow: Option<Flow>,
     speed: Speed,
+    /// The same as the packets of the peer show it.
+    wire: Option<Flow>,
     reuse_address: bool,
     report: Report,
 }
@@ -119,6 +121,7 @@ impl<'fd> Restore<'fd> {
             sized: buffers.is_some(),
             flow: None,
             speed: Speed::default(),
+            wire: None,
             reuse_address: false,
             report,
         };
@@ -151,7 +154,7 @@ impl<'fd> Restore<'fd> {
     pub fn connect(&mut self, flow: Flow) -> Result<()> {
         flow.validate()
             .and_then(|()| bind(self.fd, flow.local))
-            .and_then(|foreign| connect(self.fd, flow, foreign))
+            .and_then(|()| connect(self.fd, flow.remote))
             .and_then(|()| self.set_connected(flow))
             .map_err(|error| error.at("restore"))
     }
@@ -192,8 +195,10 @@ impl<'fd> Restore<'fd> {
     }
 
     fn set_connected(&mut self, flow: Flow) -> Result<()> {
+        let mut injectors = Injectors::default();
         self.set_options(flow)?;
-        self.seed(&mut Injectors::default(), flow).map(drop)
+        self.admit(&mut injectors, None)?;
+        self.seed(&mut injectors, flow).map(drop)
     }
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {
@@ -240,7 +245,7 @@ impl<'fd> Restore<'fd> {
         let (before, rest) = bytes.split_at(urgent.offset as usize);
         queue::fill_receive(self.fd, before)?;
         self.open_window()?;
-        fin::inject_urgent(injectors, self.fd, self.flow()?, &self.control, rest[0])?;
+        fin::inject_urgent(injectors, self.fd, self.wire()?, &self.control, rest[0])?;
         queue::fill_receive(self.fd, &rest[1..])?;
         if urgent.consumed { queue::consume_urgent(self.fd) } else { Ok(()) }
     }
@@ -282,20 +287,20 @@ impl<'fd> Restore<'fd> {
     /// The order of the FINs decides the state: ours comes first where the peer's found it sent.
     fn restore_fins(&mut self, injectors: &mut Injectors) -> Result<()> {
         use State::{Close, CloseWait, Closing, FinWait1, FinWait2, LastAck};
-        let flow = self.flow()?;
+        let wire = self.wire()?;
         let state = self.control.state;
         if matches!(state, FinWait1 | FinWait2 | Closing) {
             self.queue_fin()?;
         }
         let seen = self.seen_from_peer()?;
         if state.fin_received() {
-            fin::inject_fin(injectors, self.fd, flow, &seen)?;
+            fin::inject_fin(injectors, self.fd, wire, &seen)?;
         }
         if matches!(state, LastAck | Close) {
             self.queue_fin()?;
         }
         if state.fin_acknowledged() {
-            fin::inject_ack(injectors, self.fd, flow, &self.control)?;
+            fin::inject_ack(injectors, self.fd, wire, &self.control)?;
         }
         debug_assert!(matches!(state, FinWait1 | FinWait2 | Closing | CloseWait | LastAck | Close));
         Ok(())
@@ -425,6 +430,16 @@ impl<'fd> Restore<'fd> {
         self.control.outq_len == 0 && !self.control.state.fin_queued()
     }
 
+    /// Makes the connection known to firewalls and NAT.
+    fn admit(&mut self, injectors: &mut Injectors, tracked: Option<Tracked>) -> Result<()> {
+        self.wire = Some(conntrack::admit(injectors, self.fd, self.flow()?, self.control.state, tracked)?);
+        Ok(())
+    }
+
+    fn wire(&self) -> Result<Flow> {
+        self.wire.map_or_else(|| self.flow(), Ok)
+    }
+
     fn flow(&self) -> Result<Flow> {
         self.flow.ok_or_else(|| Error::invalid("the socket was not connected before its queues were filled"))
     }
@@ -457,8 +472,6 @@ pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -
 }
 
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.
-fn connect(fd: BorrowedFd<'_>, flow: Flow, foreign: bool) -> Result<()> {
-    rustix::net::connect(fd, &flow.remote).map_err(|error| Error::system("connect", error))?;
-    // A firewall here has never seen it, and hears of it from nobody else.
-    if foreign { conntrack::enter_where_tracked(fd, flow) } else { Ok(()) }
+fn connect(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
+    rustix::net::connect(fd, &remote).map_err(|error| Error::system("connect", error))
 }

@@ -9,9 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, getpeername, getsockname, recv};
 
-use crate::buffers;
 use crate::connection::{
-    Bare, Connection, ControlBlock, Flow, Options, Path, SEGMENTS_LIMIT, State, Urgent, WindowScale,
+    Bare, Connection, ControlBlock, Flow, Options, Owner, Path, SEGMENTS_LIMIT, State, Urgent, WindowScale,
 };
 use crate::diag::Diag;
 use crate::error::{Error, Result};
@@ -20,6 +19,7 @@ use crate::settings::{self, Value};
 use crate::steer;
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
+use crate::{buffers, conntrack};
 
 impl Flow {
     /// The addresses of a connected socket (`getsockname(2)`, `getpeername(2)`).
@@ -55,6 +55,8 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     connection.path = Some(path);
     connection.control = control;
     connection.remote = remote_address(fd, peer)?;
+    connection.owner = rustix::fs::fstat(fd).ok().map(|stat| Owner { user: stat.st_uid, group: stat.st_gid });
+    connection.tracked = conntrack::read(fd, connection.flow());
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 && connection.control.state != State::Close {
         connection.settings.read_keys(fd, connection.flow())?;

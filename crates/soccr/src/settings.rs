@@ -26,6 +26,7 @@ use std::os::fd::BorrowedFd;
 use crate::diag::{self, Diag};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
+use crate::sys::raw::MARK;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
 
@@ -184,7 +185,13 @@ impl Settings {
                     if row.stage != stage || !row.applies(local) {
                         continue;
                     }
-                    row.write(fd, value)
+                    if row.name == "SO_MARK" && *value == Value::Number(MARK as i32) {
+                        Err(io::Error::other(
+                            "0xC114 marks the packets of soccr itself, which pass every lock",
+                        ))
+                    } else {
+                        row.write(fd, value)
+                    }
                 }
                 Name::Unknown(_) if stage != Stage::Last => continue,
                 Name::Unknown(_) => Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT)),
@@ -214,6 +221,10 @@ pub(crate) struct Skipped {
 }
 
 impl Skipped {
+    pub(crate) fn new(name: &'static str, error: io::Error) -> Self {
+        Self { name: name.into(), error }
+    }
+
     /// Why, and what to do about it.
     pub(crate) fn reason(&self) -> Cow<'static, str> {
         match self.error.raw_os_error() {

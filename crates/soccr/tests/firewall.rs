@@ -7,7 +7,9 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use soccr::{ErrorKind, Flow, Lock};
-use soccr_lab::{Family, Flags, Host, Pair, Sniffer, State, TcpInfo, Test, harness, sysctl, wait_until};
+use soccr_lab::{
+    Family, Flags, Host, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, harness, sysctl, wait_until,
+};
 
 fn main() -> ExitCode {
     let tests = [
@@ -32,8 +34,228 @@ fn main() -> ExitCode {
         }),
         Test::new("reverse_paths_are_checked", || moves_beside("")),
         Test::new("a_firewall_that_swallows_our_mark_is_named", a_firewall_that_swallows_our_mark_is_named),
+        Test::new(
+            "a_strict_firewall_of_a_host_that_has_never_seen_it",
+            a_strict_firewall_of_a_host_that_has_never_seen_it,
+        ),
+        Test::new("a_host_it_comes_back_to", a_host_it_comes_back_to),
+        Test::new("a_redirected_connection_moves_on_one_host", a_redirected_connection_moves_on_one_host),
+        Test::new(
+            "a_redirected_connection_moves_to_another_host",
+            a_redirected_connection_moves_to_another_host,
+        ),
+        Test::new(
+            "a_connection_with_another_source_moves_to_another_host",
+            a_connection_with_another_source_moves_to_another_host,
+        ),
+        Test::new("without_the_same_nat_it_is_refused", without_the_same_nat_it_is_refused),
+        Test::new("a_socket_belongs_to_its_owner_again", a_socket_belongs_to_its_owner_again),
     ];
     harness(tests)
+}
+
+/// What many servers have: nothing that was not there from its beginning may pass, whoever else is trusted.
+const STRICT: &str = "chain input { type filter hook input priority 0; iif lo accept; ct state invalid drop;
+                                       ct state established accept;
+                                       tcp flags & (fin | syn | rst | ack) == syn accept; drop; }";
+
+/// A connection that travels between two hosts with one address.
+struct Traveller {
+    lab: Lab,
+    side: Side,
+    peer: TcpStream,
+    ours: TcpStream,
+    resets: Sniffer,
+}
+
+impl Traveller {
+    /// `None` where no rules can be made.
+    fn with(rules: &str, connect: impl FnOnce(&Lab) -> (TcpStream, TcpStream)) -> Option<Self> {
+        let lab = Lab::new().unwrap();
+        for host in [&lab.a, &lab.b] {
+            if !apply(host, rules) {
+                eprintln!("skipped: nft is not installed");
+                return None;
+            }
+            host.run(|| sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")).unwrap();
+        }
+        let (peer, ours) = connect(&lab);
+        let resets = Sniffer::flagged(&lab.peer.namespace, "eth0", Flags::RST).unwrap();
+        let mut traveller = Self { lab, side: Side::A, peer, ours, resets };
+        traveller.talk();
+        Some(traveller)
+    }
+
+    /// To a port of the shared address where a listener is, or from where packets are redirected to that of the listener.
+    fn to(rules: &str, port: u16, listener: u16) -> Option<Self> {
+        Self::with(rules, |lab| {
+            let listener = lab.a.run(|| TcpListener::bind(lab.a.address(Family::V4, listener))).unwrap();
+            let peer = lab.peer.run(|| TcpStream::connect(lab.a.address(Family::V4, port))).unwrap();
+            (peer, listener.accept().unwrap().0)
+        })
+    }
+
+    fn talk(&mut self) {
+        for number in 0..3u8 {
+            self.ours.write_all(&[number; 5000]).unwrap();
+            expect(&mut self.peer, &[number; 5000]);
+            self.peer.write_all(&[number; 5000]).unwrap();
+            expect(&mut self.ours, &[number; 5000]);
+        }
+    }
+
+    /// The other host gets the connection, with what the peer sends meanwhile; our end is the first that speaks.
+    fn travel(&mut self) -> soccr::Result<()> {
+        let (from, to) = (self.lab.host(self.side), self.lab.host(self.side.other()));
+        let mut lock = from.run(|| Lock::hold(&[Flow::of(&self.ours)?]))?;
+        self.peer.write_all(b"held").unwrap();
+        wait_until("it is held", || lock.held() > 0);
+        let paused = soccr::pause(&self.ours)?;
+        let connection = paused.save()?;
+        paused.detach()?;
+        let held = lock.take()?;
+        lock.persist("gone", None)?;
+        self.side = self.side.other();
+        self.lab.steer(self.side).unwrap();
+        let _ = to.run(|| {
+            soccr::lock::PersistentLock::list()
+                .map(|locks| locks.iter().for_each(|lock| lock.remove().unwrap()))
+        });
+        let restored = to.run(|| connection.restore())?;
+        held[0].replay(&restored)?;
+        self.ours = restored.resume()?;
+        self.ours.write_all(b"first").unwrap();
+        expect(&mut self.peer, b"first");
+        expect(&mut self.ours, b"held");
+        self.talk();
+        assert_eq!(self.resets.segments().unwrap(), []);
+        Ok(())
+    }
+}
+
+fn a_strict_firewall_of_a_host_that_has_never_seen_it() {
+    let Some(mut traveller) = Traveller::to(STRICT, 80, 80) else { return };
+    traveller.travel().unwrap();
+}
+
+fn a_host_it_comes_back_to() {
+    // It knows the connection, but not how far it has got meanwhile.
+    let Some(mut traveller) = Traveller::to(STRICT, 80, 80) else { return };
+    traveller.travel().unwrap();
+    for _ in 0..100 {
+        traveller.talk();
+    }
+    traveller.travel().unwrap();
+}
+
+/// As service meshes and published ports do it.
+const REDIRECT: &str =
+    "chain nat { type nat hook prerouting priority -100; tcp dport 80 redirect to :8080; }";
+
+fn a_redirected_connection_moves_on_one_host() {
+    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
+    for _ in 0..2 {
+        let restored = traveller.lab.a.run(|| {
+            let lock = Lock::hold(&[Flow::of(&traveller.ours).unwrap()]).unwrap();
+            let paused = soccr::pause(&traveller.ours).unwrap();
+            let connection = paused.save().unwrap();
+            traveller.peer.write_all(b"held").unwrap();
+            wait_until("it is held", || lock.held() > 0);
+            paused.detach().unwrap();
+            let restored = connection.restore().unwrap();
+            assert!(
+                restored.report().get("rtt").is_none_or(|rtt| !rtt.reason().contains("arrive")),
+                "{}",
+                restored.report()
+            );
+            lock.release_into(&[&restored]).unwrap();
+            restored
+        });
+        traveller.ours = restored.resume().unwrap();
+        expect(&mut traveller.ours, b"held");
+        traveller.talk();
+    }
+    assert_eq!(traveller.resets.segments().unwrap(), []);
+}
+
+fn a_redirected_connection_moves_to_another_host() {
+    for strict in ["", STRICT] {
+        let Some(mut traveller) = Traveller::to(&format!("{REDIRECT}\n{strict}"), 80, 8080) else { return };
+        traveller.travel().unwrap();
+        traveller.travel().unwrap();
+    }
+}
+
+fn a_connection_with_another_source_moves_to_another_host() {
+    // Our end has begun it, from an address of its own that the peer never sees.
+    let rules = "chain nat { type nat hook postrouting priority 100; ip saddr 10.0.0.1 snat to 192.0.2.1; }";
+    let own = std::net::Ipv4Addr::new(10, 0, 0, 1);
+    let connect = |lab: &Lab| {
+        for host in [&lab.a, &lab.b] {
+            host.run(|| soccr_lab::Rtnetlink::here().unwrap().add_address("lo", own.into(), 32)).unwrap();
+        }
+        let listener = lab.peer.run(|| TcpListener::bind(lab.peer.address(Family::V4, 80))).unwrap();
+        let ours = lab.a.run(|| {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            socket.bind(&std::net::SocketAddr::from((own, 0)).into()).unwrap();
+            socket.connect(&listener.local_addr().unwrap().into()).unwrap();
+            TcpStream::from(socket)
+        });
+        (listener.accept().unwrap().0, ours)
+    };
+    let Some(mut traveller) = Traveller::with(rules, connect) else { return };
+    assert_eq!(traveller.peer.peer_addr().unwrap().ip(), traveller.lab.a.v4);
+    traveller.travel().unwrap();
+    traveller.travel().unwrap();
+}
+
+fn without_the_same_nat_it_is_refused() {
+    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
+    assert!(flush(&traveller.lab.b));
+    let error = traveller.travel().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    assert!(error.to_string().contains("192.0.2.1:80") && error.to_string().contains("NAT"), "{error}");
+    assert_eq!(traveller.resets.segments().unwrap(), []);
+}
+
+fn a_socket_belongs_to_its_owner_again() {
+    const OWNER: u32 = 1000;
+    // As a service mesh does it: what its proxy has not sent goes nowhere.
+    let rules = "chain output { type filter hook output priority 0; tcp sport 80 meta skuid 1000 meta skgid 1000 accept;
+                                tcp sport 80 drop; }";
+    let connect = |lab: &Lab| {
+        let listener = lab.a.run(|| TcpListener::bind(lab.a.address(Family::V4, 80))).unwrap();
+        let peer = lab.peer.run(|| TcpStream::connect(lab.a.address(Family::V4, 80))).unwrap();
+        (peer, sys::accept_as(OWNER, &listener))
+    };
+    let Some(mut traveller) = Traveller::with("", connect) else { return };
+    if rustix::fs::fstat(&traveller.ours).unwrap().st_uid != OWNER {
+        eprintln!("skipped: this user may open no files for another one");
+        return;
+    }
+    for host in [&traveller.lab.a, &traveller.lab.b] {
+        assert!(flush(host) && apply(host, rules));
+    }
+    traveller.talk();
+    traveller.travel().unwrap();
+    let stat = rustix::fs::fstat(&traveller.ours).unwrap();
+    assert_eq!((stat.st_uid, stat.st_gid), (OWNER, OWNER));
+}
+
+/// The system calls that no library wraps safely.
+#[allow(unsafe_code)]
+mod sys {
+    use super::{TcpListener, TcpStream};
+
+    /// Accepts a connection for another user, where that is allowed.
+    pub fn accept_as(owner: u32, listener: &TcpListener) -> TcpStream {
+        // SAFETY: the calls take numbers and touch no memory of ours.
+        let before = unsafe { (libc::setfsgid(owner), libc::setfsuid(owner)) };
+        let accepted = listener.accept().unwrap().0;
+        // SAFETY: as above.
+        unsafe { (libc::setfsuid(before.1 as u32), libc::setfsgid(before.0 as u32)) };
+        accepted
+    }
 }
 
 /// A connection from `a` to a listener on `b`, behind the firewall of `b`, with bytes that wait on both sides.
@@ -137,6 +359,12 @@ fn apply(host: &Host, rules: &str) -> bool {
     write!(nft.stdin.take().unwrap(), "table inet others {{\n{rules}\n}}\n").unwrap();
     assert!(nft.wait().unwrap().success());
     true
+}
+
+/// Removes what was loaded.
+fn flush(host: &Host) -> bool {
+    host.run(|| Command::new("nft").args(["delete", "table", "inet", "others"]).status())
+        .is_ok_and(|status| status.success())
 }
 
 #[track_caller]

@@ -294,6 +294,8 @@ impl Socket {
             path: (!stream.rtt.is_zero()).then(|| Path { rtt: stream.rtt, ..Path::default() }),
             settings,
             nonblocking: self.flags & O_NONBLOCK != 0,
+            tracked: None,
+            owner: None,
         };
         connection.validate().map_err(|error| Error::invalid(error.to_string()).at(place))?;
         Ok(connection)

@@ -4,9 +4,11 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
-use soccr::Connection;
-use soccr::connection::{Buffers, ControlBlock, Options, Path, State, Urgent, Window, WindowScale};
+use soccr::connection::{
+    Buffers, ControlBlock, Options, Owner, Path, State, Tracked, Urgent, Window, WindowScale,
+};
 use soccr::settings::Value as Setting;
+use soccr::{Connection, Flow};
 
 use super::field::{self, CRITICAL, Value, tag};
 use super::record::{self, Payload, kind};
@@ -108,6 +110,17 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
     if let Some(path) = path {
         put_path(out, path)?;
     }
+    if let Some(Tracked { wire, initiator, mark, .. }) = &connection.tracked {
+        field::put(out, tag::TRACKED, |out| {
+            write_address(out, &wire.local);
+            write_address(out, &wire.remote);
+            out.push((*initiator).into());
+            out.extend_from_slice(&mark.to_le_bytes());
+        });
+    }
+    if let Some(owner) = connection.owner {
+        u32s(tag::OWNER, out, &[owner.user, owner.group]);
+    }
     if settings.iter().count() > SETTINGS_LIMIT {
         return Err(Error::invalid("more than 256 settings"));
     }
@@ -115,18 +128,20 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
 }
 
 fn put_address(out: &mut Vec<u8>, tag: u16, address: &SocketAddr) {
-    field::put(out, tag, |out| {
-        out.push(if address.is_ipv4() { 4 } else { 6 });
-        out.extend_from_slice(&address.port().to_le_bytes());
-        match address {
-            SocketAddr::V4(address) => out.extend_from_slice(&address.ip().octets()),
-            SocketAddr::V6(address) => {
-                out.extend_from_slice(&address.ip().octets());
-                out.extend_from_slice(&address.flowinfo().to_le_bytes());
-                out.extend_from_slice(&address.scope_id().to_le_bytes());
-            }
+    field::put(out, tag, |out| write_address(out, address));
+}
+
+fn write_address(out: &mut Vec<u8>, address: &SocketAddr) {
+    out.push(if address.is_ipv4() { 4 } else { 6 });
+    out.extend_from_slice(&address.port().to_le_bytes());
+    match address {
+        SocketAddr::V4(address) => out.extend_from_slice(&address.ip().octets()),
+        SocketAddr::V6(address) => {
+            out.extend_from_slice(&address.ip().octets());
+            out.extend_from_slice(&address.flowinfo().to_le_bytes());
+            out.extend_from_slice(&address.scope_id().to_le_bytes());
         }
-    });
+    }
 }
 
 fn put_path(out: &mut Vec<u8>, path: &Path) -> Result<()> {
@@ -190,6 +205,8 @@ pub(super) struct Fields {
     path: Option<Path>,
     settings: soccr::settings::Settings,
     nonblocking: bool,
+    tracked: Option<Tracked>,
+    owner: Option<Owner>,
 }
 
 impl Fields {
@@ -263,6 +280,11 @@ impl Fields {
                     rcv_ssthresh: v.u32()?,
                 });
             }
+            tag::TRACKED => {
+                let wire = Flow { local: address(v)?, remote: address(v)? };
+                self.tracked = Some(Tracked { wire, initiator: v.flag()?, mark: v.u32()? });
+            }
+            tag::OWNER => self.owner = Some(Owner { user: v.u32()?, group: v.u32()? }),
             _ => self.setting(v)?,
         }
         value.end()
@@ -311,6 +333,8 @@ impl Fields {
             path: self.path,
             settings: self.settings,
             nonblocking: self.nonblocking,
+            tracked: self.tracked,
+            owner: self.owner,
         })
     }
 }
@@ -320,7 +344,7 @@ fn known(tag: u16) -> bool {
     matches!(
         tag,
         tag::NAME | tag::LOCAL | tag::REMOTE | tag::CONTROL | tag::OPTIONS | tag::WINDOW_SCALE | tag::TIMESTAMPS
-            | tag::WINDOW | tag::URGENT | tag::BUFFERS | tag::PATH | tag::SETTING
+            | tag::WINDOW | tag::URGENT | tag::BUFFERS | tag::PATH | tag::SETTING | tag::TRACKED | tag::OWNER
     )
 }
 

@@ -37,6 +37,8 @@ pub(super) mod tag {
     pub(in super::super) const SETTING: u16 = 26;
     pub(in super::super) const RECEIVE_QUEUE: u16 = 27 | CRITICAL;
     pub(in super::super) const SEND_QUEUE: u16 = 28 | CRITICAL;
+    pub(in super::super) const TRACKED: u16 = 40 | CRITICAL;
+    pub(in super::super) const OWNER: u16 = 41;
 }
 
 /// Appends a field whose value `body` writes.

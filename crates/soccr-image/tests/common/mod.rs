@@ -7,7 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use soccr::Connection;
 use soccr::connection::{
-    Buffers, ControlBlock, Options, Path, QUEUE_LIMIT, State, Urgent, Window, WindowScale,
+    Buffers, ControlBlock, Options, Owner, Path, QUEUE_LIMIT, State, Urgent, Window, WindowScale,
 };
 use soccr::settings::{Settings, Value};
 
@@ -55,6 +55,8 @@ pub fn sample() -> Connection {
         }),
         settings,
         nonblocking: true,
+        tracked: None,
+        owner: None,
     }
 }
 
@@ -214,6 +216,8 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                 path,
                 settings,
                 nonblocking,
+                tracked: None,
+                owner: (rcv_nxt & 1 == 1).then_some(Owner { user: write_seq, group: rcv_nxt }),
             };
             connection.validate().unwrap();
             connection

@@ -54,7 +54,12 @@ pub(super) fn run<T: Send, R, Tools: Default>(
                     Ok(_) => threads += 1,
                     // Slower, but it goes on.
                     Err(_) if threads > 0 => {}
-                    Err(error) => panic!("no thread can be started: {error}"),
+                    Err(_) => {
+                        for item in queue.take(&cost).into_iter().flatten() {
+                            let outcome = work(&mut tools, item);
+                            finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
+                        }
+                    }
                 }
             }
         }

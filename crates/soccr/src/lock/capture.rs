@@ -17,14 +17,13 @@ use std::time::{Duration, Instant};
 use soccr_netlink::{ACK, Batch, REQUEST, Socket, attributes};
 
 use super::held::Held;
-use super::packets::Packets;
+use super::packets::{Back, Packets};
 use super::replay::Replay;
 use super::rule::{LOG_LIMIT, TAIL, TAIL_SAVED};
 use super::table::Unlock;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Parsed, Run};
-use crate::sys::raw::Ways;
 
 /// How long connections may catch up with their packets. A peer that gets no answer stops within its window: only one that
 /// never stops makes it as long.
@@ -44,9 +43,9 @@ pub(super) struct Capture {
 }
 
 impl Capture {
-    /// Opens a group that nobody else listens to. `socket` and `ways` are in the namespace
+    /// Opens a group that nobody else listens to. `socket` and `back` are in the namespace
     /// where the packets are.
-    pub(super) fn open(mut socket: Socket, ways: Ways, limit: usize) -> io::Result<Self> {
+    pub(super) fn open(mut socket: Socket, back: Back, limit: usize) -> io::Result<Self> {
         /// Enough to find a free group where nine of ten are taken, many times over.
         const ATTEMPTS: usize = 256;
         // What the kernel may keep until the thread comes; more only with privileges in the first namespace.
@@ -56,7 +55,7 @@ impl Capture {
             let group = (RandomState::new().hash_one(std::process::id()) as u16).max(1);
             match bind(&mut socket, group) {
                 Ok(()) => {
-                    let packets = Packets::new(Some(ways), limit);
+                    let packets = Packets::new(Some(back), limit);
                     return Ok(Self { socket, group, packets, next: 0, spent: Vec::new(), failure: None });
                 }
                 // Another socket has this group.
@@ -146,7 +145,11 @@ impl Capture {
                 let held = self.packets.take(flow);
                 if !held.is_empty() {
                     has_all = false;
-                    let replay = replays.entry(*flow).or_insert_with(|| Replay::new(*flow));
+                    if sockets.is_empty() && !replays.contains_key(flow) && !self.packets.is_here(flow) {
+                        self.packets.discard(&[*flow]);
+                        continue;
+                    }
+                    let replay = replays.entry(*flow).or_insert_with(|| self.packets.replay_of(*flow));
                     outcome = outcome.and(self.packets.replay(replay, held, sockets.get(index).copied()));
                 }
             }

@@ -1,7 +1,6 @@
 //! Packets that were held back, and how they reach the connection after all.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use super::replay::Replay;
 use crate::connection::{Flow, State};
@@ -42,21 +41,12 @@ impl Held {
         if self.packets.is_empty() || save::state(socket)? == State::Close {
             return Ok(0);
         }
-        // A firewall may let only established connections pass, and not know that this is one.
-        self.inject_into(socket, fin::FIRST_ARRIVAL).or_else(|error| {
-            match conntrack::enter(socket, self.flow) {
-                Ok(()) => self.inject_into(socket, fin::ARRIVAL),
-                Err(_) => Err(error),
-            }
-        })
-    }
-
-    fn inject_into(&self, socket: BorrowedFd<'_>, limit: Duration) -> Result<usize> {
         let before = segments_in(socket)?;
         let mut injectors = Injectors::default();
-        let Flow { local, remote } = self.flow;
-        let way = injectors.inward(socket, Via::routed(local.ip()), remote, local)?;
-        let mut replay = Replay::new(self.flow);
+        // A firewall may let only established connections pass, and not know that this is one.
+        let wire = conntrack::admit(&mut injectors, socket, self.flow, save::state(socket)?, None)?;
+        let way = injectors.inward(socket, Via::routed(wire.local.ip()), wire.remote, wire.local)?;
+        let mut replay = Replay::new(self.flow, wire);
         let runs = self.packets.iter().filter_map(|packet| {
             let parsed = Parsed::new(packet)?;
             let fits = parsed.source.is_ipv4() == self.flow.is_ipv4();
@@ -64,7 +54,7 @@ impl Held {
         });
         replay.packets(&way, runs, None)?;
         let count = replay.finish(&way)?;
-        if count > 0 && !fin::wait_for(limit, &|| Ok(segments_in(socket)? != before))? {
+        if count > 0 && !fin::wait_for(fin::ARRIVAL, &|| Ok(segments_in(socket)? != before))? {
             return Err(Error::refused(
                 "packets of the peer that did not arrive",
                 "let packets with the mark 0xC114 pass the firewall, from `lo` too",

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::replay::{LONGEST, Replay};
 use crate::connection::Flow;
+use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run};
 use crate::sys::raw::{Inward, Ways};
@@ -22,13 +23,29 @@ const MOST: usize = 16 << 10;
 #[derive(Debug)]
 pub(super) struct Packets {
     flows: HashMap<Flow, Fate>,
+    /// Connections whose packets arrive with other addresses than their sockets have (NAT), in both directions.
+    wires: HashMap<Flow, Flow>,
+    sockets: HashMap<Flow, Flow>,
     /// Those that were discarded, and when.
     discarded: VecDeque<(Instant, Flow)>,
-    /// The way back for them; `None` in tests of what needs none.
-    ways: Option<Ways>,
+    /// `None` in tests of what needs no way back.
+    back: Option<Back>,
     bytes: usize,
     limit: usize,
     dropped: u64,
+}
+
+/// The way back for packets, and whether anybody is there, in the namespace where they are.
+#[derive(Debug)]
+pub(super) struct Back {
+    ways: Ways,
+    diag: Diag,
+}
+
+impl Back {
+    pub(super) fn new(ways: Ways, diag: Diag) -> Self {
+        Self { ways, diag }
+    }
 }
 
 /// What becomes of the packets of a connection that is, or was, locked.
@@ -41,14 +58,27 @@ enum Fate {
 }
 
 impl Packets {
-    /// None yet. `ways` are in the namespace where the packets are, and `limit` is in bytes.
-    pub(super) fn new(ways: Option<Ways>, limit: usize) -> Self {
+    /// None yet. `limit` is in bytes.
+    pub(super) fn new(back: Option<Back>, limit: usize) -> Self {
         let (flows, discarded) = (HashMap::new(), VecDeque::new());
-        Self { flows, discarded, ways, bytes: 0, limit, dropped: 0 }
+        Self {
+            flows,
+            wires: HashMap::new(),
+            sockets: HashMap::new(),
+            discarded,
+            back,
+            bytes: 0,
+            limit,
+            dropped: 0,
+        }
     }
 
-    /// From now on the packets of these connections are kept.
-    pub(super) fn hold(&mut self, flows: &[Flow]) {
+    /// From now on the packets of these connections are kept; those that are translated are named with both.
+    pub(super) fn hold(&mut self, flows: &[Flow], translated: &[(Flow, Flow)]) {
+        for (flow, wire) in translated {
+            self.wires.insert(flow.on_the_wire(), *wire);
+            self.sockets.insert(*wire, flow.on_the_wire());
+        }
         for flow in flows {
             let fate = Fate::Held { queue: VecDeque::new(), acks: 0 };
             self.flows.insert(flow.on_the_wire(), fate);
@@ -84,6 +114,10 @@ impl Packets {
         for flow in flows {
             self.dropped += self.take(flow).len() as u64;
             self.flows.remove(&flow.on_the_wire());
+            // Late packets go where their own addresses say.
+            if let Some(wire) = self.wires.remove(&flow.on_the_wire()) {
+                self.sockets.remove(&wire);
+            }
         }
     }
 
@@ -113,7 +147,8 @@ impl Packets {
         if parsed.checksum(bytes) == Checksum::Wrong {
             return;
         }
-        let flow = Flow { local: parsed.destination, remote: parsed.source };
+        let wire = Flow { local: parsed.destination, remote: parsed.source };
+        let flow = self.sockets.get(&wire).copied().unwrap_or(wire);
         match self.flows.get_mut(&flow) {
             Some(Fate::Held { queue, acks, .. }) => {
                 let packet_cost = bytes.len() + OVERHEAD;
@@ -161,8 +196,11 @@ impl Packets {
             // It was on its way through the rule while its connection was unlocked. What a firewall keeps it
             // from, the peer sends again.
             None => {
-                let mut replay = Replay::new(scoped(flow, interface));
-                let _ = self.replay(&mut replay, [Run::new(bytes, parsed)], None);
+                let flow = scoped(flow, interface);
+                if self.is_here(&flow) {
+                    let mut replay = Replay::new(flow, flow);
+                    let _ = self.replay(&mut replay, [Run::new(bytes, parsed)], None);
+                }
             }
         }
     }
@@ -178,6 +216,11 @@ impl Packets {
         runs
     }
 
+    /// A replay for this connection.
+    pub(super) fn replay_of(&self, flow: Flow) -> Replay {
+        Replay::new(flow, self.wires.get(&flow.on_the_wire()).copied().unwrap_or(flow))
+    }
+
     /// Hands packets to their connection, see [`Replay::packets`].
     pub(super) fn replay(
         &mut self,
@@ -185,17 +228,24 @@ impl Packets {
         runs: impl IntoIterator<Item = Run>,
         socket: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
-        self.way(&replay.flow()).and_then(|way| replay.packets(&way, runs, socket))
+        self.way(&replay.wire()).and_then(|way| replay.packets(&way, runs, socket))
     }
 
     /// Makes the connection answer, see [`Replay::finish`].
     pub(super) fn finish(&mut self, replay: &mut Replay) -> Result<usize> {
-        self.way(&replay.flow()).and_then(|way| replay.finish(&way))
+        self.way(&replay.wire()).and_then(|way| replay.finish(&way))
+    }
+
+    /// Whether a connection has a socket: packets for one that has none would draw a reset. What cannot be found out counts
+    /// as none.
+    pub(super) fn is_here(&mut self, flow: &Flow) -> bool {
+        let find = |back: &mut Back| back.diag.find(flow.local, flow.remote, |_| ());
+        self.back.as_mut().is_some_and(|back| matches!(find(back), Ok(Some(()))))
     }
 
     fn way(&mut self, flow: &Flow) -> Result<Inward<'_>> {
-        let ways = self.ways.as_mut().ok_or_else(|| Error::invalid("no way back for held packets"))?;
-        ways.inward(flow.remote, flow.local, 0)
+        let back = self.back.as_mut().ok_or_else(|| Error::invalid("no way back for held packets"))?;
+        back.ways.inward(flow.remote, flow.local, 0)
     }
 }
 
@@ -259,7 +309,7 @@ pub(super) mod tests {
 
     fn packets(limit: usize) -> Packets {
         let mut packets = Packets::new(None, limit);
-        packets.hold(&[flow()]);
+        packets.hold(&[flow()], &[]);
         packets
     }
 

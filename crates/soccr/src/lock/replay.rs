@@ -22,6 +22,8 @@ pub(super) const LONGEST: usize = 65_000;
 #[derive(Debug)]
 pub(super) struct Replay {
     flow: Flow,
+    /// The same as the packets of the peer must show it to reach it (NAT).
+    wire: Flow,
     count: usize,
     /// The end of what reaches furthest into the sequence space, and the sequence number behind it.
     furthest: Option<(Run, u32)>,
@@ -32,12 +34,12 @@ pub(super) struct Replay {
 }
 
 impl Replay {
-    pub(super) fn new(flow: Flow) -> Self {
-        Self { flow, count: 0, furthest: None, to_be_resumed: false, spent: Vec::new() }
+    pub(super) fn new(flow: Flow, wire: Flow) -> Self {
+        Self { flow, wire, count: 0, furthest: None, to_be_resumed: false, spent: Vec::new() }
     }
 
-    pub(super) fn flow(&self) -> Flow {
-        self.flow
+    pub(super) fn wire(&self) -> Flow {
+        self.wire
     }
 
     /// Hands over undamaged packets: every one is tried, and the first error returned. `socket` is the connection, where
@@ -48,7 +50,7 @@ impl Replay {
         runs: impl IntoIterator<Item = Run>,
         socket: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
-        let ends = self.flow.on_the_wire();
+        let ends = self.wire.on_the_wire();
         let readdress = |mut run: Run| {
             run.readdress(ends.remote, ends.local);
             run

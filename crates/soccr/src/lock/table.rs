@@ -1,6 +1,6 @@
 //! The table of a [`Locker`](super::Locker): gone when its socket is closed.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 
 use soccr_netlink::{Batch, Socket};
@@ -20,6 +20,8 @@ pub(super) struct Table {
     /// one connection means that all of them were unlocked.
     chunk: usize,
     locked: HashSet<Flow>,
+    /// Those whose packets arrive with other addresses than their sockets have (NAT), and these: both are locked.
+    wires: HashMap<Flow, Flow>,
     /// How many of them are IPv6, IPv4.
     counts: [u32; 2],
 }
@@ -51,9 +53,9 @@ impl Table {
                 |error| if error.raw_os_error() == Some(libc::EPERM) { Err(error) } else { create(false) },
             )
             .map_err(|error| Error::system("nft add table", error).advise(NEEDS))?;
-        // Moving a connection from set to set adds one element and deletes one.
-        let chunk = (most_elements(&socket)? / 2).max(1);
-        Ok(Self { socket, name, batch, chunk, locked: HashSet::new(), counts: [0; 2] })
+        // Moving a connection from set to set adds one element and deletes one, or two of each where it is translated.
+        let chunk = (most_elements(&socket)? / 4).max(1);
+        Ok(Self { socket, name, batch, chunk, locked: HashSet::new(), wires: HashMap::new(), counts: [0; 2] })
     }
 
     pub(super) fn socket(&mut self) -> &mut Socket {
@@ -80,9 +82,11 @@ impl Table {
 
     /// Locks connections that have been entered: in one transaction, where the kernel lets us send one that long.
     /// Where that fails they are neither locked nor entered.
-    pub(super) fn add(&mut self, flows: &[Flow]) -> Result<()> {
+    pub(super) fn add(&mut self, flows: &[Flow], translated: &[(Flow, Flow)]) -> Result<()> {
+        self.wires.extend(translated.iter().map(|(flow, wire)| (flow.on_the_wire(), *wire)));
         let added = flows.chunks(self.chunk).try_for_each(|flows| {
-            self.transact(|transaction| transaction.add(Set::Flows, flows, None))
+            let flows = self.with_wires(flows);
+            self.transact(|transaction| transaction.add(Set::Flows, &flows, None))
                 .map_err(|error| Error::system("nft add element", error))
         });
         if added.is_err() {
@@ -99,14 +103,15 @@ impl Table {
     pub(super) fn unlock(&mut self, how: Unlock, flows: &[Flow]) -> Result<()> {
         let mut outcome = Ok(());
         for flows in flows.chunks(self.chunk) {
+            let both = self.with_wires(flows);
             let mut unlock = |how| {
                 self.transact(|transaction| match how {
-                    Unlock::Both => transaction.delete(Set::Flows, flows),
+                    Unlock::Both => transaction.delete(Set::Flows, &both),
                     Unlock::Receive => {
-                        transaction.add(Set::Silent, flows, None);
-                        transaction.delete(Set::Flows, flows);
+                        transaction.add(Set::Silent, &both, None);
+                        transaction.delete(Set::Flows, &both);
                     }
-                    Unlock::Send => transaction.delete(Set::Silent, flows),
+                    Unlock::Send => transaction.delete(Set::Silent, &both),
                 })
             };
             // What is left locked stays silent: that is worth a second attempt.
@@ -127,8 +132,15 @@ impl Table {
         outcome
     }
 
+    /// Connections as their sockets know them, and as packets show them before they are translated.
+    fn with_wires(&self, flows: &[Flow]) -> Vec<Flow> {
+        let wires = flows.iter().filter_map(|flow| self.wires.get(&flow.on_the_wire()));
+        flows.iter().chain(wires).copied().collect()
+    }
+
     fn forget(&mut self, flows: &[Flow]) {
         for flow in flows {
+            self.wires.remove(&flow.on_the_wire());
             let removed = self.locked.remove(&flow.on_the_wire());
             self.counts[usize::from(flow.is_ipv4())] -= u32::from(removed);
         }

@@ -23,13 +23,13 @@ const HEADER: usize = 8;
 const IFA_F_DADFAILED: u8 = 0x08;
 const IFA_F_TENTATIVE: u8 = 0x40;
 
-/// Binds an address of another host, too, where its packets are delivered here. Returns whether it is such a one.
-pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<bool> {
+/// Binds an address of another host, too, where its packets are delivered here.
+pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
     match bind_own(fd, address) {
         Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) && steer::admit(fd, address)? => {
-            rustix::net::bind(fd, &address).map(|()| true).map_err(|error| Error::system("bind", error))
+            rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error))
         }
-        bound => bound.map(|()| false),
+        bound => bound,
     }
 }
 

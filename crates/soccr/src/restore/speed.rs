@@ -55,7 +55,7 @@ impl Restore<'_> {
     pub(super) fn seed(&mut self, injectors: &mut Injectors, flow: Flow) -> Result<bool> {
         let Some(seed) = self.speed.seed.take() else { return Ok(true) };
         self.open_window_at(self.control.copied_seq())?;
-        let Err(error) = seed.sow(injectors, self.fd, flow, &self.control) else { return Ok(true) };
+        let Err(error) = seed.sow(injectors, self.fd, self.wire()?, &self.control) else { return Ok(true) };
         self.speed.untimed = Some(error.to_string());
         // Its send queue holds a byte that nobody wrote. In repair mode nothing of this is sent.
         connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
@@ -63,8 +63,7 @@ impl Restore<'_> {
         if derived::check_local(self.fd, flow.local).is_err() {
             bind(self.fd, flow.local)?;
         }
-        // A firewall that has to know of it does so by now.
-        connect(self.fd, flow, false)?;
+        connect(self.fd, flow.remote)?;
         self.set_options(flow)?;
         Ok(false)
     }

@@ -7,12 +7,13 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::{Restore, bind, bind_anew, connect};
 use crate::congestion;
-use crate::connection::{Connection, State};
+use crate::connection::{Connection, Owner, State};
 use crate::error::{Error, Result};
 use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::settings::{self, Skipped, Stage, Value};
 use crate::steer;
+use crate::sys::owner::as_owner;
 use crate::sys::raw::Injectors;
 
 impl Connection {
@@ -24,6 +25,10 @@ impl Connection {
     ///
     /// Everything is [validated](Self::validate) before the first system call; `self` is not changed, and can be
     /// restored again.
+    ///
+    /// The socket belongs to its [`owner`](Self::owner), where this process may give it away. Its control group and its security
+    /// label are those of this process, its `SO_COOKIE` is a new one, and nobody gets its signals (`F_SETOWN`): none of that
+    /// can be set.
     ///
     /// What the connection had learned about its path comes back as well, as far as this kernel and this user can do
     /// that, and [`Restored::report`] tells how far. Without a [`path`](Self::path), without ECN and without
@@ -50,8 +55,8 @@ impl Connection {
             // The first time it takes long, and from here on the timers of a socket run.
             congestion::prepare();
         }
-        let socket = open(self.local)?;
         let mut skipped = Vec::new();
+        let socket = self.open(&mut skipped)?;
         let report = if self.control.state == State::SynSent {
             self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
             bind_anew(socket.as_fd(), self.local, self.control.write_seq)?;
@@ -96,11 +101,12 @@ impl Connection {
         }
         self.apply(fd, Stage::BeforeBind, skipped);
         // Such a socket can be bound to any address, and says nothing of one that is another host's.
-        let bound_anyhow = steer::admit_bound_anyhow(fd, self.local, &self.settings)?;
-        let foreign = bind(fd, self.local)? || bound_anyhow;
+        steer::admit_bound_anyhow(fd, self.local, &self.settings)?;
+        bind(fd, self.local)?;
         self.apply(fd, Stage::BeforeConnect, skipped);
-        connect(fd, self.flow(), foreign)?;
+        connect(fd, self.remote)?;
         steps.set_options(self.flow())?;
+        steps.admit(injectors, self.tracked)?;
         let before = skipped.len();
         self.apply(fd, Stage::InRepair, skipped);
         if !steps.seed(injectors, self.flow())? {
@@ -108,6 +114,17 @@ impl Connection {
             self.apply(fd, Stage::InRepair, skipped);
         }
         Ok(steps)
+    }
+
+    /// A fresh socket that belongs to whom it did, where that is allowed.
+    fn open(&self, skipped: &mut Vec<Skipped>) -> Result<OwnedFd> {
+        use rustix::process::{getegid, geteuid};
+        let ours = Owner { user: geteuid().as_raw(), group: getegid().as_raw() };
+        let Some(owner) = self.owner.filter(|owner| *owner != ours) else { return open(self.local) };
+        as_owner(owner.user, owner.group, || open(self.local)).unwrap_or_else(|error| {
+            skipped.push(Skipped::new("owner", error));
+            open(self.local)
+        })
     }
 
     /// There is something to control: it may send again, and what it knew about that was saved.

@@ -261,3 +261,19 @@ fn names_are_unique() {
     }
     assert!(TABLE.len() < 256, "a place fits into a byte");
 }
+
+#[test]
+fn the_mark_that_passes_every_lock_is_not_taken() {
+    if !privileged() {
+        eprintln!("skipped: SO_MARK needs CAP_NET_ADMIN");
+        return;
+    }
+    let local = "127.0.0.1:1".parse().unwrap();
+    let socket = new_socket(local);
+    let mut settings = Settings::default();
+    settings.set("SO_MARK", Value::Number(0xc114));
+    let skipped = apply_all(&settings, &socket, local);
+    assert!(skipped[0].name == "SO_MARK" && skipped[0].reason().contains("lock"), "{skipped:?}");
+    let mark: i32 = sockopt::get(socket.as_fd(), libc::SOL_SOCKET, libc::SO_MARK).unwrap();
+    assert_eq!(mark, 0);
+}

@@ -266,12 +266,16 @@ fn is_foreign_to(route: &mut Rtnetlink, address: IpAddr) -> Result<bool> {
     }
 }
 
-/// Lets a socket have an address of another host, where packets for that are delivered here. Returns whether they are.
-pub(crate) fn admit(socket: BorrowedFd<'_>, local: SocketAddr) -> Result<bool> {
+/// Whether packets for an address of another host are delivered in the network namespace of a socket, by us.
+fn is_delivered(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
     let route = namespace::open_beside(socket, Rtnetlink::here);
     let list = system("routing socket", route).and_then(|mut route| list(&mut route))?;
-    let address = local.ip().to_canonical();
-    if !list.iter().any(|foreign| foreign.address == address) {
+    Ok(list.iter().any(|foreign| foreign.address == address.to_canonical()))
+}
+
+/// Lets a socket have an address of another host, where packets for that are delivered here. Returns whether they are.
+pub(crate) fn admit(socket: BorrowedFd<'_>, local: SocketAddr) -> Result<bool> {
+    if !is_delivered(socket, local.ip())? {
         return Ok(false);
     }
     let (level, option, name) = if local.is_ipv4() {
@@ -293,11 +297,11 @@ pub(crate) fn admit_bound_anyhow(
     if bound_anyhow && is_foreign_beside(socket, local.ip())? { admit(socket, local) } else { Ok(false) }
 }
 
-/// Forgets that a saved socket was transparent where it had to be, because its address is another host's. That tells nothing
-/// of what its application wants, and where the address is at home it must not be.
+/// Forgets that a saved socket was transparent where it had to be, because packets for another host's address are delivered here. That
+/// tells nothing of what its application wants, and where the address is at home it must not be. A transparent proxy stays one.
 pub(crate) fn forget_transparency(socket: BorrowedFd<'_>, local: SocketAddr, settings: &mut Settings) {
     let is_transparent = TRANSPARENT.iter().any(|name| settings.get(name) == Some(&Value::Number(1)));
-    if is_transparent && is_foreign_beside(socket, local.ip()).unwrap_or(false) {
+    if is_transparent && is_delivered(socket, local.ip()).unwrap_or(false) {
         TRANSPARENT.iter().for_each(|name| settings.forget(name));
     }
 }

@@ -5,6 +5,7 @@ pub(crate) mod bpf;
 pub(crate) mod descriptor;
 pub(crate) mod filter;
 pub(crate) mod namespace;
+pub(crate) mod owner;
 pub(crate) mod raw;
 pub(crate) mod route;
 pub(crate) mod sockopt;

@@ -13,6 +13,7 @@ use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{
     AddressFamily, Protocol, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
 };
+use soccr_netlink::{Family, Socket};
 
 use crate::error::{Error, Result};
 use crate::sys::route::Routes;
@@ -157,6 +158,7 @@ pub(crate) fn bound_interface(socket: BorrowedFd<'_>) -> u32 {
 pub(crate) struct Injectors {
     last: [Option<(u64, Injector)>; 3],
     routes: Option<(u64, Routes)>,
+    netfilter: Option<(u64, Socket)>,
 }
 
 impl Injectors {
@@ -171,6 +173,14 @@ impl Injectors {
             .bind_to(bound_interface(socket))
             .map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
         Ok(injector)
+    }
+
+    /// Netfilter in the namespace of `socket`: connection tracking.
+    ///
+    /// # Errors
+    /// Those of opening a netlink socket there.
+    pub(crate) fn netfilter(&mut self, socket: BorrowedFd<'_>) -> Result<&mut Socket> {
+        beside(&mut self.netfilter, socket, || Socket::open(Family::Netfilter))
     }
 
     /// The way into `socket`, for packets that play its peer's.

@@ -1,5 +1,6 @@
 //! Every system call of a save and of a restore fails once: what the caller is told, and what is left behind.
 
+use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::mpsc;
@@ -7,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::net::sockopt::{set_socket_oobinline, set_socket_send_buffer_size};
+use soccr::bulk;
 use soccr::connection::Connection;
+use soccr::lock::{Locker, Mode};
 use soccr::{Error, ErrorKind, Paused, pause};
 use soccr_lab::{Family, Flags, Sniffer, State, wait_until};
 
@@ -77,6 +80,35 @@ impl Faults {
     pub fn disarm(&self) -> Option<Call> {
         std::mem::take(&mut *self.0.lock().unwrap()).failed
     }
+}
+
+/// Runs `body` on a thread that can start no other one.
+fn without_threads(body: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        scope.spawn(move || {
+            sender.send(Supervisor::of_this_thread(&[libc::SYS_clone, libc::SYS_clone3])).unwrap();
+            body();
+        });
+        let supervisor = receiver.recv().unwrap().expect("seccomp");
+        while supervisor.decide(|_| Some(libc::EAGAIN)).unwrap().is_some() {}
+    });
+}
+
+pub fn without_threads_it_takes_longer() {
+    let ends = Ends::new(Family::V4);
+    let connection = ends.take();
+    without_threads(move || {
+        let mut count = 0;
+        ends.pair.a.run(|| bulk::restore((0..50).map(|key| (key, connection.clone())), |_, _| count += 1));
+        assert_eq!(count, 50);
+
+        let locker = ends.pair.a.run(|| Locker::new(Mode::HOLD)).unwrap();
+        let lock = locker.lock(&[connection.flow()]).unwrap();
+        ends.connect_hosts();
+        (&ends.peer).write_all(b"held").unwrap();
+        wait_until("it is held", || lock.take().unwrap()[0].packets.len() > 0);
+    });
 }
 
 /// Runs `body` on a thread whose calls can be made to fail.
