@@ -61,6 +61,9 @@ extern "C" {
 
 /* libsoccr_sk_data.opt_mask, behind the bits of the kernel: the smoothed round-trip time in units of 8 us, or 0. */
 #define SOCCR_OPT_SRTT_SHIFT 9
+/* Instead of that: reset by the peer, which the application has not been told; and whether a FIN had come before. */
+#define SOCCR_OPT_RESET 0x100
+#define SOCCR_OPT_RESET_BEHIND_FIN 0x200
 
 /*
  * The memory belongs to the receiving side: with get calls to the caller, who calls free(); with set calls to the

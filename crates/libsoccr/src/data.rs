@@ -31,6 +31,10 @@ mod option {
     pub(super) const ECN_SEEN: u32 = 16;
     pub(super) const SYN_DATA: u32 = 32;
     pub(super) const MICROSECONDS: u32 = 64;
+    /// Reset by the peer, and the application has not been told; the state is then CLOSE.
+    pub(super) const RESET: u32 = 0x100;
+    /// Instead of a round-trip time: the peer's FIN had come before.
+    pub(super) const RESET_BEHIND_FIN: u32 = 0x200;
     /// The kernel's bits end at 8; whoever keeps the word keeps what is above. The round-trip time: in units of 8 µs, 0 is
     /// unknown.
     pub(super) const SRTT_SHIFT: u32 = 9;
@@ -131,13 +135,14 @@ impl Data {
         let scale = options.window_scale.unwrap_or(WindowScale { snd: 0, rcv: 0 });
         let window = control.window.unwrap_or_default();
         Self {
-            state: control.state as u32,
+            state: if control.reset { State::Close } else { control.state } as u32,
             inq_len: control.inq_len,
             inq_seq: control.rcv_nxt,
             outq_len: control.outq_len,
             outq_seq: control.write_seq,
             unsq_len: control.unsq_len,
-            opt_mask: sum(&bits) | srtt_bits(path.rtt),
+            opt_mask: sum(&bits)
+                | if control.reset { reset_bits(control.state) } else { srtt_bits(path.rtt) },
             mss_clamp: options.mss_clamp.into(),
             snd_wscale: scale.snd.into(),
             rcv_wscale: scale.rcv.into(),
@@ -169,7 +174,9 @@ impl Data {
         let has = |flag| self.flags & flag != 0;
         let time = |value: u32| Duration::from_micros(value.into());
         let srtt = time((self.opt_mask >> option::SRTT_SHIFT) * option::SRTT_UNIT);
-        let path = if has(flag::PATH) {
+        let path = if self.opt_mask & option::RESET != 0 {
+            None
+        } else if has(flag::PATH) {
             Some(Path {
                 rtt: time(self.srtt),
                 rttvar: time(self.rttvar),
@@ -195,7 +202,11 @@ impl Data {
     pub(crate) fn control_block(&self) -> Result<ControlBlock> {
         let has = |bit| self.opt_mask & bit != 0;
         let state = u8::try_from(self.state).ok().and_then(State::from_kernel);
-        let state = state.ok_or_else(|| out_of_range("state", self.state))?;
+        let mut state = state.ok_or_else(|| out_of_range("state", self.state))?;
+        let reset = has(option::RESET);
+        if reset {
+            state = if has(option::RESET_BEHIND_FIN) { State::CloseWait } else { State::Established };
+        }
         let control = ControlBlock {
             state,
             rcv_nxt: self.inq_seq,
@@ -205,6 +216,7 @@ impl Data {
             unsq_len: self.unsq_len,
             // Not all who keep the data keep its flags; a FIN is never sent before the bytes in front of it.
             fin_unsent: state.fin_queued() && (self.unsq_len > 0 || self.flags & flag::FIN_UNSENT != 0),
+            reset,
             options: Options {
                 // Images of old hosts have more in it than the 16 bits that the kernel takes.
                 mss_clamp: self.mss_clamp as u16,
@@ -243,6 +255,11 @@ fn sum(bits: &[(bool, u32)]) -> u32 {
 
 fn microseconds(time: Duration) -> u32 {
     time.as_micros().try_into().unwrap_or(u32::MAX)
+}
+
+/// In what state it was before.
+fn reset_bits(state: State) -> u32 {
+    option::RESET | if state.fin_received() { option::RESET_BEHIND_FIN } else { 0 }
 }
 
 /// The round-trip time in the bits of `opt_mask` that are free for it.

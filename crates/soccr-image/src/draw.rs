@@ -165,6 +165,7 @@ mod tests {
                 outq_len,
                 unsq_len,
                 fin_unsent: unsq_len > 0 && state.fin_queued(),
+                reset: false,
                 options: Options { mss_clamp: 1460, ..Options::default() },
                 window: Some(Window { snd_wl1: rcv_nxt, snd_wnd, max_window, rcv_wnd, rcv_wup }),
             },

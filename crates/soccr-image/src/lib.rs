@@ -25,6 +25,7 @@
 //!         outq_len: 0,
 //!         unsq_len: 0,
 //!         fin_unsent: false,
+//!         reset: false,
 //!         options: Options { mss_clamp: 1460, ..Options::default() },
 //!         window: None,
 //!     },

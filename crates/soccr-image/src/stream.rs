@@ -44,7 +44,7 @@
 //! An address is `family` (u8: 4 or 6), `port` (u16), 4 or 16 bytes; IPv6 appends flow information and scope (u32 each). A
 //! control block is `state` (u8, the kernel's number), `fin_unsent` (u8), then `rcv_nxt`, `inq_len`, `write_seq`,
 //! `outq_len`, `unsq_len` (u32 each). Options are `mss_clamp` (u16) and bits (u16): 1 SACK, 2 ECN, 4 ECN seen, 8 data in the SYN,
-//! 16 microsecond clock, 32 `O_NONBLOCK`. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
+//! 16 microsecond clock, 32 `O_NONBLOCK`, 64 reset by the peer, which the application has not been told. A window is `snd_wl1`, `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup` (u32 each). A path is `rtt`,
 //! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
 //! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 secret bytes),
 //! length of the name (u8), name, value. A place is the boot id of the host (16 bytes), device and inode of the network namespace (u64 each).

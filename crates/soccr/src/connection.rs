@@ -87,6 +87,9 @@ pub struct ControlBlock {
     pub unsq_len: u32,
     /// Our FIN is queued and has never been sent.
     pub fin_unsent: bool,
+    /// The peer has reset the connection, and the application has not been told: once it has read the queue it gets
+    /// `ECONNRESET`, or an end of the stream and `EPIPE` where the peer's FIN had come before. The `state` is the one before.
+    pub reset: bool,
     /// What the two ends agreed upon when they connected.
     pub options: Options,
     /// The windows; `None` where the kernel is older than `TCP_REPAIR_WINDOW` (Linux 4.8).
@@ -280,6 +283,10 @@ impl ControlBlock {
         if self.state.fin_queued() && self.unsq_len > 0 {
             check(self.fin_unsent, "bytes before our FIN are unsent, but the FIN is not")?;
         }
+        if self.reset {
+            check(matches!(self.state, State::Established | State::CloseWait), "a reset in another state")?;
+            check(self.outq_len == 0, "a reset and a send queue")?;
+        }
         if self.state == State::SynSent {
             return check(self.inq_len == 0 && self.outq_len == 0, "queues before the handshake");
         }
@@ -317,6 +324,7 @@ impl Connection {
                 outq_len: 0,
                 unsq_len: 0,
                 fin_unsent: false,
+                reset: false,
                 options: Options::default(),
                 window: None,
             },

@@ -4,7 +4,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use crate::connection::{ControlBlock, Flow};
+use crate::connection::{ControlBlock, Flow, State};
 use crate::error::{Error, Result};
 use crate::save;
 use crate::segment::{Segment, flags};
@@ -40,6 +40,18 @@ pub(crate) fn inject_ack(
     let before = save::state(fd)?;
     let segment = from_peer(flow, control, control.rcv_nxt, control.write_seq, flags::ACK, &[]);
     inject(injectors, fd, &segment, || Ok(save::state(fd)? != before))
+}
+
+/// The peer resets the connection.
+pub(crate) fn inject_reset(
+    injectors: &mut Injectors,
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    control: &ControlBlock,
+) -> Result<()> {
+    let flags = flags::RST | flags::ACK;
+    let segment = from_peer(flow, control, control.rcv_nxt, control.write_seq, flags, &[]);
+    inject(injectors, fd, &segment, || Ok(save::state(fd)? == State::Close))
 }
 
 /// An urgent byte of the peer arrives, at the end of what has been received.

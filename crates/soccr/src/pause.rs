@@ -115,7 +115,7 @@ impl<'fd> Paused<'fd> {
     /// Reads the whole connection. Nothing is consumed: [`resume`](Self::resume) goes on with the same connection.
     ///
     /// # Errors
-    /// - Refused: a socket that was never connected; one with a pending error or reset (`SO_ERROR`); one with a kTLS
+    /// - Refused: a socket that was never connected; one with a pending error that has not closed it; one with a kTLS
     ///   layer; a connection in CLOSE without [`with_peer`](Self::with_peer).
     /// - The queues kept changing while they were read: the traffic was not locked.
     /// - System: the option that failed.

@@ -20,9 +20,13 @@ const NO_PEEK_OFFSET: i32 = -1;
 /// The length of the receive queue and the urgent mark in it.
 ///
 /// `SIOCINQ` stops at an urgent mark, unless urgent data is read in line: so it is asked both ways.
-pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Urgent>)> {
+pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>, reset: bool) -> Result<(u32, Option<Urgent>)> {
     let first = tcp::unread(fd)?;
     if first == 0 && !tcp::at_mark(fd)? {
+        if reset {
+            // Whoever looks into an empty queue takes the error from the application.
+            return Ok((0, None));
+        }
         return is_empty(fd)?.then_some((0, None)).ok_or_else(changed);
     }
     let inline = get_inline(fd)?;
@@ -41,6 +45,16 @@ fn is_empty(fd: BorrowedFd<'_>) -> Result<bool> {
         Ok(_) => Ok(false),
         Err(error) => Err(Error::system("recv(MSG_PEEK)", error)),
     }
+}
+
+/// The peer's FIN lies behind the `inq_len` bytes in the queue of a socket that has no connection any more, whose state does
+/// not tell.
+pub(crate) fn has_ended(fd: BorrowedFd<'_>, inq_len: u32) -> Result<bool> {
+    if inq_len == 0 {
+        return tcp::is_at_end(fd);
+    }
+    tcp::select_queue(fd, Queue::Receive)?;
+    with_peek_offset(fd, NO_PEEK_OFFSET, || tcp::unread_with_fin(fd)).map(|length| length > inq_len)
 }
 
 /// `SIOCINQ` up to the mark and altogether, and whether the urgent byte can still be read out of band; `first` is
@@ -189,7 +203,7 @@ fn peek_across_mark(fd: BorrowedFd<'_>, room: &mut impl Room, length: u32) -> Re
 
 /// Runs `body` with another `SO_PEEK_OFF` than the application's, which is put back. TCP has had it since Linux 6.9, and over
 /// IPv6 since 6.12; before, no application can have set it.
-fn with_peek_offset(fd: BorrowedFd<'_>, offset: i32, body: impl FnOnce() -> Result<()>) -> Result<()> {
+fn with_peek_offset<T>(fd: BorrowedFd<'_>, offset: i32, body: impl FnOnce() -> Result<T>) -> Result<T> {
     let option = |value| tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF", value);
     let before = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF") {
         Err(error) if error.errno() == Some(libc::EOPNOTSUPP) && offset == NO_PEEK_OFFSET => offset,

@@ -281,7 +281,11 @@ impl<'fd> Restore<'fd> {
             derived::widen_receive_window(self.fd, &self.control.options, &window)?;
         }
         self.restore_buffers()?;
-        self.verify()
+        self.verify()?;
+        if self.control.reset {
+            fin::inject_reset(injectors, self.fd, self.flow()?, &self.control)?;
+        }
+        Ok(())
     }
 
     /// The order of the FINs decides the state: ours comes first where the peer's found it sent.

@@ -90,6 +90,10 @@ impl<Fd: AsFd> Restored<Fd> {
         if self.control.state == State::SynSent {
             return start_handshake(fd, self.flow.remote);
         }
+        if self.control.reset {
+            // There is nobody to tell.
+            return tcp::set_repair(fd, Repair::Off);
+        }
         let mut acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
         // Opened now, so that the ACK follows the probe at once. Without CAP_NET_RAW there is none.
         let _ = injectors.outward(fd, Via::routed(self.flow.remote.ip()));

@@ -65,7 +65,7 @@ impl Seed {
         control: &ControlBlock,
         fd: BorrowedFd<'_>,
     ) -> std::result::Result<Option<Self>, &'static str> {
-        if path.rtt.is_zero() || control.state.fin_acknowledged() {
+        if path.rtt.is_zero() || control.state.fin_acknowledged() || control.reset {
             return Ok(None);
         }
         if control.state.fin_queued() && !control.fin_unsent {

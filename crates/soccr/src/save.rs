@@ -110,11 +110,17 @@ fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Pa
     let write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let info = tcp::info(fd)?;
-    let state = kernel_state(&info)?;
-    check_savable(fd, state)?;
-    let (inq_len, urgent) = queue::receive_queue_extent(fd)?;
-    let unacknowledged = tcp::unacknowledged(fd)?;
-    let unsent = tcp::unsent(fd)?;
+    let mut state = kernel_state(&info)?;
+    let reset = check_savable(fd, state)?;
+    let (inq_len, urgent) = queue::receive_queue_extent(fd, reset)?;
+    let (mut unacknowledged, mut unsent) = (tcp::unacknowledged(fd)?, tcp::unsent(fd)?);
+    let mut write_seq = write_seq;
+    if reset {
+        // The kernel has emptied the send queue.
+        write_seq = write_seq.wrapping_sub(unacknowledged);
+        (unacknowledged, unsent) = (0, 0);
+        state = if queue::has_ended(fd, inq_len)? { State::CloseWait } else { State::Established };
+    }
     // A FIN that is queued counts one in the lengths that the kernel reports.
     let fin = u32::from(state.fin_queued() && unacknowledged > 0);
     let fin_unsent = fin.min(unsent);
@@ -128,6 +134,7 @@ fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Pa
         outq_len: unacknowledged - fin,
         unsq_len: unsent - fin_unsent,
         fin_unsent: fin_unsent != 0,
+        reset,
         options,
         window,
     };
@@ -140,6 +147,8 @@ pub(crate) struct Position {
     rcv_nxt: u32,
     unacknowledged: u32,
     unsent: u32,
+    /// What has been reset moves no more, and its lengths mean nothing.
+    reset: bool,
 }
 
 impl Position {
@@ -150,6 +159,7 @@ impl Position {
             rcv_nxt: control.rcv_nxt,
             unacknowledged: if handshake { 0 } else { control.write_seq.wrapping_sub(control.snd_una()) },
             unsent: control.unsq_len + u32::from(control.fin_unsent),
+            reset: control.reset,
         }
     }
 }
@@ -160,9 +170,10 @@ pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, before: Position) -> Result<bool>
         rcv_nxt: tcp::selected_seq(fd)?,
         unacknowledged: tcp::unacknowledged(fd)?,
         unsent: tcp::unsent(fd)?,
+        reset: false,
     };
     tcp::select_queue(fd, None)?;
-    Ok(now == before)
+    Ok(now == before || before.reset)
 }
 
 fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
@@ -210,14 +221,18 @@ fn path(info: &TcpInfo) -> Path {
     }
 }
 
-/// Refuses what cannot be carried without loss, whatever a dump would return.
-fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<()> {
+/// Refuses what cannot be carried without loss, whatever a dump would return. True where the connection is broken, and the
+/// application has not been told.
+fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<bool> {
     let refuse = |what, remedy| Err(Error::refused(what, remedy));
     let events = pending(fd)?;
-    if events.contains(PollFlags::ERR) {
+    // SO_ERROR would tell more, and take it from the application. Where nothing can be in the error queue, it is an error
+    // that has closed the connection: a reset most often; one for another reason comes back as a reset.
+    let reset = events.contains(PollFlags::ERR) && state == State::Close && !has_error_queue(fd)?;
+    if events.contains(PollFlags::ERR) && !reset {
         return refuse(
             "a socket with a pending error or an unread error queue",
-            "read SO_ERROR or MSG_ERRQUEUE first; a connection that the peer has reset is gone",
+            "read SO_ERROR or MSG_ERRQUEUE first",
         );
     }
     if state == State::Close && !events.contains(PollFlags::RDHUP) {
@@ -239,13 +254,19 @@ fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<()> {
     }
     // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place.
     match retry_on_intr(|| recv(fd, &mut [0; 0], RecvFlags::DONTWAIT)) {
-        Err(Errno::PERM) => Ok(()),
+        Err(Errno::PERM) => Ok(reset),
         Ok(_) | Err(Errno::AGAIN) => refuse(
             "a socket in a BPF map of sockets (sockmap)",
             "neither its program nor what waits there can be carried: delete it from the map first",
         ),
         Err(error) => Err(Error::system("recv", error)),
     }
+}
+
+/// The application has asked for notices that come in the error queue.
+fn has_error_queue(fd: BorrowedFd<'_>) -> Result<bool> {
+    let is_on = |name, text| Ok(tcp::get_int(fd, libc::SOL_SOCKET, name, text)? != 0);
+    Ok(is_on(libc::SO_ZEROCOPY, "SO_ZEROCOPY")? || is_on(libc::SO_TIMESTAMPING, "SO_TIMESTAMPING")?)
 }
 
 /// Errors and hang-ups that wait for the application; nothing is consumed, unlike with `SO_ERROR`.

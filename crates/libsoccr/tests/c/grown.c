@@ -3,6 +3,7 @@
 #include "kit.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <stdarg.h>
@@ -221,6 +222,41 @@ static void urgent_data_becomes_ordinary_in_68_bytes(void)
 	}
 }
 
+/* One pooled connection that was reset does not stop a dump; the application learns of it where it is restored. */
+static void a_reset_that_nobody_has_read_is_carried(void)
+{
+	for (int i = 0; i < 8; i++) {
+		struct pair pair = kit_connect(i & 1 ? IPV6 : IPV4);
+		struct linger reset = { 1, 0 };
+		struct libsoccr_sk_data data;
+		int behind_fin = i & 2;
+		char byte;
+
+		kit_send(pair.there, "unread", 6);
+		kit_wait_unread(pair.here, 6);
+		if (behind_fin) {
+			shutdown(pair.there, SHUT_WR);
+			kit_wait_state(pair.here, TCP_CLOSE_WAIT);
+		}
+		SAME(setsockopt(pair.there, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)), 0);
+		close(pair.there);
+		kit_wait_state(pair.here, TCP_CLOSE);
+		data = move(&pair, i & 4 ? FIRST_SIZE : sizeof(data));
+		SAME(data.state, TCP_CLOSE);
+		SAME(data.opt_mask >> 8, behind_fin ? 3 : 1);
+		kit_expect(pair.here, "unread", 6);
+		if (behind_fin) {
+			kit_expect_end(pair.here);
+		} else {
+			SAME(recv(pair.here, &byte, 1, 0), -1);
+			SAME(errno, ECONNRESET);
+		}
+		SAME(send(pair.here, &byte, 1, MSG_NOSIGNAL), -1);
+		SAME(errno, EPIPE);
+		close(pair.here);
+	}
+}
+
 static void every_age_of_the_structure_is_served(void)
 {
 	static const struct {
@@ -248,6 +284,7 @@ static const struct test tests[] = {
 	TEST(the_buffers_come_back),
 	TEST(urgent_data_stays_urgent),
 	TEST(urgent_data_becomes_ordinary_in_68_bytes),
+	TEST(a_reset_that_nobody_has_read_is_carried),
 	TEST(every_age_of_the_structure_is_served),
 };
 

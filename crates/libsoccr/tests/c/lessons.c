@@ -181,26 +181,6 @@ static void a_full_receive_queue_goes_on(void)
 	kit_talk(&pair);
 }
 
-static void a_dead_connection_is_not_saved(void)
-{
-	struct linger reset = { 1, 0 };
-	struct pair pair = kit_connect(IPV4);
-	struct libsoccr_sk_data data;
-	struct libsoccr_sk *sk;
-	char byte;
-
-	setsockopt(pair.there, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
-	close(pair.there);
-	kit_wait_state(pair.here, TCP_CLOSE);
-	sk = libsoccr_pause(pair.here);
-	SAME(libsoccr_save(sk, &data, sizeof(data)), -1);
-	kit_error_has(sk, "reset");
-	libsoccr_resume(sk);
-	/* The application still learns of it. */
-	SAME(recv(pair.here, &byte, 1, 0), -1);
-	SAME(errno, ECONNRESET);
-}
-
 static void a_socket_without_a_connection_is_not_saved(void)
 {
 	union libsoccr_addr address = kit_address("127.0.0.1", 0);
@@ -471,7 +451,6 @@ static const struct test tests[] = {
 	TEST(what_was_not_sent_is_sent_once),
 	TEST(a_fin_behind_unsent_bytes_waits_for_them),
 	TEST(a_full_receive_queue_goes_on),
-	TEST(a_dead_connection_is_not_saved),
 	TEST(a_socket_without_a_connection_is_not_saved),
 	TEST(one_image_can_be_restored_again),
 	TEST(a_fin_that_does_not_arrive_is_a_failure),

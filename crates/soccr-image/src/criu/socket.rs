@@ -272,11 +272,16 @@ impl Socket {
                 settings.set(name, Value::Number(value.into()));
             }
         }
+        let state = match (stream.reset, stream.reset_behind_fin) {
+            (false, _) => self.state,
+            (true, false) => State::Established,
+            (true, true) => State::CloseWait,
+        };
         let connection = Connection {
             local: self.local,
             remote: self.remote,
             control: ControlBlock {
-                state: self.state,
+                state,
                 rcv_nxt: stream.inq_seq,
                 inq_len: stream.receive_queue.len() as u32,
                 write_seq: stream.outq_seq,
@@ -284,6 +289,7 @@ impl Socket {
                 unsq_len: stream.unsq_len,
                 // CRIU doesn't say; but behind unsent bytes it can't have been sent.
                 fin_unsent: self.state.fin_queued() && stream.unsq_len > 0,
+                reset: stream.reset,
                 options: stream.options,
                 window: stream.window,
             },

@@ -17,7 +17,10 @@ mod bit {
     pub(super) const ECN_SEEN: u32 = 16;
     pub(super) const SYN_DATA: u32 = 32;
     pub(super) const MICROSECONDS: u32 = 64;
-    /// Our C library keeps the round-trip time in the bits that the kernel does not use: in units of 8 µs, 0 is unknown.
+    /// Our C library keeps in the bits that the kernel does not use whether the connection was reset, behind a FIN or not;
+    /// else the round-trip time: in units of 8 µs, 0 is unknown.
+    pub(super) const RESET: u32 = 0x100;
+    pub(super) const RESET_BEHIND_FIN: u32 = 0x200;
     pub(super) const SRTT_SHIFT: u32 = 9;
     pub(super) const SRTT_UNIT: u32 = 8;
 }
@@ -35,6 +38,10 @@ pub struct Stream {
     pub options: Options,
     /// The smoothed round-trip time, where our C library was part of CRIU; else zero.
     pub rtt: Duration,
+    /// The peer has reset the connection, and the application has not been told. Known only from our C library.
+    pub reset: bool,
+    /// The peer's FIN had come before.
+    pub reset_behind_fin: bool,
     /// The windows, where CRIU has saved them.
     pub window: Option<Window>,
     /// `TCP_CORK`, where the image is of an old CRIU that kept it here.
@@ -77,6 +84,8 @@ impl Stream {
             u8::try_from(numbers[at].unwrap_or(0)).map_err(|_| Error::damaged("a window scale is over 14"))
         };
         let has = |bit: u32| mask & bit != 0;
+        let reset = has(bit::RESET);
+        let srtt = (mask >> bit::SRTT_SHIFT) * bit::SRTT_UNIT;
         let window_scale = WindowScale { snd: small(6)?, rcv: small(8)? };
         let window = match (numbers[13], numbers[14], numbers[15], numbers[16], numbers[17]) {
             (Some(snd_wl1), Some(snd_wnd), Some(max_window), Some(rcv_wnd), Some(rcv_wup)) => {
@@ -99,7 +108,9 @@ impl Stream {
                 ecn_seen: has(bit::ECN_SEEN),
                 syn_data: has(bit::SYN_DATA),
             },
-            rtt: Duration::from_micros(u64::from((mask >> bit::SRTT_SHIFT) * bit::SRTT_UNIT)),
+            rtt: if reset { Duration::ZERO } else { Duration::from_micros(srtt.into()) },
+            reset,
+            reset_behind_fin: reset && has(bit::RESET_BEHIND_FIN),
             window,
             cork: numbers[10].map(|cork| cork != 0),
             nodelay: numbers[11].map(|nodelay| nodelay != 0),

@@ -22,7 +22,8 @@ mod bit {
     pub(super) const SYN_DATA: u16 = 8;
     pub(super) const MICROSECONDS: u16 = 16;
     pub(super) const NONBLOCKING: u16 = 32;
-    pub(super) const ALL: u16 = 63;
+    pub(super) const RESET: u16 = 64;
+    pub(super) const ALL: u16 = 127;
 }
 
 /// More settings than a socket can have: each is compared with all others.
@@ -83,6 +84,7 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
         (syn_data, bit::SYN_DATA),
         (microseconds, bit::MICROSECONDS),
         (nonblocking, bit::NONBLOCKING),
+        (&control.reset, bit::RESET),
     ];
     let bits = bits.into_iter().map(|(set, bit)| u16::from(*set) * bit).sum::<u16>();
     field::put(out, tag::OPTIONS, |out| {
@@ -207,6 +209,7 @@ pub(super) struct Fields {
     nonblocking: bool,
     tracked: Option<Tracked>,
     owner: Option<Owner>,
+    reset: bool,
 }
 
 impl Fields {
@@ -251,8 +254,8 @@ impl Fields {
             tag::REMOTE => self.remote = Some(address(v)?),
             tag::CONTROL => self.control = Some(control(v)?),
             tag::OPTIONS => {
-                let (options, nonblocking) = options(v)?;
-                (self.options, self.nonblocking) = (Some(options), nonblocking);
+                let (options, nonblocking, reset) = options(v)?;
+                (self.options, self.nonblocking, self.reset) = (Some(options), nonblocking, reset);
             }
             tag::WINDOW_SCALE => self.window_scale = Some(WindowScale { snd: v.u8()?, rcv: v.u8()? }),
             tag::TIMESTAMPS => self.timestamps = Some(v.u32()?),
@@ -324,6 +327,7 @@ impl Fields {
                     ..self.options.ok_or_else(missing("the options field"))?
                 },
                 window: self.window,
+                reset: self.reset,
                 ..self.control.ok_or_else(missing("the control block"))?
             },
             receive_queue,
@@ -382,6 +386,7 @@ fn control(value: &mut Value<'_>) -> Result<ControlBlock> {
     Ok(ControlBlock {
         state: State::from_kernel(state).ok_or_else(|| Error::damaged(format!("state {state}")))?,
         fin_unsent: value.flag()?,
+        reset: false,
         rcv_nxt: value.u32()?,
         inq_len: value.u32()?,
         write_seq: value.u32()?,
@@ -392,8 +397,8 @@ fn control(value: &mut Value<'_>) -> Result<ControlBlock> {
     })
 }
 
-/// The options, and `O_NONBLOCK`.
-fn options(value: &mut Value<'_>) -> Result<(Options, bool)> {
+/// The options, `O_NONBLOCK`, and whether the connection was reset.
+fn options(value: &mut Value<'_>) -> Result<(Options, bool, bool)> {
     let (mss_clamp, bits) = (value.u16()?, value.u16()?);
     if bits & !bit::ALL != 0 {
         return Err(Error::newer(format_args!("option bits {bits:#x}")));
@@ -407,5 +412,5 @@ fn options(value: &mut Value<'_>) -> Result<(Options, bool)> {
         microseconds: bits & bit::MICROSECONDS != 0,
         ..Options::default()
     };
-    Ok((options, bits & bit::NONBLOCKING != 0))
+    Ok((options, bits & bit::NONBLOCKING != 0, bits & bit::RESET != 0))
 }

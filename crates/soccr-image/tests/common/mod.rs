@@ -28,6 +28,7 @@ pub fn sample() -> Connection {
             outq_len: 11,
             unsq_len: 4,
             fin_unsent: true,
+            reset: false,
             options: Options {
                 mss_clamp: 1440,
                 window_scale: Some(WindowScale { snd: 7, rcv: 10 }),
@@ -198,6 +199,9 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                     fin_unsent: state.fin_queued()
                         && !state.fin_acknowledged()
                         && (fin_unsent || unsq_len > 0),
+                    reset: fin_unsent
+                        && outq_len == 0
+                        && matches!(state, State::Established | State::CloseWait),
                     options,
                     window: window.map(|(wl1, wnd, more, rcv)| Window {
                         snd_wl1: rcv_nxt.wrapping_sub(wl1 >> 2),

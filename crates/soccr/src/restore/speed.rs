@@ -70,7 +70,8 @@ impl Restore<'_> {
 
     /// There is something to control: it may send again, and what it knew about that was saved.
     pub(super) fn has_congestion(&self) -> bool {
-        (self.speed.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
+        let sends = !self.control.state.fin_acknowledged() && !self.control.reset;
+        sends && (self.speed.path.is_some() || self.control.options.ecn)
     }
 
     /// In the end: brings back congestion window, threshold and ECN, and reports how fast the connection will be.

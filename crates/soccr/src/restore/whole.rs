@@ -129,7 +129,8 @@ impl Connection {
 
     /// There is something to control: it may send again, and what it knew about that was saved.
     fn has_congestion(&self) -> bool {
-        (self.path.is_some() || self.control.options.ecn) && !self.control.state.fin_acknowledged()
+        let sends = !self.control.state.fin_acknowledged() && !self.control.reset;
+        sends && (self.path.is_some() || self.control.options.ecn)
     }
 
     fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {

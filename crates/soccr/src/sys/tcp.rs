@@ -4,7 +4,7 @@
 //! `linux/tcp.h`; `tcp(7)`; kernel commits ee9952831cfd (TCP_REPAIR), b1ed4c4fa9a5 (TCP_REPAIR_WINDOW).
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::sockopt::{self, Plain};
 use crate::connection::Window;
@@ -237,6 +237,55 @@ pub(crate) fn rcv_wnd(fd: BorrowedFd<'_>) -> Result<Option<u32>> {
 /// Bytes that the application can read, up to an urgent mark.
 pub(crate) fn unread(fd: BorrowedFd<'_>) -> Result<u32> {
     named("SIOCINQ", sockopt::ioctl_int::<0x541B>(fd)).map(|bytes| bytes as u32)
+}
+
+/// Bytes that the application can read, and one more where the peer's FIN is behind them, as `TCP_INQ` tells with a read:
+/// the receive queue is selected, and not empty.
+pub(crate) fn unread_with_fin(fd: BorrowedFd<'_>) -> Result<u32> {
+    let option = |value| set_int(fd, SOL_TCP, libc::TCP_INQ, "TCP_INQ", value);
+    let before = get_int(fd, SOL_TCP, libc::TCP_INQ, "TCP_INQ")?;
+    option(1)?;
+    let hint = peek_inq(fd);
+    option(before)?;
+    named("recvmsg(TCP_INQ)", hint)
+}
+
+fn peek_inq(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let (mut byte, mut control) = ([0_u8], [0_u64; 8]);
+    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() };
+    // SAFETY: integers and pointers, all of which may be zero.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+    (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control) as _);
+    // SAFETY: the message points to a byte and to aligned memory for control messages, which outlive the call.
+    if unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has filled in the control messages, and how long they are.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: it is a header within those messages.
+        let (level, kind) = unsafe { ((*header).cmsg_level, (*header).cmsg_type) };
+        if (level, kind) == (SOL_TCP, libc::TCP_INQ) {
+            // SAFETY: this message holds an int.
+            return Ok(unsafe { libc::CMSG_DATA(header).cast::<u32>().read_unaligned() });
+        }
+        // SAFETY: as above.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// The application has nothing to read any more but the end of the stream. Nothing is consumed: `TCP_ZEROCOPY_RECEIVE`
+/// (Linux 4.18) fails in its own way then.
+pub(crate) fn is_at_end(fd: BorrowedFd<'_>) -> Result<bool> {
+    const TCP_ZEROCOPY_RECEIVE: i32 = 35;
+    match sockopt::get::<[u32; 4]>(fd, SOL_TCP, TCP_ZEROCOPY_RECEIVE) {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(false),
+        Err(error) => named("TCP_ZEROCOPY_RECEIVE", Err(error)),
+    }
 }
 
 /// The next byte that the application can read is an urgent one, consumed or not.

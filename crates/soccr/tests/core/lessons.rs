@@ -15,8 +15,11 @@ use soccr::connection::{Buffers, Connection, Urgent, Window};
 use soccr::{Error, ErrorKind, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
 
-use crate::ends::{Ends, PORT, assert_same, info, option, pattern, set_option, unconnected};
+use crate::ends::{
+    Ends, PORT, assert_same, assert_same_bytes, info, option, pattern, set_option, unconnected,
+};
 use crate::faults::supervised;
+use crate::states::through_bytes;
 use crate::sys;
 
 fn assert_refused<T: std::fmt::Debug>(
@@ -113,16 +116,47 @@ pub fn what_arrives_during_a_save_is_carried_whole_or_told() {
     assert_eq!(save(&ends.ours).unwrap().receive_queue, expected);
 }
 
-pub fn a_reset_connection_is_refused() {
-    let Ends { ours, peer, .. } = Ends::new(Family::V4);
+/// The application has not been told yet: it reads what has arrived, and then learns of it, as it would have here.
+pub fn an_unread_reset_is_carried() {
+    for family in [Family::V4, Family::V6] {
+        for length in [0, 10, 50_000] {
+            for behind_fin in [false, true] {
+                carry_reset(family, length, behind_fin);
+            }
+        }
+    }
+}
+
+fn carry_reset(family: Family, length: usize, behind_fin: bool) {
+    let mut ends = Ends::new(family);
+    ends.receive(length);
+    let Ends { pair, ours, peer, remote, to_us, .. } = ends;
+    if behind_fin {
+        peer.shutdown(Shutdown::Write).unwrap();
+        wait_until("the FIN has arrived", || info(&ours).state == State::CloseWait);
+    }
     set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
     drop(peer);
     wait_until("the reset has arrived", || info(&ours).state == State::Close);
-    for _ in 0..2 {
-        assert_refused(save(&ours), "save", "pending error", "SO_ERROR");
-    }
-    // The application still learns of it.
-    assert_eq!(socket_error(&ours), Ok(Err(rustix::io::Errno::CONNRESET)));
+    let save = || pause(&ours).unwrap().with_peer(remote).save().unwrap();
+    let connection = save();
+    assert_same(&connection, &save());
+    assert!(connection.control.reset);
+    assert_eq!(connection.control.state == soccr::connection::State::CloseWait, behind_fin);
+    assert_same_bytes(&connection.receive_queue, &to_us);
+    let connection = through_bytes(connection, true);
+    pause(&ours).unwrap().with_peer(remote).detach().unwrap();
+    let restored = pair.a.run(|| connection.restore()).unwrap();
+    let paused = Paused::take_over(restored.as_fd()).unwrap().with_peer(remote);
+    assert_eq!(paused.save().unwrap().control.reset, connection.control.reset);
+    paused.release();
+    let mut ours = restored.resume().unwrap();
+    let mut read = vec![0; length];
+    ours.read_exact(&mut read).unwrap();
+    assert_same_bytes(&read, &to_us);
+    let end = ours.read(&mut [0]).map_err(|error| error.kind());
+    assert_eq!(end, if behind_fin { Ok(0) } else { Err(IoErrorKind::ConnectionReset) });
+    assert_eq!(ours.write(&[0]).unwrap_err().kind(), IoErrorKind::BrokenPipe);
 }
 
 pub fn a_socket_that_was_never_connected_is_refused() {
