@@ -42,6 +42,8 @@ pub(crate) struct Item<F> {
     error: Option<Error>,
     /// It could not be put back.
     is_lost: bool,
+    /// What has become of it has been told.
+    is_told: bool,
 }
 
 impl<F> Item<F> {
@@ -58,6 +60,7 @@ impl<F> Item<F> {
             value: None,
             error: None,
             is_lost: false,
+            is_told: false,
         }
     }
 }
@@ -138,13 +141,23 @@ impl Departure {
 
     fn take_outcomes(&mut self) -> Vec<Ended<TcpStream>> {
         let (kind, why) = self.reason.take().unwrap_or((ErrorKind::Gone, "it was not sent".into()));
+        (1..=self.items.len() as Id).for_each(|id| self.tell(id));
         let items = std::mem::take(&mut self.items).into_iter().zip(1..);
         let ended = items.map(|(item, id)| Ended {
+            fate: fate(&self.machine, id, &item).unwrap_or(Fate::Unknown),
             socket: item.seat.socket,
-            fate: if item.is_lost { Fate::Unknown } else { self.machine.fate(id).unwrap_or(Fate::Unknown) },
             error: item.error.unwrap_or_else(|| Error::new(kind, why.clone())),
         });
         ended.collect()
+    }
+
+    /// Tells what has become of a connection, once.
+    fn tell(&mut self, id: Id) {
+        let item = &mut self.items[id as usize - 1];
+        if let (Some(fate), false) = (fate(&self.machine, id, item), item.is_told) {
+            item.is_told = true;
+            self.shared.tell(Told::Settled { name: &item.name, fate });
+        }
     }
 
     fn item(&mut self, id: Id) -> &mut Item<TcpStream> {
@@ -295,11 +308,11 @@ impl Departure {
         self.locks.clear();
         // Before, the answers were dropped. Twice does no harm.
         replay();
-        for (id, item) in (first..=last).zip(&mut self.items[first as usize - 1..last as usize]) {
-            if let Some(fate) = self.machine.fate(id) {
+        for id in first..=last {
+            if self.machine.fate(id).is_some() {
+                let item = self.item(id);
                 (item.value, item.held.packets) = (None, Vec::new());
-                let fate = if item.is_lost { Fate::Unknown } else { fate };
-                self.shared.tell(Told::Settled { name: &item.name, fate });
+                self.tell(id);
             }
         }
     }
@@ -427,6 +440,11 @@ impl Drop for Departure {
             }
         }
     }
+}
+
+/// What has become of a connection; `None` while that is open.
+fn fate<F>(machine: &Source, id: Id, item: &Item<F>) -> Option<Fate> {
+    if item.is_lost { Some(Fate::Unknown) } else { machine.fate(id) }
 }
 
 /// A connection that cannot be written.

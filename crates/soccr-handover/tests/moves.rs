@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use soccr_handover::channel::{Channel, Exchanged, Pair, Threads};
-use soccr_handover::{Arrived, ErrorKind, Limits, Mover, Outcome, Terms};
+use soccr_handover::protocol::Fate;
+use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
 use soccr_lab::{Flags, Lab, Namespace, Side, Sniffer};
 
 soccr_lab::tests![
@@ -422,10 +423,17 @@ fn a_commit_that_may_have_been_read_is_not_taken_back() {
     let (here, there) = UnixStream::pair().unwrap();
     let listening = listen(there, Terms::default());
     let mut here = Layer { channel: here, passed: 0, limit };
-    match Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
+    let (tell, told) = channel();
+    let mover = Mover::new().unwrap().on_event(move |event| {
+        if let Event::Settled { name, fate } = event {
+            tell.send((name.to_owned(), fate)).unwrap();
+        }
+    });
+    match mover.take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
         Outcome::Unknown(error) => assert_eq!(error.kind(), ErrorKind::Gone),
         other => panic!("{other:?}"),
     }
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [("x".to_owned(), Fate::Unknown)]);
     drop(here);
     let arrived = listening.join().unwrap().pop().unwrap();
     assert_alive(&arrived.into_stream().unwrap(), &peers[0]);
