@@ -96,13 +96,8 @@ impl Captive {
         }
     }
 
-    /// Reads the connection. It goes on; only a lock around this call keeps that off the wire.
-    pub(crate) fn save(&self) -> Result<Connection> {
-        let mut connection = Connection::empty();
-        self.save_into(&mut connection).map(|()| connection)
-    }
-
-    /// Like [`save`](Self::save), into memory that has been used before.
+    /// Reads the connection, into memory that may have been used before. It goes on; only a lock around this call keeps that
+    /// off the wire.
     pub(crate) fn save_into(&self, connection: &mut Connection) -> Result<()> {
         let mut save = || {
             let paused = self.paused()?;

@@ -1,6 +1,7 @@
 //! `soccr lock` and `soccr unlock`: connections kept silent on this host, beyond the life of the command.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -10,29 +11,34 @@ use soccr::lock::PersistentLock;
 
 use crate::exit::{self, Exit};
 use crate::list::duration;
-use crate::network;
 use crate::table::{Align, Table};
+use crate::{network, restore, silence};
 
 /// Keep connections silent on this host: their packets are dropped, in both directions
 ///
 /// The lock stays when the command has ended, until its time is over or `soccr unlock` removes it. It is a table of its own
 /// (nft list table inet soccr-persistent-NAME); the rules of others are not touched. `soccr restore` and `soccr receive` leave it
-/// alone, and only say that a connection is still locked by it.
+/// alone, and only say that a connection is still locked by it. A lock without a name ends when the connection is restored: so a
+/// host that starts again keeps silent about the connections of an image until `soccr restore` has brought them back.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   soccr lock --name move 192.0.2.1:443-198.51.100.7:41234
+  soccr lock --image /var/lib/soccr/all.soccr    before the network comes up
   soccr lock --list")]
 pub(crate) struct Lock {
     /// The name by which it is removed
-    #[arg(long, required_unless_present = "list")]
+    #[arg(long, required_unless_present_any = ["list", "image"])]
     name: Option<String>,
+    /// The connections of this image too
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
     /// After how many seconds the lock ends by itself
     #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
         value_parser = clap::value_parser!(u64).range(1..=86400))]
     seconds: u64,
     /// The locks that are there
-    #[arg(long, conflicts_with_all = ["name", "connections"])]
+    #[arg(long, conflicts_with_all = ["name", "connections", "image"])]
     list: bool,
     /// One JSON array, an object for each lock
     #[arg(long, requires = "list")]
@@ -41,7 +47,7 @@ pub(crate) struct Lock {
     #[arg(long, value_name = "PATH|PID")]
     netns: Option<String>,
     /// Both ends of a connection, ours first
-    #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow, required_unless_present = "list")]
+    #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow, required_unless_present_any = ["list", "image"])]
     connections: Vec<Flow>,
 }
 
@@ -78,9 +84,14 @@ pub(crate) fn parse_flow(text: &str) -> Result<Flow, String> {
 
 impl Lock {
     pub(crate) fn run(&self) -> Result<Exit> {
+        let mut flows = self.connections.clone();
+        if let Some(image) = &self.image {
+            flows.extend(restore::read(Some(image))?.iter().map(|(_, connection)| connection.flow()));
+        }
         network::enter(self.netns.as_deref())?;
-        if let (false, Some(name)) = (self.list, &self.name) {
-            PersistentLock::create(name, &self.connections, Some(Duration::from_secs(self.seconds)))?;
+        if !self.list {
+            let name = self.name.clone().unwrap_or_else(silence::name);
+            PersistentLock::create(&name, &flows, Some(Duration::from_secs(self.seconds)))?;
             return Ok(Exit::Done);
         }
         let mut locks = PersistentLock::list()?;

@@ -31,6 +31,7 @@ mod rescue;
 mod restore;
 mod resume;
 mod save;
+mod selection;
 mod send;
 mod signals;
 mod silence;

@@ -1,12 +1,12 @@
-//! `soccr restore`: a saved connection for a program.
+//! `soccr restore`: saved connections for a program.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use soccr::Connection;
+use anyhow::{Context, Result, bail};
 use soccr::lock::{Locker, Mode};
+use soccr::{Connection, Flow, Restored};
 use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Reader};
 
@@ -14,11 +14,11 @@ use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::signals::Deaf;
-use crate::{network, silence};
+use crate::{descriptors, network, silence};
 
-/// Give a saved connection to a program
+/// Give saved connections to a program
 ///
-/// The program runs in the network namespace of the connection. Nothing is sent before everything is in place; where it fails,
+/// The program runs in the network namespace of the connections. Nothing is sent before all of them are in place; where one fails,
 /// the image is as good as before.
 #[derive(clap::Args, Debug)]
 #[command(
@@ -56,27 +56,52 @@ impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
-        let mut connection = read(self.file.as_deref())?;
-        AddressMap::apply_to_connection(&self.map, &mut connection);
-        recipient.check(&connection)?;
-        soccr::prepare();
+        let mut saved = read(self.file.as_deref())?;
+        if saved.len() > recipient.capacity() {
+            bail!("{} connections: there is room for one", saved.len());
+        }
+        descriptors::raise_limit();
+        recipient.check_room(saved.len())?;
         let mut reports = self.demands.reports(Trust::All);
-        reports.distrust(&mut connection)?;
-        let lock = Locker::new(Mode::HOLD)?.lock(&[connection.flow()])?;
-        let restored = connection.restore()?;
+        for (_, connection) in &mut saved {
+            AddressMap::apply_to_connection(&self.map, connection);
+            recipient.check(connection)?;
+            reports.distrust(connection)?;
+        }
+        soccr::prepare();
+        let flows: Vec<Flow> = saved.iter().map(|(_, connection)| connection.flow()).collect();
+        let lock = Locker::new(Mode::HOLD)?.lock(&flows)?;
+        let restore = |(_, connection): &(_, Connection)| {
+            connection.restore().with_context(|| format!("{} {}", connection.local, connection.remote))
+        };
+        let restored: Vec<Restored> = saved.iter().map(restore).collect::<Result<_>>()?;
         // From here on the image is not all that there is.
         let deaf = Deaf::begin();
-        reports.add("", &restored)?;
+        saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
-        silence::lift(&[connection.flow()])?;
-        lock.release_into(&[&restored])?;
-        recipient.give(vec![restored.resume()?], deaf)
+        silence::lift(&flows)?;
+        lock.release_into(&restored.iter().collect::<Vec<_>>())?;
+        let mut streams = Vec::with_capacity(restored.len());
+        for (restored, flow) in restored.into_iter().zip(&flows) {
+            match restored.resume() {
+                Ok(stream) => streams.push(stream),
+                // The others live already.
+                Err(error) if flows.len() > 1 => {
+                    exit::complain(&format!("{} {}: {error}", flow.local, flow.remote));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        recipient.give(streams, deaf)
     }
 }
 
-/// What a `soccr save` to this file has left behind that was killed when it had taken the connection: its keeper removes the file
+/// The connections of an image, and their names.
+type Saved = Vec<(String, Connection)>;
+
+/// What a `soccr save` to this file has left behind that was killed when it had taken the connections: its keeper removes the file
 /// otherwise. The end of it may be missing.
-fn left_behind(path: &Path) -> Option<(PathBuf, Connection)> {
+fn left_behind(path: &Path) -> Option<(PathBuf, Saved)> {
     let prefix = format!(".{}.", path.file_name()?.to_str()?);
     let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let left = std::fs::read_dir(directory).ok()?.flatten().find(|entry| {
@@ -85,31 +110,44 @@ fn left_behind(path: &Path) -> Option<(PathBuf, Connection)> {
         // One that still runs has its reasons.
         pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
     })?;
-    let mut reader = Reader::new(BufReader::new(File::open(left.path()).ok()?)).ok()?;
-    match reader.receive() {
-        Ok(Some(Message::Connection { connection, .. })) => Some((left.path(), connection)),
-        _ => None,
-    }
+    let mut connections = Vec::new();
+    let _ = read_into(&mut connections, File::open(left.path()).ok()?);
+    (!connections.is_empty()).then(|| (left.path(), connections))
 }
 
 /// Reads an image from a file or, without a name, from standard input.
-pub(crate) fn read(path: Option<&Path>) -> Result<Connection> {
+pub(crate) fn read(path: Option<&Path>) -> Result<Saved> {
+    let mut connections = Vec::new();
     match path.filter(|path| *path != Path::new("-")) {
-        Some(path) => match soccr_image::load_file(path) {
-            Err(error) if !path.exists() => match left_behind(path) {
-                Some((left, connection)) => {
+        Some(path) => {
+            let at = || path.display().to_string();
+            match File::open(path) {
+                Err(error) if !path.exists() => {
+                    let Some((left, found)) = left_behind(path) else { return Err(error).with_context(at) };
                     let (left, path) = (left.display(), path.display());
                     exit::complain(&format!(
                         "{path}: a `soccr save` was killed before it was there; {left} is restored"
                     ));
-                    Ok(connection)
+                    return Ok(found);
                 }
-                None => Err(error.into()),
-            },
-            loaded => Ok(loaded?),
-        },
-        None => {
-            Ok(soccr_image::read(BufReader::new(File::from(rustix::stdio::stdin().try_clone_to_owned()?)))?)
+                file => read_into(&mut connections, file.with_context(at)?).with_context(at)?,
+            }
+        }
+        None => read_into(&mut connections, File::from(rustix::stdio::stdin().try_clone_to_owned()?))?,
+    }
+    if connections.is_empty() { bail!("there is no connection in it") } else { Ok(connections) }
+}
+
+/// Reads an image to its end.
+fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
+    let mut reader = Reader::new(BufReader::new(source))?;
+    while let Some(message) = reader.receive()? {
+        match message {
+            Message::Connection { name, connection, .. } => connections.push((name, connection)),
+            // Only a hand-over has somebody to give it to.
+            Message::State { critical: false, .. } => {}
+            _ => bail!("it is a hand-over, not an image: give it to `soccr receive`"),
         }
     }
+    Ok(())
 }

@@ -1,59 +1,59 @@
-//! `soccr save`: a connection out of a running process, into a file.
+//! `soccr save`: connections out of running processes, into a file.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::value_parser;
-use rustix::process::Pid;
-use soccr::Connection;
+use soccr::connection::{ControlBlock, Flow};
 use soccr::lock::{Locker, Mode};
+use soccr::{Connection, Lock};
 use soccr_image::AtomicFile;
 use soccr_image::stream::{Reader, Writer};
 
 use crate::captive::Captive;
 use crate::exit::{self, Exit};
 use crate::keeper::Keeper;
-use crate::network;
-use crate::process::{Process, Sharing, parse_pid};
+use crate::process::Sharing;
+use crate::selection::Selection;
 use crate::signals::Deaf;
 use crate::silence::Silence;
 use crate::via::{Deadline, Output, Reading};
+use crate::{descriptors, network};
 
-/// Save a connection of a running process in a file
+/// Save connections of running processes in a file
 ///
-/// The process is stopped for the instant. Unless --keep is given it loses the connection: silently on the wire,
-/// with an ordinary error (ECONNABORTED) for the process. This host stays silent about the connection afterwards, for the time
-/// of --silence, so that packets of the peer draw no reset; `soccr restore` on this host ends that.
+/// The processes are stopped for the instant. Unless --keep is given they lose the connections: silently on the wire,
+/// with an ordinary error (ECONNABORTED) for the process. This host stays silent about the connections afterwards, for the time
+/// of --silence, so that packets of the peers draw no reset; `soccr restore` on this host ends that.
+///
+/// A connection that cannot be saved is named, and stays. Where anything fails after that, all stay.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   soccr save --pid 4711 --fd 5 -o c.soccr
+  soccr save --port 443 -o all.soccr
   soccr save --pid $(pidof nc) --fd 3 --keep | soccr inspect -")]
 pub(crate) struct Save {
-    /// The process that has the connection
-    #[arg(long, value_name = "PID", value_parser = parse_pid)]
-    pid: Pid,
-    /// The number of the descriptor there (see `soccr list`)
-    #[arg(long, value_name = "FD")]
-    fd: RawFd,
+    #[command(flatten)]
+    selection: Selection,
     /// Where to: a file that only you can read; standard output without it
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Replace an image that is there
     #[arg(long, requires = "output")]
     force: bool,
-    /// Leave the connection where it is: it goes on
+    /// Leave the connections where they are: they go on
     #[arg(long)]
     keep: bool,
-    /// How many seconds the reader of standard output may take to read on; then the connection stays where it is
+    /// How many seconds the reader of standard output may take to read on; then the connections stay where they are
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,
-    /// For how many seconds this host stays silent about the connection that has left it
+    /// For how many seconds this host stays silent about connections that have left it
     #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
         value_parser = value_parser!(u64).range(..=86400), conflicts_with = "keep")]
     silence: u64,
@@ -62,37 +62,74 @@ pub(crate) struct Save {
     peer: Option<SocketAddr>,
 }
 
+/// A connection that is in the image, and still in its process.
+struct Saved {
+    captive: Captive,
+    flow: Flow,
+    control: ControlBlock,
+    /// Dropped, it delivers what was held where the connection is still there.
+    _lock: Lock,
+}
+
 impl Save {
     pub(crate) fn run(&self) -> Result<Exit> {
         if self.output.is_none() && std::io::stdout().is_terminal() {
             bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
         }
-        let captive = Captive::new(&Process::open(self.pid)?, self.fd)?.with_peer(self.peer);
-        let sharing = Sharing::find(&[captive.inode])?;
+        descriptors::raise_limit();
+        let mut failed = 0;
+        let mut fail = |error: anyhow::Error| {
+            exit::complain(&exit::line(&error));
+            failed += 1;
+        };
+        let captives = self.selection.find(&mut fail)?;
+        let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
+        let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
         let sink = self.open()?;
-        let mut keeper = Keeper::start(&[captive.socket().as_fd()], sharing, sink.temporary())?;
-        network::enter_of(captive.socket().as_fd()).with_context(|| captive.name.clone())?;
-        let flow = captive.flow()?;
+        let mut keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
+        network::enter_of(sockets[0]).with_context(|| captives[0].name.clone())?;
+        let mut known = Vec::with_capacity(captives.len());
+        for captive in captives.into_iter().map(|captive| captive.with_peer(self.peer)) {
+            match captive.flow() {
+                Ok(flow) => known.push((captive, flow)),
+                Err(error) => fail(error),
+            }
+        }
+        if known.is_empty() {
+            return Ok(Exit::Failed);
+        }
         let locker = Locker::new(Mode::HOLD)?;
         keeper.stop()?;
-        let lock = locker.lock(&[flow])?;
-        let connection = captive.save()?;
+        let (image, saved) = self.write(sink, known, &locker, &mut fail)?;
+        let exit = match (saved.len(), failed) {
+            (0, _) => return Ok(Exit::Failed),
+            (_, 0) => Exit::Done,
+            _ => Exit::SomeFailed,
+        };
         if self.keep {
-            lock.release()?;
+            drop(saved);
             keeper.go_on()?;
-            return self.write(sink, &connection).and_then(|image| self.finish(image)).map(|()| Exit::Done);
+            return self.finish(image).map(|()| exit);
         }
-        let image = self.write(sink, &connection)?;
-        let mut silence = Silence::begin(lock, Duration::from_secs(self.silence))?;
-        // Between the two the connection is in a file without a name.
+        let mut silence = Silence::new(Duration::from_secs(self.silence));
+        silence.extend(saved.iter().map(|saved| saved.flow).collect())?;
+        // Until the image has its end and its name, it is none.
         let _deaf = Deaf::begin();
-        let last = captive.let_go(&connection.control)?;
-        if let Err(error) = self.finish(image) {
-            captive.take_back(&last)?;
+        let mut gone = Vec::with_capacity(saved.len());
+        let taken = saved.iter().try_for_each(|saved| {
+            gone.push(saved.captive.let_go(&saved.control)?);
+            Ok(())
+        });
+        if let Err(error) = taken.and_then(|()| self.finish(image)) {
+            for (saved, connection) in saved.iter().zip(&gone) {
+                if let Err(error) = saved.captive.take_back(connection) {
+                    exit::complain(&exit::line(&error));
+                }
+            }
             return Err(error);
         }
         silence.stay();
-        Ok(Exit::Done)
+        Ok(exit)
     }
 
     /// Finds out where the image is to go, before anything is stopped.
@@ -111,15 +148,34 @@ impl Save {
         Ok(Sink::File(AtomicFile::create(path).with_context(|| path.display().to_string())?))
     }
 
-    /// Writes the image but for its end, without which it is none: the process still has the connection.
-    fn write(&self, sink: Sink, connection: &Connection) -> Result<Writer<Sink>> {
+    /// Locks the connections and writes the image but for its end, without which it is none: the processes still have them.
+    fn write(
+        &self,
+        sink: Sink,
+        captives: Vec<(Captive, Flow)>,
+        locker: &Locker,
+        fail: &mut impl FnMut(anyhow::Error),
+    ) -> Result<(Writer<Sink>, Vec<Saved>)> {
+        let mut all: Vec<Saved> = Vec::with_capacity(captives.len());
+        let mut connection = Connection::empty();
         let write = || {
             let mut writer = Writer::new(sink)?;
-            writer.connection(1, "", connection)?;
+            for (captive, flow) in captives {
+                let lock = locker.lock(&[flow])?;
+                match captive.save_into(&mut connection) {
+                    Ok(()) => {
+                        writer.connection(all.len() as u32 + 1, &captive.name, &connection)?;
+                        let control = connection.control.clone();
+                        all.push(Saved { captive, flow, control, _lock: lock });
+                    }
+                    Err(error) => fail(error),
+                }
+            }
             writer.get_mut().settle()?;
             anyhow::Ok(writer)
         };
-        write().with_context(|| self.destination())
+        let writer = write().with_context(|| self.destination())?;
+        Ok((writer, all))
     }
 
     /// Ends the image, and gives the file its name.

@@ -5,7 +5,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use anyhow::Result;
-use soccr::Lock;
 use soccr::connection::Flow;
 use soccr::lock::PersistentLock;
 
@@ -16,26 +15,12 @@ use crate::exit;
 pub(crate) struct Silence {
     limit: Duration,
     locks: Vec<PersistentLock>,
-    /// Only where there is to be no silence.
-    _lock: Option<Lock>,
 }
 
 impl Silence {
     /// About nothing yet.
     pub(crate) fn new(limit: Duration) -> Self {
-        Self { limit, locks: Vec::new(), _lock: None }
-    }
-
-    /// Turns the lock of this process into one that stays for this time; none at all for zero.
-    pub(crate) fn begin(mut lock: Lock, limit: Duration) -> Result<Self> {
-        if limit.is_zero() {
-            return Ok(Self { limit, locks: Vec::new(), _lock: Some(lock) });
-        }
-        let flows = lock.flows().to_vec();
-        let name = name();
-        lock.persist(&name, Some(limit))?;
-        let lock = PersistentLock { name, flows, remaining: Some(limit) };
-        Ok(Self { limit, locks: vec![lock], _lock: None })
+        Self { limit, locks: Vec::new() }
     }
 
     /// Stays silent about more connections, beside the lock that this process has on them.
@@ -110,6 +95,6 @@ pub(crate) fn lift(back: &[Flow]) -> Result<()> {
 const PREFIX: &str = "left-";
 
 /// A name that no other lock has: the numbers of processes come again, in containers soon.
-fn name() -> String {
+pub(crate) fn name() -> String {
     format!("{PREFIX}{:016x}", RandomState::new().hash_one(std::process::id()))
 }

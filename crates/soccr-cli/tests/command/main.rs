@@ -8,6 +8,7 @@ mod kill;
 mod only;
 mod programs;
 mod real;
+mod reboot;
 mod relay;
 mod rescue;
 mod save;
@@ -27,6 +28,7 @@ fn main() -> std::process::ExitCode {
         kill::tests(),
         real::tests(),
         relay::tests(),
+        reboot::tests(),
         rescue::tests(),
         trust::tests(),
         only::tests(),
