@@ -5,6 +5,7 @@
  * user and network namespace of its own.
  */
 #define _GNU_SOURCE
+#include <linux/filter.h>
 #include <net/if.h>
 #include <sched.h>
 #include <stdio.h>
@@ -58,6 +59,11 @@ static void enter_namespace(void)
 	close(fd);
 }
 
+static void set_buffer(int fd, int name, int bytes)
+{
+	need(setsockopt(fd, SOL_SOCKET, name, &bytes, sizeof(bytes)) == 0, "buffer");
+}
+
 struct connection {
 	int here;
 	int there;
@@ -65,18 +71,35 @@ struct connection {
 	union libsoccr_addr peer;
 };
 
-static void set_buffer(int fd, int name, int bytes)
+/* The peer acknowledges nothing from here on. */
+static void deafen(int fd)
 {
-	need(setsockopt(fd, SOL_SOCKET, name, &bytes, sizeof(bytes)) == 0, "buffer");
+	struct sock_filter nothing = BPF_STMT(BPF_RET | BPF_K, 0);
+	struct sock_fprog program = { 1, &nothing };
+
+	need(setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof(program)) == 0, "SO_ATTACH_FILTER");
 }
 
-/* `unread` bytes wait in the receive queue; with `finished` the peer has sent its FIN. */
-static struct connection connect_over_lo(int family, size_t unread, int finished)
+static void send_all(int fd, const char *bytes, size_t length)
+{
+	for (size_t done = 0; done < length;) {
+		ssize_t more = send(fd, bytes + done, length - done, 0);
+
+		need(more > 0, "send");
+		done += more;
+	}
+}
+
+/*
+ * `unread` bytes wait in the receive queue, `unacknowledged` ones in the send queue; with `finished` the peer has sent
+ * its FIN.
+ */
+static struct connection connect_over_lo(int family, size_t unread, size_t unacknowledged, int finished)
 {
 	struct connection c;
 	socklen_t length = sizeof(c.peer);
 	int listener = socket(family, SOCK_STREAM, 0);
-	char *bytes = calloc(1, unread + 1);
+	char *bytes = calloc(1, unread + unacknowledged + 1);
 
 	memset(&c, 0, sizeof(c));
 	c.peer.sa.sa_family = family;
@@ -88,16 +111,17 @@ static struct connection connect_over_lo(int family, size_t unread, int finished
 	need(listen(listener, 1) == 0, "listen");
 	need(getsockname(listener, &c.peer.sa, &length) == 0, "getsockname");
 	c.here = socket(family, SOCK_STREAM, 0);
+	if (unread)
+		set_buffer(c.here, SO_RCVBUF, 2 * unread);
 	need(connect(c.here, &c.peer.sa, length) == 0, "connect");
 	c.there = accept(listener, NULL, NULL);
 	length = sizeof(c.self);
 	need(getsockname(c.here, &c.self.sa, &length) == 0, "getsockname");
 	close(listener);
-	for (size_t done = 0; done < unread;) {
-		ssize_t more = send(c.there, bytes + done, unread - done, 0);
-
-		need(more > 0, "send");
-		done += more;
+	send_all(c.there, bytes, unread);
+	if (unacknowledged) {
+		deafen(c.there);
+		send_all(c.here, bytes, unacknowledged);
 	}
 	free(bytes);
 	if (finished)
@@ -114,15 +138,15 @@ static struct connection connect_over_lo(int family, size_t unread, int finished
 	}
 }
 
-static void measure(const char *name, int family, size_t unread, int finished)
+static void measure(const char *name, int family, size_t unread, size_t unacknowledged, int finished)
 {
 	static double save_times[ROUNDS], restore_times[ROUNDS];
 
 	for (int i = 0; i < ROUNDS; i++) {
-		struct connection c = connect_over_lo(family, unread, finished);
+		struct connection c = connect_over_lo(family, unread, unacknowledged, finished);
 		struct libsoccr_sk_data data;
 		struct libsoccr_sk *sk;
-		char *queue = NULL;
+		char *inq = NULL, *outq = NULL;
 		double started = microseconds();
 		int off = 0;
 
@@ -130,9 +154,11 @@ static void measure(const char *name, int family, size_t unread, int finished)
 		need(sk != NULL, "libsoccr_pause");
 		need(libsoccr_save(sk, &data, sizeof(data)) > 0, "libsoccr_save");
 		if (data.inq_len)
-			queue = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
+			inq = libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL);
+		if (data.outq_len)
+			outq = libsoccr_get_queue_bytes(sk, TCP_SEND_QUEUE, SOCCR_MEM_EXCL);
 		save_times[i] = microseconds() - started;
-		need(data.inq_len == unread, "inq_len");
+		need(data.inq_len == unread && data.outq_len == unacknowledged, "lengths");
 		close(c.here);
 
 		c.here = socket(family, SOCK_STREAM, 0);
@@ -143,8 +169,10 @@ static void measure(const char *name, int family, size_t unread, int finished)
 		need(sk != NULL, "libsoccr_pause");
 		libsoccr_set_addr(sk, 1, &c.self, 0);
 		libsoccr_set_addr(sk, 0, &c.peer, 0);
-		if (queue)
-			libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, queue, SOCCR_MEM_EXCL);
+		if (inq)
+			libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, inq, SOCCR_MEM_EXCL);
+		if (outq)
+			libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, outq, SOCCR_MEM_EXCL);
 		need(libsoccr_restore(sk, &data, sizeof(data)) == 0, "libsoccr_restore");
 		restore_times[i] = microseconds() - started;
 		need(setsockopt(c.here, IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off)) == 0, "TCP_REPAIR");
@@ -158,11 +186,13 @@ int main(void)
 {
 	enter_namespace();
 	printf("%-36s %10s %10s\n", "microseconds", "save", "restore");
-	measure("established", AF_INET, 0, 0);
-	measure("established, IPv6", AF_INET6, 0, 0);
-	measure("established, 100 bytes unread", AF_INET, 100, 0);
-	measure("established, 64 KiB unread", AF_INET, 64 << 10, 0);
-	measure("close-wait", AF_INET, 0, 1);
-	measure("close-wait, IPv6", AF_INET6, 0, 1);
+	measure("established", AF_INET, 0, 0, 0);
+	measure("established, IPv6", AF_INET6, 0, 0, 0);
+	measure("established, 100 bytes unread", AF_INET, 100, 0, 0);
+	measure("established, 64 KiB unread", AF_INET, 64 << 10, 0, 0);
+	measure("established, 1 MiB unread", AF_INET, 1 << 20, 0, 0);
+	measure("established, 64 KiB unacknowledged", AF_INET, 0, 64 << 10, 0);
+	measure("close-wait", AF_INET, 0, 0, 1);
+	measure("close-wait, IPv6", AF_INET6, 0, 0, 1);
 	return 0;
 }

@@ -94,7 +94,7 @@ impl Handle {
     pub(crate) fn pause(socket: BorrowedFd<'static>) -> Result<Self> {
         let claim = Claim::new(socket)?;
         // Repair mode without a handle here is what a process has left behind that died: there is nobody to disturb.
-        let paused = Paused::take_over(socket).or_else(|_| Paused::new(socket))?;
+        let paused = Paused::new_or_take_over(socket)?;
         Ok(Self { socket: Some(socket), claim: Some(claim), ..Self::new(Stage::Paused(paused)) })
     }
 
@@ -133,10 +133,7 @@ impl Handle {
         };
         connection.local = self.own_address.unwrap_or(connection.local);
         connection.remote = self.peer_address.unwrap_or(connection.remote);
-        let restored = connection.restore();
-        // What brings the congestion window back is not to stay in the host.
-        soccr_core::release_prepared();
-        let restored = restored?;
+        let restored = connection.restore()?;
         let claim = Claim::new(restored.as_fd())?;
         let report = restored.report().to_string();
         let mut socket = None;

@@ -39,9 +39,17 @@ pub fn pause<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<Paused<'_>> {
     Paused::new(socket.as_fd())
 }
 
-fn pause_fd(fd: BorrowedFd<'_>) -> Result<Paused<'_>> {
+/// What to do about a socket that is in repair mode already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Abandoned {
+    Refuse,
+    TakeOver,
+}
+
+fn pause_fd(fd: BorrowedFd<'_>, abandoned: Abandoned) -> Result<Paused<'_>> {
     let refuse = |what, remedy| Err(Error::refused(what, remedy));
     match tcp::in_repair(fd) {
+        Ok(true) if abandoned == Abandoned::TakeOver => return Ok(Paused::of(fd, false)),
         Ok(true) => {
             return refuse(
                 "a socket that is in repair mode already",
@@ -68,7 +76,7 @@ fn pause_fd(fd: BorrowedFd<'_>) -> Result<Paused<'_>> {
         }
         return Err(error);
     }
-    Ok(Paused { fd, reuse_address: reuse_address != 0, peer: None, saved: Cell::new(None) })
+    Ok(Paused::of(fd, reuse_address != 0))
 }
 
 /// A socket in repair mode. Dropping it resumes the connection.
@@ -88,7 +96,20 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// Those of [`pause`].
     pub fn new(socket: BorrowedFd<'fd>) -> Result<Self> {
-        pause_fd(socket).map_err(|error| error.at("pause"))
+        pause_fd(socket, Abandoned::Refuse).map_err(|error| error.at("pause"))
+    }
+
+    /// Like [`new`](Self::new), and takes charge of a socket that is in repair mode already, as
+    /// [`take_over`](Self::take_over) does.
+    ///
+    /// # Errors
+    /// Those of [`pause`].
+    pub fn new_or_take_over(socket: BorrowedFd<'fd>) -> Result<Self> {
+        pause_fd(socket, Abandoned::TakeOver).map_err(|error| error.at("pause"))
+    }
+
+    fn of(fd: BorrowedFd<'fd>, reuse_address: bool) -> Self {
+        Self { fd, reuse_address, peer: None, saved: Cell::new(None) }
     }
 
     /// Takes charge of a socket that somebody else has paused and left, such as a process that has died. Its
@@ -98,7 +119,7 @@ impl<'fd> Paused<'fd> {
     /// Refused where the socket is not in repair mode.
     pub fn take_over(socket: BorrowedFd<'fd>) -> Result<Self> {
         match tcp::in_repair(socket) {
-            Ok(true) => Ok(Self { fd: socket, reuse_address: false, peer: None, saved: Cell::new(None) }),
+            Ok(true) => Ok(Self::of(socket, false)),
             Ok(false) => {
                 Err(Error::refused("a socket that is not in repair mode", "pause it instead").at("pause"))
             }
@@ -192,7 +213,7 @@ impl<'fd> Paused<'fd> {
     pub fn restore(self, control: &ControlBlock, buffers: Option<Buffers>) -> Result<Restore<'fd>> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
         self.release();
-        Restore::onto(fd, control, buffers, reuse_address).map_err(|error| error.at("restore"))
+        Restore::onto(fd, control, buffers, reuse_address, true).map_err(|error| error.at("restore"))
     }
 
     /// Restores a connection in SYN_SENT onto this socket, if it is fresh: it leaves repair mode and starts the

@@ -74,7 +74,7 @@ impl<'fd> Restore<'fd> {
         let fd = socket.as_fd();
         // Repair mode overwrites it, so it is read before.
         tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR")
-            .and_then(|reuse_address| Self::onto(fd, control, buffers, reuse_address != 0))
+            .and_then(|reuse_address| Self::onto(fd, control, buffers, reuse_address != 0, false))
             .map_err(|error| error.at("restore"))
     }
 
@@ -84,23 +84,27 @@ impl<'fd> Restore<'fd> {
         control: &ControlBlock,
         buffers: Option<Buffers>,
         reuse_address: bool,
+        in_repair: bool,
     ) -> Result<Self> {
         control.validate()?;
         buffers.as_ref().map_or(Ok(()), Buffers::validate)?;
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }
-        if save::state(fd)? != State::Close {
+        // A fifth of what TCP_INFO costs; bind() refuses what has not got a peer yet.
+        if rustix::net::getpeername(fd).is_ok() {
             return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
+        }
+        if !in_repair {
+            tcp::set_repair(fd, Repair::On)?;
         }
         Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers)? })
     }
 
-    /// Step 1.
+    /// Step 1 in repair mode.
     fn start(fd: BorrowedFd<'fd>, control: ControlBlock, buffers: Option<Buffers>) -> Result<Self> {
         let filled = control.inq_len > 0 || control.outq_len > 0;
         let mut report = Report::default();
-        tcp::set_repair(fd, Repair::On)?;
         let mut later = None;
         if filled || buffers.is_some() {
             let current = buffers::read(fd)?.buffers;

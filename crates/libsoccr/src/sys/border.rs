@@ -102,8 +102,10 @@ pub(super) fn last_error<T>(handle: Option<&Handle>, none: T, tell: impl FnOnce(
 
 /// A panic is a failure like others; the stage that a handle was in when it happened cannot be resumed.
 fn outcome<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(body))
-        .unwrap_or_else(|panic| Err(Failure::system(panic_text(&*panic), libc::ENOTRECOVERABLE)))
+    let outcome = catch_unwind(AssertUnwindSafe(body));
+    // What has brought a congestion window back is not to stay in the host.
+    soccr_core::release_prepared();
+    outcome.unwrap_or_else(|panic| Err(Failure::system(panic_text(&*panic), libc::ENOTRECOVERABLE)))
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {

@@ -1,6 +1,6 @@
 //! Memory that C may free, and memory that C has given.
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::slice;
@@ -18,7 +18,24 @@ impl Memory {
     /// Bytes that nobody has written to. Never null, even for none: a queue that is empty is no failure.
     pub(crate) fn new(length: usize) -> Result<Self> {
         // SAFETY: any size may be asked for.
-        Self::of(unsafe { libc::malloc(length.max(1)) }, length)
+        let mut memory = Self::of(unsafe { libc::malloc(length.max(1)) }, length)?;
+        memory.populate();
+        Ok(memory)
+    }
+
+    /// Has the pages of much memory made at once, which otherwise takes a fault for each: twice as long.
+    fn populate(&mut self) {
+        const MUCH: usize = 256 << 10;
+        const PAGE: usize = 4096;
+        const MADV_POPULATE_WRITE: c_int = 23;
+        let start = self.start.as_ptr().wrapping_add(self.start.align_offset(PAGE));
+        let skipped = start.addr() - self.start.addr().get();
+        if self.length > MUCH {
+            // SAFETY: whole pages of memory that is ours, and stays what it is. Older kernels than 5.14 refuse.
+            unsafe {
+                libc::madvise(start.cast(), (self.length - skipped) / PAGE * PAGE, MADV_POPULATE_WRITE)
+            };
+        }
     }
 
     /// Bytes that are zero.

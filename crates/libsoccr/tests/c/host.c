@@ -153,13 +153,19 @@ static struct pair make(enum family family, int state, enum queues queues, size_
 	return pair;
 }
 
-static struct saved dump(struct pair *pair)
+/* CRIU knows the first structure; others bring the path along, and as root the congestion window. */
+static unsigned data_size(int by_itself)
+{
+	return by_itself ? FIRST_SIZE : sizeof(struct libsoccr_sk_data);
+}
+
+static struct saved dump(struct pair *pair, unsigned size)
 {
 	struct libsoccr_sk *sk = QUIET(libsoccr_pause(pair->here));
 	struct saved saved;
 
 	memset(&saved, 0, sizeof(saved));
-	SAME(QUIET(libsoccr_save(sk, &saved.data, FIRST_SIZE)), FIRST_SIZE);
+	SAME(QUIET(libsoccr_save(sk, &saved.data, size)), size);
 	close(pair->here);
 	if (saved.data.inq_len)
 		saved.receive_queue = QUIET(libsoccr_get_queue_bytes(sk, TCP_RECV_QUEUE, SOCCR_MEM_EXCL));
@@ -182,7 +188,7 @@ static void restore(struct pair *pair, struct saved *saved, int by_itself)
 		SAME(QUIET(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved->receive_queue, SOCCR_MEM_EXCL)), 0);
 	if (saved->data.outq_len)
 		SAME(QUIET(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved->send_queue, SOCCR_MEM_EXCL)), 0);
-	SAME(QUIET(libsoccr_restore(sk, &saved->data, FIRST_SIZE)), 0);
+	SAME(QUIET(libsoccr_restore(sk, &saved->data, data_size(by_itself))), 0);
 	kit_unlock(pair);
 	if (by_itself) {
 		QUIETLY(libsoccr_release(sk));
@@ -241,7 +247,7 @@ static void moves(enum family family, int state)
 		pair = make(family, state, queues, &written);
 		before = descriptors();
 		kit_lock(&pair);
-		saved = dump(&pair);
+		saved = dump(&pair, data_size(kind % 2));
 		SAME(saved.data.state, state);
 		SAME(saved.data.inq_len, has_unread(queues) ? sizeof(unread) : 0);
 		SAME(saved.data.outq_len, written);

@@ -15,6 +15,7 @@ use crate::settings::{self, Skipped, Stage, Value};
 use crate::steer;
 use crate::sys::owner::as_owner;
 use crate::sys::raw::Injectors;
+use crate::sys::tcp::{self, Repair};
 
 impl Connection {
     /// Makes a socket with this connection, in the network namespace of the calling thread, in repair mode: complete
@@ -95,6 +96,7 @@ impl Connection {
         fd: BorrowedFd<'fd>,
         skipped: &mut Vec<Skipped>,
     ) -> Result<Restore<'fd>> {
+        tcp::set_repair(fd, Repair::On)?;
         let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
         if let Some(path) = self.path {
             steps = steps.path(path)?;
