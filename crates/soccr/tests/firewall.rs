@@ -6,6 +6,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use soccr::lock::PersistentLock;
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
     Family, Flags, Host, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, harness, sysctl, wait_until,
@@ -115,13 +116,13 @@ impl Traveller {
         paused.detach()?;
         let held = lock.take()?;
         lock.persist("gone", None)?;
+        // Until it is there, what the peer sends again would draw a reset.
+        let silence = to.run(|| Lock::drop_traffic(&[connection.flow()]))?;
         self.side = self.side.other();
         self.lab.steer(self.side).unwrap();
-        let _ = to.run(|| {
-            soccr::lock::PersistentLock::list()
-                .map(|locks| locks.iter().for_each(|lock| lock.remove().unwrap()))
-        });
         let restored = to.run(|| connection.restore())?;
+        to.run(|| PersistentLock::list()?.iter().try_for_each(PersistentLock::remove))?;
+        silence.release()?;
         held[0].replay(&restored)?;
         self.ours = restored.resume()?;
         self.ours.write_all(b"first").unwrap();
