@@ -9,6 +9,7 @@ mod restore;
 mod save;
 mod speed;
 mod stall;
+mod steer;
 
 use anyhow::Result;
 
@@ -28,4 +29,5 @@ pub(crate) const ALL: &[(&str, Run)] = &[
     ("memory", memory::run),
     ("stall", stall::run),
     ("speed", speed::run),
+    ("steer", steer::run),
 ];
