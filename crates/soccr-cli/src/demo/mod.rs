@@ -13,6 +13,7 @@
 //! The hosts are network namespaces of this process; every program is a process of its own.
 
 mod mover;
+mod network;
 mod pattern;
 mod peer;
 mod report;
@@ -20,12 +21,13 @@ pub(crate) mod servers;
 mod wire;
 pub(crate) mod worker;
 
-use anyhow::{Context, Result};
-use soccr_lab::{Lab, sysctl};
+use anyhow::Result;
+use soccr_lab::sysctl;
 
 use crate::exit::Exit;
 
 use mover::Mover;
+use network::Network;
 use peer::Peer;
 use report::{Report, Summary};
 
@@ -35,6 +37,9 @@ pub(crate) struct Demo {
     /// How often the connection moves to the other host
     #[arg(long, default_value_t = 20, value_name = "N")]
     moves: u32,
+    /// Among three hosts with addresses of their own: the first one steers packets to where the connection is
+    #[arg(long, conflicts_with = "servers")]
+    steer: bool,
     /// Replace a server that knows nothing of it, and keep its client: needs root and Linux 6.9
     #[arg(long)]
     servers: bool,
@@ -51,15 +56,15 @@ impl Demo {
         if self.servers {
             return servers::run(self.moves, self.json);
         }
-        let lab = Lab::new().context("the private network")?;
-        for host in [&lab.peer, &lab.a, &lab.b] {
+        let network = if self.steer { Network::steered() } else { Network::shared() }?;
+        for host in network.hosts().into_iter().chain([network.peer()]) {
             // bbr pauses by itself, for longer than a move takes. Where cubic is not allowed, the account shows that too.
             let _ = host.run(|| sysctl("net/ipv4/tcp_congestion_control", "cubic"));
         }
         let mut report = Report::new(self.json);
-        report.network(&lab);
-        let mut mover = Mover::start(&lab)?;
-        let peer = Peer::connect(&lab.peer, mover.address())?;
+        report.network(&network);
+        let mut mover = Mover::start(&network)?;
+        let peer = Peer::connect(network.peer(), mover.address())?;
         mover.accept()?;
         for number in 1..=self.moves {
             report.rested(peer.wait_for_traffic()?);
@@ -68,7 +73,7 @@ impl Demo {
         }
         report.rested(peer.wait_for_traffic()?);
         let ends = mover.finish(peer)?;
-        let summary = Summary::new(&lab, &report, &ends);
+        let summary = Summary::new(&network, &report, &ends);
         report.summary(&summary);
         Ok(if summary.is_clean() { Exit::Done } else { Exit::Lost })
     }

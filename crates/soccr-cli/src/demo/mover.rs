@@ -6,18 +6,20 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use soccr_lab::{Host, Lab, Side};
+use soccr::Flow;
+use soccr_lab::Host;
 
+use super::network::Network;
 use super::peer::{Counts, Peer};
 use super::wire::{Answer, Order, Progress, receive, send};
 
 const PORT: u16 = 8080;
 
-/// Has the program that owns the connection, and the lab in which it moves.
+/// Has the program that owns the connection, and the network in which it moves.
 #[derive(Debug)]
-pub(crate) struct Mover<'lab> {
-    lab: &'lab Lab,
-    side: Side,
+pub(crate) struct Mover<'network> {
+    network: &'network Network,
+    place: usize,
     owner: Program,
     mss_before: u32,
     mss_after: u32,
@@ -26,8 +28,10 @@ pub(crate) struct Mover<'lab> {
 /// One move, as it went.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Move {
+    /// Where it was.
+    pub(crate) from: usize,
     /// Where it went.
-    pub(crate) to: Side,
+    pub(crate) to: usize,
     /// From the first lock to the last unlock.
     pub(crate) lock: Duration,
     /// The longest time without a byte, of both directions.
@@ -47,17 +51,17 @@ pub(crate) struct Ends {
     pub(crate) mss_after: u32,
 }
 
-impl<'lab> Mover<'lab> {
+impl<'network> Mover<'network> {
     /// Starts the first program, which listens on host A.
-    pub(crate) fn start(lab: &'lab Lab) -> Result<Self> {
-        let mut owner = Program::start(lab.host(Side::A))?;
+    pub(crate) fn start(network: &'network Network) -> Result<Self> {
+        let mut owner = Program::start(network.hosts()[0])?;
         owner.order(&Order::Listen { port: PORT }, &[])?;
-        Ok(Self { lab, side: Side::A, owner, mss_before: 0, mss_after: 0 })
+        Ok(Self { network, place: 0, owner, mss_before: 0, mss_after: 0 })
     }
 
-    /// The address that the hosts share.
+    /// The address that the peer speaks to.
     pub(crate) fn address(&self) -> SocketAddr {
-        (self.lab.a.v4, PORT).into()
+        (self.network.address(), PORT).into()
     }
 
     /// Lets the first program accept the connection.
@@ -69,11 +73,13 @@ impl<'lab> Mover<'lab> {
         Ok(())
     }
 
-    /// Moves the connection to a new program on the other host.
+    /// Moves the connection to a new program on the next host.
     pub(crate) fn move_once(&mut self, peer: &Peer) -> Result<Move> {
-        let to = self.side.other();
-        let mut next = Program::start(self.lab.host(to))?;
-        next.order(&Order::Expect { local: self.address(), remote: peer.address()? }, &[])?;
+        let hosts = self.network.hosts();
+        let (from, to) = (self.place, (self.place + 1) % hosts.len());
+        let flow = Flow { local: self.address(), remote: peer.address()? };
+        let mut next = Program::start(hosts[to])?;
+        next.order(&Order::Expect { local: flow.local, remote: flow.remote }, &[])?;
 
         peer.watch();
         let (released, image) = self.owner.order(&Order::Release, &[])?;
@@ -81,7 +87,7 @@ impl<'lab> Mover<'lab> {
             bail!("unexpected answer {released:?}");
         };
         // From here on the next program holds what the peer sends; before, the last one did.
-        self.lab.steer(to)?;
+        self.network.bring(flow, to)?;
         next.send(&Order::Restore(progress), &image)?;
         let (_, held) = self.owner.order(&Order::GiveHeld, &[])?;
         next.answer()?;
@@ -92,9 +98,10 @@ impl<'lab> Mover<'lab> {
         peer.wait_for_byte(unlocked_at)?;
 
         self.mss_after = mss;
-        self.side = to;
+        self.place = to;
         std::mem::replace(&mut self.owner, next).wait()?;
         Ok(Move {
+            from,
             to,
             lock: Duration::from_nanos(unlocked_at - locked_at),
             silence: Duration::from_nanos(first_read_at - last_read_at).max(peer.longest_silence()),

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
-use soccr_lab::{Host, Lab, Side};
+use soccr_lab::Host;
 
 use super::mover::{Ends, Move};
+use super::network::{Network, name};
 
 pub(super) const DIM: Style = Style::new().dimmed();
 pub(super) const BOLD: Style = Style::new().bold();
@@ -37,15 +38,36 @@ impl Report {
     }
 
     /// Draws the network.
-    pub(crate) fn network(&self, lab: &Lab) {
+    pub(crate) fn network(&self, network: &Network) {
         if self.json {
             return;
         }
-        let (peer, shared) = (lab.peer.v4, lab.a.v4);
-        say(format_args!("One TCP connection, two hosts with one address, a new process for every move."));
-        say(format_args!("{DIM}                                   ┌── {shared}  host A{DIM:#}"));
-        say(format_args!("{DIM}  peer  {peer} ─── router ──┤{DIM:#}"));
-        say(format_args!("{DIM}                                   └── {shared}  host B{DIM:#}"));
+        let (peer, hosts) = (network.peer().v4, network.hosts());
+        let what = match network {
+            Network::Shared(_) => "two hosts with one address",
+            Network::Steered(_) => {
+                "three hosts with three addresses, of which A keeps that of the connection"
+            }
+        };
+        say(format_args!("One TCP connection, {what}, a new process for every move."));
+        let router = format!("{:─<35}", format!("  peer  {peer} ─── router "));
+        let last = hosts.len() - 1;
+        for (place, host) in hosts.iter().enumerate() {
+            let before = if place == last / 2 { &*router } else { "" };
+            let corner = match place {
+                0 => "┌",
+                _ if place == last => "└",
+                _ => "├",
+            };
+            let corner = if before.is_empty() {
+                corner
+            } else if place == 0 {
+                "┬"
+            } else {
+                "┼"
+            };
+            say(format_args!("{DIM}{before:<35}{corner}── {}  host {}{DIM:#}", host.v4, name(place)));
+        }
         say(format_args!(""));
         say(format_args!(
             "{BOLD}{:>5}  {:<5}  {:>10}  {:>12}  {:>12}  {:>14}{BOLD:#}",
@@ -59,7 +81,7 @@ impl Report {
         if self.json || (number > ROWS && !number.is_multiple_of(50)) {
             return;
         }
-        let arrow = if moved.to == Side::B { "A → B" } else { "B → A" };
+        let arrow = format!("{} → {}", name(moved.from), name(moved.to));
         say(format_args!(
             "{number:>5}  {arrow:<5}  {:>7.2} ms  {:>12}  {:>12}  {:>11.2} ms",
             milliseconds(moved.lock),
@@ -112,7 +134,7 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    pub(crate) fn new(lab: &Lab, report: &Report, ends: &Ends) -> Self {
+    pub(crate) fn new(network: &Network, report: &Report, ends: &Ends) -> Self {
         let Ends { peer, program, mss_before, mss_after } = *ends;
         let lost = [peer.written.abs_diff(program.read), program.written.abs_diff(peer.read)];
         let moves = report.moves.iter();
@@ -123,7 +145,7 @@ impl Summary {
             moves: moves.len(),
             bytes: peer.read + program.read,
             bytes_lost: lost.iter().sum::<u64>() + peer.differences + program.differences,
-            resets: [&lab.peer, &lab.a, &lab.b].into_iter().map(resets_sent).sum(),
+            resets: network.hosts().into_iter().chain([network.peer()]).map(resets_sent).sum(),
             stall_ms_median: median(&stalls),
             stall_ms_max: stalls.last().copied().unwrap_or_default(),
             rest_ms_median: median(&rests),

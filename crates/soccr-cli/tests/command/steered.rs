@@ -22,6 +22,7 @@ crate::tests![
     a_next_hop_that_does_not_fit_is_refused_before_anything_stops,
     a_source_killed_before_it_lets_go_steers_nothing,
     a_connection_that_does_not_come_home_is_steered_again,
+    the_demonstration_wanders_among_three_hosts,
 ];
 
 /// An old server on the first of three hosts, and clients at the peer.
@@ -271,4 +272,13 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
     drop(receive);
     exchange();
     assert_eq!(steering.resets.segments().unwrap().len(), 0);
+}
+
+fn the_demonstration_wanders_among_three_hosts() {
+    let summary: Value =
+        serde_json::from_slice(&succeed(&["demo", "--steer", "--moves", "4", "--json"])).unwrap();
+    assert_eq!(
+        (&summary["moves"], &summary["bytes_lost"], &summary["resets"]),
+        (&4.into(), &0.into(), &0.into())
+    );
 }
