@@ -3,23 +3,24 @@
 //! What arrives without a pause is locked, restored and resumed together, as a batch. In the network of the source the old
 //! socket is in the way until the COMMIT: there a connection is restored behind that.
 
+mod engine;
+mod place;
+
 use std::collections::{HashMap, VecDeque};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use soccr::bulk::{self, Needs};
-use soccr::connection::State;
-use soccr::diag::Diag;
 use soccr::lock::Held;
-use soccr::{Connection, Flow, Lock, Restored};
+use soccr::{Connection, Lock, Restored};
 use soccr_image::AddressMap;
-use soccr_image::stream::{Decoded, Decoder, Message, Writer};
+use soccr_image::stream::{Decoder, Message, Writer};
 
-use crate::drive::{Engine, Outbox};
+use crate::drive::Outbox;
 use crate::error::{Error, ErrorKind, Result};
-use crate::listen::{Offer, Terms};
-use crate::mover::{Event as Told, Shared};
+use crate::listen::Terms;
+use crate::mover::Shared;
 use crate::protocol::{Deed, Id, News, Target};
 
 /// The most connections of a batch, and the most bytes in their queues.
@@ -295,160 +296,6 @@ impl Arrival {
         }
     }
 
-    /// Locks and restores what has arrived.
-    fn place(&mut self) {
-        (self.patience, self.arriving_bytes) = (None, 0);
-        let mut batch = Vec::new();
-        // Where that cannot be found out, the restore tells.
-        let mut diag = (!self.arriving.is_empty()).then(Diag::open).and_then(soccr::Result::ok);
-        for arriving in std::mem::take(&mut self.arriving) {
-            match self.accept(&arriving, &mut diag) {
-                Ok(()) => batch.push(arriving),
-                Err(reason) => self.placed(arriving.id, Err(reason)),
-            }
-        }
-        if batch.is_empty() {
-            return;
-        }
-        let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
-        match self.shared.locker.lock(&flows) {
-            Ok(lock) => self.place_locked(batch, lock, &mut diag),
-            // One of them is in the way of all.
-            Err(_) => {
-                for arriving in batch {
-                    match self.shared.locker.lock(&[arriving.connection.flow()]) {
-                        Ok(lock) => self.place_locked(vec![arriving], lock, &mut diag),
-                        Err(error) => {
-                            self.make_room();
-                            self.placed(arriving.id, Err(error.to_string()));
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Whether the application wants the connection, and this host has room for it.
-    fn accept(&mut self, arriving: &Arriving, diag: &mut Option<Diag>) -> std::result::Result<(), String> {
-        let Arriving { name, state, connection, .. } = arriving;
-        connection.validate().map_err(|error| error.to_string())?;
-        if self.terms.room == Some(0) {
-            return Err("there is no room for more connections".into());
-        }
-        if self.waiting_bytes > MEMORY {
-            return Err("too much waits for the source to decide".into());
-        }
-        let flow = connection.flow();
-        if self.is_apart && flow.local.ip().to_canonical().is_loopback() {
-            return Err("its peer is where it comes from: take it over there, or map its addresses".into());
-        }
-        // Nothing of somebody else is locked, let alone replaced.
-        if !self.is_beside && is_in_use(diag, flow) {
-            return Err("this connection is in use here, and not by the source".into());
-        }
-        self.terms.check.as_ref().map_or(Ok(()), |check| check(&Offer { name, state, connection }))?;
-        self.terms.room = self.terms.room.map(|room| room - 1);
-        Ok(())
-    }
-
-    /// One that was to come does not.
-    fn make_room(&mut self) {
-        self.terms.room = self.terms.room.map(|room| room + 1);
-    }
-
-    fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock, diag: &mut Option<Diag>) {
-        let number = self.next_batch;
-        self.next_batch += 1;
-        self.batches
-            .insert(number, Batch { lock, size: batch.len(), undecided: batch.len(), taken: Vec::new() });
-        let (behind, free): (Vec<_>, Vec<_>) = batch
-            .into_iter()
-            .partition(|arriving| self.is_beside && is_in_use(diag, arriving.connection.flow()));
-        // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
-        let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
-        self.shared.end_silence(&flows);
-        for Arriving { id, name, state, connection } in behind {
-            let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
-            let place = Place::Behind(Box::new(connection));
-            self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
-        }
-        let mut outcomes = Vec::with_capacity(free.len());
-        let keyed = free.into_iter().map(|Arriving { id, name, state, connection }| {
-            let flow = connection.flow();
-            ((id, name, state, flow), connection)
-        });
-        bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
-        for ((id, name, state, flow), outcome) in outcomes {
-            match outcome {
-                Ok(restored) => {
-                    self.shared.tell(Told::Restored { name: &name, report: restored.report() });
-                    let (place, bytes) = (Place::Restored(restored), state.len());
-                    self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
-                }
-                Err(error) => {
-                    self.make_room();
-                    self.placed(id, Err(error.to_string()));
-                    self.decided(number);
-                }
-            }
-        }
-    }
-
-    /// It is in place, and waits for the source to decide.
-    fn wait(&mut self, id: Id, waiting: Waiting) {
-        self.waiting_bytes += waiting.bytes;
-        self.waiting.insert(id, waiting);
-        self.placed(id, Ok(()));
-    }
-
-    fn placed(&mut self, id: Id, outcome: std::result::Result<(), String>) {
-        if let Err(reason) = &outcome {
-            self.refusals.insert(id, reason.clone());
-        }
-        self.handle(News::Placed(id, outcome.is_ok()));
-    }
-
-    /// Restores what has been waiting for the COMMIT. A source that listens takes back what cannot be restored.
-    fn raise(&mut self) {
-        self.patience = None;
-        let committed = std::mem::take(&mut self.committed);
-        let mut keyed = Vec::with_capacity(committed.len());
-        let mut others = HashMap::new();
-        for id in committed {
-            let Some(mut waiting) = self.remove(id) else { continue };
-            let Place::Behind(connection) = waiting.place else { continue };
-            waiting.place = Place::Behind(Box::new(Connection::empty()));
-            waiting.bytes = 0;
-            keyed.push((id, *connection));
-            others.insert(id, waiting);
-        }
-        // The source has begun to stay silent about what leaves it.
-        let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
-        self.shared.end_silence(&flows);
-        let mut outcomes = Vec::with_capacity(keyed.len());
-        bulk::restore(keyed, |id, outcome| outcomes.push((id, outcome)));
-        for (id, outcome) in outcomes {
-            let mut waiting = others.remove(&id).expect("each comes back once");
-            match outcome {
-                Ok(restored) => {
-                    self.shared.tell(Told::Restored { name: &waiting.name, report: restored.report() });
-                    waiting.place = Place::Restored(restored);
-                    self.waiting.insert(id, waiting);
-                    self.take(id);
-                }
-                Err(error) => {
-                    if self.writer.is_none() {
-                        self.shared.warn(format_args!("{}: it is lost: {error}", waiting.name));
-                    }
-                    self.make_room();
-                    self.refusals.insert(id, error.to_string());
-                    self.handle(News::Taken(id, false));
-                    self.decided(waiting.batch);
-                }
-            }
-        }
-    }
-
     /// It is ours.
     fn take(&mut self, id: Id) {
         let Some(waiting) = self.remove(id) else { return };
@@ -519,128 +366,6 @@ impl Arrival {
     fn is_full(&self) -> bool {
         self.arriving.len() >= BATCH || self.arriving_bytes >= BATCH_BYTES
     }
-}
-
-impl Engine for Arrival {
-    fn advance(&mut self) {
-        while self.error.is_none() && !self.is_complete {
-            match self.decoder.decode() {
-                Ok(Decoded::Message(message)) => {
-                    if !matches!(message, Message::Connection { .. } | Message::State { .. }) {
-                        self.place();
-                    }
-                    self.hear(message);
-                }
-                Ok(Decoded::Incomplete) => break,
-                Ok(Decoded::End) => {
-                    self.place();
-                    self.end();
-                    self.is_complete = true;
-                    self.say_end();
-                }
-                Ok(_) => {}
-                Err(error) => match error.connection() {
-                    Some(id) => {
-                        self.state = None;
-                        self.refuse(id, error);
-                    }
-                    None => self.give_up(Error::of(ErrorKind::Violation, "the source", error)),
-                },
-            }
-            if self.is_full() {
-                self.place();
-            }
-            if self.committed.len() >= BATCH {
-                self.raise();
-            }
-        }
-        let more_arrive = !self.arriving.is_empty() && self.machine.announced() > 0;
-        let more_leave = !self.committed.is_empty() && self.machine.waiting() > 0;
-        if more_arrive || more_leave {
-            self.patience.get_or_insert_with(|| Instant::now() + PATIENCE);
-        } else {
-            self.place();
-            self.raise();
-        }
-        if self.machine.waiting() == 0 {
-            self.decision = None;
-        }
-        if self.machine.is_settled() {
-            // The source need not wait for us to hear that it has nothing more to say.
-            self.say_end();
-        }
-        match self.output().bytes().is_empty() {
-            true => self.reading = None,
-            false => drop(self.reading.get_or_insert_with(|| Instant::now() + self.shared.limits.answer)),
-        }
-    }
-
-    fn output(&mut self) -> &mut Outbox {
-        match &mut self.writer {
-            Some(writer) => writer.get_mut(),
-            None => &mut self.unheard,
-        }
-    }
-
-    fn feed(&mut self, bytes: &[u8]) {
-        self.has_begun |= !bytes.is_empty();
-        self.decoder.feed(bytes);
-    }
-
-    fn ended(&mut self) {
-        match self.has_begun {
-            true => self.give_up(Error::new(ErrorKind::Gone, "the source is gone")),
-            // Between two streams.
-            false => self.is_complete = true,
-        }
-        self.output().cut();
-    }
-
-    fn broken(&mut self, error: std::io::Error) {
-        self.output().cut();
-        self.give_up(Error::of(ErrorKind::Gone, "the source is gone", error));
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        [self.patience, self.decision, self.reading].into_iter().flatten().min()
-    }
-
-    fn late(&mut self) {
-        let now = Instant::now();
-        if self.patience.is_some_and(|until| until <= now) {
-            self.place();
-            self.raise();
-        }
-        if self.decision.is_some_and(|until| until <= now) {
-            self.decision = None;
-            self.handle(News::Late);
-        }
-        if self.reading.is_some_and(|until| until <= now) {
-            self.output().cut();
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.is_complete || self.error.is_some()
-    }
-}
-
-impl Drop for Arrival {
-    fn drop(&mut self) {
-        // What has been let go of is ours, and nobody asks for it any more: it ends as any stream does.
-        if !self.is_complete && self.error.is_none() {
-            self.end();
-        }
-    }
-}
-
-fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
-    let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
-    matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
-}
-
-fn held(flow: Flow) -> Held {
-    Held { flow, packets: Vec::new() }
 }
 
 fn bytes_of(connection: &Connection) -> usize {

@@ -1,0 +1,123 @@
+//! How bytes and time drive the target.
+
+use std::time::Instant;
+
+use soccr_image::stream::{Decoded, Message};
+
+use super::{Arrival, BATCH, PATIENCE};
+use crate::drive::{Engine, Outbox};
+use crate::error::{Error, ErrorKind};
+use crate::protocol::News;
+
+impl Engine for Arrival {
+    fn advance(&mut self) {
+        while self.error.is_none() && !self.is_complete {
+            match self.decoder.decode() {
+                Ok(Decoded::Message(message)) => {
+                    if !matches!(message, Message::Connection { .. } | Message::State { .. }) {
+                        self.place();
+                    }
+                    self.hear(message);
+                }
+                Ok(Decoded::Incomplete) => break,
+                Ok(Decoded::End) => {
+                    self.place();
+                    self.end();
+                    self.is_complete = true;
+                    self.say_end();
+                }
+                Ok(_) => {}
+                Err(error) => match error.connection() {
+                    Some(id) => {
+                        self.state = None;
+                        self.refuse(id, error);
+                    }
+                    None => self.give_up(Error::of(ErrorKind::Violation, "the source", error)),
+                },
+            }
+            if self.is_full() {
+                self.place();
+            }
+            if self.committed.len() >= BATCH {
+                self.raise();
+            }
+        }
+        let more_arrive = !self.arriving.is_empty() && self.machine.announced() > 0;
+        let more_leave = !self.committed.is_empty() && self.machine.waiting() > 0;
+        if more_arrive || more_leave {
+            self.patience.get_or_insert_with(|| Instant::now() + PATIENCE);
+        } else {
+            self.place();
+            self.raise();
+        }
+        if self.machine.waiting() == 0 {
+            self.decision = None;
+        }
+        if self.machine.is_settled() {
+            // The source need not wait for us to hear that it has nothing more to say.
+            self.say_end();
+        }
+        match self.output().bytes().is_empty() {
+            true => self.reading = None,
+            false => drop(self.reading.get_or_insert_with(|| Instant::now() + self.shared.limits.answer)),
+        }
+    }
+
+    fn output(&mut self) -> &mut Outbox {
+        match &mut self.writer {
+            Some(writer) => writer.get_mut(),
+            None => &mut self.unheard,
+        }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        self.has_begun |= !bytes.is_empty();
+        self.decoder.feed(bytes);
+    }
+
+    fn ended(&mut self) {
+        match self.has_begun {
+            true => self.give_up(Error::new(ErrorKind::Gone, "the source is gone")),
+            // Between two streams.
+            false => self.is_complete = true,
+        }
+        self.output().cut();
+    }
+
+    fn broken(&mut self, error: std::io::Error) {
+        self.output().cut();
+        self.give_up(Error::of(ErrorKind::Gone, "the source is gone", error));
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        [self.patience, self.decision, self.reading].into_iter().flatten().min()
+    }
+
+    fn late(&mut self) {
+        let now = Instant::now();
+        if self.patience.is_some_and(|until| until <= now) {
+            self.place();
+            self.raise();
+        }
+        if self.decision.is_some_and(|until| until <= now) {
+            self.decision = None;
+            self.handle(News::Late);
+        }
+        if self.reading.is_some_and(|until| until <= now) {
+            self.output().cut();
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_complete || self.error.is_some()
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        // What has been let go of is ours, and nobody asks for it any more: it ends as any stream does.
+        if !self.is_complete && self.error.is_none() {
+            self.end();
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Connections that arrive get their places: under a lock, restored and silent, or in memory until the old socket is out of the way.
+
+use std::collections::HashMap;
+
+use soccr::bulk;
+use soccr::connection::State;
+use soccr::diag::Diag;
+use soccr::lock::Held;
+use soccr::{Connection, Flow, Lock};
+
+use super::{Arrival, Arriving, Batch, MEMORY, Place, Waiting, bytes_of};
+use crate::listen::Offer;
+use crate::mover::Event as Told;
+use crate::protocol::{Id, News};
+
+impl Arrival {
+    /// Locks and restores what has arrived.
+    pub(super) fn place(&mut self) {
+        (self.patience, self.arriving_bytes) = (None, 0);
+        let mut batch = Vec::new();
+        // Where that cannot be found out, the restore tells.
+        let mut diag = (!self.arriving.is_empty()).then(Diag::open).and_then(soccr::Result::ok);
+        for arriving in std::mem::take(&mut self.arriving) {
+            match self.accept(&arriving, &mut diag) {
+                Ok(()) => batch.push(arriving),
+                Err(reason) => self.placed(arriving.id, Err(reason)),
+            }
+        }
+        if batch.is_empty() {
+            return;
+        }
+        let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
+        match self.shared.locker.lock(&flows) {
+            Ok(lock) => self.place_locked(batch, lock, &mut diag),
+            // One of them is in the way of all.
+            Err(_) => {
+                for arriving in batch {
+                    match self.shared.locker.lock(&[arriving.connection.flow()]) {
+                        Ok(lock) => self.place_locked(vec![arriving], lock, &mut diag),
+                        Err(error) => {
+                            self.make_room();
+                            self.placed(arriving.id, Err(error.to_string()));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether the application wants the connection, and this host has room for it.
+    fn accept(&mut self, arriving: &Arriving, diag: &mut Option<Diag>) -> std::result::Result<(), String> {
+        let Arriving { name, state, connection, .. } = arriving;
+        connection.validate().map_err(|error| error.to_string())?;
+        if self.terms.room == Some(0) {
+            return Err("there is no room for more connections".into());
+        }
+        if self.waiting_bytes > MEMORY {
+            return Err("too much waits for the source to decide".into());
+        }
+        let flow = connection.flow();
+        if self.is_apart && flow.local.ip().to_canonical().is_loopback() {
+            return Err("its peer is where it comes from: take it over there, or map its addresses".into());
+        }
+        // Nothing of somebody else is locked, let alone replaced.
+        if !self.is_beside && is_in_use(diag, flow) {
+            return Err("this connection is in use here, and not by the source".into());
+        }
+        self.terms.check.as_ref().map_or(Ok(()), |check| check(&Offer { name, state, connection }))?;
+        self.terms.room = self.terms.room.map(|room| room - 1);
+        Ok(())
+    }
+
+    /// One that was to come does not.
+    pub(super) fn make_room(&mut self) {
+        self.terms.room = self.terms.room.map(|room| room + 1);
+    }
+
+    fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock, diag: &mut Option<Diag>) {
+        let number = self.next_batch;
+        self.next_batch += 1;
+        self.batches
+            .insert(number, Batch { lock, size: batch.len(), undecided: batch.len(), taken: Vec::new() });
+        let (behind, free): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .partition(|arriving| self.is_beside && is_in_use(diag, arriving.connection.flow()));
+        // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
+        let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
+        self.shared.end_silence(&flows);
+        for Arriving { id, name, state, connection } in behind {
+            let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
+            let place = Place::Behind(Box::new(connection));
+            self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
+        }
+        let mut outcomes = Vec::with_capacity(free.len());
+        let keyed = free.into_iter().map(|Arriving { id, name, state, connection }| {
+            let flow = connection.flow();
+            ((id, name, state, flow), connection)
+        });
+        bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
+        for ((id, name, state, flow), outcome) in outcomes {
+            match outcome {
+                Ok(restored) => {
+                    self.shared.tell(Told::Restored { name: &name, report: restored.report() });
+                    let (place, bytes) = (Place::Restored(restored), state.len());
+                    self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
+                }
+                Err(error) => {
+                    self.make_room();
+                    self.placed(id, Err(error.to_string()));
+                    self.decided(number);
+                }
+            }
+        }
+    }
+
+    /// It is in place, and waits for the source to decide.
+    fn wait(&mut self, id: Id, waiting: Waiting) {
+        self.waiting_bytes += waiting.bytes;
+        self.waiting.insert(id, waiting);
+        self.placed(id, Ok(()));
+    }
+
+    pub(super) fn placed(&mut self, id: Id, outcome: std::result::Result<(), String>) {
+        if let Err(reason) = &outcome {
+            self.refusals.insert(id, reason.clone());
+        }
+        self.handle(News::Placed(id, outcome.is_ok()));
+    }
+
+    /// Restores what has been waiting for the COMMIT. A source that listens takes back what cannot be restored.
+    pub(super) fn raise(&mut self) {
+        self.patience = None;
+        let committed = std::mem::take(&mut self.committed);
+        let mut keyed = Vec::with_capacity(committed.len());
+        let mut others = HashMap::new();
+        for id in committed {
+            let Some(mut waiting) = self.remove(id) else { continue };
+            let Place::Behind(connection) = waiting.place else { continue };
+            waiting.place = Place::Behind(Box::new(Connection::empty()));
+            waiting.bytes = 0;
+            keyed.push((id, *connection));
+            others.insert(id, waiting);
+        }
+        // The source has begun to stay silent about what leaves it.
+        let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
+        self.shared.end_silence(&flows);
+        let mut outcomes = Vec::with_capacity(keyed.len());
+        bulk::restore(keyed, |id, outcome| outcomes.push((id, outcome)));
+        for (id, outcome) in outcomes {
+            let mut waiting = others.remove(&id).expect("each comes back once");
+            match outcome {
+                Ok(restored) => {
+                    self.shared.tell(Told::Restored { name: &waiting.name, report: restored.report() });
+                    waiting.place = Place::Restored(restored);
+                    self.waiting.insert(id, waiting);
+                    self.take(id);
+                }
+                Err(error) => {
+                    if self.writer.is_none() {
+                        self.shared.warn(format_args!("{}: it is lost: {error}", waiting.name));
+                    }
+                    self.make_room();
+                    self.refusals.insert(id, error.to_string());
+                    self.handle(News::Taken(id, false));
+                    self.decided(waiting.batch);
+                }
+            }
+        }
+    }
+}
+
+fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
+    let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
+    matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
+}
+
+fn held(flow: Flow) -> Held {
+    Held { flow, packets: Vec::new() }
+}
