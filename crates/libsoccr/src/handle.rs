@@ -70,7 +70,7 @@ enum Stage {
     /// Read from an image, and not restored yet.
     Read(Box<Connection>),
     Paused(Paused<'static>),
-    Restoring(Staged),
+    Restoring(Box<Staged>),
     Restored(Restored<BorrowedFd<'static>>),
     /// Restored in SYN_SENT: the handshake has begun, and repair mode has ended.
     Connecting,
@@ -303,7 +303,7 @@ impl Handle {
             return Err(Failure::new("restore: a connection in SYN_SENT — connect a fresh socket instead"));
         }
         let steps = unbound(self.take_paused()?, control, extras)?;
-        self.stage = Stage::Restoring(Staged::new(steps, control, extras.urgent));
+        self.stage = Stage::Restoring(Box::new(Staged::new(steps, control, extras.urgent)));
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::net::sockopt::{
     set_socket_linger, set_socket_recv_buffer_size, set_socket_reuseaddr, set_socket_send_buffer_size,
-    socket_error, socket_reuseaddr,
+    socket_reuseaddr,
 };
 use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
 use soccr::connection::{Buffers, Connection, Urgent, Window};
@@ -130,26 +130,23 @@ pub fn an_unread_reset_is_carried() {
 fn carry_reset(family: Family, length: usize, behind_fin: bool) {
     let mut ends = Ends::new(family);
     ends.receive(length);
-    let Ends { pair, ours, peer, remote, to_us, .. } = ends;
     if behind_fin {
-        peer.shutdown(Shutdown::Write).unwrap();
-        wait_until("the FIN has arrived", || info(&ours).state == State::CloseWait);
+        ends.peer.shutdown(Shutdown::Write).unwrap();
+        wait_until("the FIN has arrived", || info(&ends.ours).state == State::CloseWait);
     }
-    set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
-    drop(peer);
-    wait_until("the reset has arrived", || info(&ours).state == State::Close);
-    let save = || pause(&ours).unwrap().with_peer(remote).save().unwrap();
-    let connection = save();
-    assert_same(&connection, &save());
+    set_socket_linger(&ends.peer, Some(Duration::ZERO)).unwrap();
+    drop(std::mem::replace(&mut ends.peer, unconnected(family)));
+    wait_until("the reset has arrived", || info(&ends.ours).state == State::Close);
+    let before = pause(&ends.ours).unwrap().with_peer(ends.remote).save().unwrap();
+    // What the peer's host answers does not arrive any more.
+    let connection = ends.take();
+    assert_same(&before, &connection);
     assert!(connection.control.reset);
     assert_eq!(connection.control.state == soccr::connection::State::CloseWait, behind_fin);
-    assert_same_bytes(&connection.receive_queue, &to_us);
+    assert_same_bytes(&connection.receive_queue, &ends.to_us);
     let connection = through_bytes(connection, true);
-    pause(&ours).unwrap().with_peer(remote).detach().unwrap();
-    let restored = pair.a.run(|| connection.restore()).unwrap();
-    let paused = Paused::take_over(restored.as_fd()).unwrap().with_peer(remote);
-    assert_eq!(paused.save().unwrap().control.reset, connection.control.reset);
-    paused.release();
+    let restored = ends.restore(&connection).unwrap();
+    let to_us = ends.to_us;
     let mut ours = restored.resume().unwrap();
     let mut read = vec![0; length];
     ours.read_exact(&mut read).unwrap();
