@@ -142,13 +142,14 @@ fn settings() -> impl Strategy<Value = Settings> {
 fn path() -> impl Strategy<Value = Option<Path>> {
     any::<Option<([u64; 3], [u32; 4])>>().prop_map(|path| {
         path.map(|(times, numbers)| Path {
-            rtt: Duration::from_nanos(times[0]),
-            rttvar: Duration::from_nanos(times[1]),
-            rto: Duration::from_nanos(times[2]),
-            snd_mss: numbers[0],
-            snd_cwnd: numbers[1],
-            snd_ssthresh: numbers[2],
-            rcv_ssthresh: numbers[3],
+            // Up to 37 minutes, 2^26 segments and an int: more is refused.
+            rtt: Duration::from_nanos(times[0] >> 23),
+            rttvar: Duration::from_nanos(times[1] >> 23),
+            rto: Duration::from_nanos(times[2] >> 23),
+            snd_mss: numbers[0] >> 16,
+            snd_cwnd: numbers[1] >> 6,
+            snd_ssthresh: numbers[2] >> 1,
+            rcv_ssthresh: numbers[3] >> 1,
         })
     })
 }
@@ -205,8 +206,8 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                     options,
                     window: window.map(|(wl1, wnd, more, rcv)| Window {
                         snd_wl1: rcv_nxt.wrapping_sub(wl1 >> 2),
-                        snd_wnd: wnd >> 1,
-                        max_window: (wnd >> 1) + (more >> 1),
+                        snd_wnd: wnd >> 3,
+                        max_window: (wnd >> 3) + (more >> 3),
                         rcv_wnd: rcv >> 2,
                         rcv_wup: rcv_nxt.wrapping_sub(rcv >> 1),
                     }),
@@ -216,7 +217,11 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                     .map(|(offset, consumed)| Urgent { offset: offset % inq_len.max(1), consumed }),
                 receive_queue,
                 send_queue,
-                buffers: buffers.map(|(send, receive, lock)| Buffers { send, receive, lock: lock & 3 }),
+                buffers: buffers.map(|(send, receive, lock)| Buffers {
+                    send: send >> 1,
+                    receive: receive >> 1,
+                    lock: lock & 3,
+                }),
                 path,
                 settings,
                 nonblocking,
