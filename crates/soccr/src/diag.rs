@@ -367,6 +367,13 @@ fn decode(payload: &[u8]) -> Option<Socket<'_>> {
     })
 }
 
+/// Reads everything of an answer.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(payload: &[u8]) {
+    let Some(socket) = decode(payload) else { return };
+    let _ = (socket.tcp_info(), socket.mark(), socket.is_mptcp(), socket.is_v6_only(), socket.md5_keys());
+}
+
 fn family(address: SocketAddr) -> i32 {
     if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }
 }

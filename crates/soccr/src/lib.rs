@@ -79,6 +79,9 @@ pub mod diag;
 mod error;
 mod fin;
 mod flow;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod lock;
 mod nftables;
 mod pause;

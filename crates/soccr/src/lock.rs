@@ -398,6 +398,18 @@ impl AsFd for Sockets {
     }
 }
 
+#[cfg(fuzzing)]
+pub(crate) use capture::fuzz as fuzz_message;
+
+/// The sequence number and the bytes of each run that these packets become.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_held(flow: Flow, packets: &[Vec<u8>]) -> Vec<(u32, Vec<u8>)> {
+    let mut held = packets::Packets::new(None, usize::MAX);
+    held.hold(&[flow], &[]);
+    packets.iter().for_each(|packet| held.push(packet, 1));
+    held.take(&flow).iter().map(|run| (run.parsed().seq, run.data().to_vec())).collect()
+}
+
 const NEEDS: &str = "needs nftables: Linux 5.12 with CONFIG_NF_TABLES_INET, and to hold packets CONFIG_NFT_LOG and \
                      CONFIG_NETFILTER_NETLINK_LOG; CAP_NET_ADMIN and CAP_NET_RAW, as root or under `unshare -Urn`";
 

@@ -248,6 +248,16 @@ impl<'a> Copy<'a> {
     }
 }
 
+/// Reads a message of a log group.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(message: &[u8]) {
+    let copy = Copy::new(message);
+    let packet = copy.packet();
+    if let Some(parsed) = Parsed::new(&packet) {
+        parsed.checksum(&packet);
+    }
+}
+
 fn bind(socket: &mut Socket, group: u16) -> io::Result<()> {
     let mut batch = Batch::new();
     batch.message(CONFIG, REQUEST | ACK, |m| {
