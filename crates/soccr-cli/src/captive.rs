@@ -4,7 +4,8 @@
 //! and the stop of the process end by themselves, and nothing has happened. Repair mode would stay.
 
 use std::net::SocketAddr;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
@@ -15,6 +16,8 @@ use soccr::diag::Diag;
 use soccr::settings::Value;
 
 use crate::process::{self, Process};
+use crate::sys;
+use crate::traffic::Traffic;
 
 /// A duplicate of a socket of another process.
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub(crate) struct Captive {
     pub(crate) inode: u64,
     socket: OwnedFd,
     peer: Option<SocketAddr>,
+    /// It may leave only where it has been idle for so long.
+    idle: Option<Duration>,
 }
 
 impl Captive {
@@ -50,11 +55,26 @@ impl Captive {
         Self { peer, ..self }
     }
 
+    /// Lets it leave only if it has been idle for so long by then.
+    pub(crate) fn when_idle(self, time: Duration) -> Self {
+        Self { idle: Some(time), ..self }
+    }
+
+    /// No data have been sent or received for so long, and none wait in its queues.
+    pub(crate) fn is_idle(&self, time: Duration) -> Result<bool> {
+        let look = || -> Result<bool> {
+            let info = sys::tcp_info(self.socket.as_fd()).context("TCP_INFO")?;
+            let unread = rustix::io::ioctl_fionread(&self.socket).context("FIONREAD")?;
+            Ok(unread == 0 && Traffic::read(&info).is_some_and(|traffic| traffic.is_idle(time)))
+        };
+        look().with_context(|| self.name.clone())
+    }
+
     fn duplicate(process: &Process, fd: RawFd) -> Result<Self> {
         let name = format!("pid {} fd {fd}", process.pid);
         let socket = process.descriptor(fd).with_context(|| name.clone())?;
         let inode = process::inode(&socket)?;
-        Ok(Self { name, inode, socket, peer: None })
+        Ok(Self { name, inode, socket, peer: None, idle: None })
     }
 
     fn is_tcp(&self) -> bool {
@@ -99,6 +119,11 @@ impl Captive {
     /// Reads the connection, into memory that may have been used before. It goes on; only a lock around this call keeps that
     /// off the wire.
     pub(crate) fn save_into(&self, connection: &mut Connection) -> Result<()> {
+        if let Some(time) = self.idle
+            && !self.is_idle(time)?
+        {
+            bail!("{}: it is in use again (--idle)", self.name);
+        }
         let mut save = || {
             let paused = self.paused()?;
             paused.save_into(connection)?;

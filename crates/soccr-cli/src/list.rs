@@ -1,12 +1,16 @@
 //! `soccr list`: every TCP socket, whose it is, and whether it can be saved.
 
+mod filter;
+
 use std::collections::HashMap;
 use std::io::{BufWriter, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType};
 use rustix::process::Pid;
 use serde::Serialize;
 use soccr::Paused;
@@ -16,25 +20,29 @@ use soccr::diag::{Diag, Socket};
 use crate::exit::Exit;
 use crate::process::{self, Holder, Process, parse_pid};
 use crate::table::{Align, Table, printable};
+use crate::traffic::Traffic;
 use crate::{exit, network};
+
+use filter::Filter;
 
 /// List TCP sockets, and say which can be saved
 ///
-/// All states, including those that belong to no process any longer. SAVE says "yes", or why not; "paused" is a socket that
-/// somebody has left in repair mode.
+/// All states, including those that belong to no process any longer. IDLE is the time since data were sent or received, RETR how many
+/// segments were sent again, CC the congestion control. SAVE says "yes", or why not; "paused" is a socket that somebody has left in
+/// repair mode. --json shows more.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   soccr list --pid 4711
+  soccr list --port 443 --state established --idle 60
   soccr list --port 443 --json | jq '.[] | select(.savable) | .remote'
   soccr list --netns /run/netns/blue")]
 pub(crate) struct List {
     /// Only sockets of this process, in its network namespace
     #[arg(long, value_name = "PID", value_parser = parse_pid)]
     pid: Option<Pid>,
-    /// Only sockets with this port at either end
-    #[arg(long, value_name = "PORT")]
-    port: Option<u16>,
+    #[command(flatten)]
+    filter: Filter,
     /// The network namespace to look into: a path, or the number of a process
     #[arg(long, value_name = "PATH|PID")]
     netns: Option<String>,
@@ -54,7 +62,8 @@ struct Row {
     receive_queue: u32,
     send_queue: u32,
     #[serde(flatten)]
-    path: Option<Path>,
+    traffic: Option<Traffic>,
+    congestion_control: Option<String>,
     uid: u32,
     inode: u32,
     processes: Vec<Owner>,
@@ -69,14 +78,6 @@ struct Owner {
     fd: i32,
 }
 
-/// From `struct tcp_info`.
-#[derive(Debug, Serialize)]
-struct Path {
-    rtt_us: u32,
-    cwnd: u32,
-    mss: u32,
-}
-
 impl List {
     pub(crate) fn run(&self) -> Result<Exit> {
         let processes = match self.pid {
@@ -88,32 +89,50 @@ impl List {
         network::enter(netns.as_deref())?;
         let mut rows = Vec::new();
         let mut names = HashMap::new();
+        let may_pause = may_pause()?;
         Diag::open()?.visit(|socket| {
             let held = holders.get(&socket.inode.into()).map(Vec::as_slice).unwrap_or_default();
-            if (self.pid.is_none() || !held.is_empty()) && self.port.is_none_or(|port| has_port(socket, port))
-            {
-                rows.push(Row::new(socket, held, &mut names));
+            let traffic = Traffic::read(socket.tcp_info()).filter(|_| socket.state != State::Listen);
+            if (self.pid.is_none() || !held.is_empty()) && self.filter.wants(socket, traffic.as_ref()) {
+                let why_not = why_not(socket, held, may_pause);
+                rows.push(Row::new(socket, traffic, held, why_not, &mut names));
             }
         })?;
         exit::written(if self.json { print_json(&rows) } else { print_table(&rows) })
     }
 }
 
-fn has_port(socket: &Socket<'_>, port: u16) -> bool {
-    socket.local.port() == port || socket.remote.port() == port
+/// Whether this process may pause sockets of this network at all.
+fn may_pause() -> Result<bool> {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).context("socket")?;
+    Ok(soccr::pause(&socket).is_ok())
+}
+
+/// As it is on the wire: an IPv6 socket of an IPv4 connection has its addresses in another form.
+fn on_the_wire(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
+        IpAddr::V6(_) => address,
+    }
 }
 
 impl Row {
-    fn new(socket: &Socket<'_>, held: &[Holder], names: &mut HashMap<i32, String>) -> Self {
-        let why_not = why_not(socket, held);
+    fn new(
+        socket: &Socket<'_>,
+        traffic: Option<Traffic>,
+        held: &[Holder],
+        why_not: Option<&'static str>,
+        names: &mut HashMap<i32, String>,
+    ) -> Self {
         let mut name = |pid: Pid| names.entry(pid.as_raw_pid()).or_insert_with(|| process::name(pid)).clone();
         Self {
-            local: socket.local,
-            remote: Some(socket.remote).filter(|remote| remote.port() != 0),
+            local: on_the_wire(socket.local),
+            remote: Some(on_the_wire(socket.remote)).filter(|remote| remote.port() != 0),
             state: socket.state.name(),
             receive_queue: socket.receive_queue,
             send_queue: socket.send_queue,
-            path: Path::read(socket.tcp_info()).filter(|_| socket.state != State::Listen),
+            congestion_control: socket.congestion_control().filter(|_| traffic.is_some()).map(str::to_owned),
+            traffic,
             uid: socket.uid,
             inode: socket.inode,
             processes: held
@@ -127,31 +146,32 @@ impl Row {
 }
 
 /// Why a socket cannot be saved, as far as that can be told without touching it.
-fn why_not(socket: &Socket<'_>, held: &[Holder]) -> Option<&'static str> {
+fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> Option<&'static str> {
     match socket.state {
         State::Listen => Some("listener: no connection"),
         State::SynReceived => Some("handshake: not accepted yet"),
         State::TimeWait => Some("closed: belongs to no process"),
         State::Close => Some("not connected"),
         _ if socket.is_mptcp() => Some("MPTCP: the kernel cannot repair it"),
+        _ if socket.upper_layer() == Some("tls") => Some("kTLS: the kernel does not give its keys away"),
+        _ if socket.upper_layer().is_some() => Some("the kernel speaks a protocol over it"),
         _ if socket.inode == 0 => Some("orphan: its process has closed it, or not accepted it yet"),
         _ if held.is_empty() => Some("its process is not visible: run as root"),
-        _ if is_paused(held[0]) => Some("paused: soccr resume"),
-        _ => None,
+        _ if !may_pause => Some("needs CAP_NET_ADMIN: run as root"),
+        _ => look(held[0]),
     }
 }
 
-/// In repair mode, as far as this process may look: nothing else tells it.
-fn is_paused(holder: Holder) -> bool {
-    let socket = Process::open(holder.pid).and_then(|process| process.descriptor(holder.fd));
-    socket.is_ok_and(|socket| Paused::take_over(socket.as_fd()).map(Paused::release).is_ok())
-}
-
-impl Path {
-    /// Offsets of `linux/tcp.h`.
-    fn read(info: &[u8]) -> Option<Self> {
-        let word = |at: usize| Some(u32::from_ne_bytes(info.get(at..at + 4)?.try_into().ok()?));
-        Some(Self { rtt_us: word(68)?, cwnd: word(80)?, mss: word(16)? })
+/// What only the descriptor tells: whether it can be had, and whether it is in repair mode.
+fn look(holder: Holder) -> Option<&'static str> {
+    match Process::open(holder.pid).ok()?.duplicate(holder.fd) {
+        Ok(socket) => {
+            let paused = Paused::take_over(socket.as_fd()).map(Paused::release).is_ok();
+            paused.then_some("paused: soccr resume")
+        }
+        Err(Errno::PERM) => Some("needs CAP_SYS_PTRACE over its process: run as root"),
+        // It has ended, or closed it, a moment ago.
+        Err(_) => None,
     }
 }
 
@@ -177,15 +197,17 @@ fn print_table(rows: &[Row]) -> std::io::Result<()> {
         ("REMOTE", Left),
         ("RECV-Q", Right),
         ("SEND-Q", Right),
+        ("IDLE", Right),
         ("RTT", Right),
         ("CWND", Right),
-        ("MSS", Right),
+        ("RETR", Right),
+        ("CC", Left),
         ("SAVE", Left),
     ]);
     for row in rows {
         let owner = row.processes.first();
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
-        let path = row.path.as_ref();
+        let traffic = row.traffic.as_ref();
         let others = match row.processes.len() {
             0 | 1 => String::new(),
             count => format!(" +{}", count - 1),
@@ -199,9 +221,11 @@ fn print_table(rows: &[Row]) -> std::io::Result<()> {
             row.remote.map_or("*".into(), |remote| remote.to_string()),
             row.receive_queue.to_string(),
             row.send_queue.to_string(),
-            or_dash(path.map(|path| duration(Duration::from_micros(path.rtt_us.into())))),
-            or_dash(path.map(|path| path.cwnd.to_string())),
-            or_dash(path.map(|path| path.mss.to_string())),
+            or_dash(traffic.map(|traffic| rough(traffic.idle()))),
+            or_dash(traffic.map(|traffic| duration(traffic.rtt()))),
+            or_dash(traffic.map(|traffic| traffic.cwnd().to_string())),
+            or_dash(traffic.map(|traffic| traffic.retransmissions().to_string())),
+            or_dash(row.congestion_control.clone()),
             row.why_not.unwrap_or("yes").into(),
         ]);
     }
@@ -216,5 +240,15 @@ pub(crate) fn duration(duration: Duration) -> String {
         1000..10_000 => format!("{:.1}ms", micros as f64 / 1e3),
         10_000..1_000_000 => format!("{}ms", micros / 1000),
         _ => format!("{:.1}s", micros as f64 / 1e6),
+    }
+}
+
+/// `0s`, `59s`, `5m`, `36h`, `20d`.
+fn rough(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds @ 0..60 => format!("{seconds}s"),
+        seconds @ 60..3600 => format!("{}m", seconds / 60),
+        seconds @ 3600..172_800 => format!("{}h", seconds / 3600),
+        seconds => format!("{}d", seconds / 86400),
     }
 }

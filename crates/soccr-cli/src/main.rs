@@ -41,6 +41,7 @@ mod stop;
 mod sys;
 mod table;
 mod target;
+mod traffic;
 mod via;
 
 use std::process::ExitCode;

@@ -24,9 +24,14 @@ impl Process {
         Ok(Self { pid, pidfd })
     }
 
+    /// A duplicate of one of its descriptors; what the kernel says, where there is none.
+    pub(crate) fn duplicate(&self, fd: RawFd) -> rustix::io::Result<OwnedFd> {
+        pidfd_getfd(&self.pidfd, fd, PidfdGetfdFlags::empty())
+    }
+
     /// A duplicate of one of its descriptors.
     pub(crate) fn descriptor(&self, fd: RawFd) -> Result<OwnedFd> {
-        pidfd_getfd(&self.pidfd, fd, PidfdGetfdFlags::empty()).map_err(|error| match error {
+        self.duplicate(fd).map_err(|error| match error {
             rustix::io::Errno::BADF => anyhow!("it has no descriptor {fd}"),
             rustix::io::Errno::PERM => anyhow!(
                 "pidfd_getfd: EPERM — needs CAP_SYS_PTRACE over the process: run as root, or as the user that it \

@@ -36,10 +36,14 @@ Examples:
   soccr send --pid 4711 --all --via 'soccr receive --netns /run/netns/blue -- ./server'
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
   soccr send --pid 4711 --all --via 'ssh host soccr receive -- ./server' --steer 192.0.2.2
+  soccr send --pid 4711 --all --idle 5 --via 'soccr receive --adopt'
   soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
 pub(crate) struct Send {
     #[command(flatten)]
     selection: Selection,
+    /// Only connections over which nothing has been sent or received for so many seconds, and with nothing in their queues. The others stay
+    #[arg(long, value_name = "SECONDS")]
+    idle: Option<u32>,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
@@ -69,7 +73,10 @@ impl Send {
             exit::complain(&exit::line(&error));
             failed += 1;
         };
-        let captives = self.selection.find(&mut fail)?;
+        let mut captives = self.selection.find(&mut fail)?;
+        if let Some(seconds) = self.idle {
+            captives = only_idle(captives, Duration::from_secs(seconds.into()))?;
+        }
         let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
         let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
         let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
@@ -102,4 +109,21 @@ impl Send {
         let flows: Vec<Flow> = captives.iter().map(Captive::flow).collect::<Result<_>>()?;
         Ok(Guide::Steering { hops: find_hops(&self.steer, &flows).context("--steer")?, flows: Vec::new() })
     }
+}
+
+/// Those that are idle, and say so again before they leave.
+fn only_idle(captives: Vec<Captive>, time: Duration) -> Result<Vec<Captive>> {
+    let all = captives.len();
+    let mut idle = Vec::with_capacity(all);
+    for captive in captives {
+        if captive.is_idle(time)? {
+            idle.push(captive.when_idle(time));
+        }
+    }
+    match (idle.len(), all - idle.len()) {
+        (0, _) => bail!("no connection has been idle for {} s", time.as_secs()),
+        (_, 0) => {}
+        (_, busy) => exit::complain(&format!("{busy} of {all} connections are in use, and stay")),
+    }
+    Ok(idle)
 }

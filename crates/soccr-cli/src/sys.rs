@@ -31,6 +31,19 @@ fn descriptor_by_ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<O
     Ok(unsafe { OwnedFd::from_raw_fd(new) })
 }
 
+/// `struct tcp_info`, as long as the kernel makes it (`TCP_INFO`).
+pub(crate) fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut info = vec![0; 512];
+    let mut length = info.len() as libc::socklen_t;
+    let (into, size) = (info.as_mut_ptr().cast(), &mut length);
+    // SAFETY: the kernel writes at most `length` bytes into the buffer, which is as long, and says how many.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, size) };
+    check(result.into())?;
+    info.truncate(length as usize);
+    Ok(info)
+}
+
 /// Gives descriptors the numbers from `first` on, where a program to be executed expects them; they are none of these
 /// numbers themselves. To be called when this thread has nothing left to do but to execute it.
 pub(crate) fn place(fds: &[impl AsRawFd], first: RawFd) -> io::Result<()> {

@@ -13,6 +13,7 @@
 //! # References
 //! `linux/inet_diag.h`, `linux/sock_diag.h`.
 
+use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -32,6 +33,7 @@ const ANSWER: usize = 72;
 const ALL_STATES: u32 = 0xfff;
 
 const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_CONG: u16 = 4;
 const INET_DIAG_SKV6ONLY: u16 = 11;
 const INET_DIAG_MARK: u16 = 15;
 const INET_DIAG_MD5SIG: u16 = 18;
@@ -80,11 +82,20 @@ impl Socket<'_> {
         Some(u32::from_ne_bytes(*self.attribute(INET_DIAG_MARK)?.first_chunk()?))
     }
 
+    /// The name of its congestion control (`TCP_CONGESTION`).
+    pub fn congestion_control(&self) -> Option<&str> {
+        self.attribute(INET_DIAG_CONG).and_then(text)
+    }
+
+    /// The name of the protocol that the kernel itself speaks over it (`TCP_ULP`), such as `tls` or `mptcp`.
+    pub fn upper_layer(&self) -> Option<&str> {
+        let layer = self.attribute(INET_DIAG_ULP_INFO)?;
+        attributes(layer).find(|(kind, _)| *kind == INET_ULP_INFO_NAME).and_then(|(_, name)| text(name))
+    }
+
     /// It is a subflow of an MPTCP connection, which cannot be paused.
     pub fn is_mptcp(&self) -> bool {
-        let layer = self.attribute(INET_DIAG_ULP_INFO);
-        let name = layer.and_then(|layer| attributes(layer).find(|(kind, _)| *kind == INET_ULP_INFO_NAME));
-        name.is_some_and(|(_, name)| name.starts_with(b"mptcp\0"))
+        self.upper_layer() == Some("mptcp")
     }
 
     /// It takes no IPv4 connections (`IPV6_V6ONLY`).
@@ -320,7 +331,7 @@ impl Request {
         bytes[0] = self.family as u8;
         bytes[1] = libc::IPPROTO_TCP as u8;
         // One bit for each attribute wanted. MD5 keys come along with the info.
-        bytes[2] = 1 << (INET_DIAG_INFO - 1);
+        bytes[2] = 1 << (INET_DIAG_INFO - 1) | 1 << (INET_DIAG_CONG - 1);
         bytes[4..8].copy_from_slice(&self.states.to_ne_bytes());
         for (address, port, ip) in [(self.local, 8, 12), (self.remote, 10, 28)] {
             let Some(address) = address else { continue };
@@ -372,6 +383,12 @@ fn decode(payload: &[u8]) -> Option<Socket<'_>> {
 pub(crate) fn fuzz(payload: &[u8]) {
     let Some(socket) = decode(payload) else { return };
     let _ = (socket.tcp_info(), socket.mark(), socket.is_mptcp(), socket.is_v6_only(), socket.md5_keys());
+    let _ = (socket.congestion_control(), socket.upper_layer());
+}
+
+/// A name that ends with a zero byte.
+fn text(bytes: &[u8]) -> Option<&str> {
+    CStr::from_bytes_until_nul(bytes).ok()?.to_str().ok()
 }
 
 fn family(address: SocketAddr) -> i32 {
@@ -389,6 +406,12 @@ mod tests {
 
     use super::*;
 
+    fn congestion_control(socket: &TcpStream) -> Option<String> {
+        let mut name = [0; 16];
+        sockopt::get_bytes(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name).unwrap();
+        text(&name).map(str::to_owned)
+    }
+
     #[test]
     fn connections_are_found_by_their_addresses() {
         for host in ["127.0.0.1:0", "[::1]:0"] {
@@ -402,7 +425,8 @@ mod tests {
                 assert_eq!((socket.local, socket.remote), (local, remote));
                 assert_eq!((socket.state, socket.receive_queue), (State::Established, 6));
                 assert_eq!(socket.tcp_info().first(), Some(&1));
-                assert!(socket.inode != 0 && !socket.is_mptcp());
+                assert!(socket.inode != 0 && !socket.is_mptcp() && socket.upper_layer().is_none());
+                assert_eq!(socket.congestion_control().map(Into::into), congestion_control(&theirs));
                 socket.cookie
             };
             let cookie: u64 = sockopt::get(theirs.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE).unwrap();

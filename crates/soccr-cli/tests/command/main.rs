@@ -5,6 +5,7 @@ mod check;
 mod documents;
 mod images;
 mod kill;
+mod list;
 mod only;
 mod programs;
 mod real;
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
         save::tests(),
         transfer::tests(),
         kill::tests(),
+        list::tests(),
         real::tests(),
         relay::tests(),
         reboot::tests(),
