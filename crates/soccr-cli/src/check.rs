@@ -29,8 +29,8 @@ pub(crate) struct Check {
     /// Compare with another machine: a shell command that prints what `soccr check --json` prints there
     #[arg(long, value_name = "COMMAND", conflicts_with = "json")]
     via: Option<String>,
-    /// The network namespace to try things in: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace to try things in: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
     /// One JSON array, an object for each line
     #[arg(long, visible_alias = "stdio")]

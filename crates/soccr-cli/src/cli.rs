@@ -1,11 +1,12 @@
 //! The command line: what `--help`, the man pages and the completions are made from.
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::exit::Exit;
 use crate::{
-    check, completions, criu, demo, exit, inspect, list, lock, receive, restore, resume, save, send, steer,
+    check, completions, criu, demo, exit, inspect, list, lock, man, receive, restore, resume, save, send,
+    steer,
 };
 
 /// See, save, restore and move live TCP connections of any process
@@ -38,7 +39,7 @@ enum Command {
     Lock(lock::Lock),
     Unlock(lock::Unlock),
     Completions(completions::Completions),
-    Man(completions::Man),
+    Man(man::Man),
     Demo(demo::Demo),
     /// A program of the demonstration
     #[command(hide = true)]
@@ -72,4 +73,16 @@ impl Cli {
             Command::DemoServer { name } => demo::servers::serve(name.leak()),
         }
     }
+}
+
+/// The command line without what is hidden from people.
+pub(crate) fn public() -> clap::Command {
+    let whole = Cli::command();
+    let shown = whole.get_subcommands().filter(|command| !command.is_hide_set());
+    clap::Command::new("soccr")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(whole.get_about().cloned().unwrap_or_default())
+        .after_help(EXAMPLES)
+        .after_long_help(format!("{EXAMPLES}\n\n{}", exit::HELP))
+        .subcommands(shown.cloned())
 }

@@ -43,8 +43,8 @@ pub(crate) struct List {
     pid: Option<Pid>,
     #[command(flatten)]
     filter: Filter,
-    /// The network namespace to look into: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace to look into: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
     /// One JSON array, an object for each socket
     #[arg(long)]
@@ -81,7 +81,10 @@ struct Owner {
 impl List {
     pub(crate) fn run(&self) -> Result<Exit> {
         let processes = match self.pid {
-            Some(pid) => vec![pid],
+            Some(pid) => {
+                process::look_into(pid)?;
+                vec![pid]
+            }
             None => process::all()?,
         };
         let holders = process::holders(&processes);

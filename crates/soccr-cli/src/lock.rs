@@ -43,8 +43,8 @@ pub(crate) struct Lock {
     /// One JSON array, an object for each lock
     #[arg(long, requires = "list")]
     json: bool,
-    /// The network namespace: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
     /// Both ends of a connection, ours first
     #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow, required_unless_present_any = ["list", "image"])]
@@ -64,8 +64,8 @@ pub(crate) struct Unlock {
     /// All of them
     #[arg(long, conflicts_with = "names")]
     all: bool,
-    /// The network namespace: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
 }
 

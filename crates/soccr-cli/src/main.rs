@@ -22,6 +22,7 @@ mod keeper;
 mod lifeline;
 mod list;
 mod lock;
+mod man;
 mod network;
 mod process;
 mod progress;

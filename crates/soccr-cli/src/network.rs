@@ -12,7 +12,7 @@ use rustix::process::{WaitOptions, waitpid};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use soccr_image::stream::Place;
 
-use crate::{exit, sys};
+use crate::{exit, process, sys};
 
 /// The network namespace of this process.
 const HERE: &str = "/proc/thread-self/ns/net";
@@ -21,7 +21,12 @@ const HERE: &str = "/proc/thread-self/ns/net";
 pub(crate) fn enter(name: Option<&str>) -> Result<()> {
     let Some(name) = name else { return Ok(()) };
     let path = match name.bytes().all(|byte| byte.is_ascii_digit()) {
-        true => format!("/proc/{name}/ns/net"),
+        true => {
+            process::look_into(process::parse_pid(name).map_err(|error| anyhow!("pid {name}: {error}"))?)?;
+            format!("/proc/{name}/ns/net")
+        }
+        // As ip-netns(8) names them.
+        false if !name.contains('/') => format!("/run/netns/{name}"),
         false => name.to_owned(),
     };
     let namespace = open_namespace(&path)?;

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::{Mode, OFlags, RawDir, fstat, open, openat, readlinkat_raw};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
@@ -45,6 +45,51 @@ impl Process {
 /// Reads a process number of the command line.
 pub(crate) fn parse_pid(text: &str) -> Result<Pid, String> {
     text.parse().ok().filter(|number| *number > 0).and_then(Pid::from_raw).ok_or("a positive number".into())
+}
+
+/// A line of `/proc/PID/status`.
+fn status(pid: Pid, field: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned()))
+}
+
+/// Whether there is such a process, and this one may look into it; else why not.
+pub(crate) fn look_into(pid: Pid) -> Result<()> {
+    let Some(process) = status(pid, "Tgid") else { bail!("pid {pid}: there is no such process") };
+    if process != pid.to_string() {
+        bail!("pid {pid}: it is a thread: name its process, {process}");
+    }
+    if has_ended(pid) {
+        bail!("pid {pid}: it has ended (a zombie), and has no descriptors any more");
+    }
+    match directory(&format!("/proc/{pid}/fd")) {
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+            bail!(
+                "pid {pid}: its descriptors cannot be seen — needs CAP_SYS_PTRACE over the process: run as root"
+            )
+        }
+        looked => looked.map(drop).with_context(|| format!("pid {pid}: its descriptors")),
+    }
+}
+
+/// Who traces a process, as `pid 4711 (gdb)`.
+pub(crate) fn tracer(pid: Pid) -> Option<String> {
+    let tracer = status(pid, "TracerPid")?.parse().ok().and_then(Pid::from_raw)?;
+    Some(format!("pid {tracer} ({})", name(tracer)))
+}
+
+/// The processes that a process has started, and their own.
+pub(crate) fn descendants(pid: Pid) -> Result<Vec<Pid>> {
+    let mut family = vec![pid];
+    for process in all()? {
+        let parent = status(process, "PPid").and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
+        // Parents mostly have smaller numbers: they are here already.
+        if parent.is_some_and(|parent| family.contains(&parent)) {
+            family.push(process);
+        }
+    }
+    family.remove(0);
+    Ok(family)
 }
 
 /// The command name of a process; empty where it is gone.

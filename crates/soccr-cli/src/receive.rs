@@ -36,8 +36,8 @@ pub(crate) struct Receive {
     /// Receive under another address: each end that is OLD becomes NEW (IP, or IP:PORT)
     #[arg(long, value_name = "OLD=NEW")]
     map: Vec<AddressMap>,
-    /// The network namespace to restore in: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace to restore in: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
     /// How many seconds the source may take to let go of a connection that is ready here; then it is refused
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = value_parser!(u64).range(1..=86400))]

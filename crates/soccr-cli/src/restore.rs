@@ -43,8 +43,8 @@ pub(crate) struct Restore {
     /// The peer must agree: it is for networks that translate addresses, and for peers restored likewise.
     #[arg(long, value_name = "OLD=NEW")]
     map: Vec<AddressMap>,
-    /// The network namespace to restore in: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace to restore in: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
     #[command(flatten)]
     demands: Demands,

@@ -39,8 +39,11 @@ impl Selection {
     /// # Errors
     /// There is none.
     pub(crate) fn find(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
+        if let Some(pid) = self.pid {
+            process::look_into(pid)?;
+        }
         let mut captives = self.select(fail)?;
-        let Some(first) = captives.first() else { bail!("there is no such connection") };
+        let Some(first) = captives.first() else { bail!("there is no such connection{}", self.elsewhere()) };
         let first = Identity::of_socket(first.socket().as_fd())?;
         captives.retain(|captive| match Identity::of_socket(captive.socket().as_fd()) {
             Ok(identity) if identity == first => true,
@@ -96,6 +99,31 @@ impl Selection {
             }
         }
         Ok(captives)
+    }
+
+    /// Where the connections may be instead: servers of several processes leave them to their children.
+    fn elsewhere(&self) -> String {
+        let Some(pid) = self.pid else { return String::new() };
+        let has_connections = |pid: &Pid| {
+            let Ok(process) = Process::open(*pid) else { return false };
+            let mut found = false;
+            let _ = process::sockets(*pid, |fd, _| {
+                found = found || Captive::find(&process, fd).is_ok_and(|captive| captive.is_some());
+            });
+            found
+        };
+        let children: Vec<String> = process::descendants(pid)
+            .unwrap_or_default()
+            .iter()
+            .filter(|pid| has_connections(pid))
+            .map(Pid::to_string)
+            .collect();
+        match children.as_slice() {
+            [] => String::new(),
+            children => {
+                format!(": processes that {pid} has started have connections: {}", children.join(", "))
+            }
+        }
     }
 
     fn wants(&self, captive: &Captive) -> bool {

@@ -51,8 +51,8 @@ pub(crate) struct Steer {
     /// The device that gets the address
     #[arg(long, value_name = "DEVICE", requires = "adopt_address")]
     device: Option<String>,
-    /// The network namespace: a path, or the number of a process
-    #[arg(long, value_name = "PATH|PID")]
+    /// The network namespace: a path, a name of ip-netns(8), or the number of a process
+    #[arg(long, value_name = "PATH|NAME|PID")]
     netns: Option<String>,
     /// Both ends of a connection, the one on this host first
     #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow)]

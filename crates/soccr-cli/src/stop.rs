@@ -121,12 +121,12 @@ fn after(status: i32) -> State {
 }
 
 fn refused(pid: Pid, error: io::Error) -> anyhow::Error {
-    let advice = match error.raw_os_error() {
-        Some(libc::EPERM) => {
-            "another program traces it (a debugger?), or it belongs to another user: run as root; see also the sysctl \
-             kernel.yama.ptrace_scope"
+    let advice = match (error.raw_os_error(), process::tracer(pid)) {
+        (Some(libc::EPERM), Some(tracer)) => format!("{tracer} traces it: end that first"),
+        (Some(libc::EPERM), None) => {
+            "it belongs to another user: run as root; see also the sysctl kernel.yama.ptrace_scope".into()
         }
-        _ => "it cannot be stopped",
+        _ => "it cannot be stopped".into(),
     };
     anyhow::Error::new(error).context(format!("pid {pid}: PTRACE_SEIZE — {advice}"))
 }

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use soccr_lab::Namespace;
 
-use crate::programs::{assert_unlocked, fail, json, run, succeed};
+use crate::programs::{assert_unlocked, fail, installed, json, run, succeed};
 
 crate::tests![
     a_dump_is_listed,
@@ -135,12 +136,25 @@ fn every_subcommand_has_a_page_and_completions() {
     let pages = ["list", "save", "restore", "resume", "send", "receive", "inspect", "criu", "lock", "unlock"];
     for page in pages {
         let text = fs::read_to_string(directory.path().join(format!("soccr-{page}.1"))).unwrap();
-        assert!(text.contains("Example"), "{page}");
+        assert!(text.contains(".SH EXAMPLES"), "{page}");
+    }
+    let send = fs::read_to_string(directory.path().join("soccr-send.1")).unwrap();
+    assert!(send.contains("<\\-\\-fd <FD>|"), "a synopsis with values: {send}");
+    for page in fs::read_dir(directory.path()).unwrap() {
+        let page = page.unwrap().path();
+        let text = fs::read_to_string(&page).unwrap();
+        assert!(text.contains(".SH SEE ALSO") && !text.contains(".SH EXTRA"), "{}: {text}", page.display());
+        if installed("groff") {
+            let output =
+                Command::new("groff").args(["-man", "-Tutf8", "-ww", "-z"]).arg(&page).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{}", page.display());
+        }
     }
     let main = fs::read_to_string(directory.path().join("soccr.1")).unwrap();
     assert!(main.contains("126") && main.contains("unknown"), "exit codes: {main}");
     for shell in ["bash", "zsh", "fish"] {
         let completions = String::from_utf8(succeed(&["completions", shell])).unwrap();
         assert!(pages[..7].iter().all(|name| completions.contains(name)), "{shell}");
+        assert!(!completions.contains("demo-program"), "{shell}: what is hidden");
     }
 }

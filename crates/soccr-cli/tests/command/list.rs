@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use soccr_lab::{sysctl, wait_until};
 
 use crate::programs::{
-    Program, ask, connect, descriptors, installed, json, python, server, server_at, soccr, succeed,
+    Program, ask, connect, descriptors, fail, installed, json, python, server, server_at, soccr, succeed,
 };
 
 crate::tests![
@@ -14,6 +14,9 @@ crate::tests![
     what_is_ipv4_on_the_wire_is_shown_as_that,
     a_connection_with_tls_of_the_kernel_cannot_be_saved,
     who_may_not_pause_is_told_so,
+    processes_without_descriptors_are_explained,
+    children_that_have_the_connections_are_named,
+    a_tracer_is_named,
 ];
 
 fn filters_choose() {
@@ -119,4 +122,95 @@ fn who_may_not_pause_is_told_so() {
         assert_eq!(socket["savable"], false);
         assert!(socket["why_not"].as_str().unwrap().contains("run as root"), "{socket}");
     }
+}
+
+fn processes_without_descriptors_are_explained() {
+    if !installed("python3") {
+        return;
+    }
+    let ended = Program::start(&mut Command::new("true"));
+    let status = format!("/proc/{}/status", ended.pid());
+    wait_until("it has ended", || std::fs::read_to_string(&status).unwrap().contains("State:\tZ"));
+    let server = server("", 1);
+    let _client = connect(([127, 0, 0, 1], 7));
+    let mut thread = None;
+    wait_until("it serves", || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
+        let mut threads = threads.map(|thread| thread.unwrap().file_name().into_string().unwrap());
+        thread = threads.find(|thread| *thread != server.pid());
+        thread.is_some()
+    });
+    let gone = {
+        let mut process = Command::new("true").spawn().unwrap();
+        process.wait().unwrap();
+        process.id().to_string()
+    };
+    let threads = format!("it is a thread: name its process, {}", server.pid());
+    for (pid, reason) in [
+        (gone, "there is no such process"),
+        (ended.pid(), "it has ended"),
+        (thread.unwrap(), threads.as_str()),
+    ] {
+        for arguments in [
+            &["list", "--pid", &pid][..],
+            &["list", "--netns", &pid],
+            &["send", "--all", "--via", "true", "--pid", &pid],
+        ] {
+            let complaint = fail(1, arguments);
+            assert!(complaint.contains(reason), "{arguments:?}: {complaint}");
+        }
+    }
+    assert!(fail(1, &["list", "--netns", "blue"]).contains("/run/netns/blue"));
+}
+
+fn children_that_have_the_connections_are_named() {
+    if !installed("python3") {
+        return;
+    }
+    // It waits for its child, and does something afterwards: so there are two processes.
+    let parent = Program::start(Command::new("sh").args(["-c", "python3 -c \"$0\"; true", CHILD]));
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let owner = &json(&["list", "--json", "--port", "7", "--state", "listen"])[0];
+    let child = owner["processes"][0]["pid"].to_string();
+    let complaint = fail(1, &["send", "--pid", &parent.pid(), "--all", "--via", "true"]);
+    assert!(complaint.contains(&format!("has started have connections: {child}")), "{complaint}");
+}
+
+/// Serves one connection.
+const CHILD: &str = r#"
+import socket
+listener = socket.create_server(("", 7))
+connection = listener.accept()[0]
+while data := connection.recv(100):
+    connection.sendall(data)
+"#;
+
+/// Traces (PTRACE_SEIZE) the process that its argument names, until it is killed.
+const TRACER: &str = r#"
+import ctypes, signal, sys
+ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+print(ptrace(0x4206, int(sys.argv[1]), None, None), flush=True)
+signal.pause()
+"#;
+
+fn a_tracer_is_named() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let mut tracer = Program::start(&mut python(TRACER, &[&server.pid()]));
+    let mut line = String::new();
+    BufReader::new(tracer.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    if line != "0\n" {
+        eprintln!("\nSKIPPED: this user may not trace: {line}");
+        return;
+    }
+    let fd = descriptors(&server.pid()).remove(0);
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    let complaint = fail(1, &["save", "--pid", &server.pid(), "--fd", &fd, "-o", &image]);
+    assert!(complaint.contains(&format!("pid {} (python3) traces it", tracer.pid())), "{complaint}");
 }
