@@ -1,4 +1,4 @@
-//! Hosts with addresses of their own, on one Ethernet or each on its own.
+//! Hosts with addresses of their own on one Ethernet.
 
 use std::io;
 use std::net::IpAddr;
@@ -15,15 +15,14 @@ use crate::{Host, Namespace, Rtnetlink};
 ///                                                   └── 192.0.2.3  2001:db8::3  hosts[2]
 /// ```
 ///
-/// Or each host has a network of its own: 192.0.2.1, 203.0.113.2, 198.18.3.3 and 2001:db8::1, 2001:db8:2::2,
-/// 2001:db8:3::3. Neighbours find each other by ARP and neighbour discovery.
+/// Neighbours find each other by ARP and neighbour discovery.
 #[derive(Debug)]
 pub struct Lan {
     /// The end that stays where it is, on the router's link `peer`.
     pub peer: Host,
     /// What lies between; it forwards.
     pub router: Namespace,
-    /// The hosts, on the router's bridge `lan`, or on its links `host0` and so on.
+    /// The hosts, on the router's bridge `lan`.
     pub hosts: [Host; 3],
 }
 
@@ -33,18 +32,6 @@ impl Lan {
     /// # Errors
     /// Those of [`Namespace::new`] and [`Rtnetlink`].
     pub fn new() -> io::Result<Self> {
-        Self::build(|_| 0)
-    }
-
-    /// Each host on a network of its own: what the one sends to the other passes the router.
-    ///
-    /// # Errors
-    /// Those of [`new`](Self::new).
-    pub fn routed() -> io::Result<Self> {
-        Self::build(|index| [0, 2, 3][index])
-    }
-
-    fn build(network: impl Fn(usize) -> u8) -> io::Result<Self> {
         const LAN: &str = "lan";
         let router = Namespace::new()?;
         router.run(forward)?;
@@ -77,11 +64,8 @@ impl Lan {
             Ok::<_, io::Error>(host)
         };
         let peer = attach("peer", Namespace::new()?, 1, 1, true)?;
-        let mut make = |index: usize| {
-            let (number, own) = (index as u8 + 1, network(2) != 0);
-            attach(&format!("host{index}"), Namespace::new()?, number, network(index), own)
-        };
-        let hosts = [make(0)?, make(1)?, make(2)?];
+        let mut make = |number: u8| attach(&format!("host{number}"), Namespace::new()?, number, 0, false);
+        let hosts = [make(1)?, make(2)?, make(3)?];
         Ok(Self { peer, router, hosts })
     }
 }

@@ -107,7 +107,7 @@ pub fn without_threads_it_takes_longer() {
         let lock = locker.lock(&[connection.flow()]).unwrap();
         ends.connect_hosts();
         (&ends.peer).write_all(b"held").unwrap();
-        wait_until("it is held", || lock.take().unwrap()[0].packets.len() > 0);
+        wait_until("it is held", || !lock.take().unwrap()[0].packets.is_empty());
     });
 }
 
