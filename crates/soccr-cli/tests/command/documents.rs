@@ -1,7 +1,7 @@
 //! What README.md and docs/ say holds: their shell blocks run, their links lead somewhere, the errors they explain exist.
 //!
-//! A block that begins with ```` ```sh ```` runs on a host where `$server` has connections; `ssh host2` leads to another host with the same
-//! address, and `./server` is a program that takes connections. ```` ```sh root ```` needs a root that may load BPF;
+//! A block that begins with ```` ```sh ```` runs on a host where `$server` has connections; `ssh HOST` leads to another host with the same
+//! address, or with one of its own on the same Ethernet where the block begins with ```` ```sh lan ````; and `./server` is a program that takes connections. ```` ```sh root ```` needs a root that may load BPF;
 //! ```` ```sh ignore: REASON ```` does not run.
 
 use std::fs::{self, File, OpenOptions};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use soccr::adopt::Adopter;
-use soccr_lab::{Lab, Side, Test};
+use soccr_lab::{Host, Lab, Lan, Side, Test};
 
 use crate::programs::{Program, SOCCR, ask, connect, hear, installed, json, python};
 
@@ -61,9 +61,13 @@ fn run_blocks(page: &Path) {
     for (line, how, text) in blocks(&fs::read_to_string(page).unwrap()) {
         let place = format!("{}:{line}", page.file_name().unwrap().display());
         match how {
-            "" => run_block(&place, &text),
+            "" => run_between_twins(&place, &text),
+            "lan" => {
+                let lan = Lan::new().unwrap();
+                run_block(&place, &text, &lan.peer, [&lan.hosts[0], &lan.hosts[1]], || ());
+            }
             "root" => match Adopter::new() {
-                Ok(_) => run_block(&place, &text),
+                Ok(_) => run_between_twins(&place, &text),
                 Err(error) => eprintln!("\nSKIPPED: {place}: {error}\n"),
             },
             _ => {
@@ -106,15 +110,25 @@ while True:
 
 const SSH: &str = "#!/bin/sh\nshift\nexec nsenter --net=/proc/$HOST2/ns/net -- sh -c \"$*\"\n";
 
-fn run_block(place: &str, text: &str) {
+fn run_between_twins(place: &str, text: &str) {
     let lab = Lab::new().unwrap();
-    let old = lab.a.run(|| Program::start(&mut python(OLD, &["old "])));
-    let mut clients: Vec<TcpStream> = (0..3).map(|_| lab.peer.run(|| connect((lab.a.v4, 443)))).collect();
+    let steer = || {
+        if text.contains("host2") {
+            lab.steer(Side::B).unwrap();
+        }
+    };
+    run_block(place, text, &lab.peer, [&lab.a, &lab.b], steer);
+}
+
+/// `moved` is called when the block has ended.
+fn run_block(place: &str, text: &str, peer: &Host, [a, b]: [&Host; 2], moved: impl FnOnce()) {
+    let old = a.run(|| Program::start(&mut python(OLD, &["old "])));
+    let mut clients: Vec<TcpStream> = (0..3).map(|_| peer.run(|| connect((a.v4, 443)))).collect();
     for client in &mut clients {
         assert_eq!(ask(client, "hello", "old "), "old hello");
     }
-    let host2 = lab.b.run(|| Program::start(&mut python(GREETER, &[])));
-    lab.b.run(|| {
+    let host2 = b.run(|| Program::start(&mut python(GREETER, &[])));
+    b.run(|| {
         connect(([127, 0, 0, 1], 443));
     });
     let directory = tempfile::tempdir().unwrap();
@@ -132,16 +146,14 @@ fn run_block(place: &str, text: &str) {
     let mut shell = Command::new("timeout");
     shell.args(["60", "sh", "-euc", text]).current_dir(&directory).stdin(Stdio::null());
     shell.env("PATH", path).env("server", old.pid()).env("HOST2", host2.pid());
-    let status = lab.a.run(|| shell.stdout(out(&said)).stderr(out(&said)).status().unwrap());
+    let status = a.run(|| shell.stdout(out(&said)).stderr(out(&said)).status().unwrap());
     let mut output = String::new();
     said.rewind().unwrap();
     said.read_to_string(&mut output).unwrap();
     assert!(status.success(), "{place}: {status}\n{text}\n{output}");
 
-    let stay = lab.a.run(|| json(&["list", "--json", "--pid", &old.pid()]));
-    if text.contains("host2") {
-        lab.steer(Side::B).unwrap();
-    }
+    let stay = a.run(|| json(&["list", "--json", "--pid", &old.pid()]));
+    moved();
     for client in &mut clients {
         let address = client.local_addr().unwrap().to_string();
         if stay.iter().any(|socket| socket["remote"] == *address && socket["state"] == "ESTABLISHED") {
