@@ -47,7 +47,8 @@ struct Found {
 impl Inspect {
     pub(crate) fn run(&self) -> Result<Exit> {
         let (found, failed) = if self.image.is_dir() {
-            read_criu(&self.image)?
+            let directory = self.image.display();
+            read_criu(&self.image).with_context(|| format!("{directory}: no directory of CRIU's images"))?
         } else if self.image == Path::new("-") {
             read_stream(BufReader::new(io::stdin().lock()))?
         } else {
