@@ -48,7 +48,7 @@ impl Inspect {
     pub(crate) fn run(&self) -> Result<Exit> {
         let (found, failed) = if self.image.is_dir() {
             let directory = self.image.display();
-            read_criu(&self.image).with_context(|| format!("{directory}: no directory of CRIU's images"))?
+            read_criu(&self.image).with_context(|| format!("{directory}, read as images of CRIU"))?
         } else if self.image == Path::new("-") {
             read_stream(BufReader::new(io::stdin().lock()))?
         } else {
