@@ -233,7 +233,10 @@ impl Adopter {
         // Until the server has it, whatever the server is doing.
         let _wide = match control.inq_len {
             0..=ALWAYS_FITS => None,
-            bytes => Some(Wide::new(&obstacle::listeners(&mut self.diag, flow)?, bytes)),
+            _ => {
+                let receive = self.sysctls.buffer_for(connection)?;
+                Some(Wide::new(&obstacle::listeners(&mut self.diag, flow)?, receive))
+            }
         };
         self.make(connection)?;
         let filled = self.feed(connection).and_then(|()| self.verify(connection));

@@ -153,6 +153,7 @@ pub(super) struct Sysctls {
     sack: File,
     timestamps: File,
     ecn: File,
+    buffers: File,
 }
 
 impl Sysctls {
@@ -168,7 +169,21 @@ impl Sysctls {
             sack: open("tcp_sack")?,
             timestamps: open("tcp_timestamps")?,
             ecn: open("tcp_ecn")?,
+            buffers: open("tcp_rmem")?,
         })
+    }
+
+    /// The receive buffer that the connection had, or a little more than its queue where that is longer. Beyond what the kernel
+    /// itself tunes a buffer to it does not grow: the peer fills what it gets, and the next move would make it larger still.
+    pub(super) fn buffer_for(&self, connection: &Connection) -> Result<u32> {
+        let mut text = [0; 64];
+        let failed = |error| Error::system("net.ipv4.tcp_rmem", error);
+        let length = self.buffers.read_at(&mut text, 0).map_err(failed)?;
+        let largest = text[..length].trim_ascii().rsplit(u8::is_ascii_whitespace).next();
+        let largest = largest.and_then(|number| std::str::from_utf8(number).ok()?.parse().ok()).unwrap_or(0);
+        let had = connection.buffers.map_or(0, |buffers| buffers.receive);
+        let queue = connection.control.inq_len;
+        Ok((queue + queue / 4).min(largest).max(had))
     }
 
     pub(super) fn check_cookies(&self) -> Result<()> {

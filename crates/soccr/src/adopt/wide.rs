@@ -14,11 +14,9 @@ use crate::error::Result;
 pub(super) struct Wide(Vec<(OwnedFd, Buffers)>);
 
 impl Wide {
-    /// Widens the sockets with these inode numbers, in whatever processes have them, for a queue of `bytes`. What belongs to nobody
-    /// whom we may look at stays as it is: the queue then enters as the server reads.
-    pub(super) fn new(inodes: &[u32], bytes: u32) -> Self {
-        // Half of a buffer is announced as window, and short segments take twice their length.
-        let receive = bytes.saturating_mul(4).min(i32::MAX as u32);
+    /// Gives the sockets with these inode numbers, in whatever processes have them, receive buffers of so many bytes at least. What
+    /// belongs to nobody whom we may look at stays as it is: the queue then enters as the server reads.
+    pub(super) fn new(inodes: &[u32], receive: u32) -> Self {
         let widen = |listener: OwnedFd| -> Result<(OwnedFd, Buffers)> {
             let before = buffers::read(listener.as_fd())?.buffers;
             let receive = receive.max(before.receive);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, socket, sockopt};
 use soccr::adopt::DRAIN;
-use soccr_lab::{Family, TcpInfo};
+use soccr_lab::{Family, TcpInfo, wait_until};
 
 use crate::ends::{Ends, On, PORT, accept, adopter, connect, pattern, read};
 
@@ -160,6 +160,33 @@ pub fn every_byte_arrives_while_the_client_talks() {
             listen.join().unwrap();
             client.shutdown(Shutdown::Both).unwrap();
         });
+    }
+}
+
+pub fn a_buffer_does_not_grow_from_move_to_move() {
+    let ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let locker = ends.locker();
+    let listener = ends.listen(Family::V4, On::Address);
+    ends.client.set_nonblocking(true).unwrap();
+    // Nobody reads, and the client sends what it can.
+    let fill = |server: &TcpStream| {
+        let bytes = vec![7; 1 << 20];
+        wait_until("the client can send no more", || {
+            let before = TcpInfo::of(server).unwrap().unread;
+            while (&ends.client).write(&bytes).is_ok() {}
+            std::thread::sleep(Duration::from_millis(20));
+            TcpInfo::of(server).unwrap().unread == before
+        });
+        TcpInfo::of(server).unwrap().unread
+    };
+    let mut server = ends.ours.try_clone().unwrap();
+    let first = fill(&server);
+    for _ in 0..5 {
+        ends.pair.a.run(|| adopter.give(&locker, vec![server.into()], DRAIN)).remove(0).unwrap();
+        server = accept(&listener);
+        let now = fill(&server);
+        assert!(now <= 2 * first, "{now} unread bytes, {first} before the first move");
     }
 }
 
