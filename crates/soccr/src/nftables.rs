@@ -9,6 +9,7 @@
 pub(crate) mod rule;
 pub(crate) mod set;
 
+use std::collections::HashSet;
 use std::io;
 use std::time::Duration;
 
@@ -227,7 +228,15 @@ pub(crate) fn has_chain_of_type(socket: &mut Socket, wanted: &str) -> io::Result
     Ok(found.contains(&true))
 }
 
+/// As many elements as always come in one part of a dump.
+const ONE_PART: usize = 64;
+/// How often a set is read until it is the same twice in a row.
+const READINGS: usize = 10;
+
 /// What `read` makes of every element of a set: of its connection, and its attributes.
+///
+/// Each part of a dump counts from the beginning how many elements to skip, and the kernel rearranges a hash table that has
+/// grown or shrunk meanwhile: elements can be missing, and nothing says so. So a long set is read until it stays the same.
 pub(crate) fn contents<T>(
     socket: &mut Socket,
     table: Table<'_>,
@@ -240,13 +249,24 @@ pub(crate) fn contents<T>(
         m.string(TABLE, table.name);
         m.string(ELEMENTS_SET, set);
     });
-    socket.dump_all(&batch, |contents, payload| {
-        let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
-        for (_, element) in attributes(list) {
-            let key = value(element, set::ELEMENT_KEY).and_then(|key| set::flow_of(value(key, DATA_VALUE)?));
-            contents.extend(key.map(|flow| read(flow, element)));
+    let mut before = None;
+    for _ in 0..READINGS {
+        let contents = socket.dump_all(&batch, |contents, payload| {
+            let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
+            for (_, element) in attributes(list) {
+                let key =
+                    value(element, set::ELEMENT_KEY).and_then(|key| set::flow_of(value(key, DATA_VALUE)?));
+                contents.extend(key.map(|flow| (flow, read(flow, element))));
+            }
+        })?;
+        let flows: HashSet<Flow> = contents.iter().map(|(flow, _)| *flow).collect();
+        let is_whole = flows.len() == contents.len();
+        if contents.len() <= ONE_PART || (is_whole && before.as_ref() == Some(&flows)) {
+            return Ok(contents.into_iter().map(|(_, what)| what).collect());
         }
-    })
+        before = Some(flows);
+    }
+    Err(rustix::io::Errno::INTR.into())
 }
 
 /// For how long elements of a set stay, where nothing else is said.
