@@ -138,5 +138,27 @@ pub fn a_dropped_line_takes_its_links_along() {
     let control = pair.a.namespace.rtnetlink().unwrap();
     let Pair { line, .. } = pair;
     drop(line);
-    wait_until("the link is gone", || control.index("eth0").is_err());
+    let is_gone = || control.index("eth0").is_err();
+    // A network that cannot be removed yet holds up all others: an orphan of an IPv6 connection may take 100 s to end.
+    if !happens(is_gone) && !networks_are_removed() {
+        eprintln!("\nSKIPPED: the kernel waits for another network before it removes the next one\n");
+        return;
+    }
+    wait_until("the link is gone", is_gone);
+}
+
+/// A link goes when the namespace of its other end does.
+fn networks_are_removed() -> bool {
+    let Pair { a, b, .. } = Pair::new().unwrap();
+    let control = a.namespace.rtnetlink().unwrap();
+    drop(b);
+    happens(|| control.index("eth0").is_err())
+}
+
+fn happens(condition: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !condition() && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    condition()
 }
