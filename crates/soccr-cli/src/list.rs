@@ -13,11 +13,12 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};
 use rustix::process::Pid;
 use serde::Serialize;
-use soccr::Paused;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
+use soccr::{Flow, Paused};
 
 use crate::exit::Exit;
+use crate::nat::{Nat, Translated};
 use crate::process::{self, Holder, Process, parse_pid};
 use crate::table::{Align, Table, printable};
 use crate::traffic::Traffic;
@@ -28,7 +29,8 @@ use filter::Filter;
 /// List TCP sockets, and say which can be saved
 ///
 /// All states, including those that belong to no process any longer. IDLE is the time since data were sent or received, RETR how many
-/// segments were sent again, CC the congestion control. SAVE says "yes", or why not; "paused" is a socket that somebody has left in
+/// segments were sent again, CC the congestion control. SAVE says "yes", or why not, and
+/// what NAT makes of its addresses; "paused" is a socket that somebody has left in
 /// repair mode. --json shows more.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -69,6 +71,8 @@ struct Row {
     processes: Vec<Owner>,
     savable: bool,
     why_not: Option<&'static str>,
+    /// A connection that can be saved, but is known by other addresses outside.
+    nat: Option<Translated>,
 }
 
 #[derive(Debug, Serialize)]
@@ -89,7 +93,7 @@ impl List {
         };
         let holders = process::holders(&processes);
         let netns = self.netns.clone().or(self.pid.map(|pid| pid.to_string()));
-        network::enter(netns.as_deref())?;
+        let mut nat = Nat::around(|| network::enter(netns.as_deref()))?;
         let mut rows = Vec::new();
         let mut names = HashMap::new();
         let may_pause = may_pause()?;
@@ -98,7 +102,9 @@ impl List {
             let traffic = Traffic::read(socket.tcp_info()).filter(|_| socket.state != State::Listen);
             if (self.pid.is_none() || !held.is_empty()) && self.filter.wants(socket, traffic.as_ref()) {
                 let why_not = why_not(socket, held, may_pause);
-                rows.push(Row::new(socket, traffic, held, why_not, &mut names));
+                let flow = Flow { local: socket.local, remote: socket.remote };
+                let nat = why_not.is_none().then(|| nat.of(flow)).flatten();
+                rows.push(Row { nat, ..Row::new(socket, traffic, held, why_not, &mut names) });
             }
         })?;
         exit::written(if self.json { print_json(&rows) } else { print_table(&rows) })
@@ -144,6 +150,7 @@ impl Row {
                 .collect(),
             savable: why_not.is_none(),
             why_not,
+            nat: None,
         }
     }
 }
@@ -229,7 +236,11 @@ fn print_table(rows: &[Row]) -> std::io::Result<()> {
             or_dash(traffic.map(|traffic| traffic.cwnd().to_string())),
             or_dash(traffic.map(|traffic| traffic.retransmissions().to_string())),
             or_dash(row.congestion_control.clone()),
-            row.why_not.unwrap_or("yes").into(),
+            match (row.why_not, row.nat) {
+                (Some(reason), _) => reason.into(),
+                (None, Some(nat)) => format!("yes, but {nat}"),
+                (None, None) => "yes".into(),
+            },
         ]);
     }
     table.print()

@@ -23,6 +23,7 @@ mod lifeline;
 mod list;
 mod lock;
 mod man;
+mod nat;
 mod network;
 mod process;
 mod progress;

@@ -49,7 +49,7 @@ fn of_socket(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
 pub(crate) fn place() -> Option<Place> {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let boot = u128::from_str_radix(&boot.trim().replace('-', ""), 16).ok()?;
-    let Identity(device, inode) = Identity::of(open_namespace(HERE).ok()?.as_fd()).ok()?;
+    let Identity(device, inode) = Identity::here().ok()?;
     Some(Place { host: boot.to_be_bytes(), namespace: [device, inode] })
 }
 
@@ -58,6 +58,11 @@ pub(crate) fn place() -> Option<Place> {
 pub(crate) struct Identity(u64, u64);
 
 impl Identity {
+    /// That of the calling thread.
+    pub(crate) fn here() -> Result<Self> {
+        Self::of(open_namespace(HERE)?.as_fd())
+    }
+
     pub(crate) fn of_socket(socket: BorrowedFd<'_>) -> Result<Self> {
         Self::of(of_socket(socket)?.as_fd())
     }
@@ -106,8 +111,7 @@ pub(crate) fn is_local(address: SocketAddr) -> bool {
 
 /// Must run before the process starts a thread: others would stay behind, and keep it out of a user namespace.
 fn move_into(namespace: BorrowedFd<'_>) -> Result<()> {
-    let here = open_namespace(HERE)?;
-    if Identity::of(here.as_fd())? == Identity::of(namespace)? {
+    if Identity::here()? == Identity::of(namespace)? {
         return Ok(());
     }
     let enter = || move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network));

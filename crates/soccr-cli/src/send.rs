@@ -12,6 +12,7 @@ use crate::captive::Captive;
 use crate::exit::Exit;
 use crate::guide::{Guide, Hop, find_hops, parse_hop};
 use crate::keeper::Keeper;
+use crate::nat::Nat;
 use crate::network;
 use crate::process::Sharing;
 use crate::selection::Selection;
@@ -82,7 +83,13 @@ impl Send {
         let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(via::Started::new).transpose()?;
-        network::enter_of(captives[0].socket().as_fd()).with_context(|| captives[0].name.clone())?;
+        let mut nat = Nat::around(|| network::enter_of(captives[0].socket().as_fd()))
+            .with_context(|| captives[0].name.clone())?;
+        for captive in &captives {
+            if let Some(translated) = captive.flow().ok().and_then(|flow| nat.of(flow)) {
+                exit::complain(&format!("{}: {}", captive.name, translated.warning()));
+            }
+        }
         let deadline = Deadline::after(limits.answer);
         let guide = self.guide(&captives)?;
         let source = Source::new(captives, keeper, limits, deadline.clone(), guide)?;

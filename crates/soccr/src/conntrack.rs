@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
-use soccr_netlink::{ACK, Batch, CREATE, EXCLUSIVE, Message, REQUEST, Socket, attributes};
+use soccr_netlink::{ACK, Batch, CREATE, EXCLUSIVE, Family, Message, REQUEST, Socket, attributes};
 
 use crate::error::{Error, Result};
 use crate::flow::Flow;
@@ -49,6 +49,30 @@ impl Tracked {
         let sent = (flow.local, flow.remote);
         let received = (self.wire.remote, self.wire.local);
         if self.initiator { [sent, received] } else { [received, sent] }
+    }
+}
+
+/// The connection tracking of a network namespace: what may translate a connection on its way is found there, also outside of the
+/// namespace that its socket is in.
+#[derive(Debug)]
+pub struct Tracking(Socket);
+
+impl Tracking {
+    /// That of the calling thread's network namespace. `None` where the kernel tracks no connection.
+    ///
+    /// # Errors
+    /// Those of a netlink socket.
+    pub fn open() -> Result<Option<Self>> {
+        let open = || Socket::open(Family::Netfilter).map_err(|error| Error::system("conntrack", error));
+        is_loaded().then(|| Ok(Self(open()?))).transpose()
+    }
+
+    /// What is known there about a connection, by the addresses that its socket has.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN` in that namespace.
+    pub fn find(&mut self, flow: Flow) -> Result<Option<Tracked>> {
+        find(&mut self.0, flow).map_err(|error| Error::system("conntrack", error))
     }
 }
 

@@ -74,7 +74,7 @@ mod buffers;
 pub mod bulk;
 mod congestion;
 pub mod connection;
-mod conntrack;
+pub mod conntrack;
 pub mod diag;
 mod error;
 mod fin;

@@ -6,6 +6,7 @@ mod documents;
 mod images;
 mod kill;
 mod list;
+mod nat;
 mod only;
 mod programs;
 mod real;
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
         transfer::tests(),
         kill::tests(),
         list::tests(),
+        nat::tests(),
         real::tests(),
         relay::tests(),
         reboot::tests(),

@@ -1,0 +1,55 @@
+//! Connections whose addresses somebody translates on their way: whoever wants to move one is told.
+
+use std::process::{Command, Stdio};
+
+use soccr_lab::{Lab, Namespace};
+
+use crate::programs::{ask, complaints, connect, installed, json, server, soccr, succeed};
+
+crate::tests![nat_outside_of_the_network_is_named, nat_in_the_network_is_named];
+
+/// The port of a host leads to one of a container, as container engines publish it.
+fn nat_outside_of_the_network_is_named() {
+    let lab = Lab::new().unwrap();
+    let rules =
+        "type nat hook prerouting priority -100; ip daddr 198.51.100.254 tcp dport 80 dnat to 192.0.2.1:7;";
+    is_named(&lab, &lab.router, rules, "198.51.100.254:80", true);
+}
+
+/// As a service mesh does it.
+fn nat_in_the_network_is_named() {
+    let lab = Lab::new().unwrap();
+    let rules = "type nat hook prerouting priority -100; tcp dport 80 redirect to :7;";
+    is_named(&lab, &lab.a.namespace, rules, "192.0.2.1:80", false);
+}
+
+fn is_named(lab: &Lab, place: &Namespace, rules: &str, wire: &str, outside: bool) {
+    if !installed("python3") || !installed("nft") {
+        return;
+    }
+    let rules = format!("table ip nat {{ chain nat {{ {rules} }}; }}");
+    assert!(place.run(|| Command::new("nft").arg(rules).status()).unwrap().success());
+    let server = lab.a.run(|| server("", 2));
+    let mut client = lab.peer.run(|| connect(wire.parse::<std::net::SocketAddr>().unwrap()));
+    let mut plain = lab.peer.run(|| connect((lab.a.v4, 7)));
+    let mut both = || {
+        assert_eq!(ask(&mut client, "one", ""), "one");
+        assert_eq!(ask(&mut plain, "one", ""), "one");
+    };
+    both();
+    let list = ["list", "--json", "--pid", &server.pid(), "--state", "established"];
+    let rows = place.run(|| json(&list));
+    let nat: Vec<_> = rows.iter().map(|row| &row["nat"]).filter(|nat| !nat.is_null()).collect();
+    assert_eq!(nat.len(), 1, "{rows:?}");
+    assert_eq!((&nat[0]["local"], &nat[0]["outside"]), (&wire.into(), &outside.into()));
+    let table = place.run(|| succeed(&["list", "--pid", &server.pid()]));
+    let text = format!("yes, but NAT {} its network", if outside { "outside of" } else { "in" });
+    assert_eq!(String::from_utf8(table).unwrap().matches(&text).count(), 1);
+
+    let send = ["send", "--pid", &server.pid(), "--all", "--via", "false"];
+    let output = place.run(|| soccr(&send).stdout(Stdio::null()).output()).unwrap();
+    let complaints = complaints(&output.stderr);
+    assert_eq!(complaints.matches("NAT ").count(), 1, "{complaints}");
+    assert!(complaints.contains(wire) && complaints.matches(": stays: ").count() == 2, "{complaints}");
+    both();
+}
