@@ -2,6 +2,7 @@
 #
 #   make && sudo make install && sudo ldconfig     DESTDIR= PREFIX=/usr/local LIBDIR=PREFIX/lib
 #   make deb                                       libsoccr1, libsoccr-dev and soccr, in target/deb
+#   make static                                    the command alone, for any Linux of this architecture, in target/static
 #
 # Only `make` runs cargo: `make install` copies what is there.
 
@@ -43,7 +44,13 @@ install:
 deb: all
 	CARGO_TARGET_DIR=$(CARGO_TARGET_DIR) PROFILE=$(PROFILE) ./deb.sh
 
+# Needs `rustup target add` of this target.
+STATIC := $(shell uname -m)-unknown-linux-musl
+static:
+	$(CARGO) build --locked --profile $(PROFILE) --package soccr-cli --bin soccr --target $(STATIC)
+	install -D $(CARGO_TARGET_DIR)/$(STATIC)/$(patsubst dev,debug,$(PROFILE))/soccr $(CARGO_TARGET_DIR)/static/soccr
+
 bench:
 	$(MAKE) -C crates/libsoccr bench
 
-.PHONY: all install deb bench
+.PHONY: all install deb static bench

@@ -141,7 +141,13 @@ pub(crate) fn detach(thread: Pid, signal: i32) -> io::Result<()> {
     ptrace(libc::PTRACE_DETACH, thread, signal)
 }
 
-fn ptrace(request: libc::c_uint, thread: Pid, data: i32) -> io::Result<()> {
+/// The C libraries do not agree on the sign of a request.
+#[cfg(target_env = "musl")]
+type Request = libc::c_int;
+#[cfg(not(target_env = "musl"))]
+type Request = libc::c_uint;
+
+fn ptrace(request: Request, thread: Pid, data: i32) -> io::Result<()> {
     let (address, data) = (std::ptr::null_mut::<libc::c_void>(), data as usize as *mut libc::c_void);
     // SAFETY: none of the three requests reads or writes memory of this process.
     check(unsafe { libc::ptrace(request, thread.as_raw_pid(), address, data) })
