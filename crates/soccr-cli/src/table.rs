@@ -1,6 +1,6 @@
-//! Tables for people: aligned, in colour on a terminal (unless `NO_COLOR` is set), cut nowhere.
+//! Tables for people: aligned, in colour on a terminal (unless `NO_COLOR` is set), no cell cut.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, IsTerminal, Write};
 
 use anstyle::Style;
 
@@ -25,11 +25,17 @@ pub(crate) struct Table<const N: usize> {
     columns: [(&'static str, Align); N],
     widths: [usize; N],
     rows: Vec<[String; N]>,
+    dispensable: &'static [&'static str],
 }
 
 impl<const N: usize> Table<N> {
     pub(crate) fn new(columns: [(&'static str, Align); N]) -> Self {
-        Self { columns, widths: columns.map(|(heading, _)| heading.len()), rows: Vec::new() }
+        Self {
+            columns,
+            widths: columns.map(|(heading, _)| heading.len()),
+            rows: Vec::new(),
+            dispensable: &[],
+        }
     }
 
     pub(crate) fn row(&mut self, cells: [String; N]) {
@@ -39,28 +45,66 @@ impl<const N: usize> Table<N> {
         self.rows.push(cells);
     }
 
+    /// The columns to leave out, one after the other, until the table fits the terminal.
+    pub(crate) fn narrow(&mut self, dispensable: &'static [&'static str]) {
+        self.dispensable = dispensable;
+    }
+
     /// Prints the table on standard output.
     pub(crate) fn print(&self) -> io::Result<()> {
+        let terminal = Some(io::stdout()).filter(IsTerminal::is_terminal);
+        let room = terminal.and_then(|terminal| rustix::termios::tcgetwinsize(terminal).ok());
+        let shown = self.fitting(room.map_or(usize::MAX, |size| size.ws_col.into()));
         let mut out = BufWriter::new(anstream::stdout().lock());
         write!(out, "{HEADING}")?;
-        self.line(&mut out, self.columns.map(|(heading, _)| heading))?;
+        self.line(&mut out, &shown, &self.columns.map(|(heading, _)| heading))?;
         write!(out, "{HEADING:#}")?;
         for row in &self.rows {
-            self.line(&mut out, row.each_ref().map(String::as_str))?;
+            self.line(&mut out, &shown, row)?;
         }
         out.flush()
     }
 
-    fn line(&self, out: &mut impl Write, cells: [&str; N]) -> io::Result<()> {
-        for (i, cell) in cells.iter().enumerate() {
+    /// The columns that are shown where a line has so many characters. 0 is a terminal that does not know its width.
+    fn fitting(&self, room: usize) -> Vec<usize> {
+        let mut shown: Vec<usize> = (0..N).collect();
+        let mut dispensable = self.dispensable.iter();
+        let width = |shown: &[usize]| shown.iter().map(|column| self.widths[*column] + 2).sum::<usize>() - 2;
+        while room != 0 && width(&shown) > room {
+            let Some(next) = dispensable.next() else { break };
+            shown.retain(|column| self.columns[*column].0 != *next);
+        }
+        shown
+    }
+
+    fn line(&self, out: &mut impl Write, shown: &[usize], cells: &[impl AsRef<str>; N]) -> io::Result<()> {
+        for (i, &column) in shown.iter().enumerate() {
             let gap = if i == 0 { "" } else { "  " };
-            match self.columns[i].1 {
+            let (cell, width) = (cells[column].as_ref(), self.widths[column]);
+            match self.columns[column].1 {
                 // Nothing but blanks would follow the last one.
-                Align::Left if i == N - 1 => write!(out, "{gap}{cell}")?,
-                Align::Left => write!(out, "{gap}{cell:<width$}", width = self.widths[i])?,
-                Align::Right => write!(out, "{gap}{cell:>width$}", width = self.widths[i])?,
+                Align::Left if column == N - 1 => write!(out, "{gap}{cell}")?,
+                Align::Left => write!(out, "{gap}{cell:<width$}")?,
+                Align::Right => write!(out, "{gap}{cell:>width$}")?,
             }
         }
         writeln!(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_narrow_terminal_gets_fewer_columns() {
+        let mut table = Table::new([("A", Align::Left), ("B", Align::Right), ("C", Align::Left)]);
+        table.row(["1234".into(), "1".into(), "123456".into()]);
+        table.narrow(&["B", "A"]);
+        for (room, shown) in
+            [(0, &[0, 1, 2][..]), (15, &[0, 1, 2]), (14, &[0, 2]), (12, &[0, 2]), (11, &[2]), (1, &[2])]
+        {
+            assert_eq!(table.fitting(room), shown, "{room}");
+        }
     }
 }

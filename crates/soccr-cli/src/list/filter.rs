@@ -7,6 +7,7 @@ use std::time::Duration;
 use soccr::connection::State;
 use soccr::diag::Socket;
 
+use super::row::Owner;
 use crate::traffic::Traffic;
 
 /// What a socket must be like to be shown; what is not given does not matter.
@@ -21,6 +22,9 @@ pub(super) struct Filter {
     /// Only connections to this address or network (such as 192.0.2.0/24)
     #[arg(long, value_name = "ADDRESS")]
     peer: Option<Network>,
+    /// Only sockets of processes with this name (`/proc/PID/comm`)
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     /// Only connections over which nothing has been sent or received for so many seconds, and with nothing in their queues
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
@@ -36,6 +40,11 @@ impl Filter {
                 let idle = Duration::from_secs(seconds.into());
                 socket.receive_queue == 0 && traffic.is_some_and(|traffic| traffic.is_idle(idle))
             })
+    }
+
+    /// The processes that have the socket.
+    pub(super) fn wants_one_of(&self, owners: &[Owner]) -> bool {
+        self.name.as_ref().is_none_or(|name| owners.iter().any(|owner| owner.name == *name))
     }
 }
 

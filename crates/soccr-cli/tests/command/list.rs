@@ -1,6 +1,7 @@
 //! `list`: which sockets, and what it says about them.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 
 use soccr_lab::{sysctl, wait_until};
@@ -11,6 +12,8 @@ use crate::programs::{
 
 crate::tests![
     filters_choose,
+    what_matters_most_comes_first,
+    a_watched_list_comes_again,
     what_is_ipv4_on_the_wire_is_shown_as_that,
     a_connection_with_tls_of_the_kernel_cannot_be_saved,
     who_may_not_pause_is_told_so,
@@ -40,6 +43,8 @@ fn filters_choose() {
         (&["--peer", "192.0.2.0/24"], 0),
         (&["--idle", "0"], 1),
         (&["--idle", "86400"], 0),
+        (&["--name", "python3"], 2),
+        (&["--name", "python"], 0),
     ] {
         assert_eq!(count(arguments), expected, "{arguments:?}");
     }
@@ -52,6 +57,33 @@ fn filters_choose() {
         table.contains("IDLE") && table.contains(socket["congestion_control"].as_str().unwrap()),
         "{table}"
     );
+}
+
+fn what_matters_most_comes_first() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let _pairs = [10, 1000, 100].map(|bytes| {
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        client.write_all(&vec![b'x'; bytes]).unwrap();
+        (client, listener.accept().unwrap())
+    });
+    let (pid, port) = (std::process::id().to_string(), listener.local_addr().unwrap().port().to_string());
+    let queues = |order: &str| {
+        let sockets = json(&["list", "--json", "--port", &port, "--sort", order]);
+        let queues = sockets.iter().filter(|socket| socket["state"] == "ESTABLISHED");
+        queues.map(|socket| socket["receive_queue"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    wait_until("everything has arrived", || queues("pid").iter().sum::<u64>() == 1110);
+    assert_eq!(queues("recv-q"), [1000, 100, 10, 0, 0, 0]);
+    assert_eq!(queues("pid"), [0, 10, 0, 1000, 0, 100]);
+}
+
+fn a_watched_list_comes_again() {
+    let mut list = soccr(&["list", "--watch", "1"]).stdout(Stdio::piped()).spawn().unwrap();
+    let headings = BufReader::new(list.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let twice = headings.filter(|line| line.contains("LOCAL")).take(2).count();
+    list.kill().unwrap();
+    list.wait().unwrap();
+    assert_eq!(twice, 2);
 }
 
 fn what_is_ipv4_on_the_wire_is_shown_as_that() {
