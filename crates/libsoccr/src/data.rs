@@ -86,7 +86,7 @@ pub(crate) struct Extras {
 }
 
 impl Data {
-    /// The same for a caller whose structure has so many bytes: without the groups that do not fit.
+    /// The same for a caller whose structure has `size` bytes: without the groups that do not fit.
     pub(crate) fn within(mut self, size: usize) -> Self {
         for (flags, end) in [
             (flag::PATH, PATH_END),
@@ -100,7 +100,7 @@ impl Data {
         self
     }
 
-    /// A structure of so many bytes tells the sizes of the buffers.
+    /// A structure of `size` bytes tells the sizes of the buffers.
     pub(crate) fn has_buffers(size: usize) -> bool {
         size >= BUFFERS_END
     }

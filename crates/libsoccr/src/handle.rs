@@ -178,7 +178,7 @@ impl Handle {
         }
     }
 
-    /// For a caller whose structure has so many bytes. What cannot be told there is said in a line.
+    /// For a caller whose structure has `size` bytes. What does not fit into it is logged.
     pub(crate) fn save(&mut self, size: usize) -> Result<(Data, Option<&'static str>)> {
         // What was handed out before stays readable.
         self.lent.extend(self.read.of(Queue::Receive).take());

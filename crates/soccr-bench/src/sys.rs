@@ -135,7 +135,7 @@ pub(crate) fn disconnect(fd: BorrowedFd<'_>) {
     assert_eq!(result, 0, "connect(AF_UNSPEC): {}", std::io::Error::last_os_error());
 }
 
-/// `send`, of at most so many bytes at once.
+/// `send` of at most `chunk` bytes at once.
 pub(crate) fn send_all(fd: BorrowedFd<'_>, bytes: &[u8], chunk: usize) {
     let mut rest = bytes;
     while !rest.is_empty() {

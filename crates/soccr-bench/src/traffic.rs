@@ -135,7 +135,7 @@ impl Traffic {
         self.carry(|heard| heard.bytes.load(Relaxed) != before)
     }
 
-    /// Carries on for so long; notes when how many bytes had been heard.
+    /// Runs the traffic for this time, and notes how many bytes had been heard at each moment.
     pub(crate) fn watch(&mut self, time: Duration, notes: &mut Vec<(Instant, u64)>) -> Result<()> {
         let begin = Instant::now();
         self.carry(|heard| {

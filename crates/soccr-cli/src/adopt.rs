@@ -62,7 +62,7 @@ impl Server {
     }
 }
 
-/// Waits until a server has accepted them; returns those that it has not.
+/// Waits until a server has accepted them; returns what it has not accepted in time.
 fn wait_for_accept(adopter: &mut Adopter, adopted: Vec<Adopted>) -> Result<Vec<Adopted>> {
     let deadline = Instant::now() + ACCEPT;
     let mut waiting = adopted;

@@ -30,7 +30,7 @@ pub(crate) use show::duration;
 
 /// List TCP sockets, and say which can be saved
 ///
-/// All states, including those that belong to no process any longer. IDLE is the time since data were sent or received, RETR how many
+/// All states, and also the sockets that belong to no process any longer. IDLE is the time since data were sent or received, RETR how many
 /// segments were sent again, CC the congestion control. SAVE says "yes", or why not, and
 /// what NAT makes of its addresses; "paused" is a socket that somebody has left in
 /// repair mode. A narrow terminal gets fewer columns. --json shows more.
@@ -54,7 +54,7 @@ pub(crate) struct List {
     /// What comes first: for numbers the largest
     #[arg(long, value_name = "COLUMN")]
     sort: Option<Order>,
-    /// Once more every so many seconds, until it is interrupted
+    /// Show the list again every SECONDS, until it is interrupted
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", conflicts_with = "json",
         value_parser = clap::value_parser!(u32).range(1..))]
     watch: Option<u32>,

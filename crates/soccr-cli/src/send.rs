@@ -42,7 +42,7 @@ Examples:
 pub(crate) struct Send {
     #[command(flatten)]
     selection: Selection,
-    /// Only connections over which nothing has been sent or received for so many seconds, and with nothing in their queues. The others stay
+    /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues. The others stay
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller

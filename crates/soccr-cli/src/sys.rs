@@ -68,7 +68,7 @@ pub(crate) fn inherited_socket(number: RawFd) -> Option<OwnedFd> {
     Some(socket)
 }
 
-/// Sets the limit on descriptors for a program just before it is executed: those that are open already stay.
+/// Sets the limit on descriptors for a program just before it is executed: descriptors that are open already stay.
 pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
     // SAFETY: between fork and exec it makes one system call, and allocates nothing.
     unsafe { command.pre_exec(move || Ok(setrlimit(Resource::Nofile, limit)?)) };

@@ -6,7 +6,7 @@ use anstyle::Style;
 
 const HEADING: Style = Style::new().bold();
 
-/// Text of others, which may hold anything, without control characters, those that turn the direction of text included.
+/// Text from elsewhere, without control characters and without those that turn the direction of text.
 pub(crate) fn printable(text: &str) -> String {
     let turns = |c| matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars().map(|c| if c.is_control() || turns(c) { '?' } else { c }).collect()
@@ -65,7 +65,7 @@ impl<const N: usize> Table<N> {
         out.flush()
     }
 
-    /// The columns that are shown where a line has so many characters. 0 is a terminal that does not know its width.
+    /// The columns that fit into `room` characters. 0 is a terminal that does not know its width.
     fn fitting(&self, room: usize) -> Vec<usize> {
         let mut shown: Vec<usize> = (0..N).collect();
         let mut dispensable = self.dispensable.iter();

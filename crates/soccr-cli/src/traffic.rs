@@ -56,7 +56,7 @@ impl Traffic {
         Duration::from_millis(self.idle_ms.into())
     }
 
-    /// Nothing has moved for so long, and nothing waits for the peer.
+    /// Nothing has moved for this time, and nothing waits for the peer.
     pub(crate) fn is_idle(&self, time: Duration) -> bool {
         !self.under_way && self.idle() >= time
     }

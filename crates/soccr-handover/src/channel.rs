@@ -157,7 +157,7 @@ impl Threads {
     /// Starts the two threads.
     ///
     /// # Errors
-    /// Those of starting a thread.
+    /// The errors of starting a thread.
     pub fn new(
         mut reader: impl Read + Send + 'static,
         mut writer: impl Write + Send + 'static,

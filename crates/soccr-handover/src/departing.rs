@@ -20,13 +20,13 @@ pub trait Stream: Sized + AsFd + sealed::Sealed {
     /// The socket behind it.
     ///
     /// # Errors
-    /// Those of the runtime.
+    /// The errors of the runtime.
     fn into_std(self) -> std::io::Result<TcpStream>;
 
     /// The stream of a socket; to be called where the runtime is.
     ///
     /// # Errors
-    /// Those of the runtime, and of `fcntl(2)`.
+    /// The errors of the runtime, and of `fcntl(2)`.
     fn from_std(stream: TcpStream) -> std::io::Result<Self>;
 }
 
@@ -111,7 +111,7 @@ impl<S: Stream> Departing<S> {
         departing
     }
 
-    /// What people call the connection at both ends; by itself its addresses.
+    /// The name of the connection in messages at both ends; its addresses, unless set.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.item.name = name.into();
         self
@@ -120,7 +120,7 @@ impl<S: Stream> Departing<S> {
     /// Gives the stream back.
     ///
     /// # Errors
-    /// Those of the runtime.
+    /// The errors of the runtime.
     pub fn into_stream(self) -> std::io::Result<S> {
         S::from_std(self.item.seat.socket)
     }

@@ -79,7 +79,7 @@ pub(crate) struct Departure {
     shared: Arc<Shared>,
     machine: Source,
     items: Vec<Item<TcpStream>>,
-    /// Those that are silent, by index, and what keeps them so.
+    /// The silent connections by index, and the locks that keep them silent.
     window: Range<usize>,
     locks: Vec<Lock>,
     /// What the locks have held by now is in the items.

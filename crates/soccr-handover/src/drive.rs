@@ -1,4 +1,4 @@
-//! What drives an end of a hand-over: bytes go out and come in, and time passes.
+//! Drives one end of a hand-over: bytes go out and come in, and time passes.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -47,7 +47,7 @@ impl Outbox {
         &self.bytes[self.written..]
     }
 
-    /// What there is goes into a channel that does not tell how far it gets.
+    /// Everything goes into a channel that does not tell how much of it has arrived.
     pub(crate) fn doubt(&mut self) {
         self.doubtful = self.bytes.len();
     }

@@ -31,7 +31,7 @@ type Check = dyn Fn(&Offer<'_>) -> std::result::Result<(), String> + Send + Sync
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Offer<'a> {
-    /// What people call it at the source.
+    /// The name that the source gave it, for messages.
     pub name: &'a str,
     /// What goes along with it, for the application.
     pub state: &'a [u8],
@@ -75,7 +75,7 @@ impl<S: Stream> Arrived<S> {
         &self.landed.state
     }
 
-    /// What people call it at the source.
+    /// The name that the source gave it, for messages.
     pub fn name(&self) -> &str {
         &self.landed.name
     }
@@ -91,7 +91,7 @@ impl<S: Stream> Arrived<S> {
     /// The stream: it waits, or does not (`O_NONBLOCK`), as it did at the source; in a runtime it never does.
     ///
     /// # Errors
-    /// Those of the runtime.
+    /// The errors of the runtime.
     pub fn into_stream(self) -> std::io::Result<S> {
         S::from_std(self.landed.stream)
     }

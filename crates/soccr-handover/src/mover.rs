@@ -79,7 +79,7 @@ pub(crate) struct Shared {
     /// Where it moves connections from and to, as far as the kernel tells.
     pub(crate) place: Option<Place>,
     listener: Option<Box<Listener>>,
-    /// What nobody has waited for.
+    /// Results that nobody has waited for.
     came_back: Mutex<Vec<Rejected<std::net::TcpStream>>>,
 }
 
@@ -87,7 +87,7 @@ impl Mover {
     /// A mover for the network namespace of the calling thread.
     ///
     /// # Errors
-    /// Those of [`Locker::new`]: it needs `CAP_NET_ADMIN` and `CAP_NET_RAW` there, and nftables.
+    /// The errors of [`Locker::new`]: it needs `CAP_NET_ADMIN` and `CAP_NET_RAW` there, and nftables.
     pub fn new() -> Result<Self> {
         Self::with(Limits::default())
     }
@@ -95,7 +95,7 @@ impl Mover {
     /// The same with other limits.
     ///
     /// # Errors
-    /// Those of [`new`](Self::new).
+    /// The errors of [`new`](Self::new).
     pub fn with(limits: Limits) -> Result<Self> {
         soccr::prepare();
         let shared = Shared {

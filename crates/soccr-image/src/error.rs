@@ -71,7 +71,7 @@ impl Error {
         self
     }
 
-    /// The stream is that one connection: its number says nothing.
+    /// The stream holds a single connection: its number says nothing.
     pub(crate) fn of_all(mut self) -> Self {
         self.connection = None;
         self

@@ -73,7 +73,7 @@ impl AtomicFile {
     /// fail.
     ///
     /// # Errors
-    /// Those of fsync(2).
+    /// The errors of fsync(2).
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
     }
@@ -83,7 +83,7 @@ impl AtomicFile {
     /// Returns why the new name may not survive a power failure: the file is in its place in any case.
     ///
     /// # Errors
-    /// Those of fsync(2) and rename(2); then nothing has changed at the path.
+    /// The errors of fsync(2) and rename(2); then nothing has changed at the path.
     pub fn commit(self) -> io::Result<Option<io::Error>> {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
@@ -147,7 +147,7 @@ impl Drop for AtomicFile {
 /// ```
 ///
 /// # Errors
-/// Those of [`write`](crate::write()) and of the file.
+/// The errors of [`write`](crate::write()) and of the file.
 pub fn save_file(path: impl AsRef<Path>, connection: &Connection) -> Result<()> {
     let path = path.as_ref();
     let at = |error: io::Error| Error::io(path.display().to_string(), error);
@@ -159,7 +159,7 @@ pub fn save_file(path: impl AsRef<Path>, connection: &Connection) -> Result<()> 
 /// Loads a connection that [`save_file`] has saved.
 ///
 /// # Errors
-/// Those of [`read`](crate::read()) and of the file.
+/// The errors of [`read`](crate::read()) and of the file.
 pub fn load_file(path: impl AsRef<Path>) -> Result<Connection> {
     let path = path.as_ref();
     let file = File::open(path).map_err(|error| Error::io(path.display().to_string(), error))?;

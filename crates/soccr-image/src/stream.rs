@@ -82,9 +82,9 @@
 //! The state that an application keeps about a connection is a record right before that. Both directions are streams of their own, each with preamble and END. The target answers BEGIN with its preamble, and the source
 //! disturbs nobody before that has come. Any number of connections is under way at once, numbered in ascending order; each goes
 //! its own way, by number. The source says ABORT instead of COMMIT to keep a connection that the target has ready.
-//! Who sends must read the answers meanwhile: both pipes full at once would wait for each other for ever.
+//! A sender must read the answers meanwhile: with both pipes full, both ends would wait for ever.
 //!
-//! Who has the connection when an end is gone, which the other sees as the end of the stream before END:
+//! Which end has the connection when the other one is gone (its stream has ended before END):
 //!
 //! | The last word that passed | source gone | target gone |
 //! |---|---|---|

@@ -70,7 +70,7 @@ impl Peer {
     /// Lets the peer hear again.
     ///
     /// # Errors
-    /// Those of `setsockopt(2)`.
+    /// The errors of `setsockopt(2)`.
     pub fn unblock(&self) -> io::Result<()> {
         match detach_filter(self) {
             // There was none.
@@ -82,7 +82,7 @@ impl Peer {
     /// The peer's end as a stream. A listener waits for the SYN.
     ///
     /// # Errors
-    /// Those of `accept(2)`.
+    /// The errors of `accept(2)`.
     pub fn into_stream(self) -> io::Result<TcpStream> {
         match self {
             Self::Connected(stream) => Ok(stream),

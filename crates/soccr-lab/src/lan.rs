@@ -30,7 +30,7 @@ impl Lan {
     /// All hosts on one Ethernet.
     ///
     /// # Errors
-    /// Those of [`Namespace::new`] and [`Rtnetlink`].
+    /// The errors of [`Namespace::new`] and [`Rtnetlink`].
     pub fn new() -> io::Result<Self> {
         const LAN: &str = "lan";
         let router = Namespace::new()?;

@@ -69,14 +69,14 @@ const RING: usize = 16 << 20;
 const SLOT_OVERHEAD: usize = 128;
 /// How long arrivals may stay in the ring, so that it does not overflow.
 const LONGEST_SLEEP: Duration = Duration::from_millis(1);
-/// How many packets are taken from the ring before those that are due are sent.
+/// How many packets are taken from the ring before due packets are sent.
 const BATCH: usize = 32;
 
 impl Line {
     /// Connects two namespaces: gives each a link, up and without addresses.
     ///
     /// # Errors
-    /// Those of [`veth`](crate::veth); `EPERM` without `CAP_NET_RAW`.
+    /// The errors of [`veth`](crate::veth); `EPERM` without `CAP_NET_RAW`.
     pub fn new(ends: [VethEnd<'_>; 2], shape: &Shape) -> io::Result<Self> {
         let middle = Namespace::new()?;
         let mut control = middle.rtnetlink()?;

@@ -54,7 +54,7 @@ impl Making {
         for number in 0..segments {
             let at = |number: usize| length * number / segments;
             write_all(&self.socket, &bytes[at(number)..at(number + 1)])?;
-            // What waits for the device would be joined by the next piece.
+            // Data that wait for the device would be joined by the next piece.
             self.reach("everything sent", |ours, _| ours.unsent == 0)?;
         }
         self.socket.set_nodelay(false).map_err(failed("TCP_NODELAY"))
@@ -115,7 +115,7 @@ impl Making {
     /// Neither end says anything when it is closed.
     pub(crate) fn forget(self) {
         for end in [&self.socket, &self.peer] {
-            // Who may not do that sees a reset.
+            // Without that privilege a reset is seen.
             let _ = silence(end);
         }
     }

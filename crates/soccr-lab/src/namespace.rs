@@ -32,7 +32,7 @@ impl Namespace {
     /// The namespace of the calling thread.
     ///
     /// # Errors
-    /// Those of opening `/proc/thread-self/ns/net`.
+    /// The errors of opening `/proc/thread-self/ns/net`.
     pub fn current() -> io::Result<Self> {
         Ok(Self { fd: File::open("/proc/thread-self/ns/net")?.into() })
     }

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_
 /// From now on programs whose parent has ended become children of this process, not of init.
 ///
 /// # Errors
-/// Those of `prctl(2)`.
+/// The errors of `prctl(2)`.
 pub(crate) fn adopt() -> io::Result<()> {
     set_child_subreaper(Some(getpid())).map_err(Into::into)
 }

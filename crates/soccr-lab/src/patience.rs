@@ -23,7 +23,7 @@ impl Namespace {
     /// `ip-route(8)`.
     ///
     /// # Errors
-    /// Those of `rtnetlink(7)` and of writing to `/proc/sys`.
+    /// The errors of `rtnetlink(7)` and of writing to `/proc/sys`.
     pub fn be_patient(&self) -> io::Result<()> {
         self.run(|| {
             let mut socket = Socket::open(Family::Route)?;

@@ -122,7 +122,7 @@ impl Namespace {
     /// A connection to the kernel that changes this network.
     ///
     /// # Errors
-    /// Those of opening a netlink socket.
+    /// The errors of opening a netlink socket.
     pub fn rtnetlink(&self) -> io::Result<Rtnetlink> {
         self.run(Rtnetlink::here)
     }

@@ -34,7 +34,7 @@ impl Sniffer {
     /// Records segments that have at least one of `flags`: of a long transfer, only what matters.
     ///
     /// # Errors
-    /// Those of [`on`](Self::on).
+    /// The errors of [`on`](Self::on).
     pub fn flagged(namespace: &Namespace, link: &str, flags: Flags) -> io::Result<Self> {
         let index = namespace.rtnetlink()?.index(link)?;
         let kind = Frame::Headers { outgoing: link != "lo" };

@@ -29,7 +29,7 @@ impl Pair {
     /// Makes the hosts and a veth pair between them.
     ///
     /// # Errors
-    /// Those of [`Namespace::new`] and [`Rtnetlink`].
+    /// The errors of [`Namespace::new`] and [`Rtnetlink`].
     pub fn new() -> io::Result<Self> {
         Self::build(None)
     }
@@ -37,7 +37,7 @@ impl Pair {
     /// Makes the hosts and a line between them.
     ///
     /// # Errors
-    /// Those of [`new`](Self::new) and [`Line::new`].
+    /// The errors of [`new`](Self::new) and [`Line::new`].
     pub fn shaped(shape: &Shape) -> io::Result<Self> {
         Self::build(Some(shape))
     }
@@ -106,7 +106,7 @@ impl Lab {
     /// Makes the namespaces and the veth pairs between them.
     ///
     /// # Errors
-    /// Those of [`Namespace::new`], [`Rtnetlink`] and [`sysctl`].
+    /// The errors of [`Namespace::new`], [`Rtnetlink`] and [`sysctl`].
     pub fn new() -> io::Result<Self> {
         Self::build(None)
     }
@@ -114,7 +114,7 @@ impl Lab {
     /// Makes the namespaces, with a line between peer and router. All links have its MTU.
     ///
     /// # Errors
-    /// Those of [`new`](Self::new) and [`Line::new`].
+    /// The errors of [`new`](Self::new) and [`Line::new`].
     pub fn shaped(shape: &Shape) -> io::Result<Self> {
         Self::build(Some(shape))
     }
@@ -150,7 +150,7 @@ impl Lab {
     /// Sends packets for the shared address to this host from now on.
     ///
     /// # Errors
-    /// Those of [`Rtnetlink::route`].
+    /// The errors of [`Rtnetlink::route`].
     pub fn steer(&self, side: Side) -> io::Result<()> {
         let mut control = self.steering.lock().unwrap_or_else(PoisonError::into_inner);
         let index = control.index(if side == Side::A { TO_A } else { TO_B })?;

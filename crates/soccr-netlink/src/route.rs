@@ -62,7 +62,7 @@ impl Rtnetlink {
     /// For the namespace of the calling thread.
     ///
     /// # Errors
-    /// Those of opening a netlink socket.
+    /// The errors of opening a netlink socket.
     pub fn here() -> io::Result<Self> {
         Ok(Self { socket: Socket::open(Family::Route)? })
     }
@@ -125,7 +125,7 @@ impl Rtnetlink {
         self.change(RTM_NEWLINK, 0, |message| message.bytes(&link_header(index, IFF_UP)))
     }
 
-    /// Sets a link up, with packets of so many bytes at most.
+    /// Sets a link up, with packets of at most `mtu` bytes.
     ///
     /// # Errors
     /// `ENODEV` where there is no such link, `EINVAL` for an MTU outside 68–65535.
@@ -165,7 +165,7 @@ impl Rtnetlink {
     /// Gives a link an IPv6 address that is tentative until duplicate address detection has ended.
     ///
     /// # Errors
-    /// Those of [`add_address`](Self::add_address).
+    /// The errors of [`add_address`](Self::add_address).
     pub fn add_tentative_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
         self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, 0)
     }

@@ -151,7 +151,7 @@ impl Socket {
     /// begins anew where something has changed meanwhile.
     ///
     /// # Errors
-    /// Those of `dump`: `EINTR` where it changes every time.
+    /// The errors of `dump`: `EINTR` where it changes every time.
     pub fn dump_all<T>(
         &mut self,
         batch: &Batch,
@@ -189,7 +189,7 @@ impl Socket {
     /// Lets the kernel queue up to `bytes` of messages for us (`SO_RCVBUFFORCE`, else `SO_RCVBUF`).
     ///
     /// # Errors
-    /// Those of `setsockopt(2)`.
+    /// The errors of `setsockopt(2)`.
     pub fn set_receive_buffer(&self, bytes: usize) -> io::Result<()> {
         sockopt::set_socket_recv_buffer_size_force(&self.fd, bytes)
             .or_else(|_| sockopt::set_socket_recv_buffer_size(&self.fd, bytes))
@@ -199,7 +199,7 @@ impl Socket {
     /// Lets us send batches of up to `bytes` (`SO_SNDBUFFORCE`, else `SO_SNDBUF`).
     ///
     /// # Errors
-    /// Those of `setsockopt(2)`.
+    /// The errors of `setsockopt(2)`.
     pub fn set_send_buffer(&self, bytes: usize) -> io::Result<()> {
         sockopt::set_socket_send_buffer_size_force(&self.fd, bytes)
             .or_else(|_| sockopt::set_socket_send_buffer_size(&self.fd, bytes))

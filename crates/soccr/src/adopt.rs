@@ -199,7 +199,7 @@ impl Adopter {
     /// Whether a server has accepted the connection by now; `None` where it has ended.
     ///
     /// # Errors
-    /// Those of `sock_diag(7)`.
+    /// The errors of `sock_diag(7)`.
     pub fn is_accepted(&mut self, flow: Flow) -> Result<Option<bool>> {
         let inode = self.diag.find(flow.local, flow.remote, |socket| socket.inode);
         inode.map(|inode| inode.map(|inode| inode != 0)).map_err(|error| error.at("adopt"))
@@ -261,7 +261,7 @@ impl Adopter {
                 return Ok(());
             }
         }
-        // What stands against it is looked for only now: beside thousands of connections each look counts.
+        // Obstacles are looked for only after a failure: among thousands of connections each look costs.
         obstacle::in_listener(&mut self.diag, flow)?;
         self.sysctls.check(connection)?;
         Err(Error::refused(

@@ -83,7 +83,7 @@ impl std::error::Error for Unavailable {}
 /// The RTT should be seeded before: bbr derives its pacing from both. bbr keeps the window, not the threshold.
 ///
 /// # Errors
-/// [`Unavailable`]; the socket then has the algorithm that it had, or reno where that one has become unavailable.
+/// [`Unavailable`]; the socket then has the algorithm that it had, or reno where its algorithm has become unavailable.
 pub(crate) fn restore(
     fd: BorrowedFd<'_>,
     path: &Path,
@@ -160,7 +160,7 @@ impl Writer {
     }
 
     fn load() -> Result<Self, Unavailable> {
-        // First of all what needs the privilege: without it, there is no use in reading types for milliseconds.
+        // Fails fast without CAP_BPF, before milliseconds go into parsing BTF.
         let types =
             bpf::load_btf(&bpf::describe_map(VALUES as u32)).map_err(Unavailable::at("BPF_BTF_LOAD"))?;
         let values = create_values(types.as_fd())?;

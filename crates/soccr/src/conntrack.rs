@@ -61,7 +61,7 @@ impl Tracking {
     /// That of the calling thread's network namespace. `None` where the kernel tracks no connection.
     ///
     /// # Errors
-    /// Those of a netlink socket.
+    /// Opening a netlink socket failed.
     pub fn open() -> Result<Option<Self>> {
         let open = || Socket::open(Family::Netfilter).map_err(|error| Error::system("conntrack", error));
         is_loaded().then(|| Ok(Self(open()?))).transpose()

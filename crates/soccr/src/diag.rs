@@ -138,7 +138,7 @@ impl Diag {
     /// Shows every TCP socket to `each`, IPv4 first. Sockets come and go meanwhile: it is no snapshot.
     ///
     /// # Errors
-    /// Those of `sock_diag(7)`.
+    /// The errors of `sock_diag(7)`.
     pub fn visit(&mut self, mut each: impl FnMut(&Socket<'_>)) -> Result<()> {
         for family in [libc::AF_INET, libc::AF_INET6] {
             self.ask(&Request { family, states: ALL_STATES, dump: true, ..Request::default() }, &mut each)?;
@@ -150,7 +150,7 @@ impl Diag {
     /// `None` where there is none.
     ///
     /// # Errors
-    /// Those of `sock_diag(7)`.
+    /// The errors of `sock_diag(7)`.
     pub fn find<T>(
         &mut self,
         local: SocketAddr,

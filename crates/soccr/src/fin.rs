@@ -1,4 +1,4 @@
-//! What no socket option can do: the peer's FIN, its ACK of ours, an urgent byte. They arrive as segments, as if the
+//! Done by segments, because no socket option can: the peer's FIN, its ACK of ours, an urgent byte. They arrive as segments, as if the
 //! peer had sent them; whether they did is read from the socket, never assumed.
 
 use std::os::fd::BorrowedFd;

@@ -63,7 +63,7 @@
 //! the step, the option, the errno and what to do. What cannot be carried is refused with the reason: listeners, MPTCP, kTLS,
 //! a connection that has been reset.
 //!
-//! Who calls this for a socket of another process (`pidfd_getfd(2)`) must stop that process between `pause` and `detach`.
+//! If the socket belongs to another process (`pidfd_getfd(2)`), stop that process between `pause` and `detach`.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("soccr rests on TCP_REPAIR, which only Linux has");

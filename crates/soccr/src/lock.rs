@@ -118,7 +118,7 @@ impl Locker {
     /// A locker for the network namespace of a socket.
     ///
     /// # Errors
-    /// Those of [`new`](Self::new), and `EPERM` without `CAP_SYS_ADMIN` where that is not the namespace of the
+    /// The errors of [`new`](Self::new), and `EPERM` without `CAP_SYS_ADMIN` where that is not the namespace of the
     /// calling thread.
     pub fn beside(socket: impl AsFd, mode: Mode) -> Result<Self> {
         let sockets = namespace::open_beside(socket.as_fd(), || Sockets::open(mode))
@@ -182,7 +182,7 @@ impl Lock {
     /// Locks connections in the network namespace of the calling thread, and keeps what arrives for them.
     ///
     /// # Errors
-    /// Those of [`Locker::new`] and [`Locker::lock`].
+    /// The errors of [`Locker::new`] and [`Locker::lock`].
     pub fn hold(flows: &[Flow]) -> Result<Self> {
         Locker::new(Mode::HOLD)?.lock(flows)
     }
@@ -190,7 +190,7 @@ impl Lock {
     /// Locks connections in the network namespace of the calling thread, and drops what arrives for them.
     ///
     /// # Errors
-    /// Those of [`Locker::new`] and [`Locker::lock`].
+    /// The errors of [`Locker::new`] and [`Locker::lock`].
     pub fn drop_traffic(flows: &[Flow]) -> Result<Self> {
         Locker::new(Mode::Drop)?.lock(flows)
     }
@@ -240,10 +240,11 @@ impl Lock {
 
     /// Like [`release`](Self::release), and quicker where much is held: `sockets` are the restored connections, in the order of
     /// [`flows`](Self::flows). Most of what is held goes straight into their receive queues, and their peers hear of it when they
-    /// are [resumed](crate::Restored::resume), right after. Who turns repair mode off by other means uses `release`.
+    /// are [resumed](crate::Restored::resume), right after. If you end repair mode
+    /// yourself, call `release`: only `resume` announces the appended data.
     ///
     /// # Errors
-    /// Those of `release`. Invalid: as many sockets as connections are needed; they are unlocked nevertheless.
+    /// The errors of `release`. Invalid: as many sockets as connections are needed; they are unlocked nevertheless.
     pub fn release_into(mut self, sockets: &[impl AsFd]) -> Result<usize> {
         if sockets.len() != self.flows.len() {
             return Err(Error::invalid("there is not one socket for each connection").at("unlock"));
@@ -266,7 +267,7 @@ impl Lock {
     /// ```
     ///
     /// # Errors
-    /// Those of [`PersistentLock::create`]. The connections stay in this lock then.
+    /// The errors of [`PersistentLock::create`]. The connections stay in this lock then.
     pub fn persist(&mut self, name: &str, limit: Option<Duration>) -> Result<()> {
         self.shared.persist(name, &self.flows, limit).map_err(|error| error.at("lock"))?;
         self.flows.clear();

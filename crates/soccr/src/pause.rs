@@ -94,7 +94,7 @@ impl<'fd> Paused<'fd> {
     /// Like [`pause`], for a guard that is tied to the descriptor, not to the value that holds it.
     ///
     /// # Errors
-    /// Those of [`pause`].
+    /// The errors of [`pause`].
     pub fn new(socket: BorrowedFd<'fd>) -> Result<Self> {
         pause_fd(socket, Abandoned::Refuse).map_err(|error| error.at("pause"))
     }
@@ -103,7 +103,7 @@ impl<'fd> Paused<'fd> {
     /// [`take_over`](Self::take_over) does.
     ///
     /// # Errors
-    /// Those of [`pause`].
+    /// The errors of [`pause`].
     pub fn new_or_take_over(socket: BorrowedFd<'fd>) -> Result<Self> {
         pause_fd(socket, Abandoned::TakeOver).map_err(|error| error.at("pause"))
     }
@@ -149,7 +149,7 @@ impl<'fd> Paused<'fd> {
     /// Like [`save`](Self::save), into the memory of a connection saved before.
     ///
     /// # Errors
-    /// Those of [`save`](Self::save); the contents of `connection` are unspecified then.
+    /// The errors of [`save`](Self::save); the contents of `connection` are unspecified then.
     pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
         save::save(self.fd, self.peer, connection).map_err(|error| error.at("save"))?;
         save::reuse_address(connection, self.reuse_address);
@@ -158,10 +158,10 @@ impl<'fd> Paused<'fd> {
     }
 
     /// Reads what the kernel knows of the connection, without addresses and socket options, for callers who keep the
-    /// queues in memory of their own: `memory` gives so many bytes, which nobody has written to.
+    /// queues in memory of their own: `memory` gives that many bytes, which nobody has written to.
     ///
     /// # Errors
-    /// Those of [`save`](Self::save), and `ENOMEM` where there is no memory.
+    /// The errors of [`save`](Self::save), and `ENOMEM` where there is no memory.
     pub fn save_bare<M: AsMut<[MaybeUninit<u8>]>>(
         &self,
         memory: impl FnMut(usize) -> Option<M>,
@@ -209,7 +209,7 @@ impl<'fd> Paused<'fd> {
     /// it was before the pause. The guard is given up: whatever happens, the socket stays in repair mode.
     ///
     /// # Errors
-    /// Those of [`Restore::unbound`].
+    /// The errors of [`Restore::unbound`].
     pub fn restore(self, control: &ControlBlock, buffers: Option<Buffers>) -> Result<Restore<'fd>> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
         self.release();

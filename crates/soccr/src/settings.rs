@@ -58,7 +58,7 @@ impl fmt::Debug for Value {
 pub struct Settings(Vec<(Name, Value)>);
 
 impl Settings {
-    /// Keeps only the options for which `keep` says so, such as those that may be believed of a stream from elsewhere.
+    /// Keeps only the options for which `keep` returns true. A stream from elsewhere may be trusted with some of them only.
     pub fn retain(&mut self, mut keep: impl FnMut(&str, &Value) -> bool) {
         self.0.retain(|(name, value)| keep(name.as_str(), value));
     }
@@ -170,7 +170,7 @@ impl Settings {
         Ok(())
     }
 
-    /// Sets the options of one stage, and adds those that could not be set to `skipped`.
+    /// Sets the options of one stage, and adds to `skipped` what could not be set.
     pub(crate) fn apply(
         &self,
         fd: BorrowedFd<'_>,

@@ -143,7 +143,7 @@ impl NextHop {
         let link = index(route, &self.device)?;
         let mut state = system("ip neigh", route.look_for_neighbour(link, self.address))?;
         let deadline = Instant::now() + LIMIT;
-        // What had failed before is asked for again.
+        // A neighbour that had failed is asked for again.
         let mut asked = false;
         while state != Neighbour::Known {
             if asked && (state == Neighbour::Failed || Instant::now() > deadline) {

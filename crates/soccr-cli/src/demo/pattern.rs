@@ -58,7 +58,7 @@ impl Pattern {
         &self.bytes[start..start + PERIOD]
     }
 
-    /// How many of `bytes` are not those that belong at `offset`.
+    /// How many of `bytes` differ from what belongs at `offset`.
     pub(crate) fn differences(&self, offset: u64, bytes: &[u8]) -> u64 {
         let expected = &self.at(offset)[..bytes.len()];
         if expected == bytes {

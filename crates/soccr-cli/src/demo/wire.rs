@@ -18,7 +18,7 @@ pub(crate) enum Order {
     Release,
     /// Give the packets that were held, and end.
     GiveHeld,
-    /// Restore the connection whose image follows; so far it has moved so many bytes.
+    /// Restore the connection whose image follows, and the number of bytes that it has moved so far.
     Restore(Progress),
     /// Replay the held packets that follow, unlock, and begin.
     Go,

@@ -25,7 +25,7 @@ pub(super) struct Filter {
     /// Only sockets of processes with this name (`/proc/PID/comm`)
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Only connections over which nothing has been sent or received for so many seconds, and with nothing in their queues
+    /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
 }

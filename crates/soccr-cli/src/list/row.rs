@@ -70,7 +70,7 @@ fn on_the_wire(address: SocketAddr) -> SocketAddr {
 }
 
 impl Owner {
-    /// `programs` are those that have been looked up so far.
+    /// `programs` remembers what has been looked up.
     pub(super) fn of(holder: &Holder, programs: &mut HashMap<Pid, Program>) -> Self {
         let Program { name, cgroup } =
             programs.entry(holder.pid).or_insert_with(|| Program::of(holder.pid)).clone();

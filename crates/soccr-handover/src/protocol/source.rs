@@ -107,7 +107,7 @@ pub struct Source {
     stages: Vec<Stage>,
     /// The most connections that are silent at a time.
     most: usize,
-    /// Those that are on their way, by index.
+    /// The connections that are on their way, by index.
     window: Range<usize>,
     phase: Phase,
     /// No further window begins, and nobody is waited for at the end.
@@ -260,7 +260,7 @@ impl Source {
         if self.phase == Phase::Over {
             return;
         }
-        // What comes back does so nevertheless, and what was to be unlocked is.
+        // Connections still come back, and locks are still released.
         self.actions.retain(|action| matches!(action, Action::Return(_) | Action::Unlock(..)));
         if proven {
             self.ids().for_each(|id| self.come_back(id));
@@ -323,7 +323,7 @@ impl Source {
         }
     }
 
-    /// Those that no window has begun for stay.
+    /// Connections stay for which no window has begun.
     fn give_up_rest(&mut self) {
         let rest = &mut self.stages[self.window.end..];
         rest.fill(Stage::Settled(Fate::Stays));

@@ -54,7 +54,7 @@ impl Directory {
     /// Reads the stream of a socket; `None` where it has none, as listeners.
     ///
     /// # Errors
-    /// Those of [`Stream::parse`] and of the file.
+    /// The errors of [`Stream::parse`] and of the file.
     pub fn stream(&self, socket: &Socket) -> Result<Option<Stream>> {
         let path = self.path.join(format!("tcp-stream-{:x}.img", socket.inode));
         if !path.try_exists().map_err(|error| Error::io(path.display().to_string(), error))? {
@@ -94,7 +94,7 @@ impl Directory {
     /// fails, once more does the rest.
     ///
     /// # Errors
-    /// Those of the files. Nothing is written before all of them have been read.
+    /// The errors of the files. Nothing is written before all of them have been read.
     pub fn rewrite(&mut self, maps: &[AddressMap]) -> Result<Rewritten> {
         let mut rewritten = Rewritten::default();
         let (mut configured, mut gateways) = (Vec::new(), Vec::new());

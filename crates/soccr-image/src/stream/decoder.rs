@@ -79,7 +79,7 @@ impl Decoder {
     /// The next thing that is complete.
     ///
     /// # Errors
-    /// Those of [`Reader::new`] and [`Reader::receive`]. Where [`Error::connection`] is `Some`, go on.
+    /// The errors of [`Reader::new`] and [`Reader::receive`]. Where [`Error::connection`] is `Some`, go on.
     pub fn decode(&mut self) -> Result<Decoded> {
         if self.ended {
             return Ok(Decoded::End);

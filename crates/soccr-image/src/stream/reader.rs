@@ -18,7 +18,7 @@ const HELD_LIMIT: u32 = record::HELD_SIZE + field::LIMIT + 2 * field::HEADER as 
 /// Memory is bounded by the largest connection. Nothing is read beyond the record that is asked for, so that a hand-over
 /// can be answered; put a [`BufReader`](std::io::BufReader) around a file or pipe that many records come from.
 ///
-/// An error of which [`connection`](Error::connection) is `Some` concerns that one only: go on with [`receive`](Self::receive).
+/// An error of which [`connection`](Error::connection) is `Some` concerns only that connection: go on with [`receive`](Self::receive).
 #[derive(Debug)]
 pub struct Reader<R> {
     reader: R,

@@ -29,7 +29,7 @@ impl<W: Write> Writer<W> {
     /// Begins a stream.
     ///
     /// # Errors
-    /// Those of `writer`.
+    /// The errors of `writer`.
     pub fn new(mut writer: W) -> Result<Self> {
         writer.write_all(&record::preamble()).map_err(|error| Error::io("write", error))?;
         Ok(Self { writer, small: Vec::new(), records: 0 })
@@ -96,7 +96,7 @@ impl<W: Write> Writer<W> {
     /// Writes any message.
     ///
     /// # Errors
-    /// Those of [`connection`](Self::connection), [`state`](Self::state), [`held`](Self::held) and of the writer.
+    /// The errors of [`connection`](Self::connection), [`state`](Self::state), [`held`](Self::held) and of the writer.
     pub fn send(&mut self, message: &Message) -> Result<()> {
         let (kind, id, reason) = match message {
             Message::Connection { id, name, connection } => return self.connection(*id, name, connection),
@@ -137,7 +137,7 @@ impl<W: Write> Writer<W> {
     /// Passes on what a buffer around the file still holds.
     ///
     /// # Errors
-    /// Those of the writer.
+    /// The errors of the writer.
     pub fn flush(&mut self) -> Result<()> {
         self.writer.flush().map_err(|error| Error::io("write", error))
     }
@@ -150,7 +150,7 @@ impl<W: Write> Writer<W> {
     /// Writes the end of the stream, flushes, and gives the writer back.
     ///
     /// # Errors
-    /// Those of the writer.
+    /// The errors of the writer.
     pub fn finish(mut self) -> Result<W> {
         self.end()?;
         Ok(self.writer)
@@ -159,7 +159,7 @@ impl<W: Write> Writer<W> {
     /// The same, and keeps the writer. Nothing may be written behind it.
     ///
     /// # Errors
-    /// Those of the writer.
+    /// The errors of the writer.
     pub fn end(&mut self) -> Result<()> {
         record::open(&mut self.small, kind::END, 0);
         let records = self.records;

@@ -31,7 +31,7 @@ pub(crate) fn unshare(flags: Unshare) -> io::Result<()> {
 /// Sets a socket option whose value is plain bytes, never a structure with pointers (`setsockopt(2)`).
 ///
 /// # Errors
-/// Those of `setsockopt(2)`.
+/// The errors of `setsockopt(2)`.
 pub fn set_option(socket: impl AsFd, level: c_int, name: c_int, value: &[u8]) -> io::Result<()> {
     let fd = socket.as_fd().as_raw_fd();
     // SAFETY: the kernel reads value.len() bytes from value.

@@ -87,7 +87,7 @@ impl Rtnetlink {
     /// The link that has an address of this host.
     ///
     /// # Errors
-    /// Those of the kernel.
+    /// The errors of the kernel.
     pub fn link_with(&mut self, address: IpAddr) -> io::Result<Option<u32>> {
         let mut batch = Batch::new();
         batch.message(GET_ADDRESS, REQUEST | DUMP, |m| m.bytes(&[family(address), 0, 0, 0, 0, 0, 0, 0]));
@@ -122,7 +122,7 @@ impl Rtnetlink {
     /// What is known about a neighbour.
     ///
     /// # Errors
-    /// Those of the kernel.
+    /// The errors of the kernel.
     pub fn neighbour_state(&mut self, link: u32, address: IpAddr) -> io::Result<Neighbour> {
         let mut batch = Batch::new();
         batch.message(GET_NEIGHBOUR, REQUEST | DUMP, |m| m.bytes(&neighbour_header(link, address, 0)));

@@ -71,7 +71,7 @@ impl Rtnetlink {
     /// Who has made the routes of a table (`RTPROT_…`), one entry for each route.
     ///
     /// # Errors
-    /// Those of the kernel.
+    /// The errors of the kernel.
     pub fn table_protocols(&mut self, table: u32, ipv6: bool) -> io::Result<Vec<u8>> {
         let mut batch = Batch::new();
         batch.message(GET_ROUTE, REQUEST | DUMP, |m| {

@@ -29,7 +29,7 @@ pub(super) fn explain(Failure { step, error }: Failure) -> Error {
     }
 }
 
-/// What of a connection a listener's socket cannot have.
+/// What a connection has that a listener's new socket cannot have.
 pub(super) fn in_connection(connection: &Connection) -> Result<()> {
     connection.validate()?;
     let control = &connection.control;
@@ -68,7 +68,7 @@ pub(super) fn listeners(diag: &mut Diag, flow: Flow) -> Result<Vec<u32>> {
     Ok(find(diag, flow)?.into_iter().map(|listener| listener.inode).collect())
 }
 
-/// Those that match best.
+/// The listeners that match best.
 fn find(diag: &mut Diag, flow: Flow) -> Result<Vec<Listener>> {
     let local = flow.on_the_wire().local;
     let (mut best, mut found) = (0, Vec::new());

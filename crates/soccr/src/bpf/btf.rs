@@ -17,7 +17,7 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Struct = 4,
-    /// A function of the kernel, such as those that programs may call.
+    /// A function of the kernel: a BPF program may call some of them.
     Function = 12,
 }
 
@@ -221,7 +221,7 @@ fn missing(name: &str) -> io::Error {
     io::Error::new(io::ErrorKind::NotFound, format!("the kernel has no {name}"))
 }
 
-/// Describes a map from `int` to an array of so many `u32`, for the kinds of maps whose types the kernel wants to
+/// Describes a map from `int` to an array of `values` `u32`, for the kinds of maps whose types the kernel wants to
 /// know: the key's type is 1, the value's 2.
 pub(crate) fn describe_map(values: u32) -> Vec<u8> {
     let int = [1, 1 << 24, 4, 1 << 24 | 32];

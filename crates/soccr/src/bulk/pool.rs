@@ -7,13 +7,13 @@ use std::thread;
 /// So much may wait: items, and what they cost together.
 const MOST_WAITING: usize = 512;
 const MOST_COST: usize = 16 << 20;
-/// A thread takes so many at once, so that it need not come back for each.
+/// How many connections a thread takes at once, so that it need not come back for each.
 const HANDFUL: usize = 16;
 /// So few need no other thread: starting one takes longer than they do.
 const FEW: usize = 8;
 /// How many items must wait before another thread is worth starting.
 const WORTH_A_THREAD: usize = 32;
-/// More than so many have not been seen to help.
+/// More threads than this have not been seen to help.
 const MOST_THREADS: usize = 8;
 
 /// Does `work` for every item, on other threads but for the first few, and hands the outcomes to `finish`, one at a time. An item is not asked

@@ -22,10 +22,10 @@ const MOST_TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 const SOCKETS: &str = "/proc/thread-self/net/sockstat";
 const DESCRIPTORS: &str = "/proc/self/fd";
 
-/// What connections take of the host that they come to.
+/// What the target host must have for the connections: descriptors, memory, conntrack entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// How many they are: so many descriptors, and entries of the connection tracking.
+    /// How many connections there are, which is how many descriptors and conntrack entries they take.
     pub connections: usize,
     /// Bytes in their queues altogether, for which the kernel needs memory.
     pub queue_bytes: u64,

@@ -17,7 +17,7 @@ pub struct Held {
     /// The connection. Where it gets other addresses, set them here: the packets follow.
     pub flow: Flow,
     /// The packets in their order, each from its IP header on. Segments that followed each other may have been joined, and
-    /// those that were overtaken on the way put back into their place.
+    /// packets that were overtaken on the way are put back into their place.
     pub packets: Vec<Vec<u8>>,
 }
 

@@ -26,7 +26,7 @@ pub(super) struct Packets {
     /// Connections whose packets arrive with other addresses than their sockets have (NAT), in both directions.
     wires: HashMap<Flow, Flow>,
     sockets: HashMap<Flow, Flow>,
-    /// Those that were discarded, and when.
+    /// The discarded packets, and when they were discarded.
     discarded: VecDeque<(Instant, Flow)>,
     /// `None` in tests of what needs no way back.
     back: Option<Back>,
@@ -73,7 +73,7 @@ impl Packets {
         }
     }
 
-    /// From now on the packets of these connections are kept; those that are translated are named with both.
+    /// From now on the packets of these connections are kept. A connection that NAT translates is named with both flows.
     pub(super) fn hold(&mut self, flows: &[Flow], translated: &[(Flow, Flow)]) {
         for (flow, wire) in translated {
             self.wires.insert(flow.on_the_wire(), *wire);
@@ -346,7 +346,7 @@ pub(super) mod tests {
             packets.push(&packet(2 * number, &[7]), 1);
         }
         assert_eq!((packets.count(&[flow()]), packets.dropped), (MOST, 10));
-        // What continues one of them still finds room, and whatever is left when they are unlocked counts.
+        // A packet that continues one of them still finds room; packets left at the unlock are counted.
         packets.push(&packet(2 * MOST as u32 - 1, &[7]), 1);
         assert_eq!(packets.dropped, 10);
         packets.forget(&[flow()]);

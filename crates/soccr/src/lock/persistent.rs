@@ -103,7 +103,7 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
     flows.iter().try_for_each(validate)?;
     for table in transaction::names(socket).map_err(|error| Error::system("nft list", error))? {
         let Some(other) = table.strip_prefix(PREFIX) else { continue };
-        // Those whose time is over are empty, and nobody else removes them. Where that is not certain, they stay.
+        // A table whose time is over is empty, and nobody else removes it. Where that is not certain, it stays.
         if matches!(transaction::contents(socket, &table), Ok(contents) if contents.is_empty()) {
             // Somebody else may be doing the same.
             let _ = remove(socket, other);

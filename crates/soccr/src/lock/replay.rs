@@ -94,7 +94,7 @@ impl Replay {
         Ok(())
     }
 
-    /// Injects the first packet, and appends those that say nothing new but their data. The kernel has then checked the headers,
+    /// Injects the first packet, and appends the packets that say nothing new but their data. The kernel has then checked the headers,
     /// and learned the peer's clock: where it has taken the packet in.
     fn append(
         &mut self,

@@ -20,7 +20,7 @@ pub(super) struct Table {
     /// one connection means that all of them were unlocked.
     chunk: usize,
     locked: HashSet<Flow>,
-    /// Those whose packets arrive with other addresses than their sockets have (NAT), and these: both are locked.
+    /// Connections whose packets arrive with other addresses than their sockets have (NAT): both flows are locked.
     wires: HashMap<Flow, Flow>,
     /// How many of them are IPv6, IPv4.
     counts: [u32; 2],

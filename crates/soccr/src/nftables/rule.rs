@@ -14,7 +14,7 @@ pub(crate) struct Expressions<'m, 'b> {
     list: &'m mut Message<'b>,
 }
 
-/// Whose packets a rule is about: it decides which ends of a packet are remote and local.
+/// The direction of a rule's packets: it decides which address of a packet is local, and which remote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
     In,

@@ -17,13 +17,13 @@ pub(crate) const CAPACITY: u32 = 65536;
 pub(crate) struct Set<'a> {
     pub(crate) name: &'a str,
     pub(crate) ipv6: bool,
-    /// The kernel makes room for so many at once, which halves the time to add them.
+    /// How many elements the kernel makes room for at once, which halves the time to add them.
     pub(crate) size: Option<u32>,
     /// Its elements can have a time limit.
     pub(crate) timeout: bool,
     /// It is a map: each connection has an address of its own family.
     pub(crate) map: bool,
-    /// Rules change it: its elements stay for so long after that, unless a rule says otherwise, and count their packets.
+    /// Rules change it. An element stays for this time after its last change, unless a rule says otherwise, and counts its packets.
     pub(crate) dynamic: Option<Duration>,
 }
 

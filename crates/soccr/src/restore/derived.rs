@@ -17,7 +17,7 @@ const MIN_SEGMENT_LIMIT: u32 = 88;
 /// The kernel takes no larger `TCP_MAXSEG`, though loopback connections have a larger MSS.
 const MAX_SEGMENT_LIMIT: u32 = 32767;
 
-/// However small the peer's window, the kernel makes segments of so many bytes and more (`TCP_MIN_SND_MSS`).
+/// The smallest segments that the kernel makes, however small the peer's window (`TCP_MIN_SND_MSS`).
 const LEAST_SEGMENT: u32 = 48;
 
 /// The largest window that a segment can announce without a shift count (RFC 7323 §2).

@@ -217,7 +217,7 @@ fn fragments_and_other_protocols_are_no_segments() {
     }
 }
 
-/// What runs make of packets, each read back.
+/// The packets made of runs, each read back.
 fn joined(packets: &[Vec<u8>], limit: usize) -> Vec<(u8, u32, Vec<u8>)> {
     let mut runs: Vec<Run> = Vec::new();
     for packet in packets {
@@ -240,7 +240,7 @@ fn segments_that_follow_each_other_are_joined() {
         let mut packets: Vec<_> = (0..4).map(|at| piece(at, flags::ACK)).collect();
         packets.push(piece(4, flags::ACK | flags::PSH));
         packets.push(piece(5, flags::ACK | flags::FIN));
-        // What comes behind the end of a packet is padding.
+        // Bytes behind the end of a packet are padding.
         packets[1].extend([0xee; 6]);
         let payload: Vec<u8> = (0..6).flat_map(|at| [at; 100]).collect();
         let all = flags::ACK | flags::PSH | flags::FIN;

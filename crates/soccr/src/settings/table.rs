@@ -22,7 +22,7 @@ pub(crate) enum Stage {
     Last,
 }
 
-/// How a value is encoded, and which value a new socket has on every kernel: that one needs no carrying.
+/// How a value is encoded, and the default of a new socket where all kernels agree on it: a default is not carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// An `int`. `None` where a sysctl, a route or another option decides about new sockets.

@@ -62,7 +62,7 @@ fn advertise(link: u32, ethernet: [u8; 6], address: Ipv6Addr) -> rustix::io::Res
     let header = [NEIGHBOUR_ADVERTISEMENT, 0, 0, 0, OVERRIDE, 0, 0, 0];
     let message = [&header[..], &address.octets(), &TARGET_LINK_LAYER_ADDRESS, &ethernet].concat();
     let socket = socket(AddressFamily::INET6, SocketType::RAW, Some(ipproto::ICMPV6))?;
-    // Neighbours believe only those that no router has forwarded.
+    // Neighbours believe only advertisements that no router has forwarded.
     sockopt::set_ipv6_multicast_hops(&socket, 255)?;
     bind(&socket, &SocketAddrV6::new(address, 0, 0, link))?;
     sendto(&socket, &message, SendFlags::empty(), &SocketAddrV6::new(ALL_NODES, 0, 0, link))?;

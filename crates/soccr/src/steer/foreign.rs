@@ -87,7 +87,7 @@ impl Foreign {
     /// The addresses whose packets are delivered, in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// Those of reading the rules.
+    /// The errors of reading the rules.
     pub fn list() -> Result<Vec<Self>> {
         with_route(list)
     }
@@ -245,7 +245,7 @@ fn list(route: &mut Rtnetlink) -> Result<Vec<Foreign>> {
 /// Whether an address is not one of this host, in the network namespace of the calling thread.
 ///
 /// # Errors
-/// Those of asking for the route.
+/// The errors of asking for the route.
 pub fn is_foreign(address: IpAddr) -> Result<bool> {
     with_route(|route| is_foreign_to(route, address))
 }

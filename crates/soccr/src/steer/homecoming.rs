@@ -35,7 +35,7 @@ pub(super) const MARK: u32 = 0x50cd;
 pub struct Homecoming {
     socket: Option<Socket>,
     table: String,
-    /// Those with a chain.
+    /// The sets with a chain.
     devices: BTreeSet<String>,
     expected: HashSet<Flow>,
 }
@@ -44,7 +44,7 @@ impl Homecoming {
     /// Of no connection yet, in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// Those of opening a netlink socket.
+    /// The errors of opening a netlink socket.
     pub fn new() -> Result<Self> {
         // A table vanishes with the port of its owner: no other socket may ever have it.
         let port = RandomState::new().hash_one(std::process::id()) as u32;
@@ -65,7 +65,7 @@ impl Homecoming {
     /// These connections are home: their steering ends.
     ///
     /// # Errors
-    /// Those of [`stop`].
+    /// The errors of [`stop`].
     pub fn arrived(&mut self, flows: &[Flow]) -> Result<()> {
         let home = self.expected_of(flows);
         if home.is_empty() {
@@ -78,7 +78,7 @@ impl Homecoming {
     /// These connections stay where they are: they are steered again.
     ///
     /// # Errors
-    /// Those of deleting elements of a set.
+    /// The errors of deleting elements of a set.
     pub fn stay_away(&mut self, flows: &[Flow]) -> Result<()> {
         let away = self.expected_of(flows);
         self.forget(&away).map_err(|error| error.at("steer"))

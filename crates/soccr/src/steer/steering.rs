@@ -274,7 +274,7 @@ impl Steering {
         })
     }
 
-    /// What there is about these connections.
+    /// The entries of these connections.
     fn present(&self, socket: &mut Socket, ipv6: bool, flows: &[Flow]) -> io::Result<HashMap<Flow, Entry>> {
         let name = self.table();
         let mut present: HashMap<Flow, Entry> = flows.iter().map(|flow| (*flow, Entry::default())).collect();

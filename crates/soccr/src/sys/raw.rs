@@ -74,7 +74,7 @@ impl<'a> Inward<'a> {
         interface: u32,
     ) -> Result<Self> {
         let stays = match injector.via {
-            // What comes from `lo` is not for a socket that is bound to another interface, and would be reset.
+            // A packet from `lo` would not reach a socket that is bound to another interface, and would be answered by a reset.
             Via::Loopback if ![0, LOOPBACK].contains(&interface) => Ok(false),
             Via::Loopback => routes.stay_here_from_lo(remote.ip(), local.ip()),
             Via::Ipv4 | Via::Ipv6 => routes.end_here(local, interface),
@@ -178,7 +178,7 @@ impl Injectors {
     /// Netfilter in the namespace of `socket`: connection tracking.
     ///
     /// # Errors
-    /// Those of opening a netlink socket there.
+    /// The errors of opening a netlink socket there.
     pub(crate) fn netfilter(&mut self, socket: BorrowedFd<'_>) -> Result<&mut Socket> {
         beside(&mut self.netfilter, socket, || Socket::open(Family::Netfilter))
     }
@@ -186,7 +186,7 @@ impl Injectors {
     /// The way into `socket`, for packets that play its peer's.
     ///
     /// # Errors
-    /// Those of [`outward`](Self::outward) and [`Inward::open`].
+    /// The errors of [`outward`](Self::outward) and [`Inward::open`].
     pub(crate) fn inward(
         &mut self,
         socket: BorrowedFd<'_>,

@@ -30,7 +30,7 @@ impl Routes {
     /// is for this host.
     ///
     /// # Errors
-    /// Those of netlink.
+    /// The errors of netlink.
     pub(crate) fn end_here(&mut self, to: SocketAddr, interface: u32) -> io::Result<bool> {
         let scope = match to {
             SocketAddr::V6(to) => to.scope_id(),

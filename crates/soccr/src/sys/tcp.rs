@@ -145,7 +145,7 @@ pub(crate) fn set_queue_seq(fd: BorrowedFd<'_>, queue: Queue, seq: u32) -> Resul
 }
 
 pub(crate) fn set_repair_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -> Result<()> {
-    // The kernel reads an array of pairs; so many are ever needed.
+    // The kernel reads an array of pairs; more than this are never needed.
     let mut pairs = [[0; 2]; 4];
     let pairs = &mut pairs[..options.len()];
     pairs.copy_from_slice(options);
