@@ -155,7 +155,7 @@ impl Report {
         self.0.extend(skipped.into_iter().map(|skipped| Entry {
             reason: skipped.reason(),
             name: skipped.name,
-            fidelity: Fidelity::Missing,
+            fidelity: skipped.fidelity,
             values: None,
             is_option: true,
         }));

@@ -43,9 +43,9 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     connection.buffers = Some(memory.buffers);
     connection.settings.read_into(fd, connection.local, memory.options);
     steer::forget_transparency(fd, connection.local, &mut connection.settings);
-    connection.nonblocking = rustix::fs::fcntl_getfl(fd)
-        .map_err(|error| Error::system("fcntl(F_GETFL)", error))?
-        .contains(rustix::fs::OFlags::NONBLOCK);
+    let flags = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
+    connection.nonblocking = flags.contains(rustix::fs::OFlags::NONBLOCK);
+    connection.settings.read_signals(fd, flags)?;
     // Late, so that little can arrive between this and a detach.
     let (control, urgent, path, ()) = standing_still(fd, |control, marked| {
         queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;

@@ -15,6 +15,7 @@
 //! `socket(7)`, `tcp(7)`, `ip(7)`, `ipv6(7)`.
 
 mod md5;
+mod process;
 mod table;
 
 use std::borrow::Cow;
@@ -26,6 +27,7 @@ use std::os::fd::BorrowedFd;
 use crate::diag::{self, Diag};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
+use crate::report::Fidelity;
 use crate::sys::raw::MARK;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
@@ -194,14 +196,17 @@ impl Settings {
                     }
                 }
                 Name::Unknown(_) if stage != Stage::Last => continue,
-                Name::Unknown(_) => Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT)),
+                Name::Unknown(name) => {
+                    skipped.extend(process::compare(name, value));
+                    continue;
+                }
             };
             if let Err(error) = outcome {
-                let name = match name {
-                    Name::Known(place) => TABLE[usize::from(*place)].name.into(),
-                    Name::Unknown(name) => name.to_string().into(),
-                };
-                skipped.push(Skipped { name, error });
+                skipped.push(Skipped {
+                    name: name.as_str().to_owned().into(),
+                    error,
+                    fidelity: Fidelity::Missing,
+                });
             }
         }
     }
@@ -218,11 +223,12 @@ impl fmt::Debug for Settings {
 pub(crate) struct Skipped {
     pub(crate) name: Cow<'static, str>,
     error: io::Error,
+    pub(crate) fidelity: Fidelity,
 }
 
 impl Skipped {
     pub(crate) fn new(name: &'static str, error: io::Error) -> Self {
-        Self { name: name.into(), error }
+        Self { name: name.into(), error, fidelity: Fidelity::Missing }
     }
 
     /// Why, and what to do about it.

@@ -167,6 +167,7 @@ fn name(call: Call) -> Option<&'static str> {
             0x8905 => "SIOCATMARK",
             0x5411 => "SIOCOUTQ",
             0x894B => "SIOCOUTQNSD",
+            0x8903 => "FIOGETOWN",
             other => panic!("an error about an ioctl {other:#x}"),
         },
         libc::SYS_socket => "socket",

@@ -12,7 +12,8 @@ use rustix::net::sockopt::{
 };
 use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
 use soccr::connection::{Buffers, Connection, Urgent, Window};
-use soccr::{Error, ErrorKind, Paused, pause};
+use soccr::settings::Value;
+use soccr::{Error, ErrorKind, Fidelity, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
 
 use crate::ends::{
@@ -114,6 +115,30 @@ pub fn what_arrives_during_a_save_is_carried_whole_or_told() {
     });
     wait_until("all has arrived", || info(&ends.ours).unread == expected.len());
     assert_eq!(save(&ends.ours).unwrap().receive_queue, expected);
+}
+
+/// Nobody can give it to another process: so it is told, and never silently lost.
+pub fn what_a_socket_has_of_its_process_is_told() {
+    let mut ends = Ends::new(Family::V4);
+    sys::ask_for_signals(&ends.ours).unwrap();
+    let mut connection = ends.take();
+    connection.settings.note_process("self");
+    connection.settings.set("label", Value::Bytes(b"of another".to_vec()));
+    let connection = through_bytes(connection, true);
+    let restored = ends.restore(&connection).unwrap();
+    let report = restored.report();
+    let told = |name: &str| report.get(name).map(|entry| (entry.fidelity(), entry.reason().to_owned()));
+    for name in ["O_ASYNC", "F_SETOWN"] {
+        let (fidelity, reason) = told(name).unwrap();
+        assert!(fidelity == Fidelity::Missing && reason.contains("signals belong"), "{report}");
+    }
+    let (fidelity, reason) = told("label").unwrap();
+    assert!(fidelity == Fidelity::Approximate && reason.contains("of another"), "{report}");
+    // That of the same process.
+    assert_eq!(told("cgroup"), None);
+    assert!(report.strict().unwrap_err().to_string().contains("O_ASYNC"));
+    ends.resume(restored);
+    ends.finish();
 }
 
 /// The application has not been told yet: it reads what has arrived, and then learns of it, as it would have here.

@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
             an_unread_reset_is_carried
+            what_a_socket_has_of_its_process_is_told
             a_socket_that_was_never_connected_is_refused
             a_listener_is_refused
             an_mptcp_socket_is_refused

@@ -1,0 +1,73 @@
+//! What a socket has of the process that uses it: no other process can be given that, so it is noted and compared.
+//!
+//! Signals belong to a process (`F_SETOWN`), and whoever gets the connection has to ask for them again. Control group and security
+//! label are those of the process that opened the socket: firewalls (`socket cgroupv2`) and security modules go by them.
+
+use std::fs;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::OFlags;
+
+use super::{Name, Settings, Skipped, Value};
+use crate::error::{Error, Result};
+use crate::report::Fidelity;
+use crate::sys::sockopt;
+
+const FIOGETOWN: u32 = 0x8903;
+
+/// Names that are noted beside the options, and the files of a process that tell them.
+const FILES: [(&str, &str); 2] = [("cgroup", "cgroup"), ("label", "attr/current")];
+const SIGNALS: [&str; 2] = ["O_ASYNC", "F_SETOWN"];
+
+impl Settings {
+    /// Notes the control group and the security label of the process that has the socket: `"self"`, or the number of another.
+    /// Who restores the connection compares them with its own.
+    pub fn note_process(&mut self, process: &str) {
+        for (name, file) in FILES {
+            if let Some(value) = read(process, file) {
+                self.set(name, Value::Bytes(value));
+            }
+        }
+    }
+
+    /// Notes that a process has asked for signals. `flags` are those of its descriptor.
+    ///
+    /// # Errors
+    /// Those of `FIOGETOWN`.
+    pub(crate) fn read_signals(&mut self, fd: BorrowedFd<'_>, flags: OFlags) -> Result<()> {
+        let owner = sockopt::ioctl_int::<FIOGETOWN>(fd).map_err(|error| Error::system("FIOGETOWN", error))?;
+        for (name, number) in [("O_ASYNC", i32::from(flags.contains(OFlags::ASYNC))), ("F_SETOWN", owner)] {
+            if number != 0 {
+                self.0.push((Name::Unknown(name.into()), Value::Number(number)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What there is to say of a name that no row of the table has.
+pub(super) fn compare(name: &str, value: &Value) -> Option<Skipped> {
+    let told = |error, fidelity| Some(Skipped { name: name.to_owned().into(), error, fidelity });
+    if SIGNALS.contains(&name) {
+        let reason = "signals belong to a process: the new one must ask for them itself";
+        return told(io::Error::other(reason), Fidelity::Missing);
+    }
+    match (FILES.iter().find(|(known, _)| *known == name), value) {
+        (Some((_, file)), Value::Bytes(before)) if read("self", file).as_ref() == Some(before) => None,
+        (Some(_), Value::Bytes(before)) => {
+            let before = String::from_utf8_lossy(before);
+            let reason = format!("it is that of the process that restored it, and was {before}");
+            told(io::Error::other(reason), Fidelity::Approximate)
+        }
+        _ => told(io::Error::from_raw_os_error(libc::ENOPROTOOPT), Fidelity::Missing),
+    }
+}
+
+/// The lines of a file that concern sockets.
+fn read(process: &str, file: &str) -> Option<Vec<u8>> {
+    let text = fs::read_to_string(format!("/proc/{process}/{file}")).ok()?;
+    let concerns = |line: &&str| file != "cgroup" || line.starts_with("0::") || line.contains("net_cls");
+    let text = text.trim_end_matches('\0').lines().filter(concerns).collect::<Vec<_>>().join(" ");
+    (!text.is_empty()).then(|| text.into_bytes())
+}
