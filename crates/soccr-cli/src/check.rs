@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::completions;
 use crate::exit::{self, Exit};
 use crate::network;
 use crate::table::{Align, Table, printable};
@@ -30,7 +31,7 @@ pub(crate) struct Check {
     #[arg(long, value_name = "COMMAND", conflicts_with = "json")]
     via: Option<String>,
     /// The network namespace to try things in: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     /// One JSON array, an object for each line
     #[arg(long, visible_alias = "stdio")]

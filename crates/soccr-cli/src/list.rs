@@ -20,7 +20,7 @@ use crate::exit::Exit;
 use crate::nat::Nat;
 use crate::process::{self, parse_pid};
 use crate::traffic::Traffic;
-use crate::{exit, network};
+use crate::{completions, exit, network};
 
 use filter::Filter;
 use order::Order;
@@ -44,12 +44,12 @@ Examples:
   soccr list --netns /run/netns/blue")]
 pub(crate) struct List {
     /// Only sockets of this process, in its network namespace
-    #[arg(long, value_name = "PID", value_parser = parse_pid)]
+    #[arg(long, value_name = "PID", value_parser = parse_pid, add = completions::processes())]
     pid: Option<Pid>,
     #[command(flatten)]
     filter: Filter,
     /// The network namespace to look into: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     /// What comes first: for numbers the largest
     #[arg(long, value_name = "COLUMN")]

@@ -12,7 +12,7 @@ use soccr::lock::PersistentLock;
 use crate::exit::{self, Exit};
 use crate::list::duration;
 use crate::table::{Align, Table};
-use crate::{network, restore, silence};
+use crate::{completions, network, restore, silence};
 
 /// Keep connections silent on this host: their packets are dropped, in both directions
 ///
@@ -44,7 +44,7 @@ pub(crate) struct Lock {
     #[arg(long, requires = "list")]
     json: bool,
     /// The network namespace: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     /// Both ends of a connection, ours first
     #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow, required_unless_present_any = ["list", "image"])]
@@ -59,13 +59,13 @@ Examples:
   soccr unlock --all")]
 pub(crate) struct Unlock {
     /// Their names (see `soccr lock --list`)
-    #[arg(value_name = "NAME", required_unless_present = "all")]
+    #[arg(value_name = "NAME", required_unless_present = "all", add = completions::locks())]
     names: Vec<String>,
     /// All of them
     #[arg(long, conflicts_with = "names")]
     all: bool,
     /// The network namespace: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
 }
 

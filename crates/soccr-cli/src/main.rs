@@ -51,5 +51,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    completions::answer();
     exit::report(cli::Cli::parse().run())
 }

@@ -12,7 +12,7 @@ use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::target::{Target, Terms};
-use crate::{descriptors, exit, lifeline, network};
+use crate::{completions, descriptors, exit, lifeline, network};
 
 /// Receive connections from `soccr send`, and give them to a program
 ///
@@ -37,7 +37,7 @@ pub(crate) struct Receive {
     #[arg(long, value_name = "OLD=NEW")]
     map: Vec<AddressMap>,
     /// The network namespace to restore in: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     /// How many seconds the source may take to let go of a connection that is ready here; then it is refused
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = value_parser!(u64).range(1..=86400))]

@@ -14,7 +14,7 @@ use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::signals::Deaf;
-use crate::{descriptors, network, silence};
+use crate::{completions, descriptors, network, silence};
 
 /// Give saved connections to a program
 ///
@@ -44,7 +44,7 @@ pub(crate) struct Restore {
     #[arg(long, value_name = "OLD=NEW")]
     map: Vec<AddressMap>,
     /// The network namespace to restore in: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     #[command(flatten)]
     demands: Demands,

@@ -7,6 +7,7 @@ use rustix::process::Pid;
 use soccr::Paused;
 
 use crate::captive::Captive;
+use crate::completions;
 use crate::exit::Exit;
 use crate::network;
 use crate::process::{Process, parse_pid};
@@ -21,10 +22,10 @@ Example:
   soccr resume --pid 4711 --fd 5")]
 pub(crate) struct Resume {
     /// The process that has the connection
-    #[arg(long, value_name = "PID", value_parser = parse_pid)]
+    #[arg(long, value_name = "PID", value_parser = parse_pid, add = completions::processes())]
     pid: Pid,
     /// The number of the descriptor there (see `soccr list`)
-    #[arg(long, value_name = "FD")]
+    #[arg(long, value_name = "FD", add = completions::descriptors())]
     fd: RawFd,
 }
 

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Pid;
 
 use crate::captive::Captive;
+use crate::completions;
 use crate::exit;
 use crate::network::{self, Identity};
 use crate::process::{self, Holder, Process, parse_pid};
@@ -16,10 +17,10 @@ use crate::process::{self, Holder, Process, parse_pid};
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port"]))]
 pub(crate) struct Selection {
     /// The process that has the connections
-    #[arg(long, value_name = "PID", value_parser = parse_pid, required_unless_present = "port")]
+    #[arg(long, value_name = "PID", value_parser = parse_pid, required_unless_present = "port", add = completions::processes())]
     pid: Option<Pid>,
     /// The number of a descriptor there (see `soccr list`); may be repeated
-    #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port"])]
+    #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port"], add = completions::descriptors())]
     fd: Vec<RawFd>,
     /// All connections of the process, but for those to this host itself
     #[arg(long, requires = "pid")]

@@ -7,6 +7,7 @@ use serde_json::{Value as Json, json};
 use soccr::Flow;
 use soccr::steer::{self, Foreign, NextHop, Steered, Steering};
 
+use crate::completions;
 use crate::exit::{self, Exit};
 use crate::guide::{Hop, find_hops, parse_hop, redirect};
 use crate::list::duration;
@@ -52,7 +53,7 @@ pub(crate) struct Steer {
     #[arg(long, value_name = "DEVICE", requires = "adopt_address")]
     device: Option<String>,
     /// The network namespace: a path, a name of ip-netns(8), or the number of a process
-    #[arg(long, value_name = "PATH|NAME|PID")]
+    #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     /// Both ends of a connection, the one on this host first
     #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow)]

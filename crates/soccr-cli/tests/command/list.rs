@@ -66,7 +66,7 @@ fn what_matters_most_comes_first() {
         client.write_all(&vec![b'x'; bytes]).unwrap();
         (client, listener.accept().unwrap())
     });
-    let (pid, port) = (std::process::id().to_string(), listener.local_addr().unwrap().port().to_string());
+    let port = listener.local_addr().unwrap().port().to_string();
     let queues = |order: &str| {
         let sockets = json(&["list", "--json", "--port", &port, "--sort", order]);
         let queues = sockets.iter().filter(|socket| socket["state"] == "ESTABLISHED");

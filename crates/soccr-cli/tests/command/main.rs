@@ -2,6 +2,7 @@
 
 mod adopt;
 mod check;
+mod completions;
 mod documents;
 mod images;
 mod kill;
@@ -23,6 +24,7 @@ fn main() -> std::process::ExitCode {
     let tests = [
         adopt::tests(),
         check::tests(),
+        completions::tests(),
         documents::tests(),
         images::tests(),
         save::tests(),
