@@ -1,15 +1,19 @@
 //! The tests in C: each function of each program is one test, in a network of its own.
 
+use std::io;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::Duration;
 
-use soccr_lab::{Test, harness};
+use soccr_lab::{Family, Pair, Shape, Test, harness, sysctl};
 
 mod common;
 use common::{include, installed, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 7] = ["connections", "staged", "border", "lessons", "host", "image", "grown"];
+const PROGRAMS: [&str; 8] = ["connections", "staged", "border", "lessons", "host", "image", "grown", "path"];
 
 fn main() -> ExitCode {
     let libraries = build_library();
@@ -20,6 +24,10 @@ fn main() -> ExitCode {
         for function in functions(&program) {
             if function.starts_with("memory_") && has_valgrind {
                 tests.push(memory_test(&program, name, &function));
+            }
+            if name == "path" {
+                tests.extend(path_tests(&program, &function));
+                continue;
             }
             if function == "a_file_for_others" {
                 tests.push(file_test(&program, &function));
@@ -70,6 +78,35 @@ fn file_test(program: &Path, function: &str) -> Test {
         assert_eq!(connection.receive_queue, b"unread");
         assert!(connection.path.is_some() && connection.buffers.is_some());
     })
+}
+
+/// The test once for each family and length of the path to the other host.
+fn path_tests(program: &Path, function: &str) -> Vec<Test> {
+    let test = |(family, delay): (Family, u64)| {
+        let program = program.to_owned();
+        let name = format!("path::{function}_over_{family:?}_and_{delay}_ms").to_lowercase();
+        let function = function.to_owned();
+        Test::new(name, move || {
+            let shape = Shape::rtt(Duration::from_millis(delay));
+            let pair = if delay == 0 { Pair::new() } else { Pair::shaped(&shape) }.unwrap();
+            for host in [&pair.a, &pair.b] {
+                host.run(|| sysctl("net/ipv4/tcp_ecn", "1")).unwrap();
+            }
+            let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, 0))).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let peer = pair.a.address_of(&pair.b, family, port).ip();
+            thread::spawn(move || listener.incoming().map_while(Result::ok).for_each(send_back));
+            let mut command = Command::new(program);
+            command.arg(function).env("PEER", peer.to_string()).env("PORT", port.to_string());
+            pair.a.run(|| run(&mut command));
+        })
+    };
+    [(Family::V4, 0), (Family::V6, 0), (Family::Mapped, 0), (Family::V4, 20), (Family::V6, 20)].map(test).into()
+}
+
+/// Sends back what comes, until the other end is closed.
+fn send_back(stream: TcpStream) {
+    let _ = io::copy(&mut &stream, &mut &stream);
 }
 
 /// The test once more under valgrind: no byte lost, none freed twice.

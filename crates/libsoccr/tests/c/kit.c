@@ -247,15 +247,6 @@ void kit_add_ipv6_address(const char *text)
 	close(fd);
 }
 
-void kit_set_mtu(int bytes)
-{
-	struct ifreq request = { .ifr_name = "lo", .ifr_mtu = bytes };
-	int fd = socket(AF_INET, SOCK_DGRAM, 0);
-
-	SAME(ioctl(fd, SIOCSIFMTU, &request), 0);
-	close(fd);
-}
-
 int kit_option(int fd, int level, int name)
 {
 	int value = -1;

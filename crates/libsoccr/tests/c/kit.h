@@ -81,8 +81,6 @@ void kit_wait_acknowledged(int fd);
 void kit_wait_unread(int fd, int bytes);
 /* Gives lo one address more. */
 void kit_add_ipv6_address(const char *text);
-/* Gives lo the MTU of other links. */
-void kit_set_mtu(int bytes);
 
 void kit_send(int fd, const void *bytes, size_t length);
 /* Reads exactly these bytes. */

@@ -13,10 +13,14 @@ pub fn include() -> PathBuf {
 pub fn installed(program: &str) -> bool {
     let found = Command::new(program).arg("--version").output().is_ok();
     if !found {
-        // Not eprintln!, which the test harness keeps to itself.
-        let _ = writeln!(std::io::stderr(), "\nSKIPPED: {program} is not installed\n");
+        tell(&format!("SKIPPED: {program} is not installed"));
     }
     found
+}
+
+/// Not eprintln!, which the test harness keeps to itself.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "\n{line}\n");
 }
 
 /// Runs a command that must succeed, and returns what it prints.
@@ -26,5 +30,8 @@ pub fn run(command: &mut Command) -> String {
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {}\n{printed}{errors}", output.status);
+    for skipped in errors.lines().filter(|line| line.starts_with("SKIPPED")) {
+        tell(skipped);
+    }
     printed
 }
