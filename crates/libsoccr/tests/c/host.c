@@ -153,12 +153,6 @@ static struct pair make(enum family family, int state, enum queues queues, size_
 	return pair;
 }
 
-/* CRIU knows the first structure; others bring the path along, and as root the congestion window. */
-static unsigned data_size(int by_itself)
-{
-	return by_itself ? FIRST_SIZE : sizeof(struct libsoccr_sk_data);
-}
-
 static struct saved dump(struct pair *pair, unsigned size)
 {
 	struct libsoccr_sk *sk = QUIET(libsoccr_pause(pair->here));
@@ -176,7 +170,7 @@ static struct saved dump(struct pair *pair, unsigned size)
 }
 
 /* The host ends repair mode by itself, or leaves that to the library. */
-static void restore(struct pair *pair, struct saved *saved, int by_itself)
+static void restore(struct pair *pair, struct saved *saved, unsigned size, int by_itself)
 {
 	struct libsoccr_sk *sk;
 
@@ -188,7 +182,7 @@ static void restore(struct pair *pair, struct saved *saved, int by_itself)
 		SAME(QUIET(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved->receive_queue, SOCCR_MEM_EXCL)), 0);
 	if (saved->data.outq_len)
 		SAME(QUIET(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved->send_queue, SOCCR_MEM_EXCL)), 0);
-	SAME(QUIET(libsoccr_restore(sk, &saved->data, data_size(by_itself))), 0);
+	SAME(QUIET(libsoccr_restore(sk, &saved->data, size)), 0);
 	kit_unlock(pair);
 	if (by_itself) {
 		QUIETLY(libsoccr_release(sk));
@@ -233,10 +227,13 @@ static void goes_on(struct pair *pair, int state, enum queues queues, size_t wri
 	}
 }
 
+/* CRIU knows the first structure, and ends repair mode by itself; others do so with all of it. */
 static void moves(enum family family, int state)
 {
-	for (int kind = 0; kind < 2 * KINDS; kind++) {
-		enum queues queues = kind / 2;
+	for (int kind = 0; kind < 4 * KINDS; kind++) {
+		unsigned size = kind & 1 ? FIRST_SIZE : sizeof(struct libsoccr_sk_data);
+		int by_itself = kind & 2;
+		enum queues queues = kind / 4;
 		struct pair pair;
 		struct saved saved;
 		size_t written;
@@ -247,12 +244,12 @@ static void moves(enum family family, int state)
 		pair = make(family, state, queues, &written);
 		before = descriptors();
 		kit_lock(&pair);
-		saved = dump(&pair, data_size(kind % 2));
+		saved = dump(&pair, size);
 		SAME(saved.data.state, state);
 		SAME(saved.data.inq_len, has_unread(queues) ? sizeof(unread) : 0);
 		SAME(saved.data.outq_len, written);
 		SAME(saved.data.unsq_len > 0, queues > UNACKNOWLEDGED);
-		restore(&pair, &saved, kind % 2);
+		restore(&pair, &saved, size, by_itself);
 		/* The socket is another one, and the lock has gone. */
 		SAME(descriptors(), before);
 		goes_on(&pair, state, queues, written);
