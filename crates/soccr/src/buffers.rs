@@ -9,6 +9,9 @@ use crate::sys::{sockopt, tcp};
 /// Why a buffer is smaller than it was.
 pub(crate) const LIMITED: &str = "limited by net.core.wmem_max and rmem_max: raise them, or run with CAP_NET_ADMIN in the initial user namespace";
 
+/// `SOCK_RCVBUF_LOCK`: the application has chosen the size of the receive buffer.
+pub(crate) const RECEIVE_LOCK: u32 = 2;
+
 /// One of the two buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Buffer {

@@ -245,6 +245,29 @@ pub(crate) fn fill_receive(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     fill(fd, bytes, RECEIVE_CHUNK, Buffer::Receive, "the receive queue")
 }
 
+/// The same in so many pieces that they take as much memory as the buffer may, as they did before: each piece takes a
+/// block of its own. What would be free otherwise, the kernel counts as told to the peer, who does not hear of it.
+pub(crate) fn fill_receive_buffer(fd: BorrowedFd<'_>, mut bytes: &[u8], size: u32) -> Result<()> {
+    /// More than half of what fits into the smallest block, so that two pieces never share one.
+    const PIECE: usize = 193;
+    const PIECE_TAKES: usize = 1280;
+    // At most, in one piece or in chunks.
+    let takes = |length: usize| match length {
+        0..4096 => 256 + (length + 320).next_power_of_two(),
+        _ => length + length / 16 + 1024,
+    };
+    while bytes.len() > PIECE {
+        let room = size.saturating_sub(buffers::read(fd)?.receive_queue) as usize;
+        let (piece, rest) = bytes.split_at(PIECE);
+        if room < PIECE_TAKES + takes(rest.len()) {
+            break;
+        }
+        fill_receive(fd, piece)?;
+        bytes = rest;
+    }
+    fill_receive(fd, bytes)
+}
+
 /// Where what has arrived for a socket in repair mode ends.
 pub(crate) fn rcv_nxt(fd: BorrowedFd<'_>) -> Result<u32> {
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive);

@@ -245,7 +245,14 @@ impl<'fd> Restore<'fd> {
         bytes: &[u8],
         urgent: Option<Urgent>,
     ) -> Result<()> {
-        let Some(urgent) = urgent else { return queue::fill_receive(self.fd, bytes) };
+        let Some(urgent) = urgent else {
+            return match self.buffers.filter(|buffers| buffers.lock & buffers::RECEIVE_LOCK != 0) {
+                Some(locked) if self.sized && self.window_is_closed() => {
+                    queue::fill_receive_buffer(self.fd, bytes, locked.receive)
+                }
+                _ => queue::fill_receive(self.fd, bytes),
+            };
+        };
         let (before, rest) = bytes.split_at(urgent.offset as usize);
         queue::fill_receive(self.fd, before)?;
         self.open_window()?;
