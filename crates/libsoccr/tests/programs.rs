@@ -101,7 +101,9 @@ fn path_tests(program: &Path, function: &str) -> Vec<Test> {
             pair.a.run(|| run(&mut command));
         })
     };
-    [(Family::V4, 0), (Family::V6, 0), (Family::Mapped, 0), (Family::V4, 20), (Family::V6, 20)].map(test).into()
+    [(Family::V4, 0), (Family::V6, 0), (Family::Mapped, 0), (Family::V4, 20), (Family::V6, 20)]
+        .map(test)
+        .into()
 }
 
 /// Sends back what comes, until the other end is closed.

@@ -136,8 +136,9 @@ impl<'fd> Paused<'fd> {
     /// Reads the whole connection. Nothing is consumed: [`resume`](Self::resume) goes on with the same connection.
     ///
     /// # Errors
-    /// - Refused: a socket that was never connected; one with a pending error that has not closed it; one with a kTLS
-    ///   layer; a connection in CLOSE without [`with_peer`](Self::with_peer).
+    /// - Refused: a socket that was never connected; one with a pending error that has not closed it; one with unread
+    ///   notices in its error queue (`SO_ZEROCOPY`, `SO_TIMESTAMPING`), at which nobody can look without taking them; one
+    ///   with a kTLS layer; a connection in CLOSE without [`with_peer`](Self::with_peer).
     /// - The queues kept changing while they were read: the traffic was not locked.
     /// - System: the option that failed.
     pub fn save(&self) -> Result<Connection> {

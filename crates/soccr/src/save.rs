@@ -226,9 +226,9 @@ fn path(info: &TcpInfo) -> Path {
 fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<bool> {
     let refuse = |what, remedy| Err(Error::refused(what, remedy));
     let events = pending(fd)?;
-    // SO_ERROR would tell more, and take it from the application. Where nothing can be in the error queue, it is an error
+    // SO_ERROR would tell more, and take it from the application. Where nothing is in the error queue, it is an error
     // that has closed the connection: a reset most often; one for another reason comes back as a reset.
-    let reset = events.contains(PollFlags::ERR) && state == State::Close && !has_error_queue(fd)?;
+    let reset = events.contains(PollFlags::ERR) && state == State::Close && has_no_notices(fd)?;
     if events.contains(PollFlags::ERR) && !reset {
         return refuse(
             "a socket with a pending error or an unread error queue",
@@ -263,10 +263,13 @@ fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<bool> {
     }
 }
 
-/// The application has asked for notices that come in the error queue.
-fn has_error_queue(fd: BorrowedFd<'_>) -> Result<bool> {
-    let is_on = |name, text| Ok(tcp::get_int(fd, libc::SOL_SOCKET, name, text)? != 0);
-    Ok(is_on(libc::SO_ZEROCOPY, "SO_ZEROCOPY")? || is_on(libc::SO_TIMESTAMPING, "SO_TIMESTAMPING")?)
+/// Nothing is in the error queue. Nobody can look into it without taking what is there, but its memory tells: notices of
+/// `MSG_ZEROCOPY` are counted among the options, and timestamps with the receive queue.
+fn has_no_notices(fd: BorrowedFd<'_>) -> Result<bool> {
+    let memory = buffers::read(fd)?;
+    let is_off = |name, text| Ok(tcp::get_int(fd, libc::SOL_SOCKET, name, text)? == 0);
+    Ok((memory.options == 0 || is_off(libc::SO_ZEROCOPY, "SO_ZEROCOPY")?)
+        && (memory.receive_queue == 0 || is_off(libc::SO_TIMESTAMPING, "SO_TIMESTAMPING")?))
 }
 
 /// Errors and hang-ups that wait for the application; nothing is consumed, unlike with `SO_ERROR`.

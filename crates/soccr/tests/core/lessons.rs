@@ -7,8 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::net::sockopt::{
-    set_socket_linger, set_socket_recv_buffer_size, set_socket_reuseaddr, set_socket_send_buffer_size,
-    socket_reuseaddr,
+    set_socket_recv_buffer_size, set_socket_reuseaddr, set_socket_send_buffer_size, socket_reuseaddr,
 };
 use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
 use soccr::connection::{Buffers, Connection, Urgent, Window};
@@ -16,9 +15,7 @@ use soccr::settings::Value;
 use soccr::{Error, ErrorKind, Fidelity, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
 
-use crate::ends::{
-    Ends, PORT, assert_same, assert_same_bytes, info, option, pattern, set_option, unconnected,
-};
+use crate::ends::{Ends, PORT, assert_same, info, option, pattern, set_option, unconnected};
 use crate::faults::supervised;
 use crate::states::through_bytes;
 use crate::sys;
@@ -139,46 +136,6 @@ pub fn what_a_socket_has_of_its_process_is_told() {
     assert!(report.strict().unwrap_err().to_string().contains("O_ASYNC"));
     ends.resume(restored);
     ends.finish();
-}
-
-/// The application has not been told yet: it reads what has arrived, and then learns of it, as it would have here.
-pub fn an_unread_reset_is_carried() {
-    for family in [Family::V4, Family::V6] {
-        for length in [0, 10, 50_000] {
-            for behind_fin in [false, true] {
-                carry_reset(family, length, behind_fin);
-            }
-        }
-    }
-}
-
-fn carry_reset(family: Family, length: usize, behind_fin: bool) {
-    let mut ends = Ends::new(family);
-    ends.receive(length);
-    if behind_fin {
-        ends.peer.shutdown(Shutdown::Write).unwrap();
-        wait_until("the FIN has arrived", || info(&ends.ours).state == State::CloseWait);
-    }
-    set_socket_linger(&ends.peer, Some(Duration::ZERO)).unwrap();
-    drop(std::mem::replace(&mut ends.peer, unconnected(family)));
-    wait_until("the reset has arrived", || info(&ends.ours).state == State::Close);
-    let before = pause(&ends.ours).unwrap().with_peer(ends.remote).save().unwrap();
-    // What the peer's host answers does not arrive any more.
-    let connection = ends.take();
-    assert_same(&before, &connection);
-    assert!(connection.control.reset);
-    assert_eq!(connection.control.state == soccr::connection::State::CloseWait, behind_fin);
-    assert_same_bytes(&connection.receive_queue, &ends.to_us);
-    let connection = through_bytes(connection, true);
-    let restored = ends.restore(&connection).unwrap();
-    let to_us = ends.to_us;
-    let mut ours = restored.resume().unwrap();
-    let mut read = vec![0; length];
-    ours.read_exact(&mut read).unwrap();
-    assert_same_bytes(&read, &to_us);
-    let end = ours.read(&mut [0]).map_err(|error| error.kind());
-    assert_eq!(end, if behind_fin { Ok(0) } else { Err(IoErrorKind::ConnectionReset) });
-    assert_eq!(ours.write(&[0]).unwrap_err().kind(), IoErrorKind::BrokenPipe);
 }
 
 pub fn a_socket_that_was_never_connected_is_refused() {

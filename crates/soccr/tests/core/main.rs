@@ -12,6 +12,7 @@ mod lessons;
 mod lock_faults;
 mod matrix;
 mod property;
+mod reset;
 mod stages;
 mod states;
 mod sys;
@@ -46,7 +47,6 @@ fn main() -> ExitCode {
             a_lock_that_does_not_persist_stays;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
-            an_unread_reset_is_carried
             what_a_socket_has_of_its_process_is_told
             a_socket_that_was_never_connected_is_refused
             a_listener_is_refused
@@ -76,6 +76,7 @@ fn main() -> ExitCode {
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;
         property: every_connection_comes_back;
+        reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused;
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
             a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;
