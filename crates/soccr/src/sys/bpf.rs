@@ -166,8 +166,11 @@ pub(crate) fn load_program(spec: &ProgramSpec<'_>) -> io::Result<OwnedFd> {
         attach_btf_id: spec.attach_btf_id,
         ..Default::default()
     };
-    // SAFETY: the instructions are as many as the attribute says, and the licence ends with a zero.
-    unsafe { new(BPF_PROG_LOAD, &attr) }.map_err(|error| {
+    let load = || {
+        // SAFETY: the instructions are as many as the attribute says, and the licence ends with a zero.
+        unsafe { new(BPF_PROG_LOAD, &attr) }
+    };
+    retry(load).map_err(|error| {
         let mut log = vec![0_u8; LOG];
         attr.log_buf = log.as_mut_ptr().expose_provenance() as u64;
         (attr.log_level, attr.log_size) = (1, LOG as u32);
@@ -179,6 +182,19 @@ pub(crate) fn load_program(spec: &ProgramSpec<'_>) -> io::Result<OwnedFd> {
             _ => error,
         }
     })
+}
+
+/// A signal, or a debugger, ends the verifier's work with `EAGAIN`.
+fn retry(load: impl Fn() -> io::Result<OwnedFd>) -> io::Result<OwnedFd> {
+    const ATTEMPTS: usize = 20;
+    let interrupted = |error: &io::Error| error.raw_os_error() == Some(libc::EAGAIN);
+    for _ in 1..ATTEMPTS {
+        match load() {
+            Err(error) if interrupted(&error) => {}
+            loaded => return loaded,
+        }
+    }
+    load()
 }
 
 /// Gives the kernel type information for maps.
