@@ -50,6 +50,8 @@ pub struct Socket {
     outgoing: Vec<u8>,
     /// The number of the last message that was sent.
     sequence: u32,
+    /// Every answer to it has been read.
+    answered: bool,
 }
 
 impl Socket {
@@ -72,7 +74,7 @@ impl Socket {
         let fd =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
         bind(&fd, &SocketAddrNetlink::new(port, 0))?;
-        Ok(Self { fd, family, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0 })
+        Ok(Self { fd, family, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0, answered: true })
     }
 
     /// Gives the socket another descriptor, such as one with a higher number.
@@ -128,6 +130,7 @@ impl Socket {
                     continue;
                 }
                 interrupted |= message.flags & DUMP_INTERRUPTED != 0;
+                self.answered = matches!(message.kind, ERROR | DONE);
                 match message.kind {
                     ERROR => return error_of(message.payload),
                     // Kernels before 3.19 say nothing here.
@@ -143,6 +146,27 @@ impl Socket {
                         each(kind, message.payload);
                     }
                 }
+            }
+        }
+    }
+
+    /// Sends the batch, which must hold one request for one thing without [`ACK`](crate::ACK), and gives the answer's type
+    /// and payload to `read`.
+    ///
+    /// # Errors
+    /// The error that the kernel answers with.
+    pub fn get<T>(&mut self, batch: &Batch, read: impl FnOnce(u16, &[u8]) -> T) -> io::Result<T> {
+        let ours = self.send(batch)?;
+        loop {
+            let length = self.receive(RecvFlags::empty())?;
+            if let Some(answer) =
+                messages(&self.buffer[..length]).find(|message| ours.include(message.sequence))
+            {
+                self.answered = true;
+                return match answer.kind {
+                    ERROR => Err(error_of(answer.payload).err().unwrap_or(io::ErrorKind::InvalidData.into())),
+                    kind => Ok(read(kind, answer.payload)),
+                };
             }
         }
     }
@@ -210,7 +234,10 @@ impl Socket {
         if batch.is_too_long() {
             return Err(Errno::MSGSIZE.into());
         }
-        self.forget_answers();
+        if !self.answered {
+            self.forget_answers();
+        }
+        self.answered = false;
         let ours = Numbers { base: self.sequence, count: batch.messages() };
         batch.number(ours.base, &mut self.outgoing);
         self.sequence = ours.base.wrapping_add(ours.count);

@@ -238,13 +238,13 @@ impl Adopter {
                 Some(Wide::new(&obstacle::listeners(&mut self.diag, flow)?, receive))
             }
         };
-        self.make(connection)?;
-        let filled = self.feed(connection).and_then(|()| self.verify(connection));
+        let made = self.make(connection)?;
+        let filled = self.feed(connection, made).and_then(|position| self.verify(connection, position));
         filled.map_err(|error| self.undo(flow, error))
     }
 
     /// The first segment: the listener's queue has a connection, with as many unread bytes as ride in one segment.
-    fn make(&mut self, connection: &Connection) -> Result<()> {
+    fn make(&mut self, connection: &Connection) -> Result<Position> {
         let control = &connection.control;
         let flow = connection.flow();
         let first = &connection.receive_queue[..connection.receive_queue.len().min(CHUNK)];
@@ -254,11 +254,11 @@ impl Adopter {
         let option = attributes::option(&control.options);
         for _ in 0..ATTEMPTS {
             self.send(&segment, &option)?;
-            let made = fin::wait_for(FIRST_ARRIVAL, &|| {
-                Ok(self.look(flow)?.is_some_and(|position| position.state != State::Listen))
+            let made = fin::wait_for(FIRST_ARRIVAL, || {
+                Ok(self.look(flow)?.filter(|position| position.state != State::Listen))
             })?;
-            if made {
-                return Ok(());
+            if let Some(position) = made {
+                return Ok(position);
             }
         }
         // Obstacles are looked for only after a failure: among thousands of connections each look costs.
@@ -272,16 +272,16 @@ impl Adopter {
 
     /// The rest of the unread bytes, and the peer's FIN. The kernel takes nothing of a segment that does not fit into its window:
     /// so they become smaller where none is taken, until the server reads.
-    fn feed(&mut self, connection: &Connection) -> Result<()> {
+    fn feed(&mut self, connection: &Connection, made: Position) -> Result<Position> {
         let control = &connection.control;
         let flow = connection.flow();
         let bytes = &connection.receive_queue;
         let start = control.copied_seq();
-        let (mut deadline, mut chunk) = (Instant::now() + READ, CHUNK);
+        let (mut position, mut deadline, mut chunk) = (made, Instant::now() + READ, CHUNK);
         loop {
-            let seq = self.expect(flow)?.rcv_nxt;
+            let seq = position.rcv_nxt;
             if seq == control.rcv_nxt {
-                return Ok(());
+                return Ok(position);
             }
             let arrived = (seq.wrapping_sub(start) as usize).min(bytes.len());
             let rest = &bytes[arrived..];
@@ -289,8 +289,8 @@ impl Adopter {
             let payload = &rest[..rest.len().min(chunk)];
             let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | last, payload);
             self.send(&segment, &[])?;
-            let taken = |this: &Self| Ok(this.look(flow)?.is_none_or(|now| now.rcv_nxt != seq));
-            if fin::wait_for(Duration::ZERO, &|| taken(self))? {
+            position = self.expect(flow)?;
+            if position.rcv_nxt != seq {
                 (deadline, chunk) = (Instant::now() + READ, CHUNK);
                 continue;
             }
@@ -318,10 +318,9 @@ impl Adopter {
     }
 
     /// Compares what the server got with the connection.
-    fn verify(&mut self, connection: &Connection) -> Result<Adopted> {
+    fn verify(&mut self, connection: &Connection, position: Position) -> Result<Adopted> {
         let ControlBlock { write_seq, rcv_nxt, options, .. } = &connection.control;
         let flow = connection.flow();
-        let position = self.expect(flow)?;
         let differs =
             |what: &str| Err(Error::refused(format!("an adopted connection with another {what}"), RESTORED));
         if position.rcv_nxt != *rcv_nxt || position.snd_una != *write_seq {

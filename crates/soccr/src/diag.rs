@@ -292,14 +292,18 @@ impl Diag {
 
     fn ask(&mut self, request: &Request, mut each: impl FnMut(&Socket<'_>)) -> Result<()> {
         self.batch.clear();
-        let flags = if request.dump { REQUEST | DUMP } else { REQUEST | ACK };
+        let flags = if request.dump { REQUEST | DUMP } else { REQUEST };
         self.batch.message(SOCK_DIAG_BY_FAMILY, flags, |message| message.bytes(&request.encode()));
         let answer = |_, payload: &[u8]| {
             if let Some(socket) = decode(payload) {
                 each(&socket);
             }
         };
-        self.netlink.dump(&self.batch, answer).map_err(failed)
+        let asked = match request.dump {
+            true => self.netlink.dump(&self.batch, answer),
+            false => self.netlink.get(&self.batch, answer),
+        };
+        asked.map_err(failed)
     }
 }
 

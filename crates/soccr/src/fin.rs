@@ -160,7 +160,7 @@ pub(crate) fn inject(
     let (mut refusal, mut sent) = (None, false);
     for (via, limit) in ways {
         match send(injectors, fd, segment, via) {
-            Ok(()) if wait_for(limit, &arrived)? => return Ok(()),
+            Ok(()) if wait_for(limit, || Ok(arrived()?.then_some(())))?.is_some() => return Ok(()),
             Ok(()) => sent = true,
             Err(error) => refusal = refusal.or(Some(error)),
         }
@@ -181,15 +181,13 @@ fn send(injectors: &mut Injectors, fd: BorrowedFd<'_>, segment: &Segment<'_>, vi
     injectors.inward(fd, via, segment.source, segment.destination)?.send(&packet)
 }
 
-/// On an idle machine the segment has arrived before the call that sent it returns.
-pub(crate) fn wait_for(limit: Duration, arrived: &impl Fn() -> Result<bool>) -> Result<bool> {
+/// What `look` finds in the end. On an idle machine the segment has arrived before the call that sent it returns.
+pub(crate) fn wait_for<T>(limit: Duration, look: impl Fn() -> Result<Option<T>>) -> Result<Option<T>> {
     let deadline = Instant::now() + limit;
     loop {
-        if arrived()? {
-            return Ok(true);
-        }
-        if Instant::now() >= deadline {
-            return Ok(false);
+        let found = look()?;
+        if found.is_some() || Instant::now() >= deadline {
+            return Ok(found);
         }
         std::thread::yield_now();
     }

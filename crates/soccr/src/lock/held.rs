@@ -54,7 +54,8 @@ impl Held {
         });
         replay.packets(&way, runs, None)?;
         let count = replay.finish(&way)?;
-        if count > 0 && !fin::wait_for(fin::ARRIVAL, &|| Ok(segments_in(socket)? != before))? {
+        let arrived = || Ok((segments_in(socket)? != before).then_some(()));
+        if count > 0 && fin::wait_for(fin::ARRIVAL, arrived)?.is_none() {
             return Err(Error::refused(
                 "packets of the peer that did not arrive",
                 "let packets with the mark 0xC114 pass the firewall, from `lo` too",

@@ -8,6 +8,7 @@ use std::io;
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{
@@ -90,6 +91,11 @@ impl<'a> Inward<'a> {
                 ),
             ));
         }
+        Self::known(injector, local, interface)
+    }
+
+    /// The same, for packets of which it is known that they stay here.
+    fn known(injector: &'a Injector, local: SocketAddr, interface: u32) -> Result<Self> {
         if injector.via != Via::Loopback {
             injector.bind_to(interface).map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
         }
@@ -109,7 +115,12 @@ pub(crate) struct Ways {
     /// IPv4, IPv6. A kernel without one of the families has no connections of it either.
     injectors: [Option<Injector>; 2],
     routes: Routes,
+    /// Where packets were known to stay here, and when.
+    stays: Option<(SocketAddr, u32, Instant)>,
 }
+
+/// How long the answer of the kernel holds: asked for each packet, it costs as much as sending it.
+const ANSWER: Duration = Duration::from_millis(10);
 
 impl Ways {
     /// In the namespace of the calling thread.
@@ -119,10 +130,10 @@ impl Ways {
             opened => opened.map(|injector| Some(Injector { fd: descriptor::high(injector.fd), ..injector })),
         };
         let injectors = [open(Via::Ipv4)?, open(Via::Ipv6)?];
-        Ok(Self { injectors, routes: Routes::open()?.kept() })
+        Ok(Self { injectors, routes: Routes::open()?.kept(), stays: None })
     }
 
-    /// See [`Inward::open`].
+    /// See [`Inward::open`]. An answer of the kernel serves for some milliseconds.
     pub(crate) fn inward(
         &mut self,
         remote: SocketAddr,
@@ -136,7 +147,17 @@ impl Ways {
                 "the kernel got it after the raw sockets were opened",
             )
         })?;
-        Inward::open(injector, &mut self.routes, remote, local, interface)
+        let now = Instant::now();
+        match self.stays {
+            Some((to, on, since)) if (to, on) == (local, interface) && now - since < ANSWER => {
+                Inward::known(injector, local, interface)
+            }
+            _ => {
+                let way = Inward::open(injector, &mut self.routes, remote, local, interface)?;
+                self.stays = Some((local, interface, now));
+                Ok(way)
+            }
+        }
     }
 }
 

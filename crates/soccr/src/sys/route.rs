@@ -7,7 +7,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use soccr_netlink::{ACK, Batch, Family, REQUEST, Socket};
+use soccr_netlink::{Batch, Family, REQUEST, Socket};
 
 use super::descriptor;
 use super::raw::{LOOPBACK, MARK};
@@ -52,7 +52,7 @@ impl Routes {
 
     fn ask(&mut self, to: IpAddr, from: Option<IpAddr>, direction: u16, interface: u32) -> io::Result<bool> {
         let mut batch = Batch::new();
-        batch.message(GET_ROUTE, REQUEST | ACK, |m| {
+        batch.message(GET_ROUTE, REQUEST, |m| {
             let family = if to.to_canonical().is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
             let bits = if family == libc::AF_INET { 32 } else { 128 };
             let mut header = [0; HEADER];
@@ -70,9 +70,7 @@ impl Routes {
             }
             m.u32(FIREWALL_MARK, MARK);
         });
-        let mut local = false;
-        self.0.dump(&batch, |_, route| local = route.get(TYPE) == Some(&LOCAL))?;
-        Ok(local)
+        self.0.get(&batch, |_, route| route.get(TYPE) == Some(&LOCAL))
     }
 }
 
