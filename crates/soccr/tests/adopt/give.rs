@@ -172,11 +172,10 @@ pub fn a_buffer_does_not_grow_from_move_to_move() {
     // Nobody reads, and the client sends what it can.
     let fill = |server: &TcpStream| {
         let bytes = vec![7; 1 << 20];
-        wait_until("the client can send no more", || {
-            let before = TcpInfo::of(server).unwrap().unread;
+        wait_until("the server's window is closed, and the rest waits with the client", || {
             while (&ends.client).write(&bytes).is_ok() {}
-            std::thread::sleep(Duration::from_millis(20));
-            TcpInfo::of(server).unwrap().unread == before
+            let client = TcpInfo::of(&ends.client).unwrap();
+            client.unacknowledged == client.unsent && client.snd_wnd < client.snd_mss
         });
         TcpInfo::of(server).unwrap().unread
     };
