@@ -1,7 +1,7 @@
 //! `--adopt`: connections move into servers that know nothing of it. As root, on Linux 6.9; skipped elsewhere.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -9,19 +9,18 @@ use std::thread;
 use soccr::adopt::Adopter;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
-use soccr_lab::{Lab, Side, sysctl, wait_until};
+use soccr::lock::PersistentLock;
+use soccr_lab::{Lab, TcpInfo, wait_until};
 
-use crate::programs::{
-    Program, SOCCR, ask, connect, descriptors, fail, hear, installed, python, soccr, succeed,
-};
+use crate::programs::{Program, SOCCR, ask, connect, descriptors, fail, installed, python, soccr, succeed};
+use crate::steps::{programs_on_lo, run_and_kill};
 
 crate::tests![
     connections_enter_another_server_on_the_same_port,
     a_saved_connection_enters_a_server,
     without_a_server_they_stay,
-    idle_connections_move_from_nginx_to_nginx,
-    clients_of_redis_get_another_redis,
     every_byte_arrives_while_clients_talk,
+    a_killed_soccr_leaves_no_client_in_silence,
     the_demonstration_moves_between_servers,
 ];
 
@@ -70,7 +69,7 @@ fn epoll(address: &str, prefix: &str, connections: usize) -> Program {
 }
 
 /// Whether this user can put connections into accept queues. Says why, where not.
-fn adoption_works() -> bool {
+pub fn adoption_works() -> bool {
     match Adopter::new() {
         Ok(_) => installed("python3"),
         Err(error) => {
@@ -81,7 +80,7 @@ fn adoption_works() -> bool {
 }
 
 /// Waits until somebody listens on the port of the servers, or nobody does.
-fn wait_for_listener(wanted: bool) {
+pub fn wait_for_listener(wanted: bool) {
     wait_until("a server listens, or listens no more", || {
         let mut found = false;
         let visit = |socket: &Socket<'_>| found |= socket.state == State::Listen && socket.local.port() == 7;
@@ -91,11 +90,15 @@ fn wait_for_listener(wanted: bool) {
 }
 
 /// Sends all connections of a process into the queue of whoever listens on their port.
-fn adopt_all(pid: &str, receive: &str) {
+pub fn adopt_all(pid: &str, receive: &str) {
     let via = format!("{SOCCR} receive {receive} --adopt");
-    let output = soccr(&["send", "--pid", pid, "--all", "--via", &via]).output().unwrap();
+    // Those with a peer on this host, too.
+    let send = ["send", "--pid", pid, "--all", "--with-local", "--via", &via];
+    let output = soccr(&send).output().unwrap();
     let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success() && !complaint.contains("soccr: "), "{}: {complaint}", output.status);
+    let complains =
+        complaint.lines().any(|line| line.contains("soccr: ") && !line.contains("not brought back"));
+    assert!(output.status.success() && !complains, "{}: {complaint}", output.status);
 }
 
 fn connections_enter_another_server_on_the_same_port() {
@@ -103,11 +106,13 @@ fn connections_enter_another_server_on_the_same_port() {
         return;
     }
     let lab = Lab::new().unwrap();
-    for address in ["0.0.0.0", "::", "192.0.2.1"] {
+    let (near, far) = (SocketAddr::from(([127, 0, 0, 1], 7)), SocketAddr::from((lab.a.v4, 7)));
+    let from = [("0.0.0.0", far), ("::", far), ("192.0.2.1", far), ("127.0.0.1", near), ("::", near)];
+    for (address, server) in from {
         let count = 20;
         let old = lab.a.run(|| epoll(address, "old ", count));
-        let mut clients: Vec<TcpStream> =
-            (0..count).map(|_| lab.peer.run(|| connect((lab.a.v4, 7)))).collect();
+        let host = if server == near { &lab.a } else { &lab.peer };
+        let mut clients: Vec<TcpStream> = (0..count).map(|_| host.run(|| connect(server))).collect();
         for client in &mut clients {
             assert_eq!(ask(client, "one", "old "), "old one");
         }
@@ -168,82 +173,69 @@ fn without_a_server_they_stay() {
     }
 }
 
-const NGINX: &str = "daemon off; user root root; master_process off; pid nginx.pid; error_log stderr; worker_rlimit_nofile 8192; \
-events { worker_connections 4096; } http { access_log off; keepalive_timeout 600; client_body_temp_path b; proxy_temp_path p; \
-fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s; server { listen 7 backlog=4096; return 200 NAME; } }";
-
-/// Starts nginx in the network of the calling thread; it answers with its name.
-fn nginx(name: &str) -> (Program, tempfile::TempDir) {
+/// Killed at one system call after the other, from when the connection is in a socket of soccr's to the end.
+fn a_killed_soccr_leaves_no_client_in_silence() {
+    /// Not each of some hundred calls has a meaning of its own.
+    const STRIDE: usize = 5;
+    if !adoption_works() {
+        return;
+    }
+    let lab = Lab::new().unwrap();
     let directory = tempfile::tempdir().unwrap();
-    std::fs::write(directory.path().join("nginx.conf"), NGINX.replace("NAME", name)).unwrap();
-    let prefix = directory.path().to_str().unwrap();
-    let nginx =
-        Program::start(Command::new("nginx").args(["-p", prefix, "-c", "nginx.conf"]).stderr(Stdio::null()));
-    wait_for_listener(true);
-    (nginx, directory)
-}
-
-/// One request over a connection that stays open, and the three letters of the answer.
-fn get(client: &mut TcpStream) -> String {
-    client.write_all(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n").unwrap();
-    let mut answer = Vec::new();
-    let mut byte = [0];
-    while !answer.ends_with(b"\r\n\r\n") {
-        client.read_exact(&mut byte).unwrap();
-        answer.push(byte[0]);
+    let image = directory.path().join("image");
+    let old = lab.a.run(|| TcpListener::bind(("0.0.0.0", 7))).unwrap();
+    let total = 1000;
+    let mut clients: Vec<(TcpStream, TcpStream)> = Vec::new();
+    for _ in 0..total / STRIDE {
+        clients.push((lab.peer.run(|| connect((lab.a.v4, 7))), old.accept().unwrap().0));
     }
-    hear(client, 3)
-}
-
-fn idle_connections_move_from_nginx_to_nginx() {
-    if !adoption_works() || !installed("nginx") {
-        return;
+    drop(old);
+    let _new = lab.a.run(|| epoll("", "new ", total));
+    let (mut answered, mut ended) = (0, 0);
+    for (step, (mut client, ours)) in (0..).step_by(STRIDE).zip(clients) {
+        client.write_all(b"two").unwrap();
+        wait_until("it is there", || TcpInfo::of(&ours).unwrap().unread == 3);
+        let killed = lab.a.run(|| {
+            wait_for_listener(true);
+            let paused = soccr::pause(&ours).unwrap();
+            soccr_image::save_file(&image, &paused.save().unwrap()).unwrap();
+            paused.detach().unwrap();
+            let (mut repairs, mut calls) = (0, 0);
+            let mut restore = soccr(&["restore", image.to_str().unwrap(), "--adopt"]);
+            let killed = run_and_kill(restore.stderr(Stdio::null()), |call| {
+                let option = [libc::SOL_TCP as u64, libc::TCP_REPAIR as u64];
+                // On for the restore, and off again.
+                calls += usize::from(repairs >= 2);
+                repairs += usize::from(call.number == libc::SYS_setsockopt && call.arguments[1..3] == option);
+                calls > step
+            });
+            wait_until("nothing is left", || {
+                programs_on_lo().unwrap() == 0 && PersistentLock::list().unwrap().is_empty()
+            });
+            killed
+        });
+        // Nobody may be left who hears nothing, whatever he says.
+        let _ = client.write_all(b"!");
+        let (mut answer, mut byte) = (Vec::new(), [0]);
+        while !answer.ends_with(b"!") {
+            match client.read(&mut byte) {
+                Ok(1..) => answer.push(byte[0]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("silence after {step} calls"),
+                _ => break,
+            }
+        }
+        match &answer[..] {
+            // In one piece, or in two.
+            b"new two!" | b"new twonew !" => answered += 1,
+            b"" if killed => ended += 1,
+            other => panic!("{other:?} after {step} calls"),
+        }
+        if !killed {
+            assert!(ended > 0 && answered > 1, "{ended} of {} ended", ended + answered);
+            return;
+        }
     }
-    let count = 1000;
-    let lab = Lab::new().unwrap();
-    lab.a.run(|| sysctl("net/core/somaxconn", "4096")).unwrap();
-    lab.b.run(|| sysctl("net/core/somaxconn", "4096")).unwrap();
-    let (old, _old_files) = lab.a.run(|| nginx("old"));
-    let mut clients: Vec<TcpStream> = (0..count).map(|_| lab.peer.run(|| connect((lab.a.v4, 7)))).collect();
-    for client in &mut clients {
-        assert_eq!(get(client), "old");
-    }
-    let (new, _new_files) = lab.b.run(|| nginx("new"));
-    lab.steer(Side::B).unwrap();
-    lab.a.run(|| adopt_all(&old.pid(), &format!("--netns {}", new.pid())));
-    for client in &mut clients {
-        assert_eq!(get(client), "new");
-    }
-}
-
-fn clients_of_redis_get_another_redis() {
-    if !adoption_works() || !installed("redis-server") {
-        return;
-    }
-    let lab = Lab::new().unwrap();
-    let redis = |name: &str| {
-        let server = Program::start(
-            Command::new("redis-server")
-                .args(["--port", "7", "--save", "", "--appendonly", "no", "--protected-mode", "no"])
-                .stdout(Stdio::null()),
-        );
-        wait_for_listener(true);
-        let mut client = connect(([127, 0, 0, 1], 7));
-        client.write_all(format!("SET name {name}\r\n").as_bytes()).unwrap();
-        assert_eq!(hear(&mut client, 5), "+OK\r\n");
-        server
-    };
-    let name = |client: &mut TcpStream| {
-        client.write_all(b"GET name\r\n").unwrap();
-        hear(client, "$3\r\nold\r\n".len())
-    };
-    let old = lab.a.run(|| redis("old"));
-    let new = lab.b.run(|| redis("new"));
-    let mut clients: Vec<TcpStream> = (0..10).map(|_| lab.peer.run(|| connect((lab.a.v4, 7)))).collect();
-    clients.iter_mut().for_each(|client| assert_eq!(name(client), "$3\r\nold\r\n"));
-    lab.steer(Side::B).unwrap();
-    lab.a.run(|| adopt_all(&old.pid(), &format!("--netns {}", new.pid())));
-    clients.iter_mut().for_each(|client| assert_eq!(name(client), "$3\r\nnew\r\n"));
+    panic!("it makes more than {total} calls");
 }
 
 /// Ends a conversation, also where an assertion fails.

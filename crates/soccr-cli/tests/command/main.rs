@@ -15,6 +15,7 @@ mod reboot;
 mod relay;
 mod rescue;
 mod save;
+mod servers;
 mod steered;
 mod steps;
 mod transfer;
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
         documents::tests(),
         images::tests(),
         save::tests(),
+        servers::tests(),
         transfer::tests(),
         kill::tests(),
         list::tests(),

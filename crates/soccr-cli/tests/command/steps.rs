@@ -47,6 +47,19 @@ fn trace(child: &mut Child, mut kill_at: impl FnMut(&Call) -> bool) -> bool {
     }
 }
 
+/// How many BPF programs look at what comes from `lo`, in the network namespace of the calling thread (`BPF_PROG_QUERY`).
+pub fn programs_on_lo() -> io::Result<u32> {
+    const QUERY: libc::c_long = 16;
+    const TCX_INGRESS: u32 = 46;
+    // target, attach type, two words of flags, the address of a list, its length, and more that stays zero.
+    let mut attribute = [0u32; 16];
+    attribute[..2].copy_from_slice(&[1, TCX_INGRESS]);
+    // SAFETY: the kernel reads and writes at most the given number of bytes, the size of `attribute`.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, QUERY, attribute.as_mut_ptr(), size_of_val(&attribute)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(attribute[6]) }
+}
+
 fn entry(child: &Child) -> Option<Call> {
     const ENTRY: u64 = 1;
     // struct ptrace_syscall_info: kind, addresses, then number and arguments.

@@ -1,0 +1,194 @@
+//! Servers as they are installed: their clients move, by `--adopt`, to another of the same kind on another host. As root, on
+//! Linux 6.9; skipped elsewhere, and where a server is not installed.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+
+use soccr_lab::{Lab, Side, sysctl};
+use tempfile::TempDir;
+
+use crate::adopt::{adopt_all, adoption_works, wait_for_listener};
+use crate::programs::{Program, SOCCR, connect, hear, installed, soccr};
+
+crate::tests![
+    idle_connections_move_from_nginx_to_nginx,
+    clients_of_redis_get_another_redis,
+    clients_of_memcached_get_another_memcached,
+    clients_of_haproxy_get_another_haproxy,
+    clients_of_node_get_another_node,
+    clients_of_a_go_program_get_another_unless_it_speaks_mptcp,
+];
+
+/// A server on port 7 that answers with its name, and its files.
+type Server = (Program, TempDir);
+
+/// Moves clients from the server `old` on one host to the server `new` on another. `ask` returns who answers.
+fn move_clients(count: usize, start: impl Fn(&str) -> Server, ask: impl Fn(&mut TcpStream) -> String) {
+    let lab = Lab::new().unwrap();
+    for host in [&lab.a, &lab.b] {
+        host.run(|| sysctl("net/core/somaxconn", "4096")).unwrap();
+    }
+    let (old, _old_files) = lab.a.run(|| start("old"));
+    let mut clients: Vec<TcpStream> = (0..count).map(|_| lab.peer.run(|| connect((lab.a.v4, 7)))).collect();
+    clients.iter_mut().for_each(|client| assert_eq!(ask(client), "old"));
+    let (new, _new_files) = lab.b.run(|| start("new"));
+    lab.steer(Side::B).unwrap();
+    lab.a.run(|| adopt_all(&old.pid(), &format!("--netns {}", new.pid())));
+    clients.iter_mut().for_each(|client| assert_eq!(ask(client), "new"));
+}
+
+/// Starts a server in the network of the calling thread, which listens when this returns.
+fn start(command: &mut Command) -> Program {
+    let server = Program::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    wait_for_listener(true);
+    server
+}
+
+/// One request over a connection that stays open, and the three letters of the answer.
+fn get(client: &mut TcpStream) -> String {
+    client.write_all(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while !answer.ends_with(b"\r\n\r\n") {
+        client.read_exact(&mut byte).unwrap();
+        answer.push(byte[0]);
+    }
+    hear(client, 3)
+}
+
+const NGINX: &str = "daemon off; user root root; master_process off; pid nginx.pid; error_log stderr; worker_rlimit_nofile 8192; \
+events { worker_connections 4096; } http { access_log off; keepalive_timeout 600; client_body_temp_path b; proxy_temp_path p; \
+fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s; server { listen 7 backlog=4096; return 200 NAME; } }";
+
+fn idle_connections_move_from_nginx_to_nginx() {
+    if !adoption_works() || !installed("nginx") {
+        return;
+    }
+    let nginx = |name: &str| {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("nginx.conf"), NGINX.replace("NAME", name)).unwrap();
+        let prefix = directory.path().to_str().unwrap();
+        (start(Command::new("nginx").args(["-p", prefix, "-c", "nginx.conf"])), directory)
+    };
+    move_clients(1000, nginx, get);
+}
+
+fn clients_of_redis_get_another_redis() {
+    if !adoption_works() || !installed("redis-server") {
+        return;
+    }
+    let redis = |name: &str| {
+        let arguments = ["--port", "7", "--save", "", "--appendonly", "no", "--protected-mode", "no"];
+        let server = start(Command::new("redis-server").args(arguments));
+        let mut client = connect(([127, 0, 0, 1], 7));
+        client.write_all(format!("SET name {name}\r\n").as_bytes()).unwrap();
+        assert_eq!(hear(&mut client, 5), "+OK\r\n");
+        (server, tempfile::tempdir().unwrap())
+    };
+    let name = |client: &mut TcpStream| {
+        client.write_all(b"GET name\r\n").unwrap();
+        hear(client, "$3\r\nold\r\n".len())[4..7].to_owned()
+    };
+    move_clients(10, redis, name);
+}
+
+fn clients_of_memcached_get_another_memcached() {
+    if !adoption_works() || !installed("memcached") {
+        return;
+    }
+    let memcached = |name: &str| {
+        let server = start(Command::new("memcached").args(["-u", "root", "-p", "7", "-U", "0"]));
+        let mut client = connect(([127, 0, 0, 1], 7));
+        client.write_all(format!("set name 0 0 3\r\n{name}\r\n").as_bytes()).unwrap();
+        assert_eq!(hear(&mut client, 8), "STORED\r\n");
+        (server, tempfile::tempdir().unwrap())
+    };
+    let name = |client: &mut TcpStream| {
+        client.write_all(b"get name\r\n").unwrap();
+        hear(client, "VALUE name 0 3\r\nold\r\nEND\r\n".len())[16..19].to_owned()
+    };
+    move_clients(10, memcached, name);
+}
+
+const HAPROXY: &str = "defaults\n mode http\n timeout client 600s\n timeout http-keep-alive 600s\n\
+frontend all\n bind :7\n http-request return status 200 content-type text/plain string NAME\n";
+
+fn clients_of_haproxy_get_another_haproxy() {
+    if !adoption_works() || !installed("haproxy") {
+        return;
+    }
+    let haproxy = |name: &str| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("haproxy.cfg");
+        fs::write(&file, HAPROXY.replace("NAME", name)).unwrap();
+        (start(Command::new("haproxy").arg("-db").arg("-f").arg(file)), directory)
+    };
+    move_clients(10, haproxy, get);
+}
+
+const NODE: &str = r#"const server = require("http").createServer((_, answer) => answer.end(process.argv[1]));
+server.keepAliveTimeout = 600000; server.listen(7);"#;
+
+fn clients_of_node_get_another_node() {
+    if !adoption_works() || !installed("node") {
+        return;
+    }
+    let node =
+        |name: &str| (start(Command::new("node").args(["-e", NODE, name])), tempfile::tempdir().unwrap());
+    move_clients(10, node, get);
+}
+
+const GO: &str = r#"package main
+import ("bufio"; "net"; "os")
+func main() {
+	listener, err := net.Listen("tcp", ":7")
+	if err != nil { panic(err) }
+	for {
+		connection, err := listener.Accept()
+		if err != nil { panic(err) }
+		go func() {
+			for lines := bufio.NewScanner(connection); lines.Scan(); { connection.Write([]byte(os.Args[1])) }
+		}()
+	}
+}
+"#;
+
+fn clients_of_a_go_program_get_another_unless_it_speaks_mptcp() {
+    if !adoption_works() || !installed("go") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (source, program) = (directory.path().join("server.go"), directory.path().join("server"));
+    fs::write(&source, GO).unwrap();
+    let mut build = Command::new("go");
+    build.args(["build", "-o"]).args([&program, &source]).env("GOCACHE", directory.path().join("cache"));
+    assert!(build.status().unwrap().success());
+    // What a program of Go 1.24 does when nothing else is said.
+    let go = |mptcp: &str, name: &str| {
+        let mptcp = format!("multipathtcp={mptcp}");
+        (start(Command::new(&program).arg(name).env("GODEBUG", mptcp)), tempfile::tempdir().unwrap())
+    };
+    let ask = |client: &mut TcpStream| {
+        client.write_all(b"who?\n").unwrap();
+        hear(client, 3)
+    };
+    move_clients(10, |name| go("0", name), ask);
+
+    let lab = Lab::new().unwrap();
+    if lab.a.run(|| sysctl("net/mptcp/enabled", "1")).is_err() {
+        eprintln!("\nSKIPPED: this kernel has no MPTCP\n");
+        return;
+    }
+    let (old, _old_files) = lab.a.run(|| go("1", "old"));
+    let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
+    assert_eq!(ask(&mut client), "old");
+    let (new, _new_files) = lab.b.run(|| go("1", "new"));
+    let via = format!("{SOCCR} receive --netns {} --adopt", new.pid());
+    let output =
+        lab.a.run(|| soccr(&["send", "--pid", &old.pid(), "--all", "--via", &via]).output()).unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && complaint.contains("speaks MPTCP"), "{complaint}");
+    assert_eq!(ask(&mut client), "old");
+}
