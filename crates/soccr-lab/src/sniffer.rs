@@ -1,6 +1,7 @@
 //! What passes on a link, as a test must see it.
 
 use std::io;
+use std::time::SystemTime;
 
 use libc::{
     BPF_ABS, BPF_B, BPF_H, BPF_IND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_LDX,
@@ -47,8 +48,18 @@ impl Sniffer {
     /// # Errors
     /// Where more passed than there was room for: then nobody can say what was not there.
     pub fn segments(&mut self) -> io::Result<Vec<Segment>> {
+        Ok(self.timed_segments()?.into_iter().map(|(_, segment)| segment).collect())
+    }
+
+    /// The same, with the times at which the kernel saw them.
+    ///
+    /// # Errors
+    /// The errors of [`segments`](Self::segments).
+    pub fn timed_segments(&mut self) -> io::Result<Vec<(SystemTime, Segment)>> {
         let mut segments = Vec::new();
-        while let Some(segment) = self.ring.next(|frame, _| Segment::of_frame(frame)) {
+        while let Some(segment) =
+            self.ring.next(|frame, time| Segment::of_frame(frame).map(|segment| (time, segment)))
+        {
             segments.extend(segment);
         }
         match self.ring.overflow()? {

@@ -16,10 +16,13 @@ mod mover;
 mod network;
 mod pattern;
 mod peer;
+mod picture;
 mod report;
 pub(crate) mod servers;
 mod wire;
 pub(crate) mod worker;
+
+use std::path::PathBuf;
 
 use anyhow::Result;
 use soccr_lab::sysctl;
@@ -29,6 +32,7 @@ use crate::exit::Exit;
 use mover::Mover;
 use network::Network;
 use peer::Peer;
+use picture::Camera;
 use report::{Report, Summary};
 
 /// Watch a connection move between two hosts while data flows both ways
@@ -43,6 +47,9 @@ pub(crate) struct Demo {
     /// Replace a server that knows nothing of it, and keep its client: needs root and Linux 6.9
     #[arg(long)]
     servers: bool,
+    /// Draw the move with the median silence, every segment of it, as SVG
+    #[arg(long, conflicts_with = "servers", value_name = "FILE")]
+    picture: Option<PathBuf>,
     /// Print one JSON object instead of the account
     #[arg(long)]
     json: bool,
@@ -66,15 +73,26 @@ impl Demo {
         let mut mover = Mover::start(&network)?;
         let peer = Peer::connect(network.peer(), mover.address())?;
         mover.accept()?;
+        let mut pictures = Vec::new();
         for number in 1..=self.moves {
             report.rested(peer.wait_for_traffic()?);
+            let mut camera = self.picture.as_ref().map(|_| Camera::at(network.peer())).transpose()?;
             let moved = mover.move_once(&peer)?;
             report.moved(number, &moved);
+            if let Some(camera) = &mut camera {
+                // The picture shows what came after the move, too.
+                peer.wait_for_traffic()?;
+                pictures.push(camera.shoot(network.peer(), moved)?);
+            }
         }
         report.rested(peer.wait_for_traffic()?);
         let ends = mover.finish(peer)?;
         let summary = Summary::new(&network, &report, &ends);
         report.summary(&summary);
+        pictures.sort_by_key(|picture| picture.moved().silence);
+        if let (Some(path), Some(picture)) = (&self.picture, pictures.get(pictures.len() / 2)) {
+            picture.write(path)?;
+        }
         Ok(if summary.is_clean() { Exit::Done } else { Exit::Lost })
     }
 }

@@ -32,6 +32,8 @@ pub(crate) struct Move {
     pub(crate) from: usize,
     /// Where it went.
     pub(crate) to: usize,
+    /// When it was locked, by the clock of [`now`](super::wire::now).
+    pub(crate) locked_at: u64,
     /// From the first lock to the last unlock.
     pub(crate) lock: Duration,
     /// The longest time without a byte, of both directions.
@@ -103,6 +105,7 @@ impl<'network> Mover<'network> {
         Ok(Move {
             from,
             to,
+            locked_at,
             lock: Duration::from_nanos(unlocked_at - locked_at),
             silence: Duration::from_nanos(first_read_at - last_read_at).max(peer.longest_silence()),
             unread,

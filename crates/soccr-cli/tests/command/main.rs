@@ -3,6 +3,7 @@
 mod adopt;
 mod check;
 mod completions;
+mod demo;
 mod documents;
 mod images;
 mod kill;
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
         adopt::tests(),
         check::tests(),
         completions::tests(),
+        demo::tests(),
         documents::tests(),
         images::tests(),
         save::tests(),

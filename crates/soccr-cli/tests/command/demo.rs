@@ -1,0 +1,22 @@
+//! `demo`: a whole run, and what it draws.
+
+use serde_json::Value;
+
+use crate::programs::succeed;
+
+crate::tests![a_move_is_drawn_as_the_peer_saw_it];
+
+fn a_move_is_drawn_as_the_peer_saw_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let picture = directory.path().join("move.svg");
+    let output = succeed(&["demo", "--moves", "3", "--json", "--picture", picture.to_str().unwrap()]);
+    let summary: Value = serde_json::from_slice(&output).unwrap();
+    assert_eq!((&summary["bytes_lost"], &summary["resets"]), (&0.into(), &0.into()), "{summary}");
+    let picture = std::fs::read_to_string(picture).unwrap();
+    assert!(picture.contains("moves from host") && picture.contains("locked for"), "{picture}");
+    let marks = |class: &str, mark: char| {
+        let paths = picture.lines().filter(|line| line.contains(class));
+        paths.map(|line| line.matches(mark).count()).sum::<usize>()
+    };
+    assert!(marks("class=\"data\"", 'V') > 10 && marks("class=\"ack\"", 'H') > 10, "{picture}");
+}
