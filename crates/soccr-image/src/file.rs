@@ -189,6 +189,23 @@ mod tests {
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
+    /// Whoever may write in the same folder could have any file replaced.
+    #[test]
+    fn the_link_of_another_user_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        std::fs::write(path("file"), b"old").unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        if let Err(error) = std::os::unix::fs::lchown(path("link"), Some(65533), None) {
+            eprintln!("\nSKIPPED: this user may give no file away: {error}\n");
+            return;
+        }
+        let error = AtomicFile::create(path("link")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().contains("user 65533"), "{error}");
+        assert_eq!(std::fs::read(path("file")).unwrap(), b"old");
+    }
+
     #[test]
     fn what_is_no_file_is_left_alone() {
         use std::os::unix::fs::FileTypeExt;

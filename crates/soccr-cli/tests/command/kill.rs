@@ -12,12 +12,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
-use soccr_lab::{Side, wait_until};
+use soccr::lock::PersistentLock;
+use soccr::{Flow, Lock};
+use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
-    HEIR, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, server, soccr,
+    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, python,
+    server, soccr,
 };
-use crate::steps::{Call, run_and_kill};
+use crate::steps::{Call, run_and_kill, run_and_watch};
 use crate::transfer::Move;
 
 crate::tests![
@@ -28,6 +31,8 @@ crate::tests![
     a_source_that_is_asked_to_end_finishes_what_it_has_begun,
     a_target_that_is_asked_to_end_finishes_what_it_has_begun,
     a_socket_does_not_stay_in_repair,
+    a_killed_keeper_costs_no_connection,
+    a_lock_that_somebody_else_removes_is_no_error,
 ];
 
 /// The kinds of records, by their numbers in the stream.
@@ -42,6 +47,8 @@ const END: u16 = 9;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Source,
+    /// The second process of the source.
+    Keeper,
     Target,
 }
 
@@ -138,7 +145,7 @@ fn what_has_been_taken_before_the_source_is_killed_has_moved() {
     const FIRST: usize = 256;
     let mut moving = Move::new(FIRST + 20);
     let next = (Boundary(End::Source, CONNECTION), FIRST + 1);
-    let status = hand_over_until(&moving, next, End::Source, Signal::KILL);
+    let status = hand_over_until(&moving, next, &[End::Source], Signal::KILL);
     assert_eq!(status.code(), None, "killed");
     assert_runs(&moving.old.pid());
     let moved = moving.clients.drain(..FIRST).collect();
@@ -228,6 +235,66 @@ fn a_socket_does_not_stay_in_repair() {
     assert!(steps > 7, "it was killed in repair mode");
 }
 
+/// Accepts a connection, and looks at it when it is told to.
+const BUSY: &str = r#"
+import socket, sys
+connection = socket.create_server(("", 7)).accept()[0]
+for line in sys.stdin:
+    connection.sendall(b"old " + connection.recv(65536))
+"#;
+
+/// It dies between COMMIT and TAKEN, when the connection is nowhere but in the memory of the source, and the target dies too.
+fn a_killed_keeper_costs_no_connection() {
+    if !installed("python3") {
+        return;
+    }
+    for goal in [Side::A, Side::B] {
+        let lab = Lab::new().unwrap();
+        let mut old = lab.a.run(|| Program::start(python(BUSY, &[]).stdin(Stdio::piped())));
+        let mut tell = old.0.stdin.take().unwrap();
+        let clients = vec![lab.peer.run(|| connect((lab.a.v4, 7)))];
+        wait_until("it is accepted", || lab.a.run(|| descriptors(&old.pid()).len() == 1));
+        let host = lab.host(goal);
+        let beside = host.run(|| Program::start(Command::new("sleep").arg("1000")));
+        let mut moving = Move { lab, old, clients, beside, goal };
+        let boundary = (Boundary(End::Source, COMMIT), 1);
+        let status = hand_over_until(&moving, boundary, &[End::Keeper, End::Target], Signal::KILL);
+        assert_eq!(status.code(), Some(1), "to {goal:?}");
+        assert_runs(&moving.old.pid());
+        moving.lab.a.run(assert_unlocked);
+        writeln!(tell).unwrap();
+        moving.assert_lives_at(Side::A, "old ");
+    }
+}
+
+/// Two remove all locks at the same time, at every moment of one of them.
+fn a_lock_that_somebody_else_removes_is_no_error() {
+    let flow = |port| Flow { local: ([192, 0, 2, 1], port).into(), remote: ([192, 0, 2, 2], 7).into() };
+    let lock = |port| {
+        let mut lock = Lock::drop_traffic(&[flow(port)]).unwrap();
+        lock.persist(&format!("lock{port}"), None).unwrap();
+    };
+    let mut turn = 0;
+    loop {
+        (1..4).for_each(lock);
+        let mut sent = 0;
+        let code = run_and_watch(&mut soccr(&["unlock", "--all"]), |call| {
+            sent += usize::from([libc::SYS_sendto, libc::SYS_sendmsg].contains(&call.number));
+            if sent == turn + 1 {
+                PersistentLock::list().unwrap().first().map(PersistentLock::remove).transpose().unwrap();
+                sent += 1000;
+            }
+        });
+        assert_eq!(code, Some(0), "at message {turn}");
+        assert_unlocked();
+        turn += 1;
+        if sent < 1000 {
+            break;
+        }
+    }
+    assert!(turn > 3, "somebody was faster");
+}
+
 /// On the host to which the connection did not go, where that is not the one on which it stays.
 fn assert_nobody_has_it(moving: &Move) {
     if moving.goal == Side::A {
@@ -241,14 +308,14 @@ fn assert_nobody_has_it(moving: &Move) {
 
 /// Hands the connection over, and kills one end at a boundary. How the source ends.
 fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> ExitStatus {
-    hand_over_until(moving, (boundary, 1), victim, signal)
+    hand_over_until(moving, (boundary, 1), &[victim], signal)
 }
 
 /// The same, where the boundary is passed for the nth time.
 fn hand_over_until(
     moving: &Move,
     (boundary, nth): (Boundary, usize),
-    victim: End,
+    victims: &[End],
     signal: Signal,
 ) -> ExitStatus {
     let directory = tempfile::tempdir().unwrap();
@@ -271,7 +338,7 @@ fn hand_over_until(
     let passed = AtomicUsize::new(0);
     let pass = |record| {
         if record == boundary && passed.fetch_add(1, Ordering::Relaxed) + 1 == nth {
-            kill(victim, signal, source_pid, &path("pid"));
+            victims.iter().for_each(|victim| kill(*victim, signal, source_pid, &path("pid")));
         }
     };
     thread::scope(|scope| {
@@ -288,6 +355,15 @@ fn hand_over_until(
         // A killed process that nobody has waited for is as dead as any other.
         source.wait().unwrap()
     })
+}
+
+/// The child of the source that is the same program.
+fn keeper(source: u32) -> i32 {
+    let children = std::fs::read_to_string(format!("/proc/{source}/task/{source}/children")).unwrap();
+    let is_soccr = |pid: &&str| {
+        std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == Path::new(SOCCR))
+    };
+    children.split_whitespace().find(is_soccr).unwrap().parse().unwrap()
 }
 
 fn open(path: &Path) -> File {
@@ -322,6 +398,7 @@ fn relay(mut from: File, mut to: File, mut boundary: impl FnMut(u16)) {
 fn kill(victim: End, signal: Signal, source: u32, target: &Path) {
     let pid = match victim {
         End::Source => source as i32,
+        End::Keeper => keeper(source),
         End::Target => {
             wait_until("the target has a number", || target.exists());
             std::fs::read_to_string(target).unwrap().trim().parse().unwrap()

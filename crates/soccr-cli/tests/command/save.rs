@@ -9,6 +9,7 @@ use crate::programs::{
     HEIR, Program, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed, json,
     python, run, server, soccr, succeed,
 };
+use crate::steps::{let_fail, run_and_watch};
 
 crate::tests![
     a_list_says_whose_and_whether,
@@ -20,6 +21,8 @@ crate::tests![
     both_ends_move_to_other_addresses,
     an_interrupted_program_keeps_its_threads,
     what_fails_leaves_the_connection,
+    an_image_whose_name_may_not_last_is_there,
+    a_server_that_forks_is_saved,
 ];
 
 fn a_list_says_whose_and_whether() {
@@ -302,5 +305,64 @@ fn what_fails_leaves_the_connection() {
     assert_eq!(run(&["restore", "/dev/null"]).status.code(), Some(2));
     assert_runs(&pid);
     assert_unlocked();
+    assert_eq!(ask(&mut client, "two", ""), "two");
+}
+
+fn an_image_whose_name_may_not_last_is_there() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let directory = tempfile::tempdir().unwrap();
+    let image = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let save = |image: &str| {
+        soccr(&["save", "--keep", "--pid", &server.pid(), "--all", "--with-local", "-o", image])
+    };
+    let mut synced = Vec::new();
+    let code = run_and_watch(&mut save(&image("first")), |call| {
+        if call.number == libc::SYS_fsync {
+            synced.push(call.arguments[0]);
+        }
+    });
+    // The last is the directory, after the file is in its place.
+    let directory = synced.pop().unwrap();
+    assert!(code == Some(0) && !synced.contains(&directory), "{synced:?}");
+    let mut failing = save(&image("second"));
+    let_fail(&mut failing, libc::SYS_fsync, directory as u32, libc::EIO);
+    let output = failing.output().unwrap();
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{complaint}");
+    assert!(complaint.contains("in place, though its name may not survive"), "{complaint}");
+    succeed(&["inspect", &image("second")]);
+}
+
+/// Answers, and starts processes all the time that end at once.
+const FORKING: &str = r#"
+import os, select, socket
+connection = socket.create_server(("127.0.0.1", 7)).accept()[0]
+while True:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    if select.select([connection], [], [], 0)[0]:
+        data = connection.recv(65536)
+        if not data:
+            break
+        connection.sendall(data)
+    os.waitpid(pid, 0)
+"#;
+
+fn a_server_that_forks_is_saved() {
+    if !installed("python3") {
+        return;
+    }
+    let server = Program::start(&mut python(FORKING, &[]));
+    let mut client = connect(([127, 0, 0, 1], 7));
+    for _ in 0..20 {
+        assert_eq!(ask(&mut client, "one", ""), "one");
+        succeed(&["save", "--keep", "--pid", &server.pid(), "--all", "--with-local"]);
+    }
     assert_eq!(ask(&mut client, "two", ""), "two");
 }

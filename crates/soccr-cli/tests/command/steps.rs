@@ -1,7 +1,8 @@
-//! A program killed at a chosen system call.
+//! A program watched, killed or failed at a chosen system call.
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
 /// An entry into a system call.
@@ -13,14 +14,50 @@ pub struct Call {
 /// Runs a program, shows each system call of its first thread to `kill_at`, and kills it before the first for which that
 /// says so. Whether it was killed.
 pub fn run_and_kill(command: &mut Command, kill_at: impl FnMut(&Call) -> bool) -> bool {
-    let mut child = command.spawn().unwrap();
-    let killed = trace(&mut child, kill_at);
-    // The tracer has waited for it already.
-    let _ = child.wait();
-    killed
+    trace(command, kill_at).0
 }
 
-fn trace(child: &mut Child, mut kill_at: impl FnMut(&Call) -> bool) -> bool {
+/// Runs a program and shows each system call of its first thread to `watch`, before it is made. Its exit code.
+pub fn run_and_watch(command: &mut Command, mut watch: impl FnMut(&Call)) -> Option<i32> {
+    let (_, status) = trace(command, |call| {
+        watch(call);
+        false
+    });
+    libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status))
+}
+
+/// Has a system call fail in a program, where the first argument is this one.
+pub fn let_fail(command: &mut Command, number: i64, argument: u32, errno: i32) {
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const ANSWER: u32 = libc::BPF_RET | libc::BPF_K;
+    let step = |code: u32, jf, k| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    // struct seccomp_data: the number, the machine, an address, then the arguments.
+    let filter = [
+        step(LOAD, 0, 0),
+        step(EQUAL, 3, number as u32),
+        step(LOAD, 0, 16),
+        step(EQUAL, 1, argument),
+        step(ANSWER, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+        step(ANSWER, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let mut filter = filter;
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: the kernel copies the program, which lives until the call returns.
+        let result = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec it makes two system calls and takes no memory.
+    unsafe { command.pre_exec(install) };
+}
+
+/// Whether it was killed, and its status.
+fn trace(command: &mut Command, mut kill_at: impl FnMut(&Call) -> bool) -> (bool, i32) {
+    let child = &mut command.spawn().unwrap();
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
     ptrace(libc::PTRACE_SEIZE, child, options as usize).unwrap();
     ptrace(libc::PTRACE_INTERRUPT, child, 0).unwrap();
@@ -30,7 +67,9 @@ fn trace(child: &mut Child, mut kill_at: impl FnMut(&Call) -> bool) -> bool {
         // SAFETY: the kernel writes one int.
         let waited = unsafe { libc::waitpid(child.id() as i32, &mut status, libc::__WALL) };
         if waited < 0 || !libc::WIFSTOPPED(status) {
-            return killed;
+            // The child has been waited for.
+            let _ = child.wait();
+            return (killed, status);
         }
         let mut signal = 0;
         match libc::WSTOPSIG(status) {
