@@ -1,4 +1,4 @@
-//! Hosts that repeat a segment only after seconds, so that none is repeated because this machine is busy.
+//! Hosts that repeat a segment only after a minute, so that none is repeated because this machine is busy.
 
 use std::io;
 
@@ -19,7 +19,7 @@ const RTAX_LOCK: u16 = 1;
 const RTAX_RTO_MIN: u16 = 13;
 
 impl Namespace {
-    /// From now on TCP waits for ten seconds at least before it repeats a segment, on the routes that there are: `rto_min` of
+    /// From now on TCP waits for a minute at least before it repeats a segment, on the routes that there are: `rto_min` of
     /// `ip-route(8)`.
     ///
     /// # Errors
@@ -35,7 +35,7 @@ impl Namespace {
                 socket.transact(&batch)?;
             }
             // For connections of the host with itself, where the kernel can (Linux 6.11).
-            let _ = sysctl("net/ipv4/tcp_rto_min_us", "10000000");
+            let _ = sysctl("net/ipv4/tcp_rto_min_us", "60000000");
             sysctl("net/ipv4/tcp_early_retrans", "0")
         })
     }
@@ -53,7 +53,7 @@ fn be_patient_on(batch: &mut Batch, route: &[u8]) {
             .for_each(|(kind, value)| message.attribute(kind, value));
         message.nested(RTA_METRICS, |metrics| {
             metrics.u32(RTAX_LOCK, 1 << RTAX_RTO_MIN);
-            metrics.u32(RTAX_RTO_MIN, 10_000); // milliseconds
+            metrics.u32(RTAX_RTO_MIN, 60_000); // milliseconds
         });
     });
 }

@@ -3,13 +3,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 const NAP: Duration = Duration::from_micros(200);
 
 /// Waits until `condition` holds.
 ///
 /// # Panics
-/// Naming `what`, if that takes more than 20 seconds.
+/// Naming `what`, if that takes more than a minute.
 #[track_caller]
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
