@@ -3,12 +3,12 @@
 mod look;
 mod policy;
 
-pub use look::{Neighbour, Way};
+pub use look::{Link, Neighbour, Packet, Way};
 pub use policy::Policy;
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::net::AddressFamily;
@@ -65,6 +65,11 @@ impl Rtnetlink {
     /// The errors of opening a netlink socket.
     pub fn here() -> io::Result<Self> {
         Ok(Self { socket: Socket::open(Family::Route)? })
+    }
+
+    /// Gives it another descriptor, such as one with a higher number.
+    pub fn with_descriptor(self, change: impl FnOnce(OwnedFd) -> OwnedFd) -> Self {
+        Self { socket: self.socket.with_descriptor(change) }
     }
 
     /// The index of a link, which is also the scope id of link-local addresses on it.

@@ -51,7 +51,7 @@ use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use soccr_netlink::{Neighbour, Rtnetlink};
+use soccr_netlink::{Neighbour, Packet, Rtnetlink};
 
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -77,7 +77,7 @@ impl NextHop {
     /// discovery; that takes three seconds to find out).
     pub fn new(address: IpAddr) -> Result<Self> {
         let find = |route: &mut Rtnetlink| {
-            let way = route.way(address).map_err(|error| Error::system("ip route get", error))?;
+            let way = route.way(Packet::to(address)).map_err(|error| Error::system("ip route get", error))?;
             if way.local {
                 return Err(Error::refused(
                     format!("{address} as the next hop: it is an address of this host"),
@@ -203,7 +203,7 @@ fn arrivals(flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
             };
             let link = match own {
                 Some(link) => link,
-                None => system("ip route get", route.way(flow.remote.ip()))?.link,
+                None => system("ip route get", route.way(Packet::to(flow.remote.ip())))?.link,
             };
             let device = route.name(link).map_err(|error| Error::system("if_indextoname", error))?;
             arrivals.entry(device).or_default().push(flow);

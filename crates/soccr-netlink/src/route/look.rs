@@ -4,9 +4,40 @@ use std::io;
 use std::net::IpAddr;
 
 use super::{NDA_DST, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWNEIGH, Rtnetlink, family, octets};
-use crate::{ACK, Batch, CREATE, DUMP, REQUEST, attributes};
+use crate::{Batch, CREATE, DUMP, REQUEST, attributes};
 
-/// Where packets to an address go.
+/// A packet whose way is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// For whom it is.
+    pub to: IpAddr,
+    /// From whom it is, where that matters.
+    pub from: Option<IpAddr>,
+    /// By which link it comes or goes.
+    pub link: Link,
+    /// Its mark, or 0.
+    pub mark: u32,
+}
+
+impl Packet {
+    /// Any packet that this host sends to an address.
+    pub fn to(to: IpAddr) -> Self {
+        Self { to: to.to_canonical(), from: None, link: Link::Any, mark: 0 }
+    }
+}
+
+/// What is known of a packet's link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// This host sends it, by whatever link the routes name.
+    Any,
+    /// It arrives by the link with this index.
+    From(u32),
+    /// This host sends it from a socket that is bound to the link with this index.
+    To(u32),
+}
+
+/// Where a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Way {
     /// It is an address of this host.
@@ -31,47 +62,34 @@ pub enum Neighbour {
 }
 
 impl Rtnetlink {
-    /// Where packets to `destination` go (`ip route get`).
+    /// Where a packet would go (`ip route get`).
     ///
     /// # Errors
     /// `ENETUNREACH` and the like where there is no way.
-    pub fn way(&mut self, destination: IpAddr) -> io::Result<Way> {
-        self.way_by(destination, None)
-    }
-
-    /// Whether packets to an address of this link are for this host.
-    pub(super) fn is_local(&mut self, address: IpAddr, link: u32) -> io::Result<bool> {
-        match self.way_by(address, Some(link)) {
-            Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => Ok(false),
-            way => way.map(|way| way.local),
-        }
-    }
-
-    fn way_by(&mut self, destination: IpAddr, link: Option<u32>) -> io::Result<Way> {
+    pub fn way(&mut self, packet: Packet) -> io::Result<Way> {
+        let Packet { to, from, link, mark } = packet;
         let mut batch = Batch::new();
-        batch.message(GET_ROUTE, REQUEST | ACK, |m| {
-            m.bytes(&[
-                family(destination),
-                8 * octets(destination).len() as u8,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-            ]);
-            m.attribute(RTA_DST, &octets(destination));
-            if let Some(link) = link {
-                m.u32(RTA_OIF, link);
+        batch.message(GET_ROUTE, REQUEST, |m| {
+            let bits = |address| 8 * octets(address).len() as u8;
+            let mut header = [0; 12];
+            header[..3].copy_from_slice(&[family(to), bits(to), from.map_or(0, bits)]);
+            m.bytes(&header);
+            m.attribute(RTA_DST, &octets(to));
+            if let Some(from) = from {
+                m.attribute(RTA_SRC, &octets(from));
+            }
+            match link {
+                Link::Any => {}
+                Link::From(index) => m.u32(RTA_IIF, index),
+                Link::To(index) => m.u32(RTA_OIF, index),
+            }
+            if mark != 0 {
+                m.u32(RTA_MARK, mark);
             }
         });
-        let mut way = Way { local: false, link: 0, gateway: false };
-        self.socket.dump(&batch, |_, payload| {
-            let Some((header, rest)) = payload.split_at_checked(12) else { return };
+        self.socket.get(&batch, |_, payload| {
+            let mut way = Way { local: false, link: 0, gateway: false };
+            let Some((header, rest)) = payload.split_at_checked(12) else { return way };
             way.local = header[7] == TYPE_LOCAL;
             for (kind, value) in attributes(rest) {
                 match (kind, value.try_into()) {
@@ -80,8 +98,16 @@ impl Rtnetlink {
                     _ => {}
                 }
             }
-        })?;
-        Ok(way)
+            way
+        })
+    }
+
+    /// Whether packets to an address of this link are for this host.
+    pub(super) fn is_local(&mut self, address: IpAddr, link: u32) -> io::Result<bool> {
+        match self.way(Packet { link: Link::To(link), ..Packet::to(address) }) {
+            Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => Ok(false),
+            way => way.map(|way| way.local),
+        }
     }
 
     /// The link that has an address of this host.
@@ -156,6 +182,9 @@ fn neighbour_header(link: u32, address: IpAddr, flags: u8) -> [u8; 12] {
 const GET_ADDRESS: u16 = 22;
 const GET_ROUTE: u16 = 26;
 const GET_NEIGHBOUR: u16 = 30;
+const RTA_SRC: u16 = 2;
+const RTA_IIF: u16 = 3;
+const RTA_MARK: u16 = 16;
 const RTA_VIA: u16 = 18;
 const TYPE_LOCAL: u8 = 2;
 const IFA_ADDRESS: u16 = 1;

@@ -19,7 +19,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use soccr_netlink::{Batch, Family, Policy, Rtnetlink, Socket};
+use soccr_netlink::{Batch, Family, Packet, Policy, Rtnetlink, Socket};
 
 use super::{system, with_route};
 use crate::error::{Error, Result};
@@ -257,7 +257,7 @@ fn is_foreign_beside(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
 }
 
 fn is_foreign_to(route: &mut Rtnetlink, address: IpAddr) -> Result<bool> {
-    match route.way(address.to_canonical()) {
+    match route.way(Packet::to(address)) {
         Ok(way) => Ok(!way.local),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) => {
             Ok(true)
