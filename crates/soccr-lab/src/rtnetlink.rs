@@ -16,9 +16,6 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
-const IFLA_AF_SPEC: u16 = 26;
-const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
-const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_GSO_MAX_SEGS: u16 = 40;
 const IFF_UP: u32 = 1;
@@ -60,7 +57,7 @@ pub fn veth(control: &mut Rtnetlink, ends: [VethEnd<'_>; 2], mtu: u32) -> io::Re
     })?;
     for end in ends {
         let mut there = end.namespace.rtnetlink()?;
-        no_generated_address(&mut there, end.name)?;
+        there.no_generated_address(end.name)?;
         there.up(end.name)?;
     }
     // The first end had no carrier when it was set up, and loses packets until the kernel has noticed the other.
@@ -83,7 +80,7 @@ pub(crate) fn bridge(control: &mut Rtnetlink, name: &str) -> io::Result<()> {
         message.string(IFLA_IFNAME, name);
         message.nested(IFLA_LINKINFO, |info| info.attribute(IFLA_INFO_KIND, b"bridge"));
     })?;
-    no_generated_address(control, name)?;
+    control.no_generated_address(name)?;
     control.up(name)
 }
 
@@ -102,19 +99,6 @@ pub(crate) fn single_segments(control: &mut Rtnetlink, link: &str) -> io::Result
     control.change(RTM_NEWLINK, 0, |message| {
         message.bytes(&link_header(index, IFF_UP));
         message.u32(IFLA_GSO_MAX_SEGS, 1);
-    })
-}
-
-/// Keeps the link free of a generated link-local address, whose duplicate detection would run for a second.
-fn no_generated_address(control: &mut Rtnetlink, link: &str) -> io::Result<()> {
-    let index = control.index(link)?;
-    control.change(RTM_NEWLINK, 0, |message| {
-        message.bytes(&link_header(index, 0));
-        message.nested(IFLA_AF_SPEC, |families| {
-            families.nested(libc::AF_INET6 as u16, |inet6| {
-                inet6.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
-            });
-        });
     })
 }
 

@@ -12,7 +12,7 @@ mod route;
 mod socket;
 
 pub use message::{Attributes, Batch, Message, attributes};
-pub use route::{Link, Neighbour, Packet, Policy, Rtnetlink, Way, link_header};
+pub use route::{Link, Neighbour, Packet, Policy, Rtnetlink, Vxlan, Way, link_header};
 pub use socket::{Family, Socket};
 
 /// The message is a request (`NLM_F_REQUEST`).

@@ -2,9 +2,11 @@
 
 mod look;
 mod policy;
+mod vxlan;
 
 pub use look::{Link, Neighbour, Packet, Way};
 pub use policy::Policy;
+pub use vxlan::Vxlan;
 
 use std::io;
 use std::net::IpAddr;
@@ -263,7 +265,9 @@ impl Rtnetlink {
         prefix: u8,
         of_address: u32,
     ) -> io::Result<()> {
-        let mut header = vec![family(address), prefix, 0, 0];
+        // No such address of IPv4 is ever chosen as the source of packets to other networks.
+        let scope = if matches!(address, IpAddr::V4(v4) if v4.is_link_local()) { RT_SCOPE_LINK } else { 0 };
+        let mut header = vec![family(address), prefix, 0, scope];
         header.extend(self.index(link)?.to_ne_bytes());
         self.change(kind, flags, |message| {
             message.bytes(&header);
@@ -309,4 +313,9 @@ fn octets(address: IpAddr) -> Vec<u8> {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),
     }
+}
+
+fn address_of(octets: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(octets).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from)).ok()
 }

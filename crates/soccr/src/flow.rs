@@ -25,6 +25,11 @@ impl Flow {
         Self { local: plain(self.local), remote: plain(self.remote) }
     }
 
+    /// The connection as the peer sees it.
+    pub fn reversed(&self) -> Self {
+        Self { local: self.remote, remote: self.local }
+    }
+
     /// Checks the two addresses against each other.
     ///
     /// # Errors

@@ -55,13 +55,19 @@ pub(crate) struct Table<'a> {
 pub(crate) enum Family {
     /// IPv4 and IPv6.
     Inet = 1,
+    Ipv4 = 2,
     /// Whatever a device receives.
     Netdev = 5,
+    Ipv6 = 10,
 }
 
 impl<'a> Table<'a> {
     pub(crate) fn inet(name: &'a str) -> Self {
         Self { family: Family::Inet, name }
+    }
+
+    pub(crate) fn ip(name: &'a str, ipv6: bool) -> Self {
+        Self { family: if ipv6 { Family::Ipv6 } else { Family::Ipv4 }, name }
     }
 
     pub(crate) fn netdev(name: &'a str) -> Self {
@@ -89,6 +95,8 @@ impl Hook<'_> {
     pub(crate) const RAW: i32 = -300;
     /// Behind connection tracking, before the packet is routed.
     pub(crate) const MANGLE: i32 = -150;
+    /// Where firewalls are.
+    pub(crate) const FILTER: i32 = 0;
 }
 
 /// A transaction in the making: all of it happens, or nothing.
@@ -105,6 +113,13 @@ impl<'a> Transaction<'a> {
         batch.clear();
         batch.message(BATCH_BEGIN, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
         Self { batch, table, sets: 0 }
+    }
+
+    /// Makes the table anew, whatever it was.
+    pub(crate) fn replace_table(&mut self) {
+        self.message(NEW_TABLE, CREATE, |_| ());
+        self.remove();
+        self.create_table(false);
     }
 
     /// Makes the table; `EEXIST` where there is one of this name. The kernel removes an `owned` one when the socket that
@@ -215,6 +230,20 @@ pub(crate) fn names(socket: &mut Socket, family: Family) -> io::Result<Vec<Strin
             name.and_then(|bytes| std::str::from_utf8(bytes.strip_suffix(&[0])?).ok()).map(str::to_owned),
         );
     })
+}
+
+/// Whether a table has a chain of this name.
+pub(crate) fn has_chain(socket: &mut Socket, table: Table<'_>, name: &str) -> io::Result<bool> {
+    let mut batch = Batch::new();
+    batch.message(SUBSYSTEM | GET_CHAIN, REQUEST | ACK, |m| {
+        m.bytes(&header(table.family as u8, 0));
+        m.string(TABLE, table.name);
+        m.string(CHAIN_NAME, name);
+    });
+    match socket.dump(&batch, |_, _| ()) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        answer => answer.map(|()| true),
+    }
 }
 
 /// Whether any table in the namespace of `socket` has a base chain of this type.

@@ -101,7 +101,7 @@ fn finish(packet: &mut [u8], ip: usize) {
     let (source, destination): (IpAddr, IpAddr) = if ip == IPV4_HEADER {
         packet[2..4].copy_from_slice(&(total as u16).to_be_bytes());
         packet[10..12].fill(0);
-        let header = !fold(sum(&packet[..ip]));
+        let header = checksum(&packet[..ip]);
         packet[10..12].copy_from_slice(&header.to_be_bytes());
         (address::<4>(packet, 12).into(), address::<4>(packet, 16).into())
     } else {
@@ -132,6 +132,11 @@ fn sixteen(address: IpAddr) -> [u8; 16] {
         IpAddr::V4(v4) => Ipv4Addr::to_ipv6_mapped(&v4).octets(),
         IpAddr::V6(v6) => Ipv6Addr::octets(&v6),
     }
+}
+
+/// The Internet checksum of bytes that have zero in its place.
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
+    !fold(sum(bytes))
 }
 
 /// The sum of the bytes as 16-bit words in network byte order, in ones' complement.

@@ -44,173 +44,28 @@
 mod adoption;
 mod foreign;
 mod homecoming;
+mod narrow;
+mod next_hop;
+mod redirect;
 mod steering;
+mod tunnel;
 
-use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
 
-use soccr_netlink::{Neighbour, Packet, Rtnetlink};
+use soccr_netlink::Rtnetlink;
 
-use crate::connection::Flow;
 use crate::error::{Error, Result};
 
 pub use adoption::adopt_address;
 pub use foreign::{Foreign, Numbers, is_foreign};
 pub(crate) use foreign::{admit, admit_bound_anyhow, forget_transparency};
 pub use homecoming::Homecoming;
+pub use narrow::narrow;
+pub use next_hop::NextHop;
+pub use redirect::{redirect, redirect_answers, stop};
 pub use steering::{Steered, Steering, Times};
-
-/// The host to which packets are steered: an address on a network that both hosts share.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NextHop {
-    address: IpAddr,
-    device: String,
-}
-
-impl NextHop {
-    /// The host with this address, by the device that the routes name, in the network namespace of the calling thread.
-    ///
-    /// # Errors
-    /// Refused: the address is one of this host, or is reached through a router, or nobody there answers (ARP, neighbour
-    /// discovery; that takes three seconds to find out).
-    pub fn new(address: IpAddr) -> Result<Self> {
-        let find = |route: &mut Rtnetlink| {
-            let way = route.way(Packet::to(address)).map_err(|error| Error::system("ip route get", error))?;
-            if way.local {
-                return Err(Error::refused(
-                    format!("{address} as the next hop: it is an address of this host"),
-                    "name an address of the host to which the connections go",
-                ));
-            }
-            if way.gateway {
-                return Err(Error::refused(
-                    format!("{address} as the next hop: it is behind a router"),
-                    "name an address on a network that both hosts share, or make a tunnel between them",
-                ));
-            }
-            let device = route.name(way.link).map_err(|error| Error::system("if_indextoname", error))?;
-            Ok(Self { address, device })
-        };
-        with_route(|route| {
-            let found = find(route)?;
-            found.resolve(route)?;
-            Ok(found)
-        })
-    }
-
-    /// The host with this address at the other end of a device, a tunnel maybe.
-    ///
-    /// # Errors
-    /// Refused: nobody there answers. `ENODEV` where there is no such device.
-    pub fn on(address: IpAddr, device: &str) -> Result<Self> {
-        let found = Self::known(address, device);
-        with_route(|route| found.resolve(route))?;
-        Ok(found)
-    }
-
-    /// The same without a look whether somebody answers.
-    pub fn known(address: IpAddr, device: &str) -> Self {
-        Self { address, device: device.to_owned() }
-    }
-
-    /// Its address.
-    pub fn address(&self) -> IpAddr {
-        self.address
-    }
-
-    /// The device by which packets leave for it.
-    pub fn device(&self) -> &str {
-        &self.device
-    }
-
-    /// Whether its Ethernet address is known, or can be found out. A host that has disappeared does not answer.
-    ///
-    /// # Errors
-    /// `ENODEV` where there is no such device any more.
-    pub fn answers(&self) -> Result<bool> {
-        with_route(|route| {
-            let state = index(route, &self.device)
-                .and_then(|link| system("ip neigh", route.neighbour_state(link, self.address)))?;
-            Ok(state != Neighbour::Failed)
-        })
-    }
-
-    fn resolve(&self, route: &mut Rtnetlink) -> Result<()> {
-        /// The kernel asks three times, a second apart.
-        const LIMIT: Duration = Duration::from_secs(4);
-        let link = index(route, &self.device)?;
-        let mut state = system("ip neigh", route.look_for_neighbour(link, self.address))?;
-        let deadline = Instant::now() + LIMIT;
-        // A neighbour that had failed is asked for again.
-        let mut asked = false;
-        while state != Neighbour::Known {
-            if asked && (state == Neighbour::Failed || Instant::now() > deadline) {
-                let what = format!("{} on {}: it does not answer", self.address, self.device);
-                return Err(Error::refused(what, "is the host up, and its address on this network?"));
-            }
-            std::thread::sleep(Duration::from_micros(200));
-            state = system("ip neigh", route.neighbour_state(link, self.address))?;
-            asked |= state == Neighbour::Asked || Instant::now() > deadline;
-        }
-        Ok(())
-    }
-}
-
-/// Steers connections to a host from now on, in the network namespace of the calling thread, whatever was steered where
-/// before. Each arrives by the device that has its local address, or, where none has, by that of the route to the peer.
-///
-/// # Errors
-/// Refused: the next hop has another address family than a connection. `EPERM` without `CAP_NET_ADMIN`;
-/// `EOPNOTSUPP` or `ENOENT` where the kernel lacks `CONFIG_NFT_FWD_NETDEV`.
-pub fn redirect(flows: &[Flow], to: &NextHop) -> Result<()> {
-    let others = Steering::list()?;
-    let arrivals = arrivals(flows)?;
-    for (device, flows) in &arrivals {
-        let steering = Steering::open(device, to.device(), Times::default())?;
-        steering.steer(flows, to.address)?;
-        for other in others.iter().filter(|other| **other != steering) {
-            other.stop(flows)?;
-        }
-    }
-    Ok(())
-}
-
-/// Ends the steering of connections, in the network namespace of the calling thread, wherever they are steered. Others
-/// are passed over. Returns how many were steered.
-///
-/// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`.
-pub fn stop(flows: &[Flow]) -> Result<usize> {
-    Steering::list()?.iter().map(|steering| steering.stop(flows)).sum()
-}
-
-/// The devices by which connections arrive.
-fn arrivals(flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
-    with_route(|route| {
-        let mut links: HashMap<IpAddr, Option<u32>> = HashMap::new();
-        let lo = index(route, "lo")?;
-        let mut arrivals: HashMap<String, Vec<Flow>> = HashMap::new();
-        for flow in flows.iter().map(Flow::on_the_wire) {
-            let local = flow.local.ip();
-            let own = match links.get(&local) {
-                Some(own) => *own,
-                None => {
-                    let found = system("ip address", route.link_with(local))?.filter(|link| *link != lo);
-                    *links.entry(local).or_insert(found)
-                }
-            };
-            let link = match own {
-                Some(link) => link,
-                None => system("ip route get", route.way(Packet::to(flow.remote.ip())))?.link,
-            };
-            let device = route.name(link).map_err(|error| Error::system("if_indextoname", error))?;
-            arrivals.entry(device).or_default().push(flow);
-        }
-        Ok(arrivals)
-    })
-}
+pub use tunnel::Tunnel;
 
 fn index(route: &Rtnetlink, device: &str) -> Result<u32> {
     let advice = "see `ip link` for the devices of this network";
@@ -224,4 +79,31 @@ fn with_route<T>(work: impl FnOnce(&mut Rtnetlink) -> Result<T>) -> Result<T> {
 
 fn system<T>(what: &'static str, result: io::Result<T>) -> Result<T> {
     result.map_err(|error| Error::system(what, error))
+}
+
+/// A number of 24 bits that belongs to these addresses: an FNV-1a hash.
+fn number_of(addresses: &[IpAddr]) -> u32 {
+    let octets = addresses.iter().flat_map(|address| match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    });
+    let hash =
+        octets.fold(0x811c_9dc5_u32, |hash, octet| (hash ^ u32::from(octet)).wrapping_mul(0x0100_0193));
+    (hash >> 24) ^ (hash & 0xff_ffff)
+}
+
+fn present(what: &'static str, result: io::Result<()>) -> Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        other => system(what, other),
+    }
+}
+
+fn absent(what: &'static str, result: io::Result<()>) -> Result<()> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV)) => {
+            Ok(())
+        }
+        other => system(what, other),
+    }
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 
-use super::{NDA_DST, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWNEIGH, Rtnetlink, family, octets};
+use super::{NDA_DST, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWNEIGH, Rtnetlink, address_of, family, octets};
 use crate::{Batch, CREATE, DUMP, REQUEST, attributes};
 
 /// A packet whose way is asked for.
@@ -44,8 +44,8 @@ pub struct Way {
     pub local: bool,
     /// The index of the link by which they leave.
     pub link: u32,
-    /// They go to a router first.
-    pub gateway: bool,
+    /// The router to which they go first, where there is one. It may have an address of another family (RFC 5549).
+    pub gateway: Option<IpAddr>,
 }
 
 /// What is known about the Ethernet address of a neighbour.
@@ -88,13 +88,15 @@ impl Rtnetlink {
             }
         });
         self.socket.get(&batch, |_, payload| {
-            let mut way = Way { local: false, link: 0, gateway: false };
+            let mut way = Way { local: false, link: 0, gateway: None };
             let Some((header, rest)) = payload.split_at_checked(12) else { return way };
             way.local = header[7] == TYPE_LOCAL;
             for (kind, value) in attributes(rest) {
-                match (kind, value.try_into()) {
-                    (RTA_OIF, Ok(index)) => way.link = u32::from_ne_bytes(index),
-                    (RTA_GATEWAY | RTA_VIA, _) => way.gateway = true,
+                match kind {
+                    RTA_OIF => way.link = value.try_into().map_or(0, u32::from_ne_bytes),
+                    RTA_GATEWAY => way.gateway = address_of(value),
+                    // Behind the address family.
+                    RTA_VIA => way.gateway = value.get(2..).and_then(address_of),
                     _ => {}
                 }
             }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 
-use super::{RTA_DST, RTA_OIF, RTM_NEWROUTE, Rtnetlink, family, octets};
+use super::{REPLACE, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWROUTE, Rtnetlink, address_of, family, octets};
 use crate::{Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, attributes};
 
 /// A rule of policy routing (`ip rule`): packets with a mark are routed by a table.
@@ -17,6 +17,8 @@ pub struct Policy {
     pub mask: u32,
     /// The address that they are for; `None` for all, and for networks.
     pub to: Option<IpAddr>,
+    /// The address that they are from; `None` for all, and for networks.
+    pub from: Option<IpAddr>,
     /// The number of the table.
     pub table: u32,
     /// Who has made the rule (`RTPROT_…`).
@@ -30,7 +32,7 @@ impl Rtnetlink {
     /// `EAFNOSUPPORT` where the kernel has no policy routing.
     pub fn policies(&mut self, ipv6: bool) -> io::Result<Vec<Policy>> {
         let mut batch = Batch::new();
-        batch.message(GET_RULE, REQUEST | DUMP, |m| m.bytes(&header(family(any(ipv6)), 0)));
+        batch.message(GET_RULE, REQUEST | DUMP, |m| m.bytes(&header(family(any(ipv6)), 0, 0)));
         self.socket.dump_all(&batch, |policies, payload| policies.extend(parse(payload)))
     }
 
@@ -68,6 +70,34 @@ impl Rtnetlink {
         self.change(DELETE_ROUTE, 0, |m| local_route(m, table, ipv6, protocol, lo))
     }
 
+    /// Makes a table send every packet to a router on a link, whatever its default route was.
+    ///
+    /// # Errors
+    /// `EHOSTUNREACH` or `ENETUNREACH` where the router is not on the link; `EPERM`.
+    pub fn add_gateway_table(
+        &mut self,
+        table: u32,
+        gateway: IpAddr,
+        link: u32,
+        protocol: u8,
+    ) -> io::Result<()> {
+        self.change(RTM_NEWROUTE, CREATE | REPLACE, |m| {
+            default_route(m, table, gateway.is_ipv6(), protocol, [SCOPE_UNIVERSE, TYPE_UNICAST]);
+            m.u32(RTA_OIF, link);
+            m.attribute(RTA_GATEWAY, &octets(gateway));
+        })
+    }
+
+    /// Takes that route away again.
+    ///
+    /// # Errors
+    /// `ESRCH` where there is none; `EPERM`.
+    pub fn remove_gateway_table(&mut self, table: u32, ipv6: bool, protocol: u8) -> io::Result<()> {
+        self.change(DELETE_ROUTE, 0, |m| {
+            default_route(m, table, ipv6, protocol, [SCOPE_UNIVERSE, TYPE_UNICAST]);
+        })
+    }
+
     /// Who has made the routes of a table (`RTPROT_…`), one entry for each route.
     ///
     /// # Errors
@@ -95,15 +125,17 @@ fn any(ipv6: bool) -> IpAddr {
 }
 
 /// `struct fib_rule_hdr`.
-fn header(family: u8, to_length: u8) -> [u8; 12] {
-    [family, to_length, 0, 0, 0, 0, 0, TO_TABLE, 0, 0, 0, 0]
+fn header(family: u8, to_length: u8, from_length: u8) -> [u8; 12] {
+    [family, to_length, from_length, 0, 0, 0, 0, TO_TABLE, 0, 0, 0, 0]
 }
 
 fn write(m: &mut Message<'_>, policy: &Policy, ipv6: bool) {
-    let to_length = policy.to.map_or(0, |to| 8 * octets(to).len() as u8);
-    m.bytes(&header(family(any(ipv6)), to_length));
-    if let Some(to) = policy.to {
-        m.attribute(FRA_DST, &octets(to));
+    let length = |address: Option<IpAddr>| address.map_or(0, |address| 8 * octets(address).len() as u8);
+    m.bytes(&header(family(any(ipv6)), length(policy.to), length(policy.from)));
+    for (kind, address) in [(FRA_DST, policy.to), (FRA_SRC, policy.from)] {
+        if let Some(address) = address {
+            m.attribute(kind, &octets(address));
+        }
     }
     m.u32(FRA_PRIORITY, policy.priority);
     m.u32(FRA_FWMARK, policy.mark);
@@ -115,7 +147,7 @@ fn write(m: &mut Message<'_>, policy: &Policy, ipv6: bool) {
 fn parse(payload: &[u8]) -> Option<Policy> {
     let (header, rest) = payload.split_at_checked(12)?;
     let table = header[4].into();
-    let mut policy = Policy { priority: 0, mark: 0, mask: 0, to: None, table, protocol: 0 };
+    let mut policy = Policy { priority: 0, mark: 0, mask: 0, to: None, from: None, table, protocol: 0 };
     for (kind, value) in attributes(rest) {
         match (kind, u32_of(value)) {
             (FRA_PRIORITY, Some(number)) => policy.priority = number,
@@ -123,12 +155,8 @@ fn parse(payload: &[u8]) -> Option<Policy> {
             (FRA_FWMASK, Some(number)) => policy.mask = number,
             (FRA_TABLE, Some(number)) => policy.table = number,
             (FRA_PROTOCOL, _) => policy.protocol = *value.first()?,
-            (FRA_DST, _) if usize::from(header[1]) == 8 * value.len() => {
-                policy.to = <[u8; 4]>::try_from(value)
-                    .map(IpAddr::from)
-                    .or_else(|_| <[u8; 16]>::try_from(value).map(IpAddr::from))
-                    .ok();
-            }
+            (FRA_DST, _) if usize::from(header[1]) == 8 * value.len() => policy.to = address_of(value),
+            (FRA_SRC, _) if usize::from(header[2]) == 8 * value.len() => policy.from = address_of(value),
             _ => {}
         }
     }
@@ -136,9 +164,13 @@ fn parse(payload: &[u8]) -> Option<Policy> {
 }
 
 fn local_route(m: &mut Message<'_>, table: u32, ipv6: bool, protocol: u8, lo: u32) {
-    m.bytes(&[family(any(ipv6)), 0, 0, 0, 0, protocol, SCOPE_HOST, TYPE_LOCAL, 0, 0, 0, 0]);
-    m.attribute(RTA_DST, &octets(any(ipv6)));
+    default_route(m, table, ipv6, protocol, [SCOPE_HOST, TYPE_LOCAL]);
     m.u32(RTA_OIF, lo);
+}
+
+fn default_route(m: &mut Message<'_>, table: u32, ipv6: bool, protocol: u8, [scope, kind]: [u8; 2]) {
+    m.bytes(&[family(any(ipv6)), 0, 0, 0, 0, protocol, scope, kind, 0, 0, 0, 0]);
+    m.attribute(RTA_DST, &octets(any(ipv6)));
     m.u32(RTA_TABLE, table);
 }
 
@@ -153,10 +185,13 @@ const NEW_RULE: u16 = 32;
 const DELETE_RULE: u16 = 33;
 const GET_RULE: u16 = 34;
 const RTA_TABLE: u16 = 15;
+const SCOPE_UNIVERSE: u8 = 0;
 const SCOPE_HOST: u8 = 254;
+const TYPE_UNICAST: u8 = 1;
 const TYPE_LOCAL: u8 = 2;
 const TO_TABLE: u8 = 1;
 const FRA_DST: u16 = 1;
+const FRA_SRC: u16 = 2;
 const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
 const FRA_TABLE: u16 = 15;

@@ -163,6 +163,15 @@ impl<'m, 'b> Expressions<'m, 'b> {
 
     /// Goes on for packets to this address, which decides the family.
     pub(crate) fn is_to(&mut self, address: IpAddr) {
+        self.has_address(address, [16, 24]);
+    }
+
+    /// Goes on for packets from this address.
+    pub(crate) fn is_from(&mut self, address: IpAddr) {
+        self.has_address(address, [12, 8]);
+    }
+
+    fn has_address(&mut self, address: IpAddr, [in_ipv4, in_ipv6]: [u32; 2]) {
         self.is_ipv6(address.is_ipv6());
         let mut load = |offset, octets: &[u8]| {
             let length = octets.len() as u32;
@@ -170,8 +179,8 @@ impl<'m, 'b> Expressions<'m, 'b> {
             self.equals(octets);
         };
         match address {
-            IpAddr::V4(address) => load(16, &address.octets()),
-            IpAddr::V6(address) => load(24, &address.octets()),
+            IpAddr::V4(address) => load(in_ipv4, &address.octets()),
+            IpAddr::V6(address) => load(in_ipv6, &address.octets()),
         }
     }
 
@@ -200,6 +209,19 @@ impl<'m, 'b> Expressions<'m, 'b> {
             data.be32(FORWARD_DEVICE, DEVICE_REGISTER);
             data.be32(FORWARD_ADDRESS, ADDRESS_REGISTERS);
             data.be32(FORWARD_FAMILY, u32::from(if ipv6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 }));
+        });
+    }
+
+    /// Sends a copy of the packet out of a device, by way of this host. In tables of one address family alone.
+    pub(crate) fn copy_to(&mut self, hop: IpAddr, device: u32) {
+        match hop {
+            IpAddr::V4(hop) => self.set_register(FIRST_REGISTER, &hop.octets()),
+            IpAddr::V6(hop) => self.set_register(FIRST_REGISTER, &hop.octets()),
+        }
+        self.set_register(DEVICE_REGISTER, &device.to_ne_bytes());
+        self.expression("dup", |data| {
+            data.be32(COPY_ADDRESS, FIRST_REGISTER);
+            data.be32(COPY_DEVICE, DEVICE_REGISTER);
         });
     }
 
@@ -361,6 +383,8 @@ const BITWISE_XOR: u16 = 5;
 const SOCKET_KEY: u16 = 1;
 const SOCKET_REGISTER: u16 = 2;
 const SOCKET_TRANSPARENT: u32 = 0;
+const COPY_ADDRESS: u16 = 1;
+const COPY_DEVICE: u16 = 2;
 const FORWARD_DEVICE: u16 = 1;
 const FORWARD_ADDRESS: u16 = 2;
 const FORWARD_FAMILY: u16 = 3;

@@ -4,11 +4,15 @@
 //! ip route: local default dev lo table 20684
 //! ip rule:  1000: to 192.0.2.1 fwmark 0x50cc lookup 20684       what the table below has marked
 //!           1001: to 192.0.2.1 fwmark 0xc114 lookup 20684       segments that play the peer's
-//! table inet soccr-foreign-192.0.2.1 {
+//!           1002: from 192.0.2.1 lookup 0x53……            where answers go back through the old host
+//! table ip soccr-foreign-192.0.2.1 {
 //!   chain in { type filter hook prerouting priority mangle
 //!     ip daddr 192.0.2.1 meta l4proto tcp  socket transparent 1  meta mark set 0x50cc accept
 //!     ip daddr 192.0.2.1 meta l4proto icmp socket transparent 1  meta mark set 0x50cc accept
 //!     ip daddr 192.0.2.1 meta l4proto tcp  meta mark != 0xc114   drop
+//!   }
+//!   chain resets-192.0.2.1/eth0 { type filter hook output priority filter
+//!     ip saddr 192.0.2.1 tcp flags rst  dup to 192.0.2.1 device eth0         the old host forgets the connection
 //! } }
 //! ```
 //!
@@ -19,11 +23,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use soccr_netlink::{Batch, Family, Packet, Policy, Rtnetlink, Socket};
+use soccr_netlink::{Batch, Family, Link, Packet, Policy, Rtnetlink, Socket};
 
-use super::{system, with_route};
+use super::{NextHop, absent, index, number_of, present, system, with_route};
 use crate::error::{Error, Result};
-use crate::nftables::{Hook, Table, Transaction};
+use crate::nftables::{self, Hook, Table, Transaction};
+use crate::segment::flags;
 use crate::settings::{Settings, Value};
 use crate::sys::raw::MARK;
 use crate::sys::{namespace, sockopt};
@@ -41,13 +46,16 @@ pub struct Numbers {
     pub mark: u32,
     /// The routing table that delivers them: 20684.
     pub table: u32,
-    /// The priority of the first of two rules: 1000.
+    /// The priority of the first of three rules: 1000.
     pub priority: u32,
+    /// The routing table by which answers go back through the old host, where they do: one for each address. `None`: its number is
+    /// made from the address, and begins with 0x53.
+    pub answers: Option<u32>,
 }
 
 impl Default for Numbers {
     fn default() -> Self {
-        Self { mark: 0x50cc, table: 0x50cc, priority: 1000 }
+        Self { mark: 0x50cc, table: 0x50cc, priority: 1000, answers: None }
     }
 }
 
@@ -73,14 +81,76 @@ impl Foreign {
     /// Refused: others use the mark or the table; nothing is changed then. `EPERM` without `CAP_NET_ADMIN`;
     /// `EOPNOTSUPP` or `ENOENT` where the kernel lacks policy routing or `CONFIG_NFT_SOCKET`.
     pub fn deliver(address: IpAddr, numbers: Numbers) -> Result<Self> {
+        Self::deliver_from(address, numbers, None)
+    }
+
+    /// The same, where the host is known from which the packets come: the old one, as this one reaches it. It hears of connections that are
+    /// reset here (nft `dup`, where the kernel has it), and forgets them; otherwise it would steer them for a day.
+    ///
+    /// # Errors
+    /// Those of [`deliver`](Self::deliver); `ENODEV` where there is no such device.
+    pub fn deliver_from(address: IpAddr, numbers: Numbers, from: Option<&NextHop>) -> Result<Self> {
         let foreign = Self { address: address.to_canonical(), numbers };
         with_route(|route| {
             let known = foreign.check(route)?;
-            let made = foreign.route(route).and_then(|()| foreign.filter());
+            let made = foreign.route(route).and_then(|()| foreign.filter(route, from));
             if made.is_err() && !known {
                 let _ = foreign.withdraw(route);
             }
             made.map(|()| foreign)
+        })
+    }
+
+    /// Looks whether packets of a peer that arrive by a device would be delivered.
+    ///
+    /// # Errors
+    /// Refused: `rp_filter` would drop them, because packets to the peer leave by another device, or a rule of others comes before.
+    pub fn check_arrival(&self, peer: IpAddr, device: &str) -> Result<()> {
+        with_route(|route| {
+            let link = Link::From(index(route, device)?);
+            let packet = Packet {
+                from: Some(peer.to_canonical()),
+                link,
+                mark: self.numbers.mark,
+                ..Packet::to(self.address)
+            };
+            let what = format!("packets of {peer} that arrive by {device}");
+            match route.way(packet) {
+                Ok(way) if way.local => Ok(()),
+                // Kernels before 6.14 say EXDEV.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EXDEV)) => {
+                    Err(Error::refused(
+                        format!("{what}: rp_filter would drop them"),
+                        format!(
+                            "allow them: `sysctl -w net.ipv4.conf.{device}.rp_filter=2`, or answer through the old host"
+                        ),
+                    ))
+                }
+                Err(error) => Err(Error::system("ip route get", error).advise("see `ip rule`")),
+                Ok(_) => {
+                    Err(Error::refused(format!("{what}: a rule of others leads them away"), "see `ip rule`"))
+                }
+            }
+        })
+    }
+
+    /// Has what sockets with this address send go back through the old host, where the network between this one and the peers forbids
+    /// foreign sources. That host has to [send it on](super::redirect_answers).
+    ///
+    /// # Errors
+    /// Refused: others use the routing table. `EPERM` without `CAP_NET_ADMIN`.
+    pub fn answer_through(&self, hop: &NextHop) -> Result<()> {
+        with_route(|route| {
+            let link = index(route, hop.device())?;
+            let (policy, ipv6) = (self.answers(), self.ipv6());
+            if system("ip route", route.table_protocols(policy.table, ipv6))?.iter().any(|by| *by != OURS) {
+                return Err(Error::refused(
+                    format!("routing table {}, which has routes of others", policy.table),
+                    "choose another number",
+                ));
+            }
+            present("ip rule", route.add_policy(&policy, ipv6))?;
+            system("ip route", route.add_gateway_table(policy.table, hop.address(), link, OURS))
         })
     }
 
@@ -119,15 +189,30 @@ impl Foreign {
     }
 
     fn policies(&self) -> [Policy; 2] {
-        let Numbers { mark, table, priority } = self.numbers;
-        let policy = Policy { priority, mark, mask: u32::MAX, to: Some(self.address), table, protocol: OURS };
+        let Numbers { mark, table, priority, .. } = self.numbers;
+        let policy = Policy {
+            priority,
+            mark,
+            mask: u32::MAX,
+            to: Some(self.address),
+            from: None,
+            table,
+            protocol: OURS,
+        };
         // Without the address a played segment for one that is not foreign would be delivered twice.
         [policy, Policy { priority: priority + 1, mark: MARK, ..policy }]
     }
 
+    /// What its sockets send.
+    fn answers(&self) -> Policy {
+        let table = self.numbers.answers.unwrap_or(0x5300_0000 | number_of(&[self.address]));
+        let priority = self.numbers.priority + 2;
+        Policy { priority, mark: 0, mask: 0, to: None, from: Some(self.address), table, protocol: OURS }
+    }
+
     /// Whether it is there already; refuses numbers that others use.
     fn check(&self, route: &mut Rtnetlink) -> Result<bool> {
-        let Numbers { mark, table, priority } = self.numbers;
+        let Numbers { mark, table, priority, .. } = self.numbers;
         let policies = system("ip rule", route.policies(self.ipv6()))?;
         let (ours, others): (Vec<_>, Vec<_>) =
             policies.into_iter().partition(|policy| policy.protocol == OURS);
@@ -159,19 +244,36 @@ impl Foreign {
         Ok(known)
     }
 
+    /// The rules come first and go last: they tell what is here.
     fn route(&self, route: &mut Rtnetlink) -> Result<()> {
-        present("ip route", route.add_local_table(self.numbers.table, self.ipv6(), OURS))?;
-        self.policies()
-            .iter()
-            .try_for_each(|policy| present("ip rule", route.add_policy(policy, self.ipv6())))
+        for policy in self.policies() {
+            present("ip rule", route.add_policy(&policy, self.ipv6()))?;
+        }
+        present("ip route", route.add_local_table(self.numbers.table, self.ipv6(), OURS))
     }
 
-    fn filter(&self) -> Result<()> {
-        const CHAIN: &str = "in";
+    fn filter(&self, route: &Rtnetlink, from: Option<&NextHop>) -> Result<()> {
         let name = self.table();
+        let table = Table::ip(&name, self.ipv6());
+        let hop = from.map(|hop| Ok((hop, index(route, hop.device())?))).transpose()?;
+        let mut socket = system("netfilter socket", Socket::open(Family::Netfilter))?;
+        let out = hop.map_or(CHAIN.to_owned(), |(hop, _)| resets(hop));
+        if system("nft list", nftables::has_chain(&mut socket, table, &out))? {
+            return Ok(());
+        }
+        let mut made = self.create(&mut socket, table, hop);
+        // Not every kernel can copy packets.
+        if hop.is_some() && matches!(&made, Err(error) if is_missing(error)) {
+            made = self.create(&mut socket, table, None);
+        }
+        let needs = "needs nftables with CONFIG_NFT_SOCKET; CAP_NET_ADMIN, as root or under `unshare -Urn`";
+        made.map_err(|error| Error::system("nft add table", error).advise(needs))
+    }
+
+    fn create(&self, socket: &mut Socket, table: Table<'_>, hop: Option<(&NextHop, u32)>) -> io::Result<()> {
         let mut batch = Batch::new();
-        let mut transaction = Transaction::begin(&mut batch, Table::inet(&name));
-        transaction.create_table(false);
+        let mut transaction = Transaction::begin(&mut batch, table);
+        transaction.replace_table();
         let hook = Hook { number: Hook::PREROUTING, priority: Hook::MANGLE, device: None };
         transaction.create_chain(CHAIN, hook);
         let icmp = if self.ipv6() { libc::IPPROTO_ICMPV6 } else { libc::IPPROTO_ICMP };
@@ -190,37 +292,60 @@ impl Foreign {
             rule.lacks_mark(MARK);
             rule.drop();
         });
-        let made = system("netfilter socket", Socket::open(Family::Netfilter))
-            .map(|mut socket| transaction.commit(&mut socket))?;
-        let needs = "needs nftables with CONFIG_NFT_SOCKET; CAP_NET_ADMIN, as root or under `unshare -Urn`";
-        present("nft add table", made).map_err(|error| error.advise(needs))
+        if let Some((hop, device)) = hop {
+            let hook = Hook { number: Hook::OUTPUT, priority: Hook::FILTER, device: None };
+            transaction.create_chain(&resets(hop), hook);
+            transaction.rule(&resets(hop), |rule| {
+                rule.is_from(self.address);
+                rule.is_protocol(libc::IPPROTO_TCP);
+                rule.has_tcp_flags(flags::RST, flags::RST);
+                rule.copy_to(hop.address(), device);
+            });
+        }
+        transaction.commit(socket)
     }
 
     fn withdraw(&self, route: &mut Rtnetlink) -> Result<()> {
-        let name = self.table();
+        let (name, ipv6, table) = (self.table(), self.ipv6(), self.numbers.table);
         let mut batch = Batch::new();
-        let mut transaction = Transaction::begin(&mut batch, Table::inet(&name));
+        let mut transaction = Transaction::begin(&mut batch, Table::ip(&name, ipv6));
         transaction.remove();
         let mut socket = system("netfilter socket", Socket::open(Family::Netfilter))?;
         let mut outcome = absent("nft delete table", transaction.commit(&mut socket));
-        for policy in self.policies() {
-            outcome = outcome.and(absent("ip rule", route.remove_policy(&policy, self.ipv6())));
+        let answers = self.answers();
+        outcome = outcome.and(absent("ip route", route.remove_gateway_table(answers.table, ipv6, OURS)));
+        if !is_used(route, table, ipv6, Some(self.address))? {
+            outcome = outcome.and(absent("ip route", route.remove_local_table(table, ipv6, OURS)));
         }
-        let table = self.numbers.table;
-        if !is_used(route, table, self.ipv6())? {
-            outcome = outcome.and(absent("ip route", route.remove_local_table(table, self.ipv6(), OURS)));
-            // Somebody may have come in between.
-            if is_used(route, table, self.ipv6())? {
-                outcome = outcome.and(present("ip route", route.add_local_table(table, self.ipv6(), OURS)));
-            }
+        for policy in self.policies().iter().chain([&answers]) {
+            outcome = outcome.and(absent("ip rule", route.remove_policy(policy, ipv6)));
+        }
+        // Somebody may have come in between.
+        if is_used(route, table, ipv6, None)? {
+            outcome = outcome.and(present("ip route", route.add_local_table(table, ipv6, OURS)));
         }
         outcome
     }
 }
 
-fn is_used(route: &mut Rtnetlink, table: u32, ipv6: bool) -> Result<bool> {
+const CHAIN: &str = "in";
+
+/// The chain that copies resets to a host. Its name tells to which: `:` does not go into one.
+fn resets(hop: &NextHop) -> String {
+    format!("resets-{}/{}", hop.address(), hop.device()).replace(':', "-")
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP))
+}
+
+/// Whether rules of ours need the table, but for those of one address.
+fn is_used(route: &mut Rtnetlink, table: u32, ipv6: bool, but: Option<IpAddr>) -> Result<bool> {
     let policies = system("ip rule", route.policies(ipv6))?;
-    Ok(policies.iter().any(|policy| policy.protocol == OURS && policy.table == table))
+    let needs = |policy: &Policy| {
+        policy.protocol == OURS && policy.table == table && (but.is_none() || policy.to != but)
+    };
+    Ok(policies.iter().any(needs))
 }
 
 fn list(route: &mut Rtnetlink) -> Result<Vec<Foreign>> {
@@ -233,9 +358,12 @@ fn list(route: &mut Rtnetlink) -> Result<Vec<Foreign>> {
             }
             other => system("ip rule", other)?,
         };
-        for Policy { priority, mark, to, table, protocol, .. } in policies {
-            if let (OURS, Some(address), true) = (protocol, to, mark != MARK) {
-                list.push(Foreign { address, numbers: Numbers { mark, table, priority } });
+        let ours = || policies.iter().filter(|policy| policy.protocol == OURS);
+        for Policy { priority, mark, to, table, .. } in ours() {
+            if let (Some(address), true) = (*to, *mark != MARK) {
+                let answers = ours().find(|policy| policy.from == *to).map(|policy| policy.table);
+                let numbers = Numbers { mark: *mark, table: *table, priority: *priority, answers };
+                list.push(Foreign { address, numbers });
             }
         }
     }
@@ -308,17 +436,3 @@ pub(crate) fn forget_transparency(socket: BorrowedFd<'_>, local: SocketAddr, set
 
 /// One and the same option, under two names.
 const TRANSPARENT: [&str; 2] = ["IP_TRANSPARENT", "IPV6_TRANSPARENT"];
-
-fn present(what: &'static str, result: io::Result<()>) -> Result<()> {
-    match result {
-        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        other => system(what, other),
-    }
-}
-
-fn absent(what: &'static str, result: io::Result<()>) -> Result<()> {
-    match result {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(()),
-        other => system(what, other),
-    }
-}

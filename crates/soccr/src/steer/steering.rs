@@ -13,8 +13,13 @@
 //!     KEY @end4              KEY @to4, @alive4   update @alive4 { KEY timeout 1h }         fwd
 //!                            KEY @to4, @alive4   update @alive4                            fwd
 //!     icmp errors            KEY of the packet that they quote, the same
+//!   }
+//!   chain back { type filter hook ingress device eth1 priority -301     # part of the other, where there is one device
+//!     tcp flags rst          KEY the other way round @to4, @alive4   update @end4, @alive4 { KEY timeout 1m }
 //! } }
 //! ```
+//!
+//! The new host sends a copy of each RST of its own (see foreign.rs), or its answers come this way: the last rule sees them.
 //!
 //! Rules change the sets and never the map: a packet that is under way while its connection is taken out may bring it
 //! back into `alive`, which has no effect by itself.
@@ -51,7 +56,8 @@ pub struct Times {
     pub idle: Duration,
     /// After a FIN of the peer, which may still wait for an answer: one hour.
     pub closing: Duration,
-    /// After an RST of the peer: one minute. Not at once, because anybody can forge one that the socket ignores.
+    /// After an RST of the peer or of the new host: one minute. Not at once, because anybody can forge one that the socket
+    /// ignores, and what is under way shall not be reset.
     pub reset: Duration,
 }
 
@@ -88,7 +94,7 @@ pub struct Steered {
     pub idle: Duration,
     /// The steering ends when none comes for so much longer.
     pub remaining: Duration,
-    /// The peer has sent a FIN or an RST.
+    /// The peer has sent a FIN, or one of the two an RST.
     pub closing: bool,
 }
 
@@ -120,7 +126,7 @@ impl Steering {
             }
             let mut batch = Batch::new();
             let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-            create(&mut transaction, ingress, device, times);
+            create(&mut transaction, [ingress, egress], device, times);
             match transaction.commit(socket) {
                 // Somebody else was quicker.
                 Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
@@ -334,8 +340,9 @@ impl Names {
     }
 }
 
-fn create(transaction: &mut Transaction<'_>, ingress: &str, egress: u32, times: Times) {
+fn create(transaction: &mut Transaction<'_>, [ingress, back]: [&str; 2], egress: u32, times: Times) {
     const CHAIN: &str = "in";
+    const BACK: &str = "back";
     transaction.create_table(false);
     for ipv6 in [false, true] {
         let set = Set { name: "", ipv6, size: Some(CAPACITY), timeout: false, map: false, dynamic: None };
@@ -343,8 +350,27 @@ fn create(transaction: &mut Transaction<'_>, ingress: &str, egress: u32, times: 
         transaction.create_set(&Set { name: ALIVE.name(ipv6), dynamic: Some(times.idle), ..set });
         transaction.create_set(&Set { name: END.name(ipv6), dynamic: Some(times.closing), ..set });
     }
-    let hook = Hook { number: Hook::INGRESS, priority: Hook::RAW, device: Some(ingress) };
-    transaction.create_chain(CHAIN, hook);
+    let hook = |device, priority| Hook { number: Hook::INGRESS, priority, device: Some(device) };
+    transaction.create_chain(CHAIN, hook(ingress, Hook::RAW));
+    let back = if back == ingress {
+        CHAIN
+    } else {
+        // Before a table that forwards what comes from there.
+        transaction.create_chain(BACK, hook(back, Hook::RAW - 1));
+        BACK
+    };
+    for ipv6 in [false, true] {
+        transaction.rule(back, |rule| {
+            rule.carries_ipv6(ipv6);
+            rule.is_protocol(libc::IPPROTO_TCP);
+            rule.has_tcp_flags(RST, RST);
+            rule.load_key(ipv6, Direction::Out);
+            rule.look_up(TO.name(ipv6));
+            rule.has_key(ALIVE.name(ipv6));
+            rule.keep_in(END.name(ipv6), Some(times.reset));
+            rule.keep_in(ALIVE.name(ipv6), Some(times.reset));
+        });
+    }
     transaction.rule(CHAIN, |rule| {
         rule.has_mark(homecoming::MARK);
         rule.mark(0);

@@ -5,19 +5,19 @@ use std::io::Write;
 use soccr::ErrorKind::Refused;
 use soccr::steer::{Foreign, Numbers, is_foreign};
 use soccr::{Flow, pause};
-use soccr_lab::{Lan, Sniffer, TcpInfo, wait_until};
+use soccr_lab::{Sniffer, TcpInfo, wait_until};
 use soccr_netlink::{Policy, Rtnetlink};
 
 use super::moves::transfer;
-use super::{address, connect};
+use super::{Net, address, connect};
 
 pub fn numbers_of_others_are_refused() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     let home = lan.hosts[0].v4.into();
     lan.hosts[1].run(|| {
         let numbers = Numbers::default();
         let mut route = Rtnetlink::here().unwrap();
-        let theirs = Policy { priority: 500, mark: 0, mask: 0, to: None, table: 0, protocol: 4 };
+        let theirs = Policy { priority: 500, mark: 0, mask: 0, to: None, from: None, table: 0, protocol: 4 };
         let refused = |why: &str| {
             let error = Foreign::deliver(home, numbers).unwrap_err();
             assert_eq!(error.kind(), Refused);
@@ -45,7 +45,7 @@ pub fn numbers_of_others_are_refused() {
 }
 
 pub fn an_address_is_delivered_once() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     lan.hosts[1].run(|| {
         for ipv6 in [false, true] {
             let home = address(&lan.hosts[0], ipv6);
@@ -70,7 +70,7 @@ pub fn an_address_is_delivered_once() {
 }
 
 pub fn what_no_socket_has_is_dropped() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     for ipv6 in [false, true] {
         let (mut peer, stream) = connect(&lan, ipv6);
         let flow = Flow::of(&stream).unwrap();
@@ -94,7 +94,7 @@ pub fn what_no_socket_has_is_dropped() {
 }
 
 pub fn without_it_a_foreign_address_is_refused() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     let (_peer, stream) = connect(&lan, false);
     let connection = pause(&stream).unwrap().save().unwrap();
     let error = lan.hosts[1].run(|| connection.restore()).unwrap_err();

@@ -6,12 +6,14 @@ mod firewall;
 mod moves;
 mod tables;
 mod traffic;
+mod tunnels;
 
 use std::net::{IpAddr, TcpListener, TcpStream};
+use std::ops::Deref;
 use std::process::{Command, ExitCode};
 
 use soccr::Flow;
-use soccr::steer::{Foreign, NextHop, Numbers, redirect, stop};
+use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, narrow, redirect, redirect_answers, stop};
 use soccr_lab::{Host, Lan, Test, harness};
 
 fn main() -> ExitCode {
@@ -41,6 +43,18 @@ fn main() -> ExitCode {
         delivery::an_address_is_delivered_once,
         delivery::what_no_socket_has_is_dropped,
         delivery::without_it_a_foreign_address_is_refused,
+        tunnels::a_connection_wanders_between_networks_ipv4,
+        tunnels::a_connection_wanders_between_networks_ipv6,
+        tunnels::answers_go_back_through_the_old_host_ipv4,
+        tunnels::answers_go_back_through_the_old_host_ipv6,
+        tunnels::the_path_mtu_changes_behind_a_tunnel_ipv4,
+        tunnels::the_path_mtu_changes_behind_a_tunnel_ipv6,
+        tunnels::peers_send_what_fits_into_the_tunnel,
+        tunnels::a_tunnel_is_made_once,
+        tunnels::a_tunnel_that_is_none_is_refused,
+        tunnels::what_rp_filter_would_drop_is_refused,
+        tunnels::a_reset_of_the_new_host_ends_the_steering,
+        tunnels::nothing_is_left_of_tunnels,
     ])
 }
 
@@ -58,24 +72,88 @@ fn connect(lan: &Lan, ipv6: bool) -> (TcpStream, TcpStream) {
     (peer, ours)
 }
 
+/// Three hosts, and how packets get from the first to the others.
+struct Net {
+    lan: Lan,
+    /// Through tunnels: each host has a network of its own.
+    routed: bool,
+    /// The others answer through the first host.
+    back: bool,
+}
+
+impl Net {
+    fn flat() -> Self {
+        Self { lan: Lan::new().unwrap(), routed: false, back: false }
+    }
+
+    fn routed(back: bool) -> Self {
+        Self { lan: Lan::routed().unwrap(), routed: true, back }
+    }
+
+    /// The tunnel between the first host and another, both ends of it made.
+    fn tunnel(&self, to: usize) -> Tunnel {
+        let tunnel = self.hosts[0].run(|| Tunnel::to(self.hosts[to].v4.into())).unwrap();
+        self.hosts[0].run(|| tunnel.open()).unwrap();
+        self.hosts[to].run(|| tunnel.reversed().open()).unwrap();
+        tunnel
+    }
+
+    /// Another host, as the first one reaches it.
+    fn hop(&self, to: usize, ipv6: bool) -> NextHop {
+        let find = || match self.routed {
+            true => self.tunnel(to).other_end(ipv6),
+            false => NextHop::new(address(&self.hosts[to], ipv6)),
+        };
+        self.hosts[0].run(find).unwrap()
+    }
+
+    /// The first host, as another one reaches it.
+    fn hop_back(&self, from: usize, ipv6: bool) -> NextHop {
+        let find = || match self.routed {
+            true => self.tunnel(from).reversed().other_end(ipv6),
+            false => NextHop::new(address(&self.hosts[0], ipv6)),
+        };
+        self.hosts[from].run(find).unwrap()
+    }
+}
+
+impl Deref for Net {
+    type Target = Lan;
+
+    fn deref(&self) -> &Lan {
+        &self.lan
+    }
+}
+
 /// Makes the first host steer a connection to another, or deliver it itself.
-fn steer(lan: &Lan, flow: Flow, to: usize) {
-    let ipv6 = !flow.is_ipv4();
-    lan.hosts[0].run(|| {
+fn steer(net: &Net, flow: Flow, to: usize, rcv_nxt: u32) {
+    net.hosts[0].run(|| {
         if to == 0 {
             assert_eq!(stop(&[flow]).unwrap(), 1);
-        } else {
-            let hop = NextHop::new(address(&lan.hosts[to], ipv6)).unwrap();
-            redirect(&[flow], &hop).unwrap();
+            return;
+        }
+        let hop = net.hop(to, !flow.is_ipv4());
+        redirect(&[flow], &hop).unwrap();
+        if net.back {
+            redirect_answers(&[flow], &hop).unwrap();
+        }
+        if net.routed {
+            narrow(&flow, rcv_nxt, net.tunnel(to).mtu().unwrap()).unwrap();
         }
     });
 }
 
 /// Makes another host deliver what is for the first one.
-fn deliver(lan: &Lan, to: usize, ipv6: bool) {
+fn deliver(net: &Net, to: usize, ipv6: bool) {
     if to != 0 {
-        let home = address(&lan.hosts[0], ipv6);
-        lan.hosts[to].run(|| Foreign::deliver(home, Numbers::default())).unwrap();
+        let (home, hop) = (address(&net.hosts[0], ipv6), net.hop_back(to, ipv6));
+        net.hosts[to].run(|| {
+            let foreign = Foreign::deliver_from(home, Numbers::default(), Some(&hop)).unwrap();
+            if net.back {
+                foreign.answer_through(&hop).unwrap();
+            }
+            foreign.check_arrival(address(&net.peer, ipv6), hop.device()).unwrap();
+        });
     }
 }
 
@@ -84,4 +162,17 @@ fn say(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
     Some(String::from_utf8(output.stdout).unwrap())
+}
+
+/// What people see of a host's rules, routes and links.
+fn listings(net: &Net, host: usize) -> Option<Vec<String>> {
+    net.hosts[host].run(|| {
+        let mut all = vec![say("nft", &["list", "ruleset"])?];
+        for family in ["-4", "-6"] {
+            all.push(say("ip", &[family, "rule"])?);
+            all.push(say("ip", &[family, "route", "show", "table", "all"])?);
+        }
+        all.push(say("ip", &["link"])?);
+        Some(all)
+    })
 }

@@ -11,10 +11,10 @@ use soccr::steer::{
     Foreign, Homecoming, NextHop, Numbers, Steered, Steering, Times, is_foreign, redirect, stop,
 };
 use soccr::{Flow, Lock};
-use soccr_lab::{Lan, Sniffer, TcpInfo, wait_until};
+use soccr_lab::{Sniffer, TcpInfo, wait_until};
 
 use super::moves::transfer;
-use super::{address, connect, say};
+use super::{Net, address, connect, listings};
 
 fn contents() -> Vec<Steered> {
     Steering::list().unwrap().iter().flat_map(|steering| steering.contents().unwrap()).collect()
@@ -35,7 +35,7 @@ fn flows(count: u16, ipv6: bool) -> Vec<Flow> {
 }
 
 pub fn many_are_added_moved_and_removed() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     lan.hosts[0].run(|| {
         for ipv6 in [false, true] {
             let flows = flows(10_000, ipv6);
@@ -62,7 +62,7 @@ pub fn many_are_added_moved_and_removed() {
 }
 
 pub fn what_is_steered_is_counted() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     for ipv6 in [false, true] {
         let (mut peer, stream) = connect(&lan, ipv6);
         let flow = Flow::of(&stream).unwrap();
@@ -97,7 +97,7 @@ fn short() -> Times {
 }
 
 pub fn an_entry_ends_with_its_connection() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     lan.hosts[0].run(|| Steering::open("eth0", "eth0", short()).unwrap());
     let gone = || lan.hosts[0].run(contents).is_empty();
     for ipv6 in [false, true] {
@@ -123,7 +123,7 @@ pub fn an_entry_ends_with_its_connection() {
 }
 
 pub fn a_new_connection_with_the_same_ports_is_not_steered() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     for ipv6 in [false, true] {
         let (peer, stream) = connect(&lan, ipv6);
         let flow = Flow::of(&stream).unwrap();
@@ -151,7 +151,7 @@ pub fn a_new_connection_with_the_same_ports_is_not_steered() {
 }
 
 pub fn two_processes_at_once() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     let hop = lan.hosts[0].run(|| NextHop::new(lan.hosts[1].v4.into())).unwrap();
     let all = flows(400, false);
     thread::scope(|scope| {
@@ -184,7 +184,7 @@ pub fn two_processes_at_once() {
 }
 
 pub fn a_next_hop_that_is_none_is_refused() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     lan.hosts[0].run(|| {
         let refused = |address: IpAddr, why: &str| {
             let error = NextHop::new(address).unwrap_err();
@@ -205,18 +205,8 @@ pub fn a_next_hop_that_is_none_is_refused() {
 }
 
 pub fn nothing_is_left_behind() {
-    let lan = Lan::new().unwrap();
-    let say_all = |host: usize| {
-        lan.hosts[host].run(|| {
-            let mut all = vec![say("nft", &["list", "ruleset"])?];
-            for family in ["-4", "-6"] {
-                all.push(say("ip", &[family, "rule"])?);
-                all.push(say("ip", &[family, "route", "show", "table", "all"])?);
-            }
-            all.push(say("ip", &["link"])?);
-            Some(all)
-        })
-    };
+    let lan = Net::flat();
+    let say_all = |host: usize| listings(&lan, host);
     let before = [0, 1].map(say_all);
     if before[0].is_none() {
         eprintln!("the listings are not compared: there is no nft(8) or ip(8)");
@@ -245,7 +235,7 @@ pub fn nothing_is_left_behind() {
 
 /// A connection that is to come home is steered again where it does not.
 pub fn who_stays_away_is_steered_again() {
-    let lan = Lan::new().unwrap();
+    let lan = Net::flat();
     for ipv6 in [false, true] {
         let (mut peer, stream) = connect(&lan, ipv6);
         let flow = Flow::of(&stream).unwrap();
