@@ -10,6 +10,7 @@ mod save;
 mod speed;
 mod stall;
 mod steer;
+mod wander;
 
 use anyhow::Result;
 

@@ -13,6 +13,7 @@ use soccr::steer::{Foreign, NextHop, Numbers, redirect, stop};
 use soccr::{Flow, Lock, pause};
 use soccr_lab::Lan;
 
+use super::wander;
 use crate::arguments::Arguments;
 use crate::connections::budget;
 use crate::report::{Report, Row};
@@ -39,7 +40,8 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
         report.add(Row::new("steer", format!("end {count}"), &off));
     }
     packets(&lan, &b, arguments, report)?;
-    throughput(&lan, &b, arguments, report)
+    throughput(&lan, &b, arguments, report)?;
+    wander::run(arguments, report)
 }
 
 /// Connections that exist nowhere.
