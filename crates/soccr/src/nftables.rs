@@ -105,6 +105,7 @@ pub(crate) struct Transaction<'a> {
     table: Table<'a>,
     /// Sets made so far: rules of the same transaction refer to them.
     sets: u32,
+    is_empty: bool,
 }
 
 impl<'a> Transaction<'a> {
@@ -112,7 +113,7 @@ impl<'a> Transaction<'a> {
     pub(crate) fn begin(batch: &'a mut Batch, table: Table<'a>) -> Self {
         batch.clear();
         batch.message(BATCH_BEGIN, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
-        Self { batch, table, sets: 0 }
+        Self { batch, table, sets: 0, is_empty: true }
     }
 
     /// Makes the table anew, whatever it was.
@@ -176,8 +177,11 @@ impl<'a> Transaction<'a> {
         self.message(DELETE_TABLE, 0, |_| ());
     }
 
-    /// Sends the transaction and waits for the kernel's verdict.
+    /// Sends the transaction, if it is about anything, and waits for the kernel's verdict.
     pub(crate) fn commit(self, socket: &mut Socket) -> io::Result<()> {
+        if self.is_empty {
+            return Ok(());
+        }
         self.batch.acknowledge_last();
         self.batch.message(BATCH_END, REQUEST, |m| m.bytes(&header(0, NFTABLES)));
         socket.transact(self.batch)
@@ -200,9 +204,7 @@ impl<'a> Transaction<'a> {
                 m.nested(ELEMENTS, |list| {
                     for flow in flows.by_ref().take(AT_ONCE) {
                         list.nested(LIST_ELEMENT, |element| {
-                            element.nested(set::ELEMENT_KEY, |key| {
-                                key.attribute(DATA_VALUE, &set::key_of(flow));
-                            });
+                            write_key(element, flow);
                             each(element, flow);
                         });
                     }
@@ -212,6 +214,7 @@ impl<'a> Transaction<'a> {
     }
 
     fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Message<'_>)) {
+        self.is_empty = false;
         self.batch.message(SUBSYSTEM | kind, REQUEST | flags, |m| {
             m.bytes(&header(self.table.family as u8, 0));
             m.string(TABLE, self.table.name);
@@ -296,6 +299,39 @@ pub(crate) fn contents<T>(
         before = Some(flows);
     }
     Err(rustix::io::Errno::INTR.into())
+}
+
+/// The connections of `flows` that are in a set, and maybe others.
+pub(crate) fn present(
+    socket: &mut Socket,
+    table: Table<'_>,
+    set: &str,
+    flows: &[Flow],
+) -> io::Result<Vec<Flow>> {
+    if flows.len() > ONE_PART {
+        return contents(socket, table, set, |flow, _| flow);
+    }
+    let mut present = Vec::new();
+    let mut batch = Batch::new();
+    for flow in flows {
+        batch.clear();
+        batch.message(SUBSYSTEM | GET_ELEMENTS, REQUEST | ACK, |m| {
+            m.bytes(&header(table.family as u8, 0));
+            m.string(TABLE, table.name);
+            m.string(ELEMENTS_SET, set);
+            m.nested(ELEMENTS, |list| list.nested(LIST_ELEMENT, |element| write_key(element, flow)));
+        });
+        match socket.dump(&batch, |_, _| ()) {
+            Ok(()) => present.push(*flow),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(present)
+}
+
+fn write_key(element: &mut Message<'_>, flow: &Flow) {
+    element.nested(set::ELEMENT_KEY, |key| key.attribute(DATA_VALUE, &set::key_of(flow)));
 }
 
 /// For how long elements of a set stay, where nothing else is said.

@@ -53,7 +53,7 @@ mod tunnel;
 use std::io;
 use std::net::IpAddr;
 
-use soccr_netlink::Rtnetlink;
+use soccr_netlink::{Family, Rtnetlink, Socket};
 
 use crate::error::{Error, Result};
 
@@ -63,7 +63,7 @@ pub(crate) use foreign::{admit, admit_bound_anyhow, forget_transparency};
 pub use homecoming::Homecoming;
 pub use narrow::narrow;
 pub use next_hop::NextHop;
-pub use redirect::{redirect, redirect_answers, stop};
+pub use redirect::{Steerer, redirect, redirect_answers, stop};
 pub use steering::{Steered, Steering, Times};
 pub use tunnel::Tunnel;
 
@@ -75,6 +75,11 @@ fn index(route: &Rtnetlink, device: &str) -> Result<u32> {
 fn with_route<T>(work: impl FnOnce(&mut Rtnetlink) -> Result<T>) -> Result<T> {
     let route = Rtnetlink::here().map_err(|error| Error::system("routing socket", error));
     route.and_then(|mut route| work(&mut route)).map_err(|error| error.at("steer"))
+}
+
+fn with_socket<T>(work: impl FnOnce(&mut Socket) -> Result<T>) -> Result<T> {
+    let socket = Socket::open(Family::Netfilter).map_err(|error| Error::system("netfilter socket", error));
+    socket.and_then(|mut socket| work(&mut socket)).map_err(|error| error.at("steer"))
 }
 
 fn system<T>(what: &'static str, result: io::Result<T>) -> Result<T> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket};
 use soccr::lock::{Locker, Mode};
-use soccr::steer::{Foreign, NextHop, Numbers, redirect, stop};
+use soccr::steer::{Foreign, NextHop, Numbers, Steerer, redirect, stop};
 use soccr::{Flow, Lock, pause};
 use soccr_lab::Lan;
 
@@ -25,15 +25,14 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     lan.hosts[1].run(|| Foreign::deliver(home.into(), Numbers::default()))?;
     let [b, c] = [1, 2].map(|host| lan.hosts[0].run(|| NextHop::new(lan.hosts[host].v4.into())));
     let (b, c) = (b?, c?);
+    let mut steerer = lan.hosts[0].run(Steerer::new)?;
     for count in [1, 1_000, 10_000] {
         let flows: Vec<Flow> = (0..count).map(|number| flow(&lan, number)).collect();
         let (mut on, mut on_to, mut off) = (Samples::default(), Samples::default(), Samples::default());
         repeat(budget(arguments.full), 10, |_| {
-            lan.hosts[0].run(|| {
-                on.time(|| redirect(&flows, &b))?;
-                on_to.time(|| redirect(&flows, &c))?;
-                off.time(|| stop(&flows)).map(drop)
-            })
+            on.time(|| steerer.redirect(&flows, &b))?;
+            on_to.time(|| steerer.redirect(&flows, &c))?;
+            off.time(|| steerer.stop(&flows)).map(drop)
         })?;
         report.add(Row::new("steer", format!("steer {count}"), &on));
         report.add(Row::new("steer", format!("steer {count} to another host"), &on_to));

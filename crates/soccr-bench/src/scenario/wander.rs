@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use soccr::lock::{Locker, Mode};
-use soccr::steer::{Foreign, NextHop, Numbers, redirect, stop};
+use soccr::steer::{Foreign, NextHop, Numbers, Steerer};
 use soccr::{Flow, pause};
 use soccr_lab::{Flags, Lan, Sniffer};
 
@@ -56,6 +56,7 @@ fn wander(ipv6: bool, moves: usize, round: &[usize]) -> Result<Samples> {
             hops.push(lan.hosts[0].run(|| NextHop::new(address(host)))?);
         }
     }
+    let mut steerer = lan.hosts[0].run(Steerer::new)?;
     let mut samples = Samples::default();
     let heard = Heard::default();
     stream.set_nonblocking(true)?;
@@ -82,10 +83,10 @@ fn wander(ipv6: bool, moves: usize, round: &[usize]) -> Result<Samples> {
             } else {
                 let target = lockers[next].lock(&[flow])?;
                 let restored = lan.hosts[next].run(|| connection.restore())?;
-                lan.hosts[0].run(|| match next {
-                    0 => stop(&[flow]).map(drop),
-                    next => redirect(&[flow], &hops[next - 1]),
-                })?;
+                match next {
+                    0 => steerer.stop(&[flow]).map(drop)?,
+                    next => steerer.redirect(&[flow], &hops[next - 1])?,
+                }
                 paused.detach()?;
                 source.take()?[0].replay(&restored)?;
                 drop(source);

@@ -56,7 +56,7 @@ impl Rtnetlink {
     /// The tunnels to single hosts.
     ///
     /// # Errors
-    /// Those of the kernel.
+    /// The errors of the kernel.
     pub fn vxlans(&mut self) -> io::Result<Vec<Vxlan>> {
         let mut batch = Batch::new();
         batch.message(RTM_GETLINK, REQUEST | DUMP, |m| m.bytes(&link_header(0, 0)));

@@ -88,7 +88,7 @@ impl Foreign {
     /// reset here (nft `dup`, where the kernel has it), and forgets them; otherwise it would steer them for a day.
     ///
     /// # Errors
-    /// Those of [`deliver`](Self::deliver); `ENODEV` where there is no such device.
+    /// The errors of [`deliver`](Self::deliver); `ENODEV` where there is no such device.
     pub fn deliver_from(address: IpAddr, numbers: Numbers, from: Option<&NextHop>) -> Result<Self> {
         let foreign = Self { address: address.to_canonical(), numbers };
         with_route(|route| {

@@ -13,8 +13,8 @@ use std::hash::{BuildHasher, RandomState};
 
 use soccr_netlink::{Batch, Family, Socket};
 
+use super::redirect::stop_by;
 use super::steering::{ICMP_ERRORS, Steering};
-use super::stop;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::nftables::rule::{Direction, Expressions};
@@ -65,14 +65,14 @@ impl Homecoming {
     /// These connections are home: their steering ends.
     ///
     /// # Errors
-    /// The errors of [`stop`].
+    /// The errors of [`stop`](super::stop).
     pub fn arrived(&mut self, flows: &[Flow]) -> Result<()> {
         let home = self.expected_of(flows);
         if home.is_empty() {
             return Ok(());
         }
-        stop(&home)?;
-        self.forget(&home).map_err(|error| error.at("steer"))
+        let ended = stop_by(self.socket(), &home).and_then(|_| self.forget(&home));
+        ended.map_err(|error| error.at("steer"))
     }
 
     /// These connections stay where they are: they are steered again.
@@ -93,9 +93,9 @@ impl Homecoming {
             flows.iter().map(Flow::on_the_wire).filter(|flow| !self.expected.contains(flow)).collect();
         let mut steered = HashSet::new();
         let mut devices = BTreeSet::new();
-        for steering in Steering::list()? {
+        for steering in Steering::list_by(self.socket())? {
             let before = steered.len();
-            let contents = steering.contents()?.into_iter().map(|entry| entry.flow);
+            let contents = steering.contents_by(self.socket())?.into_iter().map(|entry| entry.flow);
             steered.extend(contents.filter(|flow| wanted.contains(flow)));
             if steered.len() > before && !self.devices.contains(steering.ingress()) {
                 devices.insert(steering.ingress().to_owned());
@@ -135,13 +135,16 @@ impl Homecoming {
         Ok(())
     }
 
+    fn socket(&mut self) -> &mut Socket {
+        self.socket.as_mut().expect("it is there until the drop")
+    }
+
     fn transact(&mut self, what: &'static str, fill: impl FnOnce(&mut Transaction<'_>)) -> Result<()> {
-        let socket = self.socket.as_mut().expect("it is there until the drop");
-        nftables::set_longest(socket)?;
-        let mut batch = Batch::new();
-        let mut transaction = Transaction::begin(&mut batch, Table::netdev(&self.table));
+        nftables::set_longest(self.socket())?;
+        let (mut batch, name) = (Batch::new(), self.table.clone());
+        let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
         fill(&mut transaction);
-        transaction.commit(socket).map_err(|error| Error::system(what, error))
+        transaction.commit(self.socket()).map_err(|error| Error::system(what, error))
     }
 }
 

@@ -48,13 +48,15 @@ impl NextHop {
     /// # Errors
     /// Refused: nobody there answers. `ENETUNREACH` and the like where there is no way.
     pub fn towards(destination: IpAddr) -> Result<Self> {
-        with_route(|route| {
-            let way = system("ip route get", route.way(Packet::to(destination)))?;
-            let device = route.name(way.link).map_err(|error| Error::system("if_indextoname", error))?;
-            let found = Self { address: way.gateway.unwrap_or(destination), device };
-            found.resolve(route)?;
-            Ok(found)
-        })
+        with_route(|route| Self::towards_by(route, destination))
+    }
+
+    pub(super) fn towards_by(route: &mut Rtnetlink, destination: IpAddr) -> Result<Self> {
+        let way = system("ip route get", route.way(Packet::to(destination)))?;
+        let device = route.name(way.link).map_err(|error| Error::system("if_indextoname", error))?;
+        let found = Self { address: way.gateway.unwrap_or(destination), device };
+        found.resolve(route)?;
+        Ok(found)
     }
 
     /// The host with this address at the other end of a device, a tunnel maybe.

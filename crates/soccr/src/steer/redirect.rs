@@ -3,109 +3,166 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use soccr_netlink::{Packet, Rtnetlink};
+use soccr_netlink::{Family, Packet, Rtnetlink, Socket};
 
-use super::{NextHop, Steering, Times, Tunnel, index, system, with_route};
+use super::{NextHop, Steering, Times, Tunnel, index, system};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 
-/// Steers connections to a host from now on, in the network namespace of the calling thread, whatever was steered where
-/// before. Each arrives by the device that has its local address, or, where none has, by that of the route to the peer, or by
-/// a [`Tunnel`].
+/// Steers connections, again and again.
 ///
-/// # Errors
-/// Refused: the next hop has another address family than a connection. `EPERM` without `CAP_NET_ADMIN`;
-/// `EOPNOTSUPP` or `ENOENT` where the kernel lacks `CONFIG_NFT_FWD_NETDEV`.
-pub fn redirect(flows: &[Flow], to: &NextHop) -> Result<()> {
-    let others = Steering::list()?;
-    let arrivals = arrivals(flows)?;
-    let mut used = Vec::with_capacity(arrivals.len());
-    for (device, flows) in &arrivals {
-        let steering = Steering::open(device, to.device(), Times::default())?;
-        steering.steer(flows, to.address())?;
-        used.push(steering);
+/// It keeps its sockets: the kernel takes its time to close one of Netfilter, and lets nobody change a table meanwhile (it waits
+/// until what was deleted before is free). Connections would be silent for as long.
+#[derive(Debug)]
+pub struct Steerer {
+    netfilter: Socket,
+    route: Rtnetlink,
+}
+
+impl Steerer {
+    /// In the network namespace of the calling thread, from whatever thread it is used later.
+    ///
+    /// # Errors
+    /// The errors of opening netlink sockets.
+    pub fn new() -> Result<Self> {
+        let open = || Ok(Self { netfilter: Socket::open(Family::Netfilter)?, route: Rtnetlink::here()? });
+        open().map_err(|error: std::io::Error| Error::system("netlink socket", error).at("steer"))
     }
-    let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
-    for other in others {
-        if !used.contains(&other) {
-            other.stop(flows)?;
+
+    /// Steers connections to a host from now on, whatever was steered where before. Each arrives by the device that has its
+    /// local address, or, where none has, by that of the route to the peer, or by a [`Tunnel`].
+    ///
+    /// # Errors
+    /// Refused: the next hop has another address family than a connection. `EPERM` without `CAP_NET_ADMIN`;
+    /// `EOPNOTSUPP` or `ENOENT` where the kernel lacks `CONFIG_NFT_FWD_NETDEV`.
+    pub fn redirect(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
+        self.begin(flows, to).map_err(|error| error.at("steer"))
+    }
+
+    /// Sends on what the new host answers, too, where the network between it and the peers forbids foreign sources: it
+    /// [answers through this host](super::Foreign::answer_through), by the device of `from`. To be called after
+    /// [`redirect`](Self::redirect), which ends it, as [`stop`](Self::stop) does.
+    ///
+    /// # Errors
+    /// The errors of [`redirect`](Self::redirect). Refused: no router and no neighbour answers on the way to a peer.
+    pub fn redirect_answers(&mut self, flows: &[Flow], from: &NextHop) -> Result<()> {
+        self.begin_answers(flows, from).map_err(|error| error.at("steer"))
+    }
+
+    /// Ends the steering of connections, wherever they are steered. Others are passed over. Returns how many were steered.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn stop(&mut self, flows: &[Flow]) -> Result<usize> {
+        stop_by(&mut self.netfilter, flows).map_err(|error| error.at("steer"))
+    }
+
+    fn begin(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
+        let others = Steering::list_by(&mut self.netfilter)?;
+        let mut used = Vec::new();
+        for (device, flows) in arrivals(&mut self.route, flows)? {
+            let steering = self.open(&device, to.device())?;
+            steering.steer_by(&mut self.netfilter, &flows, to.address())?;
+            used.push(steering);
         }
-        other.stop(&answers)?;
+        let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
+        for other in others {
+            if !used.contains(&other) {
+                other.stop_by(&mut self.netfilter, flows)?;
+            }
+            other.stop_by(&mut self.netfilter, &answers)?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn begin_answers(&mut self, flows: &[Flow], from: &NextHop) -> Result<()> {
+        let mut ways: HashMap<NextHop, Vec<Flow>> = HashMap::new();
+        let mut hops = HashMap::new();
+        for flow in flows.iter().map(Flow::on_the_wire) {
+            let peer = flow.remote.ip();
+            let hop = match hops.get(&peer) {
+                Some(hop) => hop,
+                None => hops.entry(peer).or_insert(NextHop::towards_by(&mut self.route, peer)?),
+            };
+            ways.entry(hop.clone()).or_default().push(flow.reversed());
+        }
+        for (hop, answers) in ways {
+            let steering = self.open(from.device(), hop.device())?;
+            steering.steer_by(&mut self.netfilter, &answers, hop.address())?;
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, ingress: &str, egress: &str) -> Result<Steering> {
+        Steering::open_by(&mut self.netfilter, &self.route, ingress, egress, Times::default())
+    }
 }
 
-/// Sends on what the new host answers, too, where the network between it and the peers forbids foreign sources: it
-/// [answers through this host](super::Foreign::answer_through), by the device of `from`. To be called after [`redirect`], which
-/// ends it, as [`stop`] does.
+/// [`Steerer::redirect`] in the network namespace of the calling thread, once.
 ///
 /// # Errors
-/// Those of [`redirect`]; refused where no router and no neighbour answers on the way to a peer.
+/// The errors of [`Steerer`].
+pub fn redirect(flows: &[Flow], to: &NextHop) -> Result<()> {
+    Steerer::new()?.redirect(flows, to)
+}
+
+/// [`Steerer::redirect_answers`] in the network namespace of the calling thread, once.
+///
+/// # Errors
+/// The errors of [`Steerer`].
 pub fn redirect_answers(flows: &[Flow], from: &NextHop) -> Result<()> {
-    let mut ways: HashMap<NextHop, Vec<Flow>> = HashMap::new();
-    let mut hops = HashMap::new();
-    for flow in flows.iter().map(Flow::on_the_wire) {
-        let peer = flow.remote.ip();
-        let hop = match hops.get(&peer) {
-            Some(hop) => hop,
-            None => hops.entry(peer).or_insert(NextHop::towards(peer)?),
-        };
-        ways.entry(hop.clone()).or_default().push(flow.reversed());
-    }
-    for (hop, answers) in ways {
-        let steering = Steering::open(from.device(), hop.device(), Times::default())?;
-        steering.steer(&answers, hop.address())?;
-    }
-    Ok(())
+    Steerer::new()?.redirect_answers(flows, from)
 }
 
-/// Ends the steering of connections, in the network namespace of the calling thread, wherever they are steered. Others
-/// are passed over. Returns how many were steered.
+/// [`Steerer::stop`] in the network namespace of the calling thread, once.
 ///
 /// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`.
+/// The errors of [`Steerer`].
 pub fn stop(flows: &[Flow]) -> Result<usize> {
+    Steerer::new()?.stop(flows)
+}
+
+pub(super) fn stop_by(socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
     let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
     let mut most = 0;
-    for steering in Steering::list()? {
+    for steering in Steering::list_by(socket)? {
         // Each may arrive by several devices.
-        most = steering.stop(flows)?.max(most);
-        steering.stop(&answers)?;
+        most = steering.stop_by(socket, flows)?.max(most);
+        steering.stop_by(socket, &answers)?;
     }
     Ok(most)
 }
 
 /// The devices by which connections arrive.
-fn arrivals(flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
-    let tunnels = Tunnel::list()?;
-    with_route(|route| {
-        let mut links: HashMap<IpAddr, Option<u32>> = HashMap::new();
-        let lo = index(route, "lo")?;
-        let mut arrivals: HashMap<String, Vec<Flow>> = HashMap::new();
-        for flow in flows.iter().map(Flow::on_the_wire) {
-            let local = flow.local.ip();
-            let own = match links.get(&local) {
-                Some(own) => *own,
-                None => {
-                    let found = system("ip address", route.link_with(local))?.filter(|link| *link != lo);
-                    *links.entry(local).or_insert(found)
-                }
-            };
-            let link = match own {
-                Some(link) => link,
-                None => {
-                    for tunnel in &tunnels {
-                        arrivals.entry(tunnel.device()).or_default().push(flow);
-                    }
-                    system("ip route get", route.way(Packet::to(flow.remote.ip())))?.link
-                }
-            };
-            arrivals.entry(name(route, link)?).or_default().push(flow);
-        }
-        Ok(arrivals)
-    })
-}
-
-fn name(route: &Rtnetlink, link: u32) -> Result<String> {
-    route.name(link).map_err(|error| Error::system("if_indextoname", error))
+fn arrivals(route: &mut Rtnetlink, flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
+    let tunnels = Tunnel::list_by(route)?;
+    let lo = index(route, "lo")?;
+    let mut links: HashMap<IpAddr, Option<u32>> = HashMap::new();
+    let mut arrivals: HashMap<u32, Vec<Flow>> = HashMap::new();
+    let mut through_tunnels = Vec::new();
+    for flow in flows.iter().map(Flow::on_the_wire) {
+        let local = flow.local.ip();
+        let own = match links.get(&local) {
+            Some(own) => *own,
+            None => {
+                let found = system("ip address", route.link_with(local))?.filter(|link| *link != lo);
+                *links.entry(local).or_insert(found)
+            }
+        };
+        let link = match own {
+            Some(link) => link,
+            None => {
+                through_tunnels.push(flow);
+                system("ip route get", route.way(Packet::to(flow.remote.ip())))?.link
+            }
+        };
+        arrivals.entry(link).or_default().push(flow);
+    }
+    let name = |link| route.name(link).map_err(|error| Error::system("if_indextoname", error));
+    let mut named: HashMap<String, Vec<Flow>> =
+        arrivals.into_iter().map(|(link, flows)| Ok((name(link)?, flows))).collect::<Result<_>>()?;
+    for tunnel in tunnels.iter().filter(|_| !through_tunnels.is_empty()) {
+        named.insert(tunnel.device(), through_tunnels.clone());
+    }
+    Ok(named)
 }

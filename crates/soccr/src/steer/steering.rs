@@ -29,9 +29,9 @@ use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use soccr_netlink::{Batch, Family, Socket};
+use soccr_netlink::{Batch, Rtnetlink, Socket};
 
-use super::{homecoming, index, with_route};
+use super::{homecoming, index, with_route, with_socket};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::nftables::rule::{Direction, Expressions};
@@ -114,26 +114,31 @@ impl Steering {
     /// `ENODEV` where there is no such device; `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` or `ENOENT` where the
     /// kernel lacks `CONFIG_NFT_FWD_NETDEV`.
     pub fn open(ingress: &str, egress: &str, times: Times) -> Result<Self> {
+        with_socket(|socket| with_route(|route| Self::open_by(socket, route, ingress, egress, times)))
+    }
+
+    pub(super) fn open_by(
+        socket: &mut Socket,
+        route: &Rtnetlink,
+        ingress: &str,
+        egress: &str,
+        times: Times,
+    ) -> Result<Self> {
         let steering = Self { ingress: ingress.to_owned(), egress: egress.to_owned() };
-        let device = with_route(|route| {
-            index(route, ingress)?;
-            index(route, egress)
-        })?;
-        let made = with_socket(|socket| {
-            let name = steering.table();
-            if nftables::names(socket, nftables::Family::Netdev).map_err(failed)?.contains(&name) {
-                return Ok(());
-            }
-            let mut batch = Batch::new();
-            let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-            create(&mut transaction, [ingress, egress], device, times);
-            match transaction.commit(socket) {
-                // Somebody else was quicker.
-                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-                other => other.map_err(|error| Error::system("nft add table netdev", error).advise(NEEDS)),
-            }
-        });
-        made.map(|()| steering)
+        index(route, ingress)?;
+        let device = index(route, egress)?;
+        if Self::list_by(socket)?.contains(&steering) {
+            return Ok(steering);
+        }
+        let (mut batch, name) = (Batch::new(), steering.table());
+        let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+        create(&mut transaction, [ingress, egress], device, times);
+        match transaction.commit(socket) {
+            // Somebody else was quicker.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(steering),
+            Err(error) => Err(Error::system("nft add table netdev", error).advise(NEEDS)),
+            Ok(()) => Ok(steering),
+        }
     }
 
     /// Everything that steers, in the network namespace of the calling thread.
@@ -141,13 +146,15 @@ impl Steering {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn list() -> Result<Vec<Self>> {
-        with_socket(|socket| {
-            let names = nftables::names(socket, nftables::Family::Netdev).map_err(failed)?;
-            let devices = names.iter().filter_map(|name| name.strip_prefix(PREFIX)?.split_once('/'));
-            Ok(devices
-                .map(|(ingress, egress)| Self { ingress: ingress.to_owned(), egress: egress.to_owned() })
-                .collect())
-        })
+        with_socket(Self::list_by)
+    }
+
+    pub(super) fn list_by(socket: &mut Socket) -> Result<Vec<Self>> {
+        let names = nftables::names(socket, nftables::Family::Netdev).map_err(failed)?;
+        let devices = names.iter().filter_map(|name| name.strip_prefix(PREFIX)?.split_once('/'));
+        let steering =
+            |(ingress, egress): (&str, &str)| Self { ingress: ingress.to_owned(), egress: egress.to_owned() };
+        Ok(devices.map(steering).collect())
     }
 
     /// The device by which packets arrive.
@@ -167,6 +174,10 @@ impl Steering {
     /// Refused: the next hop has another address family than a connection. `ENFILE` for more than 65536 connections of
     /// one family.
     pub fn steer(&self, flows: &[Flow], next_hop: IpAddr) -> Result<()> {
+        with_socket(|socket| self.steer_by(socket, flows, next_hop))
+    }
+
+    pub(super) fn steer_by(&self, socket: &mut Socket, flows: &[Flow], next_hop: IpAddr) -> Result<()> {
         if let Some(flow) = flows.iter().find(|flow| flow.is_ipv4() != next_hop.is_ipv4()) {
             return Err(Error::refused(
                 format!("{} to {}, steered to {next_hop}", flow.remote, flow.local),
@@ -176,17 +187,14 @@ impl Steering {
         }
         let ipv6 = next_hop.is_ipv6();
         let flows: Vec<Flow> = flows.iter().map(Flow::on_the_wire).collect();
-        let steered = self.change(ipv6, &flows, |transaction, flows, present| {
-            let has = |flow: &Flow, has: fn(&Entry) -> bool| present.is_some_and(|all| has(&all[flow]));
-            let moving = flows.iter().filter(|flow| has(flow, |entry| entry.steered));
-            transaction.delete(TO.name(ipv6), moving);
-            let ended = flows.iter().filter(|flow| has(flow, |entry| entry.ends));
-            transaction.delete(END.name(ipv6), ended);
+        self.change(socket, ipv6, &flows, |transaction, flows, present| {
+            let having = |has: fn(&Entry) -> bool| flows.iter().filter(move |flow| has(&present[*flow]));
+            transaction.delete(TO.name(ipv6), having(|entry| entry.steered));
+            transaction.delete(END.name(ipv6), having(|entry| entry.ends));
             transaction.add(TO.name(ipv6), flows.iter(), |element, _| set::write_address(element, next_hop));
-            let asleep = flows.iter().filter(|flow| !has(flow, |entry| entry.alive));
-            transaction.add(ALIVE.name(ipv6), asleep, |_, _| ());
-        });
-        steered.map(drop)
+            transaction.add(ALIVE.name(ipv6), having(|entry| !entry.alive), |_, _| ());
+        })
+        .map(drop)
     }
 
     /// Ends the steering of connections. Others are passed over. Returns how many were steered.
@@ -194,14 +202,16 @@ impl Steering {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn stop(&self, flows: &[Flow]) -> Result<usize> {
+        with_socket(|socket| self.stop_by(socket, flows))
+    }
+
+    pub(super) fn stop_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
         let mut stopped = 0;
         for ipv6 in [false, true] {
             let flows: Vec<Flow> =
                 flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect();
-            stopped += self.change(ipv6, &flows, |transaction, flows, present| {
-                let having = |has: fn(&Entry) -> bool| {
-                    flows.iter().filter(move |flow| present.is_none_or(|all| has(&all[*flow])))
-                };
+            stopped += self.change(socket, ipv6, &flows, |transaction, flows, present| {
+                let having = |has: fn(&Entry) -> bool| flows.iter().filter(move |flow| has(&present[*flow]));
                 transaction.delete(TO.name(ipv6), having(|entry| entry.steered));
                 transaction.delete(ALIVE.name(ipv6), having(|entry| entry.alive));
             })?;
@@ -214,13 +224,15 @@ impl Steering {
     /// # Errors
     /// `ENOENT` where it has been removed; `EPERM` without `CAP_NET_ADMIN`.
     pub fn contents(&self) -> Result<Vec<Steered>> {
-        with_socket(|socket| {
-            let mut contents = Vec::new();
-            for ipv6 in [false, true] {
-                contents.extend(self.contents_of(socket, ipv6).map_err(failed)?);
-            }
-            Ok(contents)
-        })
+        with_socket(|socket| self.contents_by(socket))
+    }
+
+    pub(super) fn contents_by(&self, socket: &mut Socket) -> Result<Vec<Steered>> {
+        let mut contents = Vec::new();
+        for ipv6 in [false, true] {
+            contents.extend(self.contents_of(socket, ipv6).map_err(failed)?);
+        }
+        Ok(contents)
     }
 
     /// Ends the steering of everything between these two devices.
@@ -240,56 +252,57 @@ impl Steering {
         format!("{PREFIX}{}/{}", self.ingress, self.egress)
     }
 
-    /// Commits what `fill` writes about chunks of connections: at first as if it were the usual case, then from what is there,
-    /// until nobody has changed that in between. Returns how many of them were steered before, as far as `fill` has asked for that.
+    /// Commits what `fill` writes about chunks of connections and their entries, again where somebody changes these
+    /// meanwhile. Returns how many of them were steered before.
+    ///
+    /// A transaction without effect is not committed, and none is tried that must fail: the kernel would wait for an RCU grace
+    /// period, which takes milliseconds.
     fn change(
         &self,
+        socket: &mut Socket,
         ipv6: bool,
         flows: &[Flow],
-        mut fill: impl FnMut(&mut Transaction<'_>, &[Flow], Option<&HashMap<Flow, Entry>>),
+        mut fill: impl FnMut(&mut Transaction<'_>, &[Flow], &HashMap<Flow, Entry>),
     ) -> Result<usize> {
         /// Packets and other processes change the sets; not that often.
         const ATTEMPTS: usize = 32;
         if flows.is_empty() {
             return Ok(0);
         }
-        with_socket(|socket| {
-            nftables::set_longest(socket)?;
-            // Each connection may be in all three sets, and in the map twice.
-            let most = (nftables::most_elements(socket)? / 4).max(1);
-            let (mut batch, name) = (Batch::new(), self.table());
-            let mut steered = 0;
-            for flows in flows.chunks(most) {
-                let mut present = None;
-                let mut outcome = Ok(());
-                for _ in 0..ATTEMPTS {
-                    let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-                    fill(&mut transaction, flows, present.as_ref());
-                    outcome = transaction.commit(socket);
-                    match outcome.as_ref().map_err(io::Error::raw_os_error) {
-                        Err(Some(libc::ENOENT | libc::EEXIST)) => {}
-                        _ => break,
-                    }
-                    present = Some(self.present(socket, ipv6, flows).map_err(failed)?);
+        nftables::set_longest(socket)?;
+        // Each connection may be in all three sets, and in the map twice.
+        let most = (nftables::most_elements(socket)? / 4).max(1);
+        let (mut batch, name) = (Batch::new(), self.table());
+        let mut steered = 0;
+        for flows in flows.chunks(most) {
+            let mut outcome = Ok(());
+            for _ in 0..ATTEMPTS {
+                let present = self.present(socket, ipv6, flows).map_err(failed)?;
+                let were_steered = present.values().filter(|entry| entry.steered && entry.alive).count();
+                let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+                fill(&mut transaction, flows, &present);
+                outcome = transaction.commit(socket).map(|()| steered += were_steered);
+                match outcome.as_ref().map_err(io::Error::raw_os_error) {
+                    Err(Some(libc::ENOENT | libc::EEXIST)) => {}
+                    _ => break,
                 }
-                outcome.map_err(|error| Error::system("nft element", error))?;
-                let was_steered = |entry: &&Entry| entry.steered && entry.alive;
-                steered += present.map_or(flows.len(), |all| all.values().filter(was_steered).count());
             }
-            Ok(steered)
-        })
+            outcome.map_err(|error| Error::system("nft element", error))?;
+        }
+        Ok(steered)
     }
 
     /// The entries of these connections.
     fn present(&self, socket: &mut Socket, ipv6: bool, flows: &[Flow]) -> io::Result<HashMap<Flow, Entry>> {
         let name = self.table();
+        let table = Table::netdev(&name);
         let mut present: HashMap<Flow, Entry> = flows.iter().map(|flow| (*flow, Entry::default())).collect();
         for (set, mark) in [
             (TO, (|entry| entry.steered = true) as fn(&mut Entry)),
             (ALIVE, |entry| entry.alive = true),
             (END, |entry| entry.ends = true),
         ] {
-            for flow in nftables::contents(socket, Table::netdev(&name), set.name(ipv6), |flow, _| flow)? {
+            for flow in nftables::present(socket, table, set.name(ipv6), flows)? {
                 present.get_mut(&flow).into_iter().for_each(mark);
             }
         }
@@ -434,11 +447,6 @@ fn create(transaction: &mut Transaction<'_>, [ingress, back]: [&str; 2], egress:
 
 fn time(element: &[u8], kind: u16) -> Option<Duration> {
     value(element, kind).and_then(milliseconds)
-}
-
-fn with_socket<T>(work: impl FnOnce(&mut Socket) -> Result<T>) -> Result<T> {
-    let socket = Socket::open(Family::Netfilter).map_err(|error| Error::system("netfilter socket", error));
-    socket.and_then(|mut socket| work(&mut socket)).map_err(|error| error.at("steer"))
 }
 
 fn failed(error: io::Error) -> Error {

@@ -112,14 +112,16 @@ impl Tunnel {
     /// The tunnels of the network namespace of the calling thread.
     ///
     /// # Errors
-    /// Those of listing the links.
+    /// The errors of listing the links.
     pub fn list() -> Result<Vec<Self>> {
-        with_route(|route| {
-            let all = system("ip link", route.vxlans())?.into_iter();
-            let all = all
-                .map(|Vxlan { name, id, port, local, remote, .. }| (name, Self { local, remote, id, port }));
-            Ok(all.filter(|(name, tunnel)| *name == tunnel.device()).map(|(_, tunnel)| tunnel).collect())
-        })
+        with_route(Self::list_by)
+    }
+
+    pub(super) fn list_by(route: &mut Rtnetlink) -> Result<Vec<Self>> {
+        let all = system("ip link", route.vxlans())?.into_iter();
+        let all =
+            all.map(|Vxlan { name, id, port, local, remote, .. }| (name, Self { local, remote, id, port }));
+        Ok(all.filter(|(name, tunnel)| *name == tunnel.device()).map(|(_, tunnel)| tunnel).collect())
     }
 
     /// Removes this end. Nothing passes any more.
