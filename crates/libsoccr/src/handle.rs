@@ -94,7 +94,7 @@ impl Handle {
     pub(crate) fn pause(socket: BorrowedFd<'static>) -> Result<Self> {
         let claim = Claim::new(socket)?;
         // Repair mode without a handle here is what a process has left behind that died: there is nobody to disturb.
-        let paused = Paused::new_or_take_over(socket)?;
+        let paused = Paused::new_or_take_over(socket)?.with_tls();
         Ok(Self { socket: Some(socket), claim: Some(claim), ..Self::new(Stage::Paused(paused)) })
     }
 

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value as Json, json};
 use soccr::Connection;
+use soccr::connection::Tls;
 use soccr::settings::Value;
 
 /// Whether the bytes in the queues are shown.
@@ -38,6 +39,9 @@ pub(crate) fn text(connection: &Connection, data: Data) -> String {
         "queues      {} bytes unread, {} unacknowledged, {} of them unsent",
         control.inq_len, control.outq_len, control.unsq_len
     );
+    if let Some(tls) = &connection.tls {
+        let _ = writeln!(out, "kernel      {}, {} bytes decrypted and unread", tls.summary(), decrypted(tls));
+    }
     if let Some(urgent) = connection.urgent {
         let consumed = if urgent.consumed { ", read already" } else { "" };
         let _ = writeln!(out, "urgent      at byte {} of the receive queue{consumed}", urgent.offset);
@@ -122,6 +126,13 @@ pub(crate) fn json(connection: &Connection, data: Data) -> Json {
             "lock": buffers.lock,
         })),
         "nonblocking": connection.nonblocking,
+        "tls": connection.tls.as_ref().map(|tls| json!({
+            "version": tls.version.to_string(),
+            "cipher": tls.cipher.to_string(),
+            "transmit": tls.transmit.is_some(),
+            "receive": tls.receive.is_some(),
+            "decrypted_len": decrypted(tls),
+        })),
         "settings": settings,
     });
     if data == Data::Shown {
@@ -134,6 +145,10 @@ pub(crate) fn json(connection: &Connection, data: Data) -> Json {
 
 fn queues(connection: &Connection) -> [(&'static str, &[u8]); 2] {
     [("receive", &connection.receive_queue), ("send", &connection.send_queue)]
+}
+
+fn decrypted(tls: &Tls) -> usize {
+    tls.unread.iter().map(|record| record.bytes.len()).sum()
 }
 
 fn setting(value: &Value) -> String {

@@ -33,7 +33,7 @@
 //!
 //! | Record | | Fields |
 //! |---|---|---|
-//! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue · 40 tracked · 41 owner |
+//! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue · 40 tracked · 41 owner · 42 TLS |
 //! | 2 | HELD | 5 packet, each |
 //! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place · 8 packets are steered |
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
@@ -50,6 +50,10 @@
 //! length of the name (u8), name, value. A place is the boot id of the host (16 bytes), device and inode of the network namespace (u64 each).
 //! Tracked are the local and the remote address on the wire (NAT), a flag (our end has begun
 //! the connection) and the mark of connection tracking (u32); an owner is a user and a group (u32 each).
+//! TLS is what the kernel encrypts and decrypts (kTLS): `version`, `cipher` (u16 each, as in `linux/tls.h`), bits (u8): 1 it encrypts, 2 it
+//! decrypts, 4 `TLS_TX_ZEROCOPY_RO`, 8 `TLS_RX_EXPECT_NO_PAD`; the keys of the directions that there are, as the structures of
+//! `linux/tls.h` have them behind version and cipher: IV, key, salt, number of the next record; then for each record that is decrypted and not read its
+//! type (u8) and length (u32). The bytes of those records come first in the receive queue; `inq_len` counts what follows them.
 //!
 //! **Growing.** Nothing that is there changes its meaning. A minor version adds records and fields: what can be ignored comes without
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
@@ -131,6 +135,7 @@ mod field;
 mod message;
 mod reader;
 mod record;
+mod tls;
 mod writer;
 
 use std::io::{Read, Write};

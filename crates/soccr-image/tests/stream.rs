@@ -6,8 +6,9 @@ use std::io::{self, IoSlice, Read, Write};
 
 use common::{SetQueues, connection, idle, sample};
 use proptest::prelude::*;
-use soccr::connection::{Owner, Tracked};
+use soccr::connection::{Owner, Tls, Tracked};
 use soccr::settings::Value;
+use soccr::tls::{Cipher, Record, Secrets, Version};
 use soccr::{Connection, Flow};
 use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Writer};
 use soccr_image::{AddressMap, ErrorKind, read, write};
@@ -541,6 +542,35 @@ fn what_others_know_of_it_travels_along() {
     let family = Flow { local: "192.0.2.1:443".parse().unwrap(), remote: "192.0.2.2:5000".parse().unwrap() };
     connection.tracked = Some(Tracked { wire: family, initiator: false, mark: 0 });
     connection.validate().unwrap_err();
+}
+
+#[test]
+fn kernel_tls_travels_along() {
+    let secrets = |cipher: Cipher, number: u8| {
+        let mut bytes = vec![0xA5; cipher.secrets_len()];
+        bytes.splice(cipher.secrets_len() - 8.., [0, 0, 0, 0, 0, 0, 0, number]);
+        Some(Secrets::new(cipher, &bytes).unwrap())
+    };
+    for cipher in Cipher::ALL {
+        let mut tls = Tls::new(Version::Tls13, cipher);
+        tls.transmit = secrets(cipher, 9);
+        tls.zerocopy_sendfile = true;
+        let transmitting = Connection { tls: Some(tls.clone()), ..sample() };
+        assert_eq!(read(&bytes_of(&transmitting)[..]).unwrap(), transmitting);
+
+        tls.receive = secrets(cipher, 3);
+        let record = |content_type, bytes: &[u8]| Record { content_type, bytes: bytes.to_vec() };
+        tls.unread = vec![record(23, &[7; 20_000]), record(21, b"\x01\x00")];
+        let mut both =
+            Connection { tls: Some(tls.clone()), urgent: None, send_queue: Vec::new(), ..sample() };
+        (both.control.outq_len, both.control.unsq_len) = (0, 0);
+        assert_eq!(read(&bytes_of(&both)[..]).unwrap(), both);
+
+        // A record cannot have been read before the first one.
+        tls.receive = secrets(cipher, 2);
+        let impossible = Connection { tls: Some(tls), ..both };
+        assert_eq!(kind(soccr_image::write(Vec::new(), &impossible)), ErrorKind::Invalid);
+    }
 }
 
 #[test]

@@ -59,16 +59,19 @@ pub(crate) struct Memory {
     pub(crate) receive_queue: u32,
     /// What options take: packet filters and keys of TCP MD5 do.
     pub(crate) options: u32,
+    /// What the kernel has reserved for the queues of TCP, used or not.
+    pub(crate) reserved: u32,
 }
 
 pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Memory> {
-    let [receive_queue, receive, _, send, _, _, options, _, _] = sizes(fd)?;
+    let [receive_queue, receive, _, send, free, send_queue, options, _, _] = sizes(fd)?;
     let lock = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK") {
         // Linux 5.14; older kernels do not tell, and then tuning stays on.
         Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => 0,
         bits => bits? as u32,
     };
-    Ok(Memory { buffers: Buffers { send, receive, lock }, receive_queue, options })
+    let reserved = receive_queue.wrapping_add(send_queue).wrapping_add(free);
+    Ok(Memory { buffers: Buffers { send, receive, lock }, receive_queue, options, reserved })
 }
 
 /// `SK_MEMINFO_RMEM_ALLOC` … `SK_MEMINFO_DROPS`.

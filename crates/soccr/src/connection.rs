@@ -17,6 +17,7 @@ use crate::settings::Settings;
 pub use crate::conntrack::Tracked;
 pub use crate::flow::Flow;
 pub use crate::state::State;
+pub use crate::tls::Tls;
 
 /// The longest queue that is carried: 64 MiB.
 pub const QUEUE_LIMIT: u32 = 64 << 20;
@@ -59,6 +60,8 @@ pub struct Connection {
     pub tracked: Option<Tracked>,
     /// To whom the socket belongs: rules of firewalls and of routing may go by that.
     pub owner: Option<Owner>,
+    /// What the kernel encrypts and decrypts, and with which keys (kTLS). Then the queues hold what is on the wire.
+    pub tls: Option<Tls>,
 }
 
 /// To whom a socket belongs, as numbers.
@@ -337,6 +340,7 @@ impl Connection {
             nonblocking: false,
             tracked: None,
             owner: None,
+            tls: None,
         }
     }
 
@@ -382,6 +386,10 @@ impl Connection {
             )
             .at("unread"));
         }
+        if let Some(tls) = self.tls.as_mut().filter(|tls| tls.receive.is_some()) {
+            tls.unread(bytes);
+            return Ok(());
+        }
         self.receive_queue.splice(..0, bytes.iter().copied());
         self.control.inq_len = inq_len;
         if let Some(urgent) = &mut self.urgent {
@@ -415,6 +423,9 @@ impl Connection {
                 tracked.wire.is_ipv4() == self.flow().is_ipv4(),
                 "it is translated to another address family",
             )?;
+        }
+        if let Some(tls) = &self.tls {
+            tls.validate(&self.control)?;
         }
         if let Some(urgent) = self.urgent {
             check(urgent.offset < self.control.inq_len, "the urgent mark lies outside the receive queue")?;

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::state::State;
 use crate::sys::{descriptor, namespace, sockopt};
+use crate::tls;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -39,6 +40,7 @@ const INET_DIAG_MARK: u16 = 15;
 const INET_DIAG_MD5SIG: u16 = 18;
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_ULP_INFO_NAME: u16 = 1;
+const INET_ULP_INFO_TLS: u16 = 2;
 
 /// Asks the kernel about the sockets of the network namespace in which it was opened.
 #[derive(Debug)]
@@ -91,6 +93,18 @@ impl Socket<'_> {
     pub fn upper_layer(&self) -> Option<&str> {
         let layer = self.attribute(INET_DIAG_ULP_INFO)?;
         attributes(layer).find(|(kind, _)| *kind == INET_ULP_INFO_NAME).and_then(|(_, name)| text(name))
+    }
+
+    /// What the kernel encrypts and decrypts (kTLS); `None` where it does not, or does not tell: it needs `CAP_NET_ADMIN`.
+    pub fn tls(&self) -> Option<tls::Summary> {
+        let mut layer = attributes(self.attribute(INET_DIAG_ULP_INFO)?);
+        let (_, described) = layer.find(|(kind, _)| *kind == INET_ULP_INFO_TLS)?;
+        // Version, cipher, and who encrypts and decrypts (`TLS_INFO_VERSION` … `TLS_INFO_RXCONF`).
+        let [version, cipher, transmit, receive] = [1, 2, 3, 4].map(|wanted| {
+            let found = attributes(described).find(|(kind, _)| *kind == wanted);
+            found.and_then(|(_, value)| value.first_chunk().copied()).map_or(0, u16::from_ne_bytes)
+        });
+        Some(tls::Summary::of(version, cipher, transmit, receive))
     }
 
     /// It is a subflow of an MPTCP connection, which cannot be paused.

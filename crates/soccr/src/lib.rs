@@ -60,8 +60,7 @@
 //!
 //! # What can go wrong
 //! Guards undo on drop: an early `?` leaves no socket frozen, no lock behind, and never resets the peer. Every [`Error`] names
-//! the step, the option, the errno and what to do. What cannot be carried is refused with the reason: listeners, MPTCP, kTLS,
-//! a connection that has been reset.
+//! the step, the option, the errno and what to do. What cannot be carried is refused with the reason: listeners, MPTCP.
 //!
 //! If the socket belongs to another process (`pidfd_getfd(2)`), stop that process between `pause` and `detach`.
 
@@ -96,6 +95,7 @@ pub mod settings;
 mod state;
 pub mod steer;
 mod sys;
+pub mod tls;
 
 pub use congestion::{prepare, release_prepared};
 pub use connection::{Connection, Flow};

@@ -1,6 +1,6 @@
 //! [`pause`] a socket: repair mode on, behind a guard that turns it off again.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,6 +12,7 @@ use crate::queue;
 use crate::restore::{self, Restore};
 use crate::save::{self, Position};
 use crate::sys::tcp::{self, Queue, Repair};
+use crate::tls::{self, Arrived};
 
 /// Turns the repair mode of a TCP socket on (`TCP_REPAIR`), so that its connection can be saved.
 ///
@@ -88,6 +89,9 @@ pub struct Paused<'fd> {
     peer: Option<SocketAddr>,
     /// Where the connection stood when it was saved.
     saved: Cell<Option<Position>>,
+    /// What only this has any more, since it was read from a socket on which the kernel decrypts.
+    arrived: RefCell<Arrived>,
+    carries_tls: bool,
 }
 
 impl<'fd> Paused<'fd> {
@@ -109,7 +113,14 @@ impl<'fd> Paused<'fd> {
     }
 
     fn of(fd: BorrowedFd<'fd>, reuse_address: bool) -> Self {
-        Self { fd, reuse_address, peer: None, saved: Cell::new(None) }
+        Self {
+            fd,
+            reuse_address,
+            peer: None,
+            saved: Cell::new(None),
+            arrived: RefCell::default(),
+            carries_tls: false,
+        }
     }
 
     /// Takes charge of a socket that somebody else has paused and left, such as a process that has died. Its
@@ -133,12 +144,19 @@ impl<'fd> Paused<'fd> {
         self
     }
 
+    /// Lets [`save`](Self::save) carry kernel TLS, too: see [`tls`](crate::tls) for what that means. Otherwise such a socket is
+    /// refused, since it can only be saved for good: where the kernel decrypts, what has arrived is read out of it.
+    pub fn with_tls(mut self) -> Self {
+        self.carries_tls = true;
+        self
+    }
+
     /// Reads the whole connection. Nothing is consumed: [`resume`](Self::resume) goes on with the same connection.
     ///
     /// # Errors
     /// - Refused: a socket that was never connected; one with a pending error that has not closed it; one with unread
     ///   notices in its error queue (`SO_ZEROCOPY`, `SO_TIMESTAMPING`), at which nobody can look without taking them; one
-    ///   with a kTLS layer; a connection in CLOSE without [`with_peer`](Self::with_peer).
+    ///   with a kTLS layer without [`with_tls`](Self::with_tls); a connection in CLOSE without [`with_peer`](Self::with_peer).
     /// - The queues kept changing while they were read: the traffic was not locked.
     /// - System: the option that failed.
     pub fn save(&self) -> Result<Connection> {
@@ -152,7 +170,9 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The errors of [`save`](Self::save); the contents of `connection` are unspecified then.
     pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
-        save::save(self.fd, self.peer, connection).map_err(|error| error.at("save"))?;
+        let mut arrived = self.arrived.borrow_mut();
+        let arrived = self.carries_tls.then_some(&mut *arrived);
+        save::save(self.fd, self.peer, arrived, connection).map_err(|error| error.at("save"))?;
         save::reuse_address(connection, self.reuse_address);
         self.saved.set(Some(Position::of(&connection.control)));
         Ok(())
@@ -257,14 +277,16 @@ impl<'fd> Paused<'fd> {
     /// The connection is resumed then. There is no error once it has been forgotten: nobody may believe that it is
     /// still here.
     pub fn detach(self) -> Result<()> {
-        self.forget_connection().map_err(|error| error.at("detach"))?;
-        // Repair mode would turn the owner's later calls into EPERM, which says less. It is all that can still go wrong.
-        let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
+        if self.forget_connection().map_err(|error| error.at("detach"))? {
+            // Repair mode would turn the owner's later calls into EPERM, which says less. It is all that can still go wrong.
+            let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
+        }
         self.release();
         Ok(())
     }
 
-    fn forget_connection(&self) -> Result<()> {
+    /// False where it can only be closed.
+    fn forget_connection(&self) -> Result<bool> {
         // What has been acknowledged since would be in no image, and the peer would never send it again.
         if let Some(saved) = self.saved.get() {
             tcp::select_queue(self.fd, Queue::Receive)?;
@@ -272,10 +294,18 @@ impl<'fd> Paused<'fd> {
                 return Err(queue::changed());
             }
         }
-        rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))
+        if tls::has_layer(self.fd)? {
+            return Ok(false);
+        }
+        rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
+        Ok(true)
     }
 
     fn turn_off(&self) -> Result<()> {
+        if !self.arrived.borrow().is_empty() {
+            let remedy = "close the socket, and restore the connection that was saved: it has them";
+            return Err(Error::refused("a connection whose TLS records have been read", remedy));
+        }
         tcp::set_repair(self.fd, Repair::Off)?;
         set_reuse_address(self.fd, self.reuse_address)
     }

@@ -19,6 +19,7 @@ use crate::settings::{self, Value};
 use crate::steer;
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
+use crate::tls::{self, Arrived};
 use crate::{buffers, conntrack};
 
 impl Flow {
@@ -37,8 +38,22 @@ impl Flow {
 const ATTEMPTS: usize = 5;
 const PAUSE: Duration = Duration::from_millis(1);
 
-pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mut Connection) -> Result<()> {
+/// Reads everything. Where the kernel decrypts, what has arrived is taken out of the socket, into `arrived`: without
+/// that, a socket with kernel TLS is refused.
+pub(crate) fn save(
+    fd: BorrowedFd<'_>,
+    peer: Option<SocketAddr>,
+    mut arrived: Option<&mut Arrived>,
+    connection: &mut Connection,
+) -> Result<()> {
     connection.local = local_address(fd)?;
+    let layer = tls::read(fd)?;
+    let decrypts = layer.as_ref().is_some_and(|layer| layer.receive.is_some());
+    if layer.is_some() && arrived.is_none() {
+        let remedy =
+            "it can only be saved for good, by who carries its keys: see `soccr::tls` and `Paused::with_tls`";
+        return Err(Error::refused("a socket with kernel TLS (kTLS)", remedy));
+    }
     let memory = buffers::read(fd)?;
     connection.buffers = Some(memory.buffers);
     connection.settings.read_into(fd, connection.local, memory.options);
@@ -46,11 +61,30 @@ pub(crate) fn save(fd: BorrowedFd<'_>, peer: Option<SocketAddr>, connection: &mu
     let flags = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
     connection.nonblocking = flags.contains(rustix::fs::OFlags::NONBLOCK);
     connection.settings.read_signals(fd, flags)?;
+    if let Some(layer) = &layer {
+        let flow = Flow { local: connection.local, remote: remote_address(fd, peer)? };
+        tls::check_settled(fd, flow, layer)?;
+    }
     // Late, so that little can arrive between this and a detach.
-    let (control, urgent, path, ()) = standing_still(fd, |control, marked| {
+    let (mut control, urgent, path, ()) = standing_still(fd, decrypts, |control, marked| {
+        if layer.is_some() {
+            tls::check_state(control.state, control.reset)?;
+        }
+        if let Some(arrived) = arrived.as_mut().filter(|_| decrypts) {
+            // Last of all that can fail: the socket does not have it any more.
+            connection.send_queue.clear();
+            return arrived.take_in(fd);
+        }
         queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
         queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, marked)
     })?;
+    // Again: the number of the next record has moved.
+    connection.tls = if layer.is_some() { tls::read(fd)? } else { None };
+    if let (Some(tls), Some(arrived)) = (connection.tls.as_mut().filter(|_| decrypts), arrived) {
+        tls.unread.clone_from(&arrived.records);
+        connection.receive_queue.clone_from(&arrived.rest);
+        control.inq_len = arrived.rest.len() as u32;
+    }
     connection.urgent = urgent;
     connection.path = Some(path);
     connection.control = control;
@@ -75,9 +109,17 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
         queue::peek_uninit(fd, queue, room.as_mut(), length, marked)?;
         Ok(room)
     };
-    let (control, urgent, path, (send_queue, receive_queue)) = standing_still(fd, |control, marked| {
-        Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))
-    })?;
+    if tls::has_layer(fd)? {
+        let what = "a socket with an upper layer protocol (kTLS)";
+        return Err(Error::refused(
+            what,
+            "its keys have no place in the plain structure: save it as a whole (C: libsoccr_write)",
+        ));
+    }
+    let (control, urgent, path, (send_queue, receive_queue)) =
+        standing_still(fd, false, |control, marked| {
+            Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))
+        })?;
     Ok(Bare { control, urgent, path, receive_queue, send_queue })
 }
 
@@ -85,10 +127,11 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
 /// receive queue. All of it has stood still meanwhile.
 fn standing_still<T>(
     fd: BorrowedFd<'_>,
+    decrypts: bool,
     mut read_queues: impl FnMut(&ControlBlock, bool) -> Result<T>,
 ) -> Result<(ControlBlock, Option<Urgent>, Path, T)> {
     let mut read = || {
-        let (control, urgent, path) = control_block(fd)?;
+        let (control, urgent, path) = control_block(fd, decrypts)?;
         let queues = read_queues(&control, urgent.is_some())?;
         match is_unchanged(fd, Position::of(&control))? {
             true => Ok((control, urgent, path, queues)),
@@ -106,13 +149,14 @@ fn standing_still<T>(
 
 /// Reads everything but the queues' bytes and the addresses. Leaves the receive queue selected, for
 /// [`is_unchanged`]: beside fifty reads of options every call counts.
-fn control_block(fd: BorrowedFd<'_>) -> Result<(ControlBlock, Option<Urgent>, Path)> {
+fn control_block(fd: BorrowedFd<'_>, decrypts: bool) -> Result<(ControlBlock, Option<Urgent>, Path)> {
     let write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let info = tcp::info(fd)?;
     let mut state = kernel_state(&info)?;
-    let reset = check_savable(fd, state)?;
-    let (inq_len, urgent) = queue::receive_queue_extent(fd, reset)?;
+    let reset = check_savable(fd, state, decrypts)?;
+    // The TLS layer answers in the place of TCP to whoever looks into the queue.
+    let (inq_len, urgent) = if decrypts { (0, None) } else { queue::receive_queue_extent(fd, reset)? };
     let (mut unacknowledged, mut unsent) = (tcp::unacknowledged(fd)?, tcp::unsent(fd)?);
     let mut write_seq = write_seq;
     if reset {
@@ -223,7 +267,7 @@ fn path(info: &TcpInfo) -> Path {
 
 /// Refuses what cannot be carried without loss, whatever a dump would return. True where the connection is broken, and the
 /// application has not been told.
-fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<bool> {
+fn check_savable(fd: BorrowedFd<'_>, state: State, decrypts: bool) -> Result<bool> {
     let refuse = |what, remedy| Err(Error::refused(what, remedy));
     let events = pending(fd)?;
     // SO_ERROR would tell more, and take it from the application. Where nothing is in the error queue, it is an error
@@ -238,19 +282,8 @@ fn check_savable(fd: BorrowedFd<'_>, state: State) -> Result<bool> {
     if state == State::Close && !events.contains(PollFlags::RDHUP) {
         return refuse("a socket that is not connected", "there is no connection to save");
     }
-    // TLS in the kernel: its keys cannot be read, and the queues hold what they encrypt.
-    let mut upper_layer = [0; 16];
-    match sockopt::get_bytes(fd, tcp::SOL_TCP, libc::TCP_ULP, &mut upper_layer) {
-        Ok(0) => {}
-        // Linux 4.13
-        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
-        Ok(_) => {
-            return refuse(
-                "a socket with an upper layer protocol (kTLS)",
-                "the kernel does not give its keys away",
-            );
-        }
-        Err(error) => return Err(Error::system("TCP_ULP", error)),
+    if decrypts {
+        return Ok(reset);
     }
     // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place.
     match retry_on_intr(|| recv(fd, &mut [0; 0], RecvFlags::DONTWAIT)) {

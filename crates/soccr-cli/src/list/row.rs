@@ -33,6 +33,8 @@ pub(super) struct Row {
     pub(super) processes: Vec<Owner>,
     pub(super) savable: bool,
     pub(super) why_not: Option<&'static str>,
+    /// What the kernel encrypts and decrypts.
+    pub(super) tls: Option<String>,
     /// A connection that can be saved, but is known by other addresses outside.
     pub(super) nat: Option<Translated>,
 }
@@ -98,6 +100,7 @@ impl Row {
             processes,
             savable: why_not.is_none(),
             why_not,
+            tls: socket.tls().map(|tls| tls.to_string()),
             nat: None,
         }
     }
@@ -111,7 +114,10 @@ pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> 
         State::TimeWait => Some("closed: belongs to no process"),
         State::Close => Some("not connected"),
         _ if socket.is_mptcp() => Some("MPTCP: the kernel cannot repair it"),
-        _ if socket.upper_layer() == Some("tls") => Some("kTLS: the kernel does not give its keys away"),
+        _ if socket.upper_layer() == Some("tls") => {
+            let refusal = socket.tls().and_then(|tls| tls.refusal());
+            refusal.or(Some("kTLS: only a program that has its session can hand it over"))
+        }
         _ if socket.upper_layer().is_some() => Some("the kernel speaks a protocol over it"),
         _ if socket.inode == 0 => Some("orphan: its process has closed it, or not accepted it yet"),
         _ if held.is_empty() => Some("its process is not visible: run as root"),

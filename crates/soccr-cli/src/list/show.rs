@@ -59,7 +59,10 @@ pub(super) fn table(rows: &[Row]) -> io::Result<()> {
             or_dash(traffic.map(|traffic| traffic.retransmissions().to_string())),
             or_dash(row.congestion_control.clone()),
             match (row.why_not, row.nat) {
-                (Some(reason), _) => reason.into(),
+                (Some(reason), _) => match &row.tls {
+                    Some(tls) => format!("{reason} ({tls})"),
+                    None => reason.into(),
+                },
                 (None, Some(nat)) => format!("yes, but {nat}"),
                 (None, None) => "yes".into(),
             },

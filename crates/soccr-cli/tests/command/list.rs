@@ -128,7 +128,7 @@ fn a_connection_with_tls_of_the_kernel_cannot_be_saved() {
     }
     let sockets = json(&["list", "--json", "--pid", &program.pid(), "--state", "established"]);
     let reasons = sockets.iter().filter_map(|socket| socket["why_not"].as_str());
-    assert_eq!(reasons.collect::<Vec<_>>(), ["kTLS: the kernel does not give its keys away"]);
+    assert_eq!(reasons.collect::<Vec<_>>(), ["kernel TLS without keys"]);
     assert_eq!(descriptors(&program.pid()).len(), 1);
 }
 

@@ -302,6 +302,7 @@ impl Socket {
             nonblocking: self.flags & O_NONBLOCK != 0,
             tracked: None,
             owner: None,
+            tls: None,
         };
         connection.validate().map_err(|error| Error::invalid(error.to_string()).at(place))?;
         Ok(connection)

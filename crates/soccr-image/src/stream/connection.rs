@@ -12,6 +12,7 @@ use soccr::{Connection, Flow};
 
 use super::field::{self, CRITICAL, Value, tag};
 use super::record::{self, Payload, kind};
+use super::tls;
 use crate::error::{Error, Result};
 
 /// Bits of the options field. An unknown one makes a connection that cannot be understood.
@@ -47,7 +48,8 @@ pub(super) fn write(
         field::put(small, tag::NAME, |out| out.extend_from_slice(name.as_bytes()));
     }
     put_fields(small, connection).map_err(|error| error.of(id, name))?;
-    let queues = [&connection.receive_queue[..], &connection.send_queue[..]];
+    let receive_queue = tls::whole_queue(connection);
+    let queues = [&receive_queue[..], &connection.send_queue[..]];
     let cuts = [tag::RECEIVE_QUEUE, tag::SEND_QUEUE].map(|tag| {
         let queue = queues[usize::from(tag == tag::SEND_QUEUE)];
         if !queue.is_empty() {
@@ -122,6 +124,9 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
     }
     if let Some(owner) = connection.owner {
         u32s(tag::OWNER, out, &[owner.user, owner.group]);
+    }
+    if let Some(tls) = &connection.tls {
+        field::put(out, tag::TLS, |out| tls::write(out, tls));
     }
     if settings.iter().count() > SETTINGS_LIMIT {
         return Err(Error::invalid("more than 256 settings"));
@@ -209,6 +214,7 @@ pub(super) struct Fields {
     nonblocking: bool,
     tracked: Option<Tracked>,
     owner: Option<Owner>,
+    tls: Option<tls::Layer>,
     reset: bool,
 }
 
@@ -287,6 +293,7 @@ impl Fields {
                 let wire = Flow { local: address(v)?, remote: address(v)? };
                 self.tracked = Some(Tracked { wire, initiator: v.flag()?, mark: v.u32()? });
             }
+            tag::TLS => self.tls = Some(tls::read(v)?),
             tag::OWNER => self.owner = Some(Owner { user: v.u32()?, group: v.u32()? }),
             _ => self.setting(v)?,
         }
@@ -316,7 +323,8 @@ impl Fields {
     /// Puts the fields together.
     pub(super) fn connection(self) -> Result<Connection> {
         let missing = |what: &'static str| move || Error::damaged(format!("{what} is missing"));
-        let [receive_queue, send_queue] = self.queues;
+        let [mut receive_queue, send_queue] = self.queues;
+        let tls = self.tls.map(|layer| layer.with_records(&mut receive_queue)).transpose()?;
         Ok(Connection {
             local: self.local.ok_or_else(missing("the local address"))?,
             remote: self.remote.ok_or_else(missing("the remote address"))?,
@@ -339,6 +347,7 @@ impl Fields {
             nonblocking: self.nonblocking,
             tracked: self.tracked,
             owner: self.owner,
+            tls,
         })
     }
 }
@@ -349,6 +358,7 @@ fn known(tag: u16) -> bool {
         tag,
         tag::NAME | tag::LOCAL | tag::REMOTE | tag::CONTROL | tag::OPTIONS | tag::WINDOW_SCALE | tag::TIMESTAMPS
             | tag::WINDOW | tag::URGENT | tag::BUFFERS | tag::PATH | tag::SETTING | tag::TRACKED | tag::OWNER
+            | tag::TLS
     )
 }
 

@@ -39,6 +39,7 @@ pub(super) mod tag {
     pub(in super::super) const SEND_QUEUE: u16 = 28 | CRITICAL;
     pub(in super::super) const TRACKED: u16 = 40 | CRITICAL;
     pub(in super::super) const OWNER: u16 = 41;
+    pub(in super::super) const TLS: u16 = 42 | CRITICAL;
 }
 
 /// Appends a field whose value `body` writes.

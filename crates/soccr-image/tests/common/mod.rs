@@ -58,6 +58,7 @@ pub fn sample() -> Connection {
         nonblocking: true,
         tracked: None,
         owner: None,
+        tls: None,
     }
 }
 
@@ -227,6 +228,7 @@ pub fn connection() -> impl Strategy<Value = Connection> {
                 nonblocking,
                 tracked: None,
                 owner: (rcv_nxt & 1 == 1).then_some(Owner { user: write_seq, group: rcv_nxt }),
+                tls: None,
             };
             connection.validate().unwrap();
             connection

@@ -47,6 +47,12 @@ pub(super) fn in_connection(connection: &Connection) -> Result<()> {
     if connection.settings.get(MD5).is_some() {
         return refuse("TCP MD5", "restore it into a program that takes descriptors");
     }
+    if connection.tls.is_some() {
+        return refuse(
+            "kernel TLS",
+            "its server would begin a handshake: restore it into a program that has the session",
+        );
+    }
     let link_local =
         |end: SocketAddr| matches!(end.ip(), IpAddr::V6(address) if address.is_unicast_link_local());
     if link_local(connection.local) || link_local(connection.remote) {

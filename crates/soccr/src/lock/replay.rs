@@ -13,6 +13,7 @@ use crate::queue;
 use crate::segment::{Run, flags};
 use crate::sys::raw::Inward;
 use crate::sys::tcp;
+use crate::tls;
 
 /// With what the kernel adds this fills its 64 KiB of memory. More would take 128 KiB of the receive buffer,
 /// and the peer's window allows for no such waste.
@@ -82,10 +83,12 @@ impl Replay {
         Ok(self.count)
     }
 
-    /// Whether this socket is the connection, and in repair mode.
+    /// Whether this socket is the connection, in repair mode, and TCP alone.
     fn is_restored_in(&self, socket: BorrowedFd<'_>) -> bool {
         Flow::of(&socket).is_ok_and(|flow| flow.on_the_wire() == self.flow.on_the_wire())
             && tcp::in_repair(socket).unwrap_or(false)
+            // It would take what is written for bytes of the application.
+            && !tls::has_layer(socket).unwrap_or(true)
     }
 
     fn inject(&mut self, way: &Inward<'_>, mut run: Run) -> Result<()> {

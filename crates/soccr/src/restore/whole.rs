@@ -7,7 +7,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::{Restore, bind, bind_anew, connect};
 use crate::congestion;
-use crate::connection::{Connection, Owner, State};
+use crate::connection::{Connection, ControlBlock, Owner, State};
 use crate::error::{Error, Result};
 use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
@@ -56,6 +56,7 @@ impl Connection {
             // The first time it takes long, and from here on the timers of a socket run.
             congestion::prepare();
         }
+        let receive_queue = self.raw_receive_queue()?;
         let mut skipped = Vec::new();
         let socket = self.open(&mut skipped)?;
         let report = if self.control.state == State::SynSent {
@@ -66,9 +67,14 @@ impl Connection {
             }
             Report::default()
         } else {
-            let mut steps = self.connect(injectors, socket.as_fd(), &mut skipped)?;
-            steps.fill_receive_queue(injectors, &self.receive_queue, self.urgent)?;
+            let control = ControlBlock { inq_len: receive_queue.len() as u32, ..self.control.clone() };
+            let mut steps = self.connect(injectors, socket.as_fd(), control, &mut skipped)?;
+            steps.fill_receive_queue(injectors, &receive_queue, self.urgent)?;
             steps.fill_send_queue(&self.send_queue)?;
+            if let Some(tls) = &self.tls {
+                // Behind the bytes that are encrypted already, and before a FIN.
+                tls.attach(socket.as_fd())?;
+            }
             steps.complete(injectors)?;
             self.apply(socket.as_fd(), Stage::Injected, &mut skipped);
             self.apply(socket.as_fd(), Stage::Last, &mut skipped);
@@ -94,10 +100,11 @@ impl Connection {
         &self,
         injectors: &mut Injectors,
         fd: BorrowedFd<'fd>,
+        control: ControlBlock,
         skipped: &mut Vec<Skipped>,
     ) -> Result<Restore<'fd>> {
         tcp::set_repair(fd, Repair::On)?;
-        let mut steps = Restore::start(fd, self.control.clone(), self.buffers)?;
+        let mut steps = Restore::start(fd, control, self.buffers)?;
         if let Some(path) = self.path {
             steps = steps.path(path)?;
         }

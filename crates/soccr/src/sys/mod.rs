@@ -10,3 +10,4 @@ pub(crate) mod raw;
 pub(crate) mod route;
 pub(crate) mod sockopt;
 pub(crate) mod tcp;
+pub(crate) mod tls;

@@ -164,7 +164,7 @@ pub fn an_mptcp_socket_is_refused() {
 pub fn an_upper_layer_protocol_is_refused() {
     let ends = Ends::new(Family::V4);
     match sys::set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls\0") {
-        Ok(()) => drop(assert_refused(save(&ends.ours), "save", "kTLS", "keys")),
+        Ok(()) => drop(assert_refused(save(&ends.ours), "save", "kernel TLS", "handshake")),
         Err(error) => eprintln!("skipped: no kTLS here: {error}"),
     }
 }

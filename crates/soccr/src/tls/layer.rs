@@ -1,0 +1,234 @@
+//! The TLS layer of a socket: what it is, whether part of a record waits in it, and how it is put on a restored socket.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use super::{APPLICATION_DATA, Cipher, Secrets, Summary, Tls, Version};
+use crate::buffers::{self, Memory};
+use crate::connection::{Buffers, Flow};
+use crate::diag::Diag;
+use crate::error::{Error, Result};
+use crate::sys::tcp;
+use crate::sys::tls::{self, Direction};
+
+/// What helps where a part of a connection with TLS is out of reach.
+const SETTLE: &str = "call `soccr::tls::settle` before the lock, while nobody writes";
+
+/// With less, the kernel may take the beginning of a record out of TCP, and nothing shows it (`SO_RCVBUF` in bytes).
+const LEAST_RECEIVE_BUFFER: u32 = 32_000;
+
+/// Longer waits would be felt, shorter ones only compute.
+const LOOK_AGAIN: Duration = Duration::from_micros(500);
+
+/// Some protocol is on top of TCP in the kernel.
+pub(crate) fn has_layer(fd: BorrowedFd<'_>) -> Result<bool> {
+    Ok(!tls::upper_layer(fd)?.is_empty())
+}
+
+/// The TLS layer of a socket, nothing yet read from it; `None` where there is no layer.
+///
+/// # Errors
+/// Refused: what cannot be carried, by its name.
+pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Option<Tls>> {
+    match &tls::upper_layer(fd)?[..] {
+        [] => Ok(None),
+        b"tls" => read_tls(fd).map(Some),
+        other => {
+            let name = String::from_utf8_lossy(other).escape_debug().to_string();
+            Err(refused(
+                format!("a socket with the upper layer protocol {name}"),
+                "only kernel TLS is carried",
+            ))
+        }
+    }
+}
+
+fn read_tls(fd: BorrowedFd<'_>) -> Result<Tls> {
+    let kinds = [tls::kind(fd, Direction::Transmit)?, tls::kind(fd, Direction::Receive)?];
+    let Some(kind) = kinds[0].or(kinds[1]) else {
+        return Err(refused("kernel TLS without keys", "save it before or after its handshake"));
+    };
+    let (Some(version), Some(cipher)) = (Version::from_wire(kind.0), Cipher::from_kernel(kind.1)) else {
+        let what = format!("kernel TLS of version {:#06x} with cipher {}", kind.0, kind.1);
+        return Err(refused(
+            what,
+            "AES-GCM, AES-CCM-128 and ChaCha20-Poly1305 of TLS 1.2 and 1.3 are carried",
+        ));
+    };
+    if kinds.iter().flatten().any(|other| *other != kind) {
+        return Err(refused("kernel TLS with two ciphers", "both directions have the same in TLS"));
+    }
+    if tls::limits_records(fd)? {
+        return Err(refused(
+            "kernel TLS with records of a limited size",
+            "TLS_TX_MAX_PAYLOAD_LEN is not carried",
+        ));
+    }
+    let secrets = |direction: Direction| {
+        let there = kinds[usize::from(direction == Direction::Receive)].is_some();
+        there.then(|| tls::secrets(fd, direction, cipher.secrets_len()).map(Secrets)).transpose()
+    };
+    let (transmit, receive) = (secrets(Direction::Transmit)?, secrets(Direction::Receive)?);
+    Ok(Tls {
+        version,
+        cipher,
+        zerocopy_sendfile: transmit.is_some() && tls::zerocopy_sendfile(fd)?,
+        expect_no_padding: receive.is_some() && tls::expects_no_padding(fd)?,
+        transmit,
+        receive,
+        unread: Vec::new(),
+    })
+}
+
+fn refused(what: impl Into<std::borrow::Cow<'static, str>>, remedy: &'static str) -> Error {
+    Error::refused(what, remedy)
+}
+
+/// Refuses what would be lost, before anything is read: an offload to a device, a part of a record within the layer, bytes in a
+/// send queue that does not show itself.
+pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls) -> Result<()> {
+    let summary = Diag::beside(fd)?.describe(fd, flow, |socket| socket.tls())?;
+    let Some(summary) = summary else {
+        return Err(refused(
+            "kernel TLS that sock_diag does not describe",
+            "it tells whether a device does the work",
+        ));
+    };
+    if let Some(what) = summary.refusal() {
+        return Err(refused(what, "only what the kernel does itself is carried"));
+    }
+    let memory = buffers::read(fd)?;
+    if tls.receive.is_some() {
+        if memory.buffers.receive < LEAST_RECEIVE_BUFFER {
+            let what = format!("kernel TLS with a receive buffer of {} bytes", memory.buffers.receive);
+            return Err(refused(
+                what,
+                "it hides half records: let the application set SO_RCVBUF to 16000 or more",
+            ));
+        }
+        if tcp::at_mark(fd)? {
+            return Err(refused(
+                "an urgent mark in a TLS connection",
+                "the kernel decrypts nothing behind it",
+            ));
+        }
+        if tcp::unacknowledged(fd)? > fin_queued(fd)? {
+            let what = "unacknowledged bytes of a socket on which the kernel decrypts";
+            return Err(refused(what, SETTLE));
+        }
+    }
+    if tls.transmit.is_some() && holds_bytes(&memory) {
+        return Err(refused("a part of a record that TLS has not given to TCP", SETTLE));
+    }
+    Ok(())
+}
+
+/// The FIN counts as one of the bytes that are not acknowledged.
+fn fin_queued(fd: BorrowedFd<'_>) -> Result<u32> {
+    let state = crate::save::state(fd)?;
+    Ok(u32::from(state.fin_queued() && !state.fin_acknowledged()))
+}
+
+/// Bytes lie between the application and TCP.
+///
+/// No call tells, but the kernel's book-keeping does: it reserves memory for a socket by pages, and what is neither free nor
+/// charged to one of TCP's queues is charged to the TLS layer.
+fn holds_bytes(memory: &Memory) -> bool {
+    let page = rustix::param::page_size() as u32;
+    !memory.reserved.is_multiple_of(page)
+}
+
+/// Brings a socket with kernel TLS to where [`save`](crate::Paused::save) can read it whole: no record is open
+/// (`MSG_MORE`) or half on its way into TCP; and where the kernel decrypts, the peer has acknowledged everything, within
+/// `limit`. To be called before the lock, while nobody writes to the socket. Other sockets are left alone.
+///
+/// # Errors
+/// - Refused: TLS that is not carried; a peer that does not acknowledge in time. Nothing has changed for the application.
+/// - System: the option.
+pub fn settle<Fd: AsFd + ?Sized>(socket: &Fd, limit: Duration) -> Result<()> {
+    let fd = socket.as_fd();
+    read(fd)
+        .and_then(|tls| tls.map_or(Ok(()), |tls| settle_layer(fd, &tls, Instant::now() + limit)))
+        .map_err(|error| error.at("settle"))
+}
+
+fn settle_layer(fd: BorrowedFd<'_>, tls: &Tls, deadline: Instant) -> Result<()> {
+    if tls.transmit.is_none() {
+        return wait(fd, tls, deadline);
+    }
+    let sent = tls::send(fd, APPLICATION_DATA, &[]).or_else(|error| match error.kind() {
+        // The record is closed, and half on its way.
+        std::io::ErrorKind::WouldBlock => Ok(0),
+        _ => Err(error),
+    });
+    sent.map_err(|error| Error::system("sendmsg", error))?;
+    // A larger send buffer, once it is set, sets half records in motion.
+    let before = buffers::read(fd)?.buffers;
+    let grown = Buffers { send: before.send.saturating_add(2 << 20).min(i32::MAX as u32), ..before };
+    let waited = buffers::write(fd, before, grown).and_then(|_| wait(fd, tls, deadline));
+    let now = buffers::read(fd)?.buffers;
+    buffers::write(fd, now, before)?;
+    waited
+}
+
+fn wait(fd: BorrowedFd<'_>, tls: &Tls, deadline: Instant) -> Result<()> {
+    loop {
+        let unacknowledged = tcp::unacknowledged(fd)?;
+        let drained = tls.receive.is_none() || unacknowledged <= fin_queued(fd)?;
+        if drained && (tls.transmit.is_none() || !holds_bytes(&buffers::read(fd)?)) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            let what = format!("{unacknowledged} bytes that the peer does not acknowledge");
+            let remedy = "a socket on which the kernel decrypts cannot be saved with them: let the peer read, or wait longer";
+            return Err(refused(what, remedy));
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+impl Tls {
+    /// Puts the layer on a socket that is ESTABLISHED and has its queues, and reads it back.
+    pub(crate) fn attach(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        let kind = (self.version as u16, self.cipher as u16);
+        let receive = self.receive.as_ref().map(|secrets| secrets.before(self.fragments().count() as u64));
+        tls::set_upper_layer(fd)?;
+        if let Some(receive) = &receive {
+            tls::set_secrets(fd, Direction::Receive, kind, receive.as_bytes())?;
+            if self.expect_no_padding {
+                tls::set_expect_no_padding(fd)?;
+            }
+        }
+        // From here on everything that is written is encrypted.
+        if let Some(transmit) = &self.transmit {
+            tls::set_secrets(fd, Direction::Transmit, kind, transmit.as_bytes())?;
+            if self.zerocopy_sendfile {
+                tls::set_zerocopy_sendfile(fd)?;
+            }
+        }
+        let wanted = Self { receive, unread: Vec::new(), ..self.without_records() };
+        match read(fd)? {
+            Some(now) if now == wanted => Ok(()),
+            _ => Err(refused("a TLS layer that differs from what was set", "this kernel's TLS is not known")),
+        }
+    }
+
+    fn without_records(&self) -> Self {
+        Self { transmit: self.transmit.clone(), receive: None, unread: Vec::new(), ..*self }
+    }
+}
+
+impl Summary {
+    /// From the numbers that `sock_diag` tells: version, cipher, and who does the work in each direction.
+    pub(crate) fn of(version: u16, cipher: u16, transmit: u16, receive: u16) -> Self {
+        /// `TLS_CONF_SW`; below it nobody does the work, above it a device.
+        const SOFTWARE: u16 = 2;
+        Self {
+            version: Version::from_wire(version),
+            cipher: Cipher::from_kernel(cipher),
+            transmit: transmit >= SOFTWARE,
+            receive: receive >= SOFTWARE,
+            offloaded: transmit > SOFTWARE || receive > SOFTWARE,
+        }
+    }
+}

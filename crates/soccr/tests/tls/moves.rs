@@ -1,0 +1,122 @@
+//! Moves while both ends write and read.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::net::{SendFlags, send};
+use soccr::tls::{Cipher, Version};
+use soccr_lab::{Flags, Sniffer};
+
+use crate::ends::Ends;
+
+/// Of each connection.
+const MOVES: usize = 25;
+/// What our end does between two of them.
+const ROUNDS: usize = 12;
+
+pub fn aes_gcm_128() {
+    move_often(Cipher::AesGcm128);
+}
+
+pub fn aes_gcm_256() {
+    move_often(Cipher::AesGcm256);
+}
+
+pub fn aes_ccm_128() {
+    move_often(Cipher::AesCcm128);
+}
+
+pub fn chacha20_poly1305() {
+    move_often(Cipher::ChaCha20Poly1305);
+}
+
+fn move_often(cipher: Cipher) {
+    for version in [Version::Tls12, Version::Tls13] {
+        for connect in [Ends::both, Ends::transmitting] {
+            let Some(ends) = connect((version, cipher)) else { return };
+            under_traffic(ends);
+        }
+    }
+}
+
+fn under_traffic(mut ends: Ends) {
+    let mut resets = [&ends.pair.a, &ends.pair.b]
+        .map(|host| Sniffer::flagged(&host.namespace, "eth0", Flags::RST).unwrap());
+    let stop = Arc::new(AtomicBool::new(false));
+    let (reader, writer) = (ends.peer.try_clone().unwrap(), ends.peer.try_clone().unwrap());
+    let reader = std::thread::spawn(move || read_pattern(reader));
+    let writer = std::thread::spawn({
+        let stop = stop.clone();
+        move || write_pattern(writer, &stop)
+    });
+    let (mut written, mut read) = (0, 0);
+    for _ in 0..MOVES {
+        ends.ours.set_nonblocking(true).unwrap();
+        for round in 0..ROUNDS {
+            let length = 700 + written % 9000;
+            let more = if round % 5 == 0 { SendFlags::MORE } else { SendFlags::empty() };
+            match send(&ends.ours, &pattern(written, length), more | SendFlags::NOSIGNAL) {
+                Ok(length) => written += length,
+                Err(rustix::io::Errno::AGAIN) => {}
+                Err(error) => panic!("{error}"),
+            }
+            let mut bytes = vec![0; 1000 + read % 7000];
+            match ends.ours.read(&mut bytes) {
+                Ok(length) => check(&mut read, &bytes[..length]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        ends = ends.move_ours();
+    }
+    ends.ours.set_nonblocking(false).unwrap();
+    stop.store(true, Ordering::Relaxed);
+    soccr::tls::settle(&ends.ours, std::time::Duration::from_secs(20)).unwrap();
+    ends.ours.shutdown(Shutdown::Write).unwrap();
+    let mut bytes = vec![0; 1 << 16];
+    loop {
+        match ends.ours.read(&mut bytes).unwrap() {
+            0 => break,
+            length => check(&mut read, &bytes[..length]),
+        }
+    }
+    assert_eq!(reader.join().unwrap(), written, "what our end wrote and the peer read");
+    assert_eq!(writer.join().unwrap(), read, "what the peer wrote and our end read");
+    assert!(written > 0 && read > 0);
+    for resets in &mut resets {
+        assert_eq!(resets.segments().unwrap().len(), 0);
+    }
+}
+
+/// Bytes of a stream that tell where they belong.
+fn pattern(start: usize, length: usize) -> Vec<u8> {
+    (start..start + length).map(|place| (place % 251) as u8 ^ (place >> 12) as u8).collect()
+}
+
+fn check(position: &mut usize, bytes: &[u8]) {
+    assert!(bytes == pattern(*position, bytes.len()), "other bytes from {position} on");
+    *position += bytes.len();
+}
+
+fn read_pattern(mut stream: TcpStream) -> usize {
+    let (mut bytes, mut read) = (vec![0; 1 << 16], 0);
+    loop {
+        match stream.read(&mut bytes).unwrap() {
+            0 => return read,
+            length => check(&mut read, &bytes[..length]),
+        }
+    }
+}
+
+fn write_pattern(mut stream: TcpStream, stop: &AtomicBool) -> usize {
+    let mut written = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let length = 500 + written % 12_000;
+        stream.write_all(&pattern(written, length)).unwrap();
+        written += length;
+    }
+    stream.shutdown(Shutdown::Write).unwrap();
+    written
+}
