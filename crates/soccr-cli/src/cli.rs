@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
+use rustix::process::Pid;
 
 use crate::exit::Exit;
 use crate::{
@@ -85,4 +86,9 @@ pub(crate) fn public() -> clap::Command {
         .after_help(EXAMPLES)
         .after_long_help(format!("{EXAMPLES}\n\n{}", exit::HELP))
         .subcommands(shown.cloned())
+}
+
+/// Reads a process number of the command line.
+pub(crate) fn parse_pid(text: &str) -> Result<Pid, String> {
+    text.parse().ok().filter(|number| *number > 0).and_then(Pid::from_raw).ok_or("a positive number".into())
 }

@@ -10,9 +10,10 @@ use clap_complete::env::{CompleteEnv, Shells};
 use rustix::process::Pid;
 use soccr::diag::Diag;
 use soccr::lock::PersistentLock;
+use soccr_handover::foreign::process;
 
+use crate::cli;
 use crate::exit::{self, Exit};
-use crate::{cli, process};
 
 /// Set by the scripts that `soccr completions` prints: the shell that asks.
 const ASKS: &str = "SOCCR_COMPLETE";
@@ -67,7 +68,7 @@ pub(crate) fn processes() -> ArgValueCandidates {
 pub(crate) fn descriptors() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let mut words = std::env::args().skip_while(|word| word != "--pid").skip(1);
-        let Some(pid) = words.next().and_then(|word| process::parse_pid(&word).ok()) else {
+        let Some(pid) = words.next().and_then(|word| cli::parse_pid(&word).ok()) else {
             return Vec::new();
         };
         let mut descriptors = Vec::new();

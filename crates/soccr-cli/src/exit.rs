@@ -60,12 +60,15 @@ pub(crate) fn complain(line: &str) {
     anstream::eprintln!("soccr: {line}");
 }
 
-/// An error with everything that it is about. The errors of the library tell their cause themselves.
+/// An error with everything that it is about. The errors of the libraries tell their cause themselves.
 pub(crate) fn line(error: &Error) -> String {
     let mut parts = Vec::new();
     for cause in error.chain() {
         parts.push(cause.to_string());
-        if cause.is::<soccr::Error>() || cause.is::<soccr_image::Error>() {
+        if cause.is::<soccr::Error>()
+            || cause.is::<soccr_handover::Error>()
+            || cause.is::<soccr_image::Error>()
+        {
             break;
         }
     }

@@ -67,7 +67,7 @@ impl Trust {
 }
 
 /// How well connections must come back
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Demands {
     /// Which socket options are set here: a mark or a filter concerns more than the connection; `receive` takes the safe ones, `restore`
     /// all
@@ -83,8 +83,8 @@ pub(crate) struct Demands {
 
 /// Reports, as they are collected.
 #[derive(Debug)]
-pub(crate) struct Reports<'a> {
-    demands: &'a Demands,
+pub(crate) struct Reports {
+    demands: Demands,
     trust: Trust,
     all: Vec<Json>,
     /// What is missing and why: the first time in words, and how often.
@@ -93,13 +93,13 @@ pub(crate) struct Reports<'a> {
 
 impl Demands {
     /// Where nothing is said, options are taken as far as this `trust` goes.
-    pub(crate) fn reports(&self, trust: Trust) -> Reports<'_> {
+    pub(crate) fn reports(&self, trust: Trust) -> Reports {
         let trust = self.settings.unwrap_or(trust);
-        Reports { demands: self, trust, all: Vec::new(), missing: BTreeMap::new() }
+        Reports { demands: self.clone(), trust, all: Vec::new(), missing: BTreeMap::new() }
     }
 }
 
-impl Reports<'_> {
+impl Reports {
     /// Leaves out of a connection what is not to be believed.
     pub(crate) fn distrust(&mut self, connection: &mut Connection) -> Result<()> {
         /// By this mark our own packets pass every lock.

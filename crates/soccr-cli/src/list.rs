@@ -15,10 +15,11 @@ use rustix::process::Pid;
 use soccr::Flow;
 use soccr::connection::State;
 use soccr::diag::Diag;
+use soccr_handover::foreign::process;
 
+use crate::cli::parse_pid;
 use crate::exit::Exit;
 use crate::nat::Nat;
-use crate::process::{self, parse_pid};
 use crate::traffic::Traffic;
 use crate::{completions, exit, network};
 

@@ -12,7 +12,7 @@ use soccr::lock::PersistentLock;
 use crate::exit::{self, Exit};
 use crate::list::duration;
 use crate::table::{Align, Table};
-use crate::{completions, network, restore, silence};
+use crate::{completions, network, restore};
 
 /// Keep connections silent on this host: their packets are dropped, in both directions
 ///
@@ -90,7 +90,7 @@ impl Lock {
         }
         network::enter(self.netns.as_deref())?;
         if !self.list {
-            let name = self.name.clone().unwrap_or_else(silence::name);
+            let name = self.name.clone().unwrap_or_else(soccr_handover::silence::name);
             PersistentLock::create(&name, &flows, Some(Duration::from_secs(self.seconds)))?;
             return Ok(Exit::Done);
         }

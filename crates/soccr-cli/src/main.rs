@@ -1,15 +1,13 @@
 //! The `soccr` command.
 //!
-//! One file per subcommand; what several of them need has a room of its own: [`process`], [`stop`], [`keeper`], [`network`],
-//! [`captive`], [`silence`], [`handover`], [`rescue`], [`signals`], [`describe`], [`table`], [`exit`].
+//! One file per subcommand; what several of them need has a room of its own: [`selection`], [`network`], [`via`], [`handover`],
+//! [`rescue`], [`signals`], [`describe`], [`table`], [`exit`]. How connections are handed over is the affair of `soccr-handover`.
 
 mod adopt;
-mod captive;
 mod check;
 mod cli;
 mod completions;
 mod criu;
-mod delivery;
 mod demo;
 mod describe;
 mod descriptors;
@@ -18,14 +16,13 @@ mod fidelity;
 mod guide;
 mod handover;
 mod inspect;
-mod keeper;
 mod lifeline;
 mod list;
 mod lock;
 mod man;
 mod nat;
 mod network;
-mod process;
+mod pipe;
 mod progress;
 mod receive;
 mod relay;
@@ -36,13 +33,9 @@ mod save;
 mod selection;
 mod send;
 mod signals;
-mod silence;
-mod source;
 mod steer;
-mod stop;
 mod sys;
 mod table;
-mod target;
 mod traffic;
 mod via;
 

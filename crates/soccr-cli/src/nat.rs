@@ -7,8 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 use soccr::Flow;
 use soccr::conntrack::Tracking;
-
-use crate::network::Identity;
+use soccr_handover::foreign::namespace::Identity;
 
 /// Who knows what is translated.
 #[derive(Debug)]

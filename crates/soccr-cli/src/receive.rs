@@ -1,18 +1,24 @@
 //! `soccr receive`: connections out of a pipe, for a program.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::value_parser;
+use soccr::Restored;
+use soccr_handover::channel::Pair;
+use soccr_handover::{Announced, Event, Limits, Mover, Offer, Origin, Terms};
 use soccr_image::AddressMap;
 
-use crate::delivery::Steered;
 use crate::exit::{Coded, Exit};
-use crate::fidelity::{Demands, Trust};
-use crate::handover::Handover;
-use crate::target::{Target, Terms};
-use crate::{completions, descriptors, exit, lifeline, network};
+use crate::fidelity::{Demands, Reports, Trust};
+use crate::handover::{Handover, Recipient};
+use crate::lifeline::{self, Claim};
+use crate::signals::Bell;
+use crate::{completions, descriptors, exit, network};
 
 /// Receive connections from `soccr send`, and give them to a program
 ///
@@ -43,7 +49,7 @@ pub(crate) struct Receive {
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,
     /// When packets for an address that this host does not have are delivered here, to what has been received
-    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Steered::Auto)]
+    #[arg(long, value_name = "WHEN", value_enum, default_value = "auto")]
     steered: Steered,
     #[command(flatten)]
     demands: Demands,
@@ -51,35 +57,147 @@ pub(crate) struct Receive {
     handover: Handover,
 }
 
+/// When packets for an address that is not this host's are delivered.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum Steered {
+    /// Where the source steers them (`soccr send --steer`)
+    Auto,
+    /// Wherever they come from
+    Always,
+    /// Not by this command
+    Never,
+}
+
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
-        // Not while the connections wait for it.
-        soccr::prepare();
         let claim = lifeline::claim()?;
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
         descriptors::raise_limit();
-        let input = File::from(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?);
-        let limit = Duration::from_secs(self.timeout);
-        let terms = Terms { maps: &self.map, is_here: self.netns.is_some(), limit, steered: self.steered };
-        let mut target = Target::new(terms, &recipient, self.demands.reports(Trust::Safe), claim)?;
-        let broken = target.listen(input).err();
-        if let Some(error) = &broken {
-            exit::complain(&exit::line(error));
+        let terms = self.terms(recipient.capacity());
+        let intake = Intake {
+            recipient,
+            reports: self.demands.reports(Trust::Safe),
+            claim,
+            is_here: self.netns.is_some(),
+            is_heard: false,
+        };
+        let intake = Arc::new(Mutex::new(intake));
+        let bell = Bell::hang()?;
+        let counts = Arc::new(Counts::default());
+        let mover = self.mover(&counts)?;
+        let (read, write) = (rustix::stdio::stdin(), rustix::stdio::stdout());
+        let mut channel = Pair { read, write }.until(&bell, "this command has been asked to end");
+        let (arrived, outcome) =
+            mover.receive_all(&mut channel, terms.for_recipient(Arc::clone(&intake) as _));
+        let deaf = bell.deafen();
+        if let Err(error) = &outcome {
+            exit::complain(&error.to_string());
         }
-        let arrived = target.end();
-        if arrived.answered {
+        let Some(intake) = Arc::into_inner(intake) else { bail!("the hand-over is not over") };
+        let Intake { recipient, reports, is_heard, .. } =
+            intake.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = reports.tell() {
+            exit::complain(&exit::line(&error));
+        }
+        if is_heard {
             leave_pipe()?;
         }
-        if arrived.lost > 0 {
-            exit::complain(&format!("{} of the connections are lost", arrived.lost));
+        let (failed, lost) = (counts.failed.load(Ordering::Relaxed), counts.lost.load(Ordering::Relaxed));
+        if lost > 0 {
+            exit::complain(&format!("{lost} of the connections are lost"));
         }
-        match arrived.streams.len() {
-            0 if arrived.lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
-            0 if arrived.failed > 0 || broken.is_some() => bail!("no connection has arrived"),
+        let streams: Vec<TcpStream> =
+            arrived.into_iter().map(|arrived| arrived.into_stream()).collect::<Result<_, _>>()?;
+        match streams.len() {
+            0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
+            0 if failed > 0 || outcome.is_err() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
-            _ => recipient.give(arrived.streams, arrived.deaf),
+            _ => recipient.give(streams, deaf),
         }
+    }
+
+    fn terms(&self, capacity: usize) -> Terms {
+        let mut terms = Terms::default();
+        terms.map = self.map.clone();
+        terms.room = Some(capacity);
+        terms.takes_loopback = self.netns.is_some();
+        terms.steered = match self.steered {
+            Steered::Auto => soccr_handover::Steered::Auto,
+            Steered::Always => soccr_handover::Steered::Always,
+            Steered::Never => soccr_handover::Steered::Never,
+        };
+        terms
+    }
+
+    fn mover(&self, counts: &Arc<Counts>) -> Result<Mover> {
+        let mut limits = Limits::default();
+        limits.decision = Duration::from_secs(self.timeout);
+        limits.answer = limits.decision;
+        let counts = Arc::clone(counts);
+        let listener = move |event: Event<'_>| match event {
+            Event::Refused { number, reason } => {
+                counts.failed.fetch_add(1, Ordering::Relaxed);
+                exit::complain(&format!("connection {number}: {reason}"));
+            }
+            Event::Lost { number, reason } => {
+                counts.lost.fetch_add(1, Ordering::Relaxed);
+                exit::complain(&format!("connection {number}: lost: {reason}"));
+            }
+            Event::Warning(what) => exit::complain(what),
+            _ => {}
+        };
+        Ok(Mover::with(limits)?.on_event(listener))
+    }
+}
+
+/// How many connections have not arrived.
+#[derive(Default)]
+struct Counts {
+    failed: AtomicUsize,
+    lost: AtomicUsize,
+}
+
+/// What is asked about each connection.
+struct Intake {
+    recipient: Recipient,
+    reports: Reports,
+    claim: Claim,
+    /// The network namespace is named: it is the one that is meant.
+    is_here: bool,
+    /// The source listens.
+    is_heard: bool,
+}
+
+impl soccr_handover::Recipient for Intake {
+    fn expect(&mut self, announced: &Announced) -> Result<(), String> {
+        if announced.origin == Origin::SameHost && !self.is_here {
+            exit::complain(
+                "the connections come from another network namespace of this host; where they are to stay in it, name it \
+                 by --netns",
+            );
+        }
+        self.is_heard = announced.answers;
+        // One that does not listen may have let go of them already: they are rescued in the end.
+        let room = if announced.answers { self.recipient.check_room(announced.connections) } else { Ok(()) };
+        room.map_err(|error| exit::line(&error))
+    }
+
+    fn accept(&mut self, offer: &mut Offer<'_>) -> Result<(), String> {
+        if offer.is_state_critical {
+            return Err("it comes with a state of its application, which a program cannot be given".into());
+        }
+        let accepted =
+            self.reports.distrust(offer.connection).and_then(|()| self.recipient.check(offer.connection));
+        accepted.map_err(|error| exit::line(&error))
+    }
+
+    fn inspect(&mut self, name: &str, restored: &Restored) -> Result<(), String> {
+        self.reports.add(name, restored).map_err(|error| exit::line(&error))
+    }
+
+    fn take(&mut self, _: &str) {
+        self.claim.has_taken();
     }
 }
 

@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use soccr::Connection;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
+use soccr_handover::silence;
 
 use crate::exit::{self, Coded, Exit};
 use crate::signals::Deaf;
-use crate::silence::Silence;
 
 /// Saves the connections, each in the working directory or else in that for temporary files. The error says what became of
 /// them, after the `reason`.
@@ -46,7 +46,6 @@ pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyho
 /// What saving takes, for all of them together.
 struct Lifeboat {
     locker: Locker,
-    silence: Silence,
     /// Of the last image.
     number: usize,
 }
@@ -55,11 +54,7 @@ impl Lifeboat {
     fn aboard(boat: &mut Option<Self>) -> Result<&mut Self> {
         Ok(match boat {
             Some(boat) => boat,
-            None => boat.insert(Self {
-                locker: Locker::new(Mode::Drop)?,
-                silence: Silence::new(SILENCE),
-                number: 0,
-            }),
+            None => boat.insert(Self { locker: Locker::new(Mode::Drop)?, number: 0 }),
         })
     }
 
@@ -69,10 +64,10 @@ impl Lifeboat {
         let _lock = self.locker.lock(&[flow])?;
         let paused = soccr::pause(stream)?;
         let path = self.write(&paused.save()?)?;
-        self.silence.extend(vec![flow])?;
+        silence::begin(&[flow], SILENCE)?;
         if let Err(error) = paused.detach() {
             // It lives on here, if not for long.
-            let _ = self.silence.end_about(&[flow]);
+            let _ = silence::lift(&[flow]);
             let _ = std::fs::remove_file(&path);
             return Err(error.into());
         }
@@ -97,11 +92,5 @@ impl Lifeboat {
             }
         }
         Err(failure.context("there is nowhere to save it")?.into())
-    }
-}
-
-impl Drop for Lifeboat {
-    fn drop(&mut self) {
-        self.silence.stay();
     }
 }

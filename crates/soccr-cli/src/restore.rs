@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Flow, Restored};
+use soccr_handover::silence;
 use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Reader};
 
@@ -14,7 +15,7 @@ use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::signals::Deaf;
-use crate::{completions, descriptors, network, silence};
+use crate::{completions, descriptors, network};
 
 /// Give saved connections to a program
 ///
@@ -79,7 +80,9 @@ impl Restore {
         let deaf = Deaf::begin();
         saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
-        silence::lift(&flows)?;
+        for (Flow { local, remote }, name) in silence::lift(&flows)? {
+            exit::complain(&format!("{local} {remote}: still locked: see `soccr unlock {name}`"));
+        }
         lock.release_into(&restored.iter().collect::<Vec<_>>())?;
         let mut streams = Vec::with_capacity(restored.len());
         for (restored, flow) in restored.into_iter().zip(&flows) {

@@ -5,12 +5,11 @@ use std::os::fd::{AsFd, RawFd};
 use anyhow::{Context, Result};
 use rustix::process::Pid;
 use soccr::Paused;
+use soccr_handover::foreign::{Captive, Process, namespace};
 
-use crate::captive::Captive;
+use crate::cli::parse_pid;
 use crate::completions;
 use crate::exit::Exit;
-use crate::network;
-use crate::process::{Process, parse_pid};
 
 /// Let a connection go on that was left paused
 ///
@@ -33,10 +32,10 @@ impl Resume {
     pub(crate) fn run(&self) -> Result<Exit> {
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?;
         let resume = || -> Result<()> {
-            network::enter_of(captive.socket().as_fd())?;
-            Ok(Paused::take_over(captive.socket().as_fd())?.resume()?)
+            namespace::enter_of(captive.as_fd())?;
+            Ok(Paused::take_over(captive.as_fd())?.resume()?)
         };
-        resume().with_context(|| captive.name.clone())?;
+        resume().with_context(|| captive.name().to_owned())?;
         Ok(Exit::Done)
     }
 }

@@ -12,18 +12,16 @@ use clap::value_parser;
 use soccr::connection::{ControlBlock, Flow};
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Lock};
+use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
+use soccr_handover::{Seat, Users, silence};
 use soccr_image::AtomicFile;
 use soccr_image::stream::{Reader, Writer};
 
-use crate::captive::Captive;
+use crate::descriptors;
 use crate::exit::{self, Exit};
-use crate::keeper::Keeper;
-use crate::process::Sharing;
+use crate::pipe::{Output, Reading};
 use crate::selection::Selection;
 use crate::signals::Deaf;
-use crate::silence::Silence;
-use crate::via::{Deadline, Output, Reading};
-use crate::{descriptors, network};
 
 /// Save connections of running processes in a file
 ///
@@ -64,8 +62,8 @@ pub(crate) struct Save {
 
 /// A connection that is in the image, and still in its process.
 struct Saved {
-    captive: Captive,
-    flow: Flow,
+    name: String,
+    seat: Seat,
     control: ControlBlock,
     /// Dropped, it delivers what was held where the connection is still there.
     _lock: Lock,
@@ -83,16 +81,17 @@ impl Save {
             failed += 1;
         };
         let captives = self.selection.find(&mut fail)?;
-        let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
-        let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
+        let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
+        let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).collect();
         let sink = self.open()?;
         let mut keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
-        network::enter_of(sockets[0]).with_context(|| captives[0].name.clone())?;
+        namespace::enter_of(sockets[0]).with_context(|| captives[0].name().to_owned())?;
         let mut known = Vec::with_capacity(captives.len());
         for captive in captives.into_iter().map(|captive| captive.with_peer(self.peer)) {
-            match captive.flow() {
-                Ok(flow) => known.push((captive, flow)),
-                Err(error) => fail(error),
+            let name = captive.name().to_owned();
+            match captive.into_seat() {
+                Ok(seat) => known.push((name, seat)),
+                Err(error) => fail(error.into()),
             }
         }
         if known.is_empty() {
@@ -111,24 +110,24 @@ impl Save {
             keeper.go_on()?;
             return self.finish(image).map(|()| exit);
         }
-        let mut silence = Silence::new(Duration::from_secs(self.silence));
-        silence.extend(saved.iter().map(|saved| saved.flow).collect())?;
+        let flows: Vec<Flow> = saved.iter().map(|saved| saved.seat.flow()).collect();
+        silence::begin(&flows, Duration::from_secs(self.silence))?;
         // Until the image has its end and its name, it is none.
         let _deaf = Deaf::begin();
         let mut gone = Vec::with_capacity(saved.len());
         let taken = saved.iter().try_for_each(|saved| {
-            gone.push(saved.captive.let_go(&saved.control)?);
+            gone.push(saved.seat.let_go(&saved.control).with_context(|| saved.name.clone())?);
             Ok(())
         });
         if let Err(error) = taken.and_then(|()| self.finish(image)) {
             for (saved, connection) in saved.iter().zip(&gone) {
-                if let Err(error) = saved.captive.take_back(connection) {
-                    exit::complain(&exit::line(&error));
+                if let Err(error) = saved.seat.take_back(connection) {
+                    exit::complain(&format!("{}: {error}", saved.name));
                 }
             }
+            silence::lift(&flows)?;
             return Err(error);
         }
-        silence.stay();
         Ok(exit)
     }
 
@@ -136,7 +135,7 @@ impl Save {
     fn open(&self) -> Result<Sink> {
         let Some(path) = &self.output else {
             let stdout = rustix::stdio::stdout().try_clone_to_owned().context("standard output")?;
-            return Ok(Sink::Output(Output::new(stdout, Deadline::after(Duration::from_secs(self.timeout)))));
+            return Ok(Sink::Output(Output::new(stdout, Duration::from_secs(self.timeout))));
         };
         let begins_like_an_image = |file| Reader::new(file).is_ok();
         if !self.force && File::open(path).is_ok_and(begins_like_an_image) {
@@ -152,23 +151,23 @@ impl Save {
     fn write(
         &self,
         sink: Sink,
-        captives: Vec<(Captive, Flow)>,
+        seats: Vec<(String, Seat)>,
         locker: &Locker,
         fail: &mut impl FnMut(anyhow::Error),
     ) -> Result<(Writer<Sink>, Vec<Saved>)> {
-        let mut all: Vec<Saved> = Vec::with_capacity(captives.len());
+        let mut all: Vec<Saved> = Vec::with_capacity(seats.len());
         let mut connection = Connection::empty();
         let write = || {
             let mut writer = Writer::new(sink)?;
-            for (captive, flow) in captives {
-                let lock = locker.lock(&[flow])?;
-                match captive.save_into(&mut connection) {
+            for (name, seat) in seats {
+                let lock = locker.lock(&[seat.flow()])?;
+                match seat.save_into(&mut connection) {
                     Ok(()) => {
-                        writer.connection(all.len() as u32 + 1, &captive.name, &connection)?;
+                        writer.connection(all.len() as u32 + 1, &name, &connection)?;
                         let control = connection.control.clone();
-                        all.push(Saved { captive, flow, control, _lock: lock });
+                        all.push(Saved { name, seat, control, _lock: lock });
                     }
-                    Err(error) => fail(error),
+                    Err(error) => fail(anyhow::Error::new(error).context(name)),
                 }
             }
             writer.get_mut().settle()?;

@@ -5,12 +5,14 @@ use std::os::fd::{AsFd, RawFd};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Pid;
+use soccr_handover::foreign::namespace::{self, Identity};
+use soccr_handover::foreign::process::{self, Holder};
+use soccr_handover::foreign::{Captive, Process};
 
-use crate::captive::Captive;
+use crate::cli::parse_pid;
 use crate::completions;
 use crate::exit;
-use crate::network::{self, Identity};
-use crate::process::{self, Holder, Process, parse_pid};
+use crate::network;
 
 /// Connections of running processes
 #[derive(clap::Args, Debug)]
@@ -45,15 +47,15 @@ impl Selection {
         }
         let mut captives = self.select(fail)?;
         let Some(first) = captives.first() else { bail!("there is no such connection{}", self.elsewhere()) };
-        let first = Identity::of_socket(first.socket().as_fd())?;
-        captives.retain(|captive| match Identity::of_socket(captive.socket().as_fd()) {
+        let first = Identity::of_socket(first.as_fd())?;
+        captives.retain(|captive| match Identity::of_socket(captive.as_fd()) {
             Ok(identity) if identity == first => true,
             Ok(_) => {
-                fail(anyhow!("{}: it is in another network namespace: take it by itself", captive.name));
+                fail(anyhow!("{}: it is in another network namespace: take it by itself", captive.name()));
                 false
             }
             Err(error) => {
-                fail(error.context(captive.name.clone()));
+                fail(anyhow::Error::new(error).context(captive.name().to_owned()));
                 false
             }
         });
@@ -70,9 +72,9 @@ impl Selection {
             let process = Process::open(pid)?;
             for fd in &self.fd {
                 match Captive::new(&process, *fd) {
-                    Ok(captive) if seen.insert(captive.inode) => captives.push(captive),
+                    Ok(captive) if seen.insert(captive.inode()) => captives.push(captive),
                     Ok(_) => {}
-                    Err(error) => fail(error),
+                    Err(error) => fail(error.into()),
                 }
             }
             return Ok(captives);
@@ -93,7 +95,7 @@ impl Selection {
                 match Captive::find(&process, holder.fd) {
                     Ok(Some(captive)) if self.wants(&captive) => captives.push(captive),
                     Ok(_) => {}
-                    Err(error) if self.pid.is_some() => fail(error),
+                    Err(error) if self.pid.is_some() => fail(error.into()),
                     // Of a process that is none of our business, as far as we know.
                     Err(_) => {}
                 }
@@ -138,17 +140,17 @@ impl Selection {
 /// The peers of these would stay here, and find nobody.
 fn leave_out_local(captives: &mut Vec<Captive>) -> Result<()> {
     let remotes = || captives.iter().map(|captive| captive.flow().map(|flow| flow.remote));
-    let local = network::ask_beside(captives[0].socket().as_fd(), || {
+    let local = namespace::ask_beside(captives[0].as_fd(), || {
         remotes().map(|remote| remote.is_ok_and(network::is_local).into()).collect()
     })
-    .with_context(|| captives[0].name.clone())?;
+    .with_context(|| captives[0].name().to_owned())?;
     let mut local = local.into_iter().map(|local| local != 0);
     captives.retain(|captive| {
         let stays = local.next() == Some(true);
         if stays {
             exit::complain(&format!(
                 "{}: left out: its peer is this host itself (--with-local takes it)",
-                captive.name
+                captive.name()
             ));
         }
         !stays

@@ -1,25 +1,27 @@
 //! `soccr send`: connections of running processes, into a pipe.
 
 use std::io::IsTerminal;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::value_parser;
-use soccr::Flow;
+use rustix::io::ioctl_fionread;
+use soccr::steer::NextHop;
+use soccr_handover::channel::OneWay;
+use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
+use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome};
 
-use crate::captive::Captive;
-use crate::exit::Exit;
-use crate::guide::{Guide, Hop, find_hops, parse_hop};
-use crate::keeper::Keeper;
+use crate::exit::{self, Exit};
+use crate::guide::{Hop, find_hops, parse_hop};
 use crate::nat::Nat;
-use crate::network;
-use crate::process::Sharing;
+use crate::progress::Progress;
 use crate::selection::Selection;
-use crate::silence::Silence;
-use crate::source::{Limits, Source};
-use crate::via::{self, Deadline, Output};
-use crate::{descriptors, exit};
+use crate::signals::Deaf;
+use crate::traffic::Traffic;
+use crate::via::Via;
+use crate::{descriptors, sys};
 
 /// Move connections of running processes through a pipe
 ///
@@ -68,39 +70,57 @@ impl Send {
             bail!("connections are not for a terminal: pipe them into `soccr receive`, or name it by --via");
         }
         descriptors::raise_limit();
-        let limits = Limits { answer: Duration::from_secs(self.timeout) };
         let mut failed = 0;
         let mut fail = |error: anyhow::Error| {
             exit::complain(&exit::line(&error));
             failed += 1;
         };
         let mut captives = self.selection.find(&mut fail)?;
-        if let Some(seconds) = self.idle {
-            captives = only_idle(captives, Duration::from_secs(seconds.into()))?;
+        let idle = self.idle.map(|seconds| Duration::from_secs(seconds.into()));
+        if let Some(time) = idle {
+            captives = only_idle(captives, time)?;
         }
-        let inodes: Vec<u64> = captives.iter().map(|captive| captive.inode).collect();
-        let sockets: Vec<_> = captives.iter().map(|captive| captive.socket().as_fd()).collect();
+        let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
+        let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).collect();
         let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
-        let via = self.via.as_deref().map(via::Started::new).transpose()?;
-        let mut nat = Nat::around(|| network::enter_of(captives[0].socket().as_fd()))
-            .with_context(|| captives[0].name.clone())?;
+        let via = self.via.as_deref().map(Via::start).transpose()?;
+        let mut nat = Nat::around(|| Ok(namespace::enter_of(sockets[0])?))
+            .with_context(|| captives[0].name().to_owned())?;
         for captive in &captives {
             if let Some(translated) = captive.flow().ok().and_then(|flow| nat.of(flow)) {
-                exit::complain(&format!("{}: {}", captive.name, translated.warning()));
+                exit::complain(&format!("{}: {}", captive.name(), translated.warning()));
             }
         }
-        let deadline = Deadline::after(limits.answer);
-        let guide = self.guide(&captives)?;
-        let source = Source::new(captives, keeper, limits, deadline.clone(), guide)?;
-        let outcome = match via {
-            Some(started) => {
-                let (via, output) = started.listen(deadline)?;
-                source.hand_over(via, output)?
+        let mover = self.mover(captives.len())?;
+        let names: Vec<String> = captives.iter().map(|captive| captive.name().to_owned()).collect();
+        let mut departing = Vec::with_capacity(captives.len());
+        for (captive, name) in captives.into_iter().zip(&names) {
+            let leaves = mover.take_seat(captive.into_seat()?).named(name);
+            departing.push(match idle {
+                Some(time) => leaves.provided(move |socket| is_still_idle(socket, time)),
+                None => leaves,
+            });
+        }
+        let hops = self.hops(departing.iter().map(|departing| departing.flow()))?;
+        let sending = mover.sending(departing).used_by(keeper).steered_to(hops);
+        let outcomes = match via {
+            Some(mut via) => {
+                let outcomes = sending.through(&mut via);
+                report(&names, &outcomes);
+                via.part();
+                outcomes
             }
-            None => source.push(Output::new(rustix::stdio::stdout().try_clone_to_owned()?, deadline))?,
+            None => {
+                let outcomes = sending.one_way().through(&mut OneWay(rustix::stdio::stdout()));
+                report(&names, &outcomes);
+                outcomes
+            }
         };
-        Ok(match (outcome.lost, outcome.failed + failed, outcome.gone) {
+        let count = |which: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| which(outcome)).count();
+        let lost = count(|outcome| matches!(outcome, Outcome::Unknown(_)));
+        let gone = count(Outcome::is_moved);
+        Ok(match (lost, outcomes.len() - lost - gone + failed, gone) {
             (1.., _, _) => Exit::Lost,
             (0, 0, _) => Exit::Done,
             (0, _, 0) => Exit::Failed,
@@ -108,23 +128,59 @@ impl Send {
         })
     }
 
-    /// What becomes of the packets of connections that have left. To be called in their network namespace.
-    fn guide(&self, captives: &[Captive]) -> Result<Guide> {
-        if self.steer.is_empty() {
-            return Ok(Guide::Silent(Silence::new(Duration::from_secs(self.silence))));
+    /// To be called in the network namespace of the connections.
+    fn mover(&self, count: usize) -> Result<Mover> {
+        let mut limits = Limits::default();
+        limits.start = Duration::from_secs(self.timeout);
+        limits.answer = limits.start;
+        limits.silence = Duration::from_secs(self.silence);
+        let what = if self.via.is_some() { "handed over" } else { "sent" };
+        let progress = Mutex::new(Progress::new(what, count));
+        // What has left lives in this process until the target has it.
+        let deaf = Mutex::new(None);
+        let listener = move |event: Event<'_>| match event {
+            Event::Settled { .. } => progress.lock().unwrap_or_else(PoisonError::into_inner).step(),
+            Event::Leaving => {
+                *deaf.lock().unwrap_or_else(PoisonError::into_inner) = Some(Deaf::begin());
+            }
+            Event::Warning(what) => exit::complain(what),
+            _ => {}
+        };
+        Ok(Mover::with(limits)?.on_event(listener))
+    }
+
+    /// Where packets for these connections are sent on. To be called in their network namespace.
+    fn hops(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<Vec<NextHop>> {
+        match self.steer.is_empty() {
+            true => Ok(Vec::new()),
+            false => find_hops(&self.steer, &flows.collect::<Vec<_>>()).context("--steer"),
         }
-        let flows: Vec<Flow> = captives.iter().map(Captive::flow).collect::<Result<_>>()?;
-        Ok(Guide::Steering { hops: find_hops(&self.steer, &flows).context("--steer")?, flows: Vec::new() })
     }
 }
 
-/// Those that are idle, and say so again before they leave.
+/// Says what has not moved.
+fn report(names: &[String], outcomes: &[Outcome]) {
+    for (name, outcome) in names.iter().zip(outcomes) {
+        match outcome {
+            Outcome::Moved => {}
+            Outcome::Stays(_, error) => exit::complain(&format!("{name}: stays: {error}")),
+            Outcome::Unknown(error) if error.kind() == ErrorKind::Lost => {
+                exit::complain(&format!("{name}: lost: {error}"));
+            }
+            Outcome::Unknown(error) => {
+                exit::complain(&format!("{name}: the target has it, or it is lost: {error}"));
+            }
+        }
+    }
+}
+
+/// Those that are idle.
 fn only_idle(captives: Vec<Captive>, time: Duration) -> Result<Vec<Captive>> {
     let all = captives.len();
     let mut idle = Vec::with_capacity(all);
     for captive in captives {
-        if captive.is_idle(time)? {
-            idle.push(captive.when_idle(time));
+        if is_idle(captive.as_fd(), time).with_context(|| captive.name().to_owned())? {
+            idle.push(captive);
         }
     }
     match (idle.len(), all - idle.len()) {
@@ -133,4 +189,20 @@ fn only_idle(captives: Vec<Captive>, time: Duration) -> Result<Vec<Captive>> {
         (_, busy) => exit::complain(&format!("{busy} of {all} connections are in use, and stay")),
     }
     Ok(idle)
+}
+
+/// Asked again when the connection is locked.
+fn is_still_idle(socket: BorrowedFd<'_>, time: Duration) -> Result<(), String> {
+    match is_idle(socket, time) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("it is in use again (--idle)".into()),
+        Err(error) => Err(exit::line(&error)),
+    }
+}
+
+/// No data have been sent or received for so long, and none wait in its queues.
+fn is_idle(socket: BorrowedFd<'_>, time: Duration) -> Result<bool> {
+    let info = sys::tcp_info(socket).context("TCP_INFO")?;
+    let unread = ioctl_fionread(socket).context("FIONREAD")?;
+    Ok(unread == 0 && Traffic::read(&info).is_some_and(|traffic| traffic.is_idle(time)))
 }

@@ -6,10 +6,11 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value as Json, json};
 use soccr::Flow;
 use soccr::steer::{self, Foreign, NextHop, Steered, Steering};
+use soccr_handover::guide::redirect;
 
 use crate::completions;
 use crate::exit::{self, Exit};
-use crate::guide::{Hop, find_hops, parse_hop, redirect};
+use crate::guide::{Hop, find_hops, parse_hop};
 use crate::list::duration;
 use crate::lock::parse_flow;
 use crate::network;

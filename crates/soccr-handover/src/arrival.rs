@@ -6,29 +6,36 @@
 mod engine;
 mod place;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use soccr::bulk::{self, Needs};
 use soccr::lock::Held;
-use soccr::{Connection, Lock, Restored};
+use soccr::{Connection, Flow, Lock, Restored};
 use soccr_image::AddressMap;
 use soccr_image::stream::{Decoder, Message, Writer};
 
+use crate::delivery::Delivery;
 use crate::drive::Outbox;
 use crate::error::{Error, ErrorKind, Result};
 use crate::listen::Terms;
-use crate::mover::Shared;
+use crate::mover::{Event, Shared};
 use crate::protocol::{Deed, Id, News, Target};
+use crate::recipient::{Announced, Origin, Recipient};
 
 /// The most connections of a batch, and the most bytes in their queues.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 16 << 20;
 
-/// The most bytes that wait for their COMMIT in memory: held packets, and connections whose old socket is in the way.
-const MEMORY: usize = 512 << 20;
+/// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 256 at a time.
+const WAITING: usize = 1024;
+const WAITING_BYTES: usize = 1 << 30;
+
+/// The most memory that held packets take; each takes as much as [`PACKET`] besides its bytes. Peers send again what is not kept.
+const HELD_BYTES: usize = 64 << 20;
+const PACKET: usize = 64;
 
 /// How long a batch waits for what is still announced. Each one takes about a millisecond by itself.
 const PATIENCE: Duration = Duration::from_millis(2);
@@ -39,6 +46,7 @@ struct Arriving {
     id: Id,
     name: String,
     state: Vec<u8>,
+    is_critical: bool,
     connection: Connection,
 }
 
@@ -50,7 +58,7 @@ struct Waiting {
     batch: usize,
     place: Place,
     held: Held,
-    /// What it takes of [`MEMORY`].
+    /// What it takes of [`WAITING_BYTES`].
     bytes: usize,
 }
 
@@ -66,6 +74,7 @@ enum Place {
 /// A connection that is ours, and goes on with the rest of its batch.
 #[derive(Debug)]
 struct Taken {
+    id: Id,
     name: String,
     state: Vec<u8>,
     restored: Restored,
@@ -85,6 +94,7 @@ struct Batch {
 /// A connection that has arrived and lives.
 #[derive(Debug)]
 pub(crate) struct Landed {
+    pub(crate) number: Id,
     pub(crate) name: String,
     pub(crate) state: Vec<u8>,
     pub(crate) stream: TcpStream,
@@ -100,22 +110,26 @@ pub(crate) struct Arrival {
     writer: Option<Writer<Outbox>>,
     /// Where it does not.
     unheard: Outbox,
-    /// The source is in the same network: its sockets are in the way here.
-    is_beside: bool,
-    /// It is known to be in another one.
-    is_apart: bool,
-    /// The state of the connection that comes next.
-    state: Option<(Id, Vec<u8>)>,
+    delivery: Delivery,
+    /// Where the source is; in the same network, its sockets are in the way here.
+    origin: Origin,
+    /// The state of the connection that comes next, and whether it is critical.
+    state: Option<(Id, Vec<u8>, bool)>,
     arriving: Vec<Arriving>,
     arriving_bytes: usize,
     waiting: HashMap<Id, Waiting>,
     waiting_bytes: usize,
+    held_bytes: usize,
     /// Those that the source has let go of, and that are not restored yet.
     committed: Vec<Id>,
     batches: HashMap<usize, Batch>,
     next_batch: usize,
     landed: VecDeque<Landed>,
     refusals: HashMap<Id, String>,
+    /// Those that nobody takes back.
+    lost: HashSet<Id>,
+    /// Why nothing more is taken.
+    stopped: Option<String>,
     /// Until when a batch waits for what is still to come.
     patience: Option<Instant>,
     /// Until when the source has to decide.
@@ -135,23 +149,26 @@ impl Arrival {
     pub(crate) fn new(shared: Arc<Shared>, terms: Terms) -> Self {
         Self {
             shared,
+            delivery: Delivery::new(terms.steered),
             terms,
             machine: Target::new(),
             decoder: Decoder::new(),
             writer: None,
             unheard: Outbox::default(),
-            is_beside: false,
-            is_apart: false,
+            origin: Origin::Unknown,
             state: None,
             arriving: Vec::new(),
             arriving_bytes: 0,
             waiting: HashMap::new(),
             waiting_bytes: 0,
+            held_bytes: 0,
             committed: Vec::new(),
             batches: HashMap::new(),
             next_batch: 0,
             landed: VecDeque::new(),
             refusals: HashMap::new(),
+            lost: HashSet::new(),
+            stopped: None,
             patience: None,
             decision: None,
             reading: None,
@@ -185,17 +202,20 @@ impl Arrival {
     }
 
     fn hear(&mut self, message: Message) {
-        if let (Some((id, _)), false) = (&self.state, matches!(message, Message::Connection { .. })) {
+        if let (Some((id, ..)), false) = (&self.state, matches!(message, Message::Connection { .. })) {
             return self.give_up(violation(format!("the state of connection {id} is not before it")));
         }
         match message {
-            Message::Begin { connections, answers, place, .. } => {
-                let here = self.shared.place;
-                self.is_beside = place.is_some() && place == here;
-                self.is_apart = !self.is_beside && place.is_some() && here.is_some();
-                let needs = Needs { connections: connections as usize, ..Needs::default() };
-                if let Err(error) = needs.check() {
-                    return self.give_up(error.into());
+            Message::Begin { connections, answers, place, steered } => {
+                self.origin = match (place, self.shared.place) {
+                    (Some(there), Some(here)) if there == here => Origin::Here,
+                    (Some(there), Some(here)) if there.host == here.host => Origin::SameHost,
+                    (Some(_), Some(_)) => Origin::OtherHost,
+                    _ => Origin::Unknown,
+                };
+                self.delivery.source_steers(steered);
+                if let Err(error) = self.prepare(connections as usize, answers) {
+                    return self.give_up(error);
                 }
                 self.handle(News::Begin(connections));
                 if answers {
@@ -203,43 +223,62 @@ impl Arrival {
                     self.writer = Some(Writer::new(Outbox::default()).expect("memory takes every byte"));
                 }
             }
-            Message::State { connection, bytes, .. } => self.state = Some((connection, bytes)),
+            Message::State { connection, bytes, critical } => {
+                self.state = Some((connection, bytes, critical))
+            }
             Message::Connection { id, name, mut connection } => {
-                let state = match self.state.take() {
-                    Some((of, _)) if of != id => {
+                let (state, is_critical) = match self.state.take() {
+                    Some((of, ..)) if of != id => {
                         return self.give_up(violation("a state is not before its connection"));
                     }
-                    state => state.map(|(_, state)| state).unwrap_or_default(),
+                    state => state.map(|(_, state, critical)| (state, critical)).unwrap_or_default(),
                 };
                 AddressMap::apply_to_connection(&self.terms.map, &mut connection);
                 self.handle(News::Offer(id));
                 // A number that was used before stands for that connection.
                 if self.error.is_none() {
                     self.arriving_bytes += bytes_of(&connection) + state.len();
-                    self.arriving.push(Arriving { id, name, state, connection });
+                    self.arriving.push(Arriving { id, name, state, is_critical, connection });
                 }
             }
-            Message::Held { connection, packets } if self.machine.waits(connection) => {
-                let bytes: usize = packets.iter().map(Vec::len).sum();
+            Message::Held { connection, mut packets } => {
                 let Some(waiting) = self.waiting.get_mut(&connection) else { return };
-                if self.waiting_bytes + bytes > MEMORY {
-                    // The peer sends them again.
-                    return;
-                }
-                (self.waiting_bytes, waiting.bytes) = (self.waiting_bytes + bytes, waiting.bytes + bytes);
+                packets.retain(|packet| {
+                    let bytes = packet.len() + PACKET;
+                    let keeps = self.held_bytes + bytes <= HELD_BYTES;
+                    self.held_bytes += if keeps { bytes } else { 0 };
+                    keeps
+                });
                 waiting.held.packets.extend(packets);
             }
-            Message::Held { .. } => {}
             Message::Commit { connection } => self.handle(News::Commit(connection)),
             Message::Abort { connection, .. } => self.handle(News::Abort(connection)),
             _ => self.give_up(violation("the source does not know its part")),
         }
     }
 
+    /// Whatever takes time, or can be refused by now.
+    fn prepare(&mut self, connections: usize, answers: bool) -> Result<()> {
+        Needs { connections, ..Needs::default() }.check()?;
+        let announced = Announced { connections, answers, origin: self.origin };
+        let expected = self.ask(|recipient| recipient.expect(&announced));
+        expected.unwrap_or(Ok(())).map_err(|reason| Error::new(ErrorKind::Refused, reason))
+    }
+
+    /// What the recipient says to a question; nothing where there is none, who takes everything.
+    fn ask<T>(&self, question: impl FnOnce(&mut dyn Recipient) -> T) -> Option<T> {
+        let recipient = self.terms.recipient.as_ref()?;
+        Some(question(&mut *recipient.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
     fn handle(&mut self, news: News) {
         if let Err(error) = self.machine.handle(news) {
             return self.give_up(Error::of(ErrorKind::Violation, "the source does not know its part", error));
         }
+        self.perform_all();
+    }
+
+    fn perform_all(&mut self) {
         while let Some(deed) = self.machine.deed() {
             self.perform(deed);
         }
@@ -254,11 +293,16 @@ impl Arrival {
                 self.say(&Message::Ready { connection: id });
             }
             Deed::Refuse(id) => {
-                let reason = self.refusals.remove(&id).unwrap_or_else(|| "it did not come in time".into());
+                let reason = self.refusals.remove(&id).or_else(|| self.stopped.clone()).unwrap_or_default();
+                self.shared.tell(match self.lost.contains(&id) {
+                    true => Event::Lost { number: id, reason: &reason },
+                    false => Event::Refused { number: id, reason: &reason },
+                });
                 self.say(&Message::Refused { connection: id, reason });
             }
             Deed::Forget(id) => {
                 if let Some(waiting) = self.remove(id) {
+                    self.held_bytes -= bytes_of_packets(&waiting.held);
                     self.make_room();
                     self.decided(waiting.batch);
                 }
@@ -302,9 +346,10 @@ impl Arrival {
         let Waiting { name, state, batch, place: Place::Restored(restored), held, .. } = waiting else {
             return;
         };
+        self.ask(|recipient| recipient.take(&name));
         self.say(&Message::Taken { connection: id });
         if let Some(batch) = self.batches.get_mut(&batch) {
-            batch.taken.push(Taken { name, state, restored, held });
+            batch.taken.push(Taken { id, name, state, restored, held });
         }
         self.handle(News::Taken(id, true));
         self.decided(batch);
@@ -321,10 +366,13 @@ impl Arrival {
 
     fn resume(&mut self, number: usize) {
         let Some(Batch { lock, size, taken, .. }) = self.batches.remove(&number) else { return };
-        let restored = taken.into_iter().map(|Taken { name, state, restored, held }| {
+        let arrived: Vec<Flow> = taken.iter().map(|taken| taken.held.flow).collect();
+        self.shared.settle(lock.flows(), &arrived);
+        let restored = taken.into_iter().map(|Taken { id, name, state, restored, held }| {
             // What cannot be delivered the peer sends again.
             let _ = held.replay(&restored);
-            ((name, state), restored)
+            self.held_bytes -= bytes_of_packets(&held);
+            ((id, name, state), restored)
         });
         let restored: Vec<_> = restored.collect();
         match restored.len() == size {
@@ -333,21 +381,19 @@ impl Arrival {
             false => drop(lock),
         }
         let (landed, shared) = (&mut self.landed, &self.shared);
-        bulk::resume(restored, |(name, state), outcome| match outcome {
-            Ok(stream) => landed.push_back(Landed { name, state, stream }),
-            Err(error) => shared.warn(format_args!("{name}: it is lost: {error}")),
+        bulk::resume(restored, |(number, name, state), outcome| match outcome {
+            Ok(stream) => landed.push_back(Landed { number, name, state, stream }),
+            Err(error) => shared.tell(Event::Lost { number, reason: &error.to_string() }),
         });
     }
 
     /// The source has said its last word. What it has not let go of is closed, silently.
     fn end(&mut self) {
         for Arriving { id, .. } in std::mem::take(&mut self.arriving) {
-            self.placed(id, Err("the source is gone".into()));
+            self.placed(id, Err(self.stopped.clone().unwrap_or_else(|| "the source is gone".into())));
         }
         if self.machine.handle(News::End).is_ok() {
-            while let Some(deed) = self.machine.deed() {
-                self.perform(deed);
-            }
+            self.perform_all();
         }
         self.raise();
         for number in self.batches.keys().copied().collect::<Vec<_>>() {
@@ -355,12 +401,18 @@ impl Arrival {
         }
     }
 
-    /// Nothing the source says counts any more.
+    /// Nothing the source says counts any more. It may still hear that nothing more is taken.
     fn give_up(&mut self, error: Error) {
-        if self.error.is_none() && !self.is_complete {
-            self.error = Some(error);
-            self.end();
+        if self.error.is_some() || self.is_complete {
+            return;
         }
+        self.stopped = Some(error.to_string());
+        self.error = Some(error);
+        if self.machine.handle(News::Late).is_ok() {
+            self.perform_all();
+        }
+        self.end();
+        self.say_end();
     }
 
     fn is_full(&self) -> bool {
@@ -370,6 +422,10 @@ impl Arrival {
 
 fn bytes_of(connection: &Connection) -> usize {
     connection.receive_queue.len() + connection.send_queue.len()
+}
+
+fn bytes_of_packets(held: &Held) -> usize {
+    held.packets.iter().map(|packet| packet.len() + PACKET).sum()
 }
 
 fn violation(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {

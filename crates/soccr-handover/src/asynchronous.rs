@@ -15,7 +15,7 @@ use ::tokio::time::timeout_at;
 use crate::arrival::{Arrival, Landed};
 use crate::channel::Exchanged;
 use crate::departing::sealed::Sealed;
-use crate::departure::Departure;
+use crate::departure::{Departure, Manner};
 use crate::drive::{Engine, PIECE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::{Arrived, Departing, Mover, Outcome, Stream, Terms};
@@ -51,7 +51,7 @@ impl Mover {
         departing: impl IntoIterator<Item = Departing<TcpStream>>,
         channel: &mut (impl AsyncRead + AsyncWrite + Unpin),
     ) -> Vec<Outcome<TcpStream>> {
-        let mut engine = Departure::new(Arc::clone(&self.shared), departing);
+        let mut engine = Departure::new(Arc::clone(&self.shared), Manner::default(), departing);
         let count = engine.count();
         let mut line = Line::new(channel);
         let mut happened = None;
@@ -166,7 +166,7 @@ async fn aside<E: Engine + Send + 'static>(
     let work = move || {
         match happened {
             Some(Happened::Read(bytes)) => engine.feed(&bytes),
-            Some(Happened::Ended) => engine.ended(),
+            Some(Happened::Ended) => engine.ended(false),
             Some(Happened::Late) => engine.late(),
             Some(Happened::Broken(error)) => engine.broken(error),
             Some(Happened::Wrote) | None => {}

@@ -17,7 +17,10 @@ pub trait Channel {
     /// possible, or until the deadline. What is empty is not waited for.
     ///
     /// # Errors
-    /// The channel is broken. Of the `output` nothing was passed on but what has been told as written, unless
+    /// [`ErrorKind::Interrupted`]: this end is to stop. It begins nothing more, says so, and brings to rest what is under way, for which
+    /// it goes on using the channel; its text says why.
+    ///
+    /// Any other: the channel is broken. Of the `output` nothing was passed on but what has been told as written, unless
     /// [`hides_writes`](Self::hides_writes) says otherwise.
     fn exchange(
         &mut self,
@@ -29,6 +32,16 @@ pub trait Channel {
     /// Bytes may be passed on without being told as written: there is a layer of encryption or a thread between. What has left is then
     /// taken back in fewer cases.
     fn hides_writes(&self) -> bool {
+        false
+    }
+
+    /// The last word of a hand-over is written: a channel that serves only one may close its output.
+    fn has_said_all(&mut self) {}
+
+    /// The target at the other end is proven to have ended without having taken any connection: what has left comes back. Asked when
+    /// the channel has failed; may wait until the deadline for the proof.
+    fn has_ended(&mut self, deadline: Option<Instant>) -> bool {
+        let _ = deadline;
         false
     }
 }
@@ -49,7 +62,7 @@ impl<T: AsFd> Channel for T {
         input: &mut [u8],
         deadline: Option<Instant>,
     ) -> io::Result<Exchanged> {
-        exchange(self.as_fd(), self.as_fd(), output, input, deadline)
+        both(self.as_fd(), self.as_fd(), output, input, deadline)
     }
 }
 
@@ -69,24 +82,80 @@ impl<R: AsFd, W: AsFd> Channel for Pair<R, W> {
         input: &mut [u8],
         deadline: Option<Instant>,
     ) -> io::Result<Exchanged> {
-        exchange(self.read.as_fd(), self.write.as_fd(), output, input, deadline)
+        both(self.read.as_fd(), self.write.as_fd(), output, input, deadline)
+    }
+}
+
+impl<R: AsFd, W: AsFd> Pair<R, W> {
+    /// The same until the bell is readable: then this end is to stop, for this reason.
+    pub fn until<B: AsFd>(self, bell: B, reason: impl Into<String>) -> Until<R, W, B> {
+        Until { pair: self, bell, reason: Some(reason.into()) }
+    }
+}
+
+/// A [`Pair`] that can be [interrupted](Pair::until).
+#[derive(Debug)]
+pub struct Until<R, W, B> {
+    pair: Pair<R, W>,
+    bell: B,
+    /// Told once.
+    reason: Option<String>,
+}
+
+impl<R: AsFd, W: AsFd, B: AsFd> Channel for Until<R, W, B> {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        let bell = self.reason.as_ref().map(|_| self.bell.as_fd());
+        match exchange(self.pair.read.as_fd(), self.pair.write.as_fd(), bell, output, input, deadline)? {
+            Some(exchanged) => Ok(exchanged),
+            None => Err(io::Error::new(ErrorKind::Interrupted, self.reason.take().unwrap_or_default())),
+        }
+    }
+}
+
+/// A descriptor to write to, and no way back. See [`Sending::one_way`](crate::Sending::one_way).
+#[derive(Debug)]
+pub struct OneWay<W>(pub W);
+
+impl<W: AsFd> Channel for OneWay<W> {
+    fn exchange(&mut self, output: &[u8], _: &mut [u8], deadline: Option<Instant>) -> io::Result<Exchanged> {
+        both(self.0.as_fd(), self.0.as_fd(), output, &mut [], deadline)
     }
 }
 
 /// The most that a pipe takes without waiting once it is writable (`PIPE_BUF`).
 const PIECE: usize = 4096;
 
-fn exchange(
+fn both(
     read: BorrowedFd<'_>,
     write: BorrowedFd<'_>,
     output: &[u8],
     input: &mut [u8],
     deadline: Option<Instant>,
 ) -> io::Result<Exchanged> {
+    Ok(exchange(read, write, None, output, input, deadline)?.expect("there is no bell"))
+}
+
+/// `None` where the bell rings.
+fn exchange(
+    read: BorrowedFd<'_>,
+    write: BorrowedFd<'_>,
+    bell: Option<BorrowedFd<'_>>,
+    output: &[u8],
+    input: &mut [u8],
+    deadline: Option<Instant>,
+) -> io::Result<Option<Exchanged>> {
     loop {
         let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = timeout.map(|timeout| timeout.try_into().expect("a time limit fits"));
-        let mut events = Vec::with_capacity(2);
+        let mut events = Vec::with_capacity(3);
+        if let Some(bell) = bell {
+            events.push(PollFd::from_borrowed_fd(bell, PollFlags::IN));
+        }
         if !input.is_empty() {
             events.push(PollFd::from_borrowed_fd(read, PollFlags::IN));
         }
@@ -94,12 +163,15 @@ fn exchange(
             events.push(PollFd::from_borrowed_fd(write, PollFlags::OUT));
         }
         match poll(&mut events, timeout.as_ref()) {
-            Ok(0) => return Ok(Exchanged::default()),
+            Ok(0) => return Ok(Some(Exchanged::default())),
             Err(Errno::INTR) => continue,
             polled => polled?,
         };
         let mut exchanged = Exchanged::default();
         let mut events = events.iter().map(|event| !event.revents().is_empty());
+        if bell.is_some() && events.next() == Some(true) {
+            return Ok(None);
+        }
         if !input.is_empty() && events.next() == Some(true) {
             exchanged.read = unless_busy(rustix::io::read(read, &mut *input))?;
         }
@@ -111,7 +183,7 @@ fn exchange(
             }
         }
         if exchanged != Exchanged::default() {
-            return Ok(exchanged);
+            return Ok(Some(exchanged));
         }
     }
 }

@@ -2,17 +2,19 @@
 
 use std::marker::PhantomData;
 use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use soccr::Flow;
 use soccr::connection::QUEUE_LIMIT;
+use soccr::steer::NextHop;
 
 use crate::channel::Channel;
-use crate::departure::{Departure, Ended, Item};
+use crate::departure::{Condition, Departure, Ended, Item, Manner};
 use crate::error::{Error, ErrorKind, Rejected};
 use crate::mover::{Mover, Shared};
 use crate::protocol::Fate;
+use crate::users::Users;
 use crate::{drive, seat::Seat};
 
 /// The sockets that connections leave and come back to: those of the standard library, and with the feature `tokio` its own.
@@ -51,7 +53,7 @@ impl Stream for TcpStream {
 #[must_use = "dropping it ends the connection"]
 pub struct Departing<S = TcpStream> {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) item: Box<Item<TcpStream>>,
+    pub(crate) item: Box<Item>,
     stream: PhantomData<fn() -> S>,
 }
 
@@ -75,13 +77,18 @@ impl<S: Stream> Departing<S> {
         };
         // The runtime gives up the stream here: it cannot be had back from an error of its own.
         let socket = stream.into_std().expect("a stream leaves its runtime");
-        let item = Item::new(Seat { socket, flow }, format!("{} {}", flow.local, flow.remote));
-        Ok(Self { shared, item: Box::new(item), stream: PhantomData })
+        Ok(Self::of(shared, Seat::new(socket.into(), flow)))
+    }
+
+    pub(crate) fn of(shared: Arc<Shared>, seat: Seat) -> Self {
+        let flow = seat.flow();
+        let item = Item::new(seat, format!("{} {}", flow.local, flow.remote));
+        Self { shared, item: Box::new(item), stream: PhantomData }
     }
 
     /// The addresses of the connection.
     pub fn flow(&self) -> Flow {
-        self.item.seat.flow
+        self.item.seat.flow()
     }
 
     /// Puts bytes that have been read in front of what has not: the target reads them first. See
@@ -111,6 +118,16 @@ impl<S: Stream> Departing<S> {
         departing
     }
 
+    /// Lets the connection leave only where its socket passes this check once it is locked, right before it is saved; else it stays for
+    /// the reason that the check gives.
+    pub fn provided(
+        mut self,
+        check: impl Fn(BorrowedFd<'_>) -> std::result::Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.item.condition = Some(Condition(Box::new(check)));
+        self
+    }
+
     /// The name of the connection in messages at both ends; its addresses, unless set.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.item.name = name.into();
@@ -122,7 +139,7 @@ impl<S: Stream> Departing<S> {
     /// # Errors
     /// The errors of the runtime.
     pub fn into_stream(self) -> std::io::Result<S> {
-        S::from_std(self.item.seat.socket)
+        S::from_std(self.item.seat.into_socket().into())
     }
 }
 
@@ -144,14 +161,61 @@ impl Mover {
         departing: impl IntoIterator<Item = Departing>,
         channel: &mut impl Channel,
     ) -> Vec<Outcome> {
-        let mut departure = Departure::new(Arc::clone(&self.shared), departing);
+        self.sending(departing).through(channel)
+    }
+
+    /// The same, where there is more to say about it.
+    pub fn sending(&self, departing: impl IntoIterator<Item = Departing>) -> Sending {
+        Sending { mover: self.clone(), departing: departing.into_iter().collect(), manner: Manner::default() }
+    }
+}
+
+/// Connections to be sent together, and how.
+#[must_use = "nothing is sent before `through` is called"]
+pub struct Sending {
+    mover: Mover,
+    departing: Vec<Departing>,
+    manner: Manner,
+}
+
+impl Sending {
+    /// Others use the sockets, too: they are stopped while connections are on their way.
+    pub fn used_by(mut self, users: impl Users + 'static) -> Self {
+        self.manner.users = Some(Box::new(users));
+        self
+    }
+
+    /// Has packets for connections that have left follow them, to the next hop of their address family, instead of being silent about
+    /// those. See [`soccr::steer`].
+    pub fn steered_to(mut self, hops: Vec<NextHop>) -> Self {
+        self.manner.hops = hops;
+        self
+    }
+
+    /// The channel leads nowhere back: a connection leaves as soon as it has been written, and
+    /// [`Moved`](Outcome::Moved) only says that.
+    pub fn one_way(mut self) -> Self {
+        self.manner.is_one_way = true;
+        self
+    }
+
+    /// Sends them, and waits for what becomes of each, in their order.
+    pub fn through(self, channel: &mut impl Channel) -> Vec<Outcome> {
+        let Self { mover, departing, manner } = self;
+        let mut departure = Departure::new(Arc::clone(&mover.shared), manner, departing);
         drive::run(&mut departure, channel);
-        departure.outcomes().into_iter().map(|ended| Outcome::of(&self.shared, ended)).collect()
+        departure.outcomes().into_iter().map(|ended| Outcome::of(&mover.shared, ended)).collect()
+    }
+}
+
+impl std::fmt::Debug for Sending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sending").field("departing", &self.departing).finish_non_exhaustive()
     }
 }
 
 impl<S: Stream> Outcome<S> {
-    pub(crate) fn of(shared: &Shared, ended: Ended<TcpStream>) -> Self {
+    pub(crate) fn of(shared: &Shared, ended: Ended) -> Self {
         let Ended { socket, fate, error } = ended;
         match fate {
             Fate::Moved => Self::Moved,

@@ -3,21 +3,24 @@
 use std::collections::HashMap;
 use std::net::TcpStream;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use soccr::connection::ControlBlock;
 use soccr::lock::Held;
+use soccr::steer::NextHop;
 use soccr::{Connection, Flow, Lock};
 use soccr_image::stream::{Decoded, Decoder, Message, STATE_LIMIT, Writer};
 
 use crate::departing::{Departing, Stream};
 use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind, Result};
+use crate::guide::Guide;
 use crate::mover::{Event as Told, Shared};
 use crate::protocol::{Action, Answer, Event, Fate, Id, Source};
 use crate::seat::Seat;
-use crate::silence;
+use crate::users::Users;
 
 /// How many connections are silent at a time: as many as a target restores together.
 const WINDOW: usize = 256;
@@ -27,12 +30,13 @@ const LONGEST_ANSWER: u32 = 4096;
 
 /// A connection on its way.
 #[derive(Debug)]
-pub(crate) struct Item<F> {
-    pub(crate) seat: Seat<F>,
+pub(crate) struct Item {
+    pub(crate) seat: Seat,
     pub(crate) name: String,
     pub(crate) unread: Vec<u8>,
     pub(crate) state: Option<Vec<u8>>,
     pub(crate) critical: bool,
+    pub(crate) condition: Option<Condition>,
     /// What the lock has held for it.
     held: Held,
     /// What was sent, but for the bytes.
@@ -46,9 +50,9 @@ pub(crate) struct Item<F> {
     is_told: bool,
 }
 
-impl<F> Item<F> {
-    pub(crate) fn new(seat: Seat<F>, name: String) -> Self {
-        let held = Held { flow: seat.flow, packets: Vec::new() };
+impl Item {
+    pub(crate) fn new(seat: Seat, name: String) -> Self {
+        let held = Held { flow: seat.flow(), packets: Vec::new() };
         Self {
             seat,
             name,
@@ -56,6 +60,7 @@ impl<F> Item<F> {
             unread: Vec::new(),
             state: None,
             critical: false,
+            condition: None,
             saved: None,
             value: None,
             error: None,
@@ -65,10 +70,32 @@ impl<F> Item<F> {
     }
 }
 
+/// What must hold for a connection to leave, as far as it can be told by looking at its socket.
+pub(crate) struct Condition(pub(crate) Box<Check>);
+
+type Check = dyn Fn(BorrowedFd<'_>) -> std::result::Result<(), String> + Send + Sync;
+
+impl std::fmt::Debug for Condition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Condition")
+    }
+}
+
+/// How connections leave.
+#[derive(Default)]
+pub(crate) struct Manner {
+    /// Who else uses their sockets.
+    pub(crate) users: Option<Box<dyn Users>>,
+    /// Where they go, their packets follow; else this host is silent about them.
+    pub(crate) hops: Vec<NextHop>,
+    /// The channel leads nowhere back.
+    pub(crate) is_one_way: bool,
+}
+
 /// A connection that has come to rest.
 #[derive(Debug)]
-pub(crate) struct Ended<F> {
-    pub(crate) socket: F,
+pub(crate) struct Ended {
+    pub(crate) socket: TcpStream,
     pub(crate) fate: Fate,
     /// Why it has not moved.
     pub(crate) error: Error,
@@ -78,53 +105,78 @@ pub(crate) struct Ended<F> {
 pub(crate) struct Departure {
     shared: Arc<Shared>,
     machine: Source,
-    items: Vec<Item<TcpStream>>,
+    items: Vec<Item>,
     /// The silent connections by index, and the locks that keep them silent.
     window: Range<usize>,
     locks: Vec<Lock>,
-    /// What the locks have held by now is in the items.
-    collected: bool,
+    /// Those on earlier windows, where nobody says when they have arrived.
+    kept: Vec<Lock>,
+    guide: Guide,
+    /// Some of the window may be silenced or steered.
+    is_diverted: bool,
+    /// The first has left.
+    has_begun: bool,
+    is_one_way: bool,
+    /// END is written.
+    is_finished: bool,
     /// The memory of the last connection that was saved.
     scratch: Connection,
     writer: Writer<Outbox>,
     /// Where in the stream each COMMIT ends.
     commits: Vec<(u64, Id)>,
     decoder: Decoder,
+    /// Nothing more is heard.
+    is_deaf: bool,
     deadline: Option<Instant>,
     /// Why nothing more can be said.
     broken: Option<Error>,
     /// Why whatever has no reason of its own stays.
     reason: Option<(ErrorKind, String)>,
+    /// They go on when everything else is done.
+    users: Option<Box<dyn Users>>,
 }
 
 impl Departure {
     pub(crate) fn new<S: Stream>(
         shared: Arc<Shared>,
+        manner: Manner,
         departing: impl IntoIterator<Item = Departing<S>>,
     ) -> Self {
+        let Manner { users, hops, is_one_way } = manner;
         let items: Vec<_> = departing.into_iter().map(|departing| *departing.item).collect();
         let mut writer = Writer::new(Outbox::default()).expect("memory takes every byte");
         let begin = Message::Begin {
             connections: items.len() as u32,
-            answers: true,
+            answers: !is_one_way,
             place: shared.place,
-            steered: false,
+            steered: !hops.is_empty(),
         };
         writer.send(&begin).expect("memory takes every byte");
+        let mut machine = Source::new(items.len(), WINDOW);
+        if is_one_way {
+            machine.handle(Event::Hello).expect("it is the first");
+        }
         Self {
-            machine: Source::new(items.len(), WINDOW),
+            machine,
+            guide: Guide::new(hops, shared.limits.silence),
             deadline: Some(Instant::now() + shared.limits.start),
             shared,
             items,
             window: 0..0,
             locks: Vec::new(),
-            collected: false,
+            kept: Vec::new(),
+            is_diverted: false,
+            has_begun: false,
+            is_one_way,
+            is_finished: false,
             scratch: Connection::empty(),
             writer,
             commits: Vec::new(),
             decoder: Decoder::with_limit(LONGEST_ANSWER),
+            is_deaf: false,
             broken: None,
             reason: None,
+            users,
         }
     }
 
@@ -135,32 +187,42 @@ impl Departure {
     }
 
     /// What has become of each connection, in their order.
-    pub(crate) fn outcomes(mut self) -> Vec<Ended<TcpStream>> {
+    pub(crate) fn outcomes(mut self) -> Vec<Ended> {
         self.take_outcomes()
     }
 
-    fn take_outcomes(&mut self) -> Vec<Ended<TcpStream>> {
+    fn take_outcomes(&mut self) -> Vec<Ended> {
         let (kind, why) = self.reason.take().unwrap_or((ErrorKind::Gone, "it was not sent".into()));
         (1..=self.items.len() as Id).for_each(|id| self.tell(id));
         let items = std::mem::take(&mut self.items).into_iter().zip(1..);
         let ended = items.map(|(item, id)| Ended {
-            fate: fate(&self.machine, id, &item).unwrap_or(Fate::Unknown),
-            socket: item.seat.socket,
+            fate: self.fate(id, &item).unwrap_or(Fate::Unknown),
+            socket: item.seat.into_socket().into(),
             error: item.error.unwrap_or_else(|| Error::new(kind, why.clone())),
         });
         ended.collect()
     }
 
-    /// Tells what has become of a connection, once.
-    fn tell(&mut self, id: Id) {
-        let item = &mut self.items[id as usize - 1];
-        if let (Some(fate), false) = (fate(&self.machine, id, item), item.is_told) {
-            item.is_told = true;
-            self.shared.tell(Told::Settled { name: &item.name, fate });
+    /// What has become of a connection; `None` while that is open.
+    fn fate(&self, id: Id, item: &Item) -> Option<Fate> {
+        match self.machine.fate(id) {
+            _ if item.is_lost => Some(Fate::Unknown),
+            // What has been written may not have been read.
+            Some(Fate::Moved) if self.is_one_way && self.broken.is_some() => Some(Fate::Unknown),
+            fate => fate,
         }
     }
 
-    fn item(&mut self, id: Id) -> &mut Item<TcpStream> {
+    /// Tells what has become of a connection, once.
+    fn tell(&mut self, id: Id) {
+        let item = &self.items[id as usize - 1];
+        if let (Some(fate), false) = (self.fate(id, item), item.is_told) {
+            self.shared.tell(Told::Settled { name: &item.name, fate });
+            self.item(id).is_told = true;
+        }
+    }
+
+    fn item(&mut self, id: Id) -> &mut Item {
         &mut self.items[id as usize - 1]
     }
 
@@ -169,32 +231,44 @@ impl Departure {
             Action::Lock(first, last) => {
                 // For the window as a whole, writing included.
                 self.extend_deadline();
-                self.lock(first, last);
+                let stopped = self.lock(first, last);
                 self.handle(Event::Locked);
+                if let Err(error) = stopped {
+                    self.begin_nothing(error);
+                }
             }
             Action::Offer(id) => {
                 let offered = self.offer(id);
+                let is_assumed = self.is_one_way && offered.is_ok();
                 self.answer(id, offered, Event::Offered);
+                if is_assumed {
+                    self.handle(Event::Heard(id, Answer::Ready));
+                }
+            }
+            Action::Divert => {
+                let diverted = self.divert();
+                let is_done = diverted.is_ok();
+                if let Err(error) = diverted {
+                    self.reason.get_or_insert_with(|| (error.kind(), error.to_string()));
+                }
+                self.handle(Event::Diverted(is_done));
             }
             Action::Commit(id) => {
                 let committed = self.commit(id);
                 self.answer(id, committed, Event::Committed);
             }
             Action::Abort(id) => {
-                let reason = self.item(id).error.as_ref().map(ToString::to_string).unwrap_or_default();
+                let reason = match (&self.items[id as usize - 1].error, &self.reason) {
+                    (Some(error), _) => error.to_string(),
+                    (None, reason) => reason.as_ref().map(|(_, text)| text.clone()).unwrap_or_default(),
+                };
                 self.say(&Message::Abort { connection: id, reason });
             }
-            Action::Return(id) => {
-                let item = self.item(id);
-                let value = item.value.take().expect("what has left is here as a value");
-                if let Err(error) = item.seat.take_back(&value) {
-                    item.is_lost = true;
-                    item.error = Some(Error::of(ErrorKind::Connection, "it is lost", error));
-                }
-            }
+            Action::Return(id) => self.take_back(id),
             Action::Unlock(first, last) => self.unlock(first, last),
             Action::Finish => {
                 self.writer.end().expect("memory takes every byte");
+                self.is_finished = true;
                 self.extend_deadline();
             }
         }
@@ -213,22 +287,30 @@ impl Departure {
         self.deadline = Some(Instant::now() + self.shared.limits.answer);
     }
 
-    /// Keeps the connections of a window silent: all in one transaction, or, where one of them is in the way of the others, each
+    /// Stops whoever uses them, and keeps the connections of a window silent: all in one transaction, or, where one of them is in the way of the others, each
     /// by itself.
-    fn lock(&mut self, first: Id, last: Id) {
-        (self.collected, self.window) = (false, first as usize - 1..last as usize);
+    fn lock(&mut self, first: Id, last: Id) -> Result<()> {
+        (self.is_diverted, self.window) = (false, first as usize - 1..last as usize);
         let items = &mut self.items[self.window.clone()];
-        let flows: Vec<Flow> = items.iter().map(|item| item.seat.flow).collect();
-        if let Ok(lock) = self.shared.locker.lock(&flows) {
-            self.locks.push(lock);
-            return;
-        }
-        for item in items {
-            match self.shared.locker.lock(&[item.seat.flow]) {
-                Ok(lock) => self.locks.push(lock),
-                Err(error) => item.error = Some(error.into()),
+        let flows: Vec<Flow> = items.iter().map(|item| item.seat.flow()).collect();
+        match self.shared.locker.lock(&flows) {
+            Ok(lock) => self.locks.push(lock),
+            Err(_) => {
+                for item in items {
+                    match self.shared.locker.lock(&[item.seat.flow()]) {
+                        Ok(lock) => self.locks.push(lock),
+                        Err(error) => item.error = Some(error.into()),
+                    }
+                }
             }
         }
+        self.users.as_mut().map_or(Ok(()), |users| users.stop())
+    }
+
+    /// What has not left by now stays.
+    fn begin_nothing(&mut self, error: Error) {
+        self.reason.get_or_insert_with(|| (error.kind(), error.to_string()));
+        self.handle(Event::Late);
     }
 
     fn offer(&mut self, id: Id) -> Result<()> {
@@ -237,8 +319,12 @@ impl Departure {
         match (item.error.take(), broken) {
             (Some(not_locked), _) => return Err(not_locked),
             (None, Some(_)) => return Err(Error::new(ErrorKind::Gone, "the target is gone")),
-            (None, None) => item.seat.save_into(scratch)?,
+            (None, None) => {}
         }
+        if let Some(Condition(check)) = &item.condition {
+            check(item.seat.as_fd()).map_err(|why| Error::new(ErrorKind::Changed, why))?;
+        }
+        item.seat.save_into(scratch)?;
         item.saved = Some(scratch.control.clone());
         scratch.unread(&item.unread).map_err(|error| Error::of(ErrorKind::TooMuch, "", error))?;
         if let Some(state) = &item.state {
@@ -255,7 +341,6 @@ impl Departure {
         if self.broken.is_some() {
             return Err(Error::new(ErrorKind::Gone, "the target is gone"));
         }
-        self.collect()?;
         let Self { items, writer, commits, .. } = self;
         let item = &mut items[id as usize - 1];
         writer.held(id, &item.held.packets).map_err(invalid)?;
@@ -267,14 +352,16 @@ impl Departure {
         Ok(())
     }
 
-    /// Before the first connection of a window leaves: takes over what has been held, and stays silent about all that leave.
-    fn collect(&mut self) -> Result<()> {
-        if self.collected {
-            return Ok(());
+    /// Before the first connection of a window leaves: sees to the packets of all that leave, and takes over what has been held.
+    fn divert(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.shared.tell(Told::Leaving);
         }
-        let leaving = self.machine.leaving().map(|id| self.items[id as usize - 1].seat.flow);
-        silence::begin(&leaving.collect::<Vec<_>>(), self.shared.limits.silence)?;
-        self.collected = true;
+        let leaving = self.machine.leaving().map(|id| self.items[id as usize - 1].seat.flow());
+        let leaving: Vec<Flow> = leaving.collect();
+        self.is_diverted = true;
+        self.guide.begin(&leaving)?;
+        // From here on nothing arrives that is steered.
         let mut taken = HashMap::new();
         for lock in &self.locks {
             match lock.take() {
@@ -284,36 +371,78 @@ impl Departure {
             }
         }
         for item in &mut self.items[self.window.clone()] {
-            item.held.packets.extend(taken.remove(&item.seat.flow).unwrap_or_default());
+            item.held.packets.extend(taken.remove(&item.seat.flow()).unwrap_or_default());
         }
         Ok(())
+    }
+
+    fn take_back(&mut self, id: Id) {
+        let number = id as usize - 1;
+        let item = &mut self.items[number];
+        let value = item.value.take().expect("what has left is here as a value");
+        if let Some(users) = &mut self.users {
+            // Users that cannot be stopped any more must not cost the connection: it is in this memory alone.
+            let _ = users.stop().and_then(|()| users.filling(number));
+        }
+        match item.seat.take_back(&value) {
+            Ok(()) => {
+                if let Some(users) = &mut self.users {
+                    let _ = users.filled(number);
+                }
+            }
+            Err(error) => {
+                item.is_lost = true;
+                let why = item.error.take().map(|why| why.to_string());
+                let why = why.or_else(|| self.reason.as_ref().map(|(_, text)| text.clone()));
+                let what = why.unwrap_or_else(|| "it cannot be put back".into());
+                item.error = Some(Error::of(ErrorKind::Lost, what, error));
+            }
+        }
     }
 
     /// Ends the time of silence: every connection of the window has arrived, or stays.
     fn unlock(&mut self, first: Id, last: Id) {
         let window = first as usize - 1..last as usize;
-        let staying: Vec<&Item<_>> = (first..=last)
+        let staying: Vec<&Item> = (first..=last)
             .zip(&self.items[window])
             .filter(|(id, item)| self.machine.fate(*id) == Some(Fate::Stays) && !item.is_lost)
             .map(|(_, item)| item)
             .collect();
-        let flows: Vec<Flow> = staying.iter().map(|item| item.seat.flow).collect();
-        if self.collected {
-            self.shared.end_silence(&flows);
+        let flows: Vec<Flow> = staying.iter().map(|item| item.seat.flow()).collect();
+        if self.is_diverted {
+            self.guide.end(&flows, &self.shared);
         }
-        let replay = || staying.iter().for_each(|item| drop(item.held.replay(&item.seat.socket)));
+        let replay = || staying.iter().for_each(|item| drop(item.held.replay(&item.seat)));
         replay();
-        // What has been held since is delivered to those that have a socket here, or at the target in this network. The rest is
-        // thrown away: it would draw a reset.
-        self.locks.clear();
+        match self.is_one_way {
+            true => self.kept.append(&mut self.locks),
+            // What has been held since is delivered to those that have a socket here, or at the target in this network. The rest is
+            // thrown away: it would draw a reset.
+            false => self.locks.clear(),
+        }
         // Before, the answers were dropped. Twice does no harm.
         replay();
+        if let Some(Err(error)) = self.users.as_mut().map(|users| users.go_on()) {
+            self.shared.warn(error);
+        }
         for id in first..=last {
             if self.machine.fate(id).is_some() {
                 let item = self.item(id);
                 (item.value, item.held.packets) = (None, Vec::new());
-                self.tell(id);
+                if !self.is_one_way {
+                    self.tell(id);
+                }
             }
+        }
+    }
+
+    /// Nobody answers: what has been written counts as taken.
+    fn assume(&mut self) {
+        for (_, id) in std::mem::take(&mut self.commits) {
+            self.handle(Event::Heard(id, Answer::Taken));
+        }
+        if self.is_finished {
+            self.handle(Event::End);
         }
     }
 
@@ -325,8 +454,26 @@ impl Departure {
 
     fn handle(&mut self, event: Event) {
         if let Err(violation) = self.machine.handle(event) {
-            self.give_up(Error::of(ErrorKind::Violation, "the target does not know its part", violation));
+            self.give_up(Error::of(ErrorKind::Violation, "", violation), false);
         }
+    }
+
+    /// Takes in the next word of the target, where it has come.
+    fn listen(&mut self) -> bool {
+        if self.is_deaf {
+            return false;
+        }
+        match self.decoder.decode() {
+            Ok(Decoded::Begin) => self.handle(Event::Hello),
+            Ok(Decoded::Message(message)) => self.hear(message),
+            Ok(Decoded::Incomplete) => return false,
+            Ok(_) => {
+                self.is_deaf = true;
+                self.handle(Event::End);
+            }
+            Err(error) => self.give_up(Error::of(ErrorKind::Violation, "the target", error), false),
+        }
+        true
     }
 
     fn hear(&mut self, message: Message) {
@@ -336,25 +483,30 @@ impl Departure {
             Message::Refused { connection, reason } => {
                 if let Some(item) = (connection as usize).checked_sub(1).and_then(|at| self.items.get_mut(at))
                 {
-                    let what = format!("the target refuses it: {reason}");
+                    let verb = if item.value.is_some() { "cannot restore" } else { "refuses" };
+                    let what = format!("the target {verb} it: {reason}");
                     item.error.get_or_insert(Error::new(ErrorKind::Refused, what));
                 }
                 (connection, Answer::Refused)
             }
-            _ => return self.give_up(Error::new(ErrorKind::Violation, "the target does not know its part")),
+            _ => {
+                return self
+                    .give_up(Error::new(ErrorKind::Violation, "the target does not know its part"), false);
+            }
         };
         self.handle(Event::Heard(id, answer));
     }
 
     /// Nothing more is said or heard: what the target cannot have read comes back.
-    fn give_up(&mut self, error: Error) {
+    fn give_up(&mut self, error: Error, proven: bool) {
+        self.is_deaf = true;
         self.mute(error);
         for (end, id) in std::mem::take(&mut self.commits) {
             if end > self.writer.get_mut().passed_on() {
                 self.machine.handle(Event::Unread(id)).expect("it is known");
             }
         }
-        self.machine.handle(Event::Cut { proven: false }).expect("it ends everything");
+        self.machine.handle(Event::Cut { proven }).expect("it ends everything");
     }
 
     /// Nothing more can be said.
@@ -367,9 +519,16 @@ impl Departure {
 
 impl Engine for Departure {
     fn advance(&mut self) {
+        if self.is_one_way && self.output().bytes().is_empty() {
+            self.assume();
+        }
         while !self.writer.get_mut().is_long() {
-            let Some(action) = self.machine.action() else { break };
-            self.perform(action);
+            // What is decided is done before anything else is heard.
+            if let Some(action) = self.machine.action() {
+                self.perform(action);
+            } else if !self.listen() {
+                break;
+            }
         }
     }
 
@@ -379,27 +538,35 @@ impl Engine for Departure {
 
     fn feed(&mut self, bytes: &[u8]) {
         self.decoder.feed(bytes);
-        loop {
-            match self.decoder.decode() {
-                Ok(Decoded::Begin) => self.handle(Event::Hello),
-                Ok(Decoded::Message(message)) => self.hear(message),
-                Ok(Decoded::Incomplete) => return,
-                Ok(_) => return self.handle(Event::End),
-                Err(error) => return self.give_up(Error::of(ErrorKind::Violation, "the target", error)),
-            }
-        }
     }
 
-    fn ended(&mut self) {
-        self.give_up(Error::new(ErrorKind::Gone, "the target is gone"));
+    fn ended(&mut self, proven: bool) {
+        self.mute(Error::new(ErrorKind::Gone, "the target is gone"));
+        // What it has said before still counts.
+        self.advance();
+        self.give_up(Error::new(ErrorKind::Gone, "the target is gone"), proven);
+    }
+
+    fn wants_proof(&self) -> bool {
+        let mut left = self.items.iter().zip(1..).filter(|(item, _)| item.value.is_some());
+        left.any(|(_, id)| self.machine.fate(id).is_none())
     }
 
     fn broken(&mut self, error: std::io::Error) {
-        if self.broken.is_some() {
-            return self.ended();
+        let error = Error::of(ErrorKind::Gone, "the target is gone", error);
+        if self.is_one_way || self.broken.is_some() {
+            return self.give_up(error, false);
         }
         // What it has said before still counts.
-        self.mute(Error::of(ErrorKind::Gone, "the target is gone", error));
+        self.mute(error);
+    }
+
+    fn has_said_all(&self) -> bool {
+        self.is_finished
+    }
+
+    fn stop(&mut self, reason: String) {
+        self.begin_nothing(Error::new(ErrorKind::Stopped, reason));
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -407,12 +574,11 @@ impl Engine for Departure {
     }
 
     fn late(&mut self) {
-        let what = "the target answers too late";
-        if self.broken.is_some() || self.machine.is_over() {
-            return self.give_up(Error::new(ErrorKind::Late, what));
+        let late = Error::new(ErrorKind::Late, "the target answers too late");
+        if self.is_one_way || self.is_finished || self.broken.is_some() {
+            return self.give_up(late, false);
         }
-        self.reason.get_or_insert((ErrorKind::Late, what.into()));
-        self.handle(Event::Late);
+        self.begin_nothing(late);
     }
 
     fn is_over(&self) -> bool {
@@ -427,7 +593,10 @@ impl Drop for Departure {
         }
         // Nobody waits for the outcome any more.
         if !self.machine.is_over() {
-            self.give_up(Error::new(ErrorKind::Gone, "nobody has waited for the end of the hand-over"));
+            self.give_up(
+                Error::new(ErrorKind::Gone, "nobody has waited for the end of the hand-over"),
+                false,
+            );
             while let Some(action) = self.machine.action() {
                 self.perform(action);
             }
@@ -440,11 +609,6 @@ impl Drop for Departure {
             }
         }
     }
-}
-
-/// What has become of a connection; `None` while that is open.
-fn fate<F>(machine: &Source, id: Id, item: &Item<F>) -> Option<Fate> {
-    if item.is_lost { Some(Fate::Unknown) } else { machine.fate(id) }
 }
 
 /// A connection that cannot be written.

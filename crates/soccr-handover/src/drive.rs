@@ -13,14 +13,24 @@ pub(crate) trait Engine {
     fn output(&mut self) -> &mut Outbox;
     /// Takes in what has been read.
     fn feed(&mut self, bytes: &[u8]);
-    /// The other end has closed the channel.
-    fn ended(&mut self);
+    /// The other end has closed the channel, and is proven to have ended with nothing, or not.
+    fn ended(&mut self, proven: bool);
+    /// Whether such a proof is of use.
+    fn wants_proof(&self) -> bool {
+        false
+    }
     /// Writing or reading has failed.
     fn broken(&mut self, error: io::Error);
+    /// Nothing more is to begin.
+    fn stop(&mut self, reason: String);
     /// Until when to wait.
     fn deadline(&self) -> Option<Instant>;
     /// That time is over.
     fn late(&mut self);
+    /// The last word is written.
+    fn has_said_all(&self) -> bool {
+        false
+    }
     /// Everything is settled.
     fn is_over(&self) -> bool;
 }
@@ -105,6 +115,9 @@ pub(crate) fn run(engine: &mut impl Engine, channel: &mut impl Channel) {
         if engine.is_over() && engine.output().bytes().is_empty() {
             break;
         }
+        if engine.has_said_all() && engine.output().bytes().is_empty() {
+            channel.has_said_all();
+        }
         step(engine, channel, &mut input, &mut is_open);
     }
 }
@@ -132,12 +145,14 @@ pub(crate) fn step(
             match read {
                 Some(0) => {
                     *is_open = false;
-                    engine.ended();
+                    let proven = engine.wants_proof() && channel.has_ended(deadline);
+                    engine.ended(proven);
                 }
                 Some(length) => engine.feed(&input[..length]),
                 None => {}
             }
         }
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => engine.stop(error.to_string()),
         Err(error) => engine.broken(error),
     }
 }

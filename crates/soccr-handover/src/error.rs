@@ -20,8 +20,13 @@ pub struct Error {
 pub enum ErrorKind {
     /// This host cannot let the connection go, or have it: the [source](std::error::Error::source) is a [`soccr::Error`].
     Connection,
+    /// Somebody else has used the connection meanwhile, or it no longer is what it had to be to leave: see
+    /// [`Departing::provided`](crate::Departing::provided).
+    Changed,
     /// The other end does not want it, and says why.
     Refused,
+    /// It had left its socket, the target does not have it, and it could not be put back: it is nowhere.
+    Lost,
     /// The other end has not answered, or not read on, in time.
     Late,
     /// The channel is broken, or the other end is gone.
@@ -30,6 +35,10 @@ pub enum ErrorKind {
     Violation,
     /// There is more than is carried: 64 MiB in a queue, 16 MiB of state.
     TooMuch,
+    /// This end was asked to stop before it was through.
+    Stopped,
+    /// The operating system does not permit it: the text says which right it takes.
+    NoPermission,
     /// A call of the operating system.
     System,
 }
@@ -45,6 +54,11 @@ impl Error {
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
         Self { kind, what: what.into(), source: Some(source.into()) }
+    }
+
+    #[cfg(feature = "foreign")]
+    pub(crate) fn system(what: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(ErrorKind::System, what)
     }
 
     /// What kind of failure it is.
@@ -69,9 +83,45 @@ impl std::error::Error for Error {
     }
 }
 
+/// Says what failed, and keeps the kind of the failure.
+#[cfg(feature = "foreign")]
+pub(crate) trait Context<T> {
+    fn context(self, what: impl Into<Cow<'static, str>>) -> Result<T>;
+    fn with_context(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+#[cfg(feature = "foreign")]
+impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> Context<T> for std::result::Result<T, E> {
+    fn context(self, what: impl Into<Cow<'static, str>>) -> Result<T> {
+        self.map_err(|error| {
+            let error = error.into();
+            let kind = match error.downcast_ref::<Error>() {
+                Some(error) => error.kind,
+                None if error.is::<soccr::Error>() => ErrorKind::Connection,
+                None => ErrorKind::System,
+            };
+            Error::of(kind, what, error)
+        })
+    }
+
+    fn with_context(self, what: impl FnOnce() -> String) -> Result<T> {
+        match self {
+            Ok(value) => Ok(value),
+            failed => failed.context(what()),
+        }
+    }
+}
+
 impl From<soccr::Error> for Error {
     fn from(error: soccr::Error) -> Self {
         Self::of(ErrorKind::Connection, "", error)
+    }
+}
+
+#[cfg(feature = "foreign")]
+impl From<rustix::io::Errno> for Error {
+    fn from(error: rustix::io::Errno) -> Self {
+        std::io::Error::from(error).into()
     }
 }
 

@@ -103,28 +103,37 @@
 //!
 //! # Rights
 //! `CAP_NET_ADMIN` and `CAP_NET_RAW` in the user namespace that owns the network namespace, at both ends; see [`soccr`].
-#![forbid(unsafe_code)]
+#![cfg_attr(not(feature = "foreign"), forbid(unsafe_code))]
 
 mod arrival;
 #[cfg(feature = "tokio")]
 mod asynchronous;
 pub mod channel;
+mod delivery;
 mod departing;
 mod departure;
 mod drive;
 mod error;
+#[cfg(feature = "foreign")]
+pub mod foreign;
+pub mod guide;
 mod listen;
 mod mover;
 pub mod protocol;
+mod recipient;
 mod seat;
-mod silence;
+pub mod silence;
+mod users;
 
 #[cfg(feature = "tokio")]
 pub use asynchronous::Arrivals;
-pub use departing::{Departing, Outcome, Stream};
+pub use departing::{Departing, Outcome, Sending, Stream};
 pub use error::{Error, ErrorKind, Rejected, Result};
-pub use listen::{Arrived, Arriving, Offer, Terms};
+pub use listen::{Arrived, Arriving, Steered, Terms};
 pub use mover::{Event, Limits, Mover};
+pub use recipient::{Announced, Offer, Origin, Recipient};
+pub use seat::Seat;
+pub use users::Users;
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("soccr-handover rests on TCP_REPAIR, which only Linux has");

@@ -2,9 +2,9 @@
 
 use std::marker::PhantomData;
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use soccr::{Connection, Flow};
+use soccr::Flow;
 use soccr_image::AddressMap;
 
 use crate::arrival::{Arrival, Landed};
@@ -13,6 +13,7 @@ use crate::departing::Stream;
 use crate::drive::{self, Engine, PIECE};
 use crate::error::Result;
 use crate::mover::Mover;
+use crate::recipient::{Check, Offer, Recipient};
 
 /// What a target takes, and under which addresses.
 #[derive(Clone, Default)]
@@ -22,31 +23,38 @@ pub struct Terms {
     pub map: Vec<AddressMap>,
     /// How many connections are taken; `None` for any number.
     pub room: Option<usize>,
-    pub(crate) check: Option<Arc<Check>>,
+    /// Connections over the loopback of another network are taken, too: their peers are in this one.
+    pub takes_loopback: bool,
+    /// When packets for addresses of other hosts are delivered here.
+    pub steered: Steered,
+    pub(crate) recipient: Option<Arc<Mutex<dyn Recipient>>>,
 }
 
-type Check = dyn Fn(&Offer<'_>) -> std::result::Result<(), String> + Send + Sync;
-
-/// A connection that a source offers: nothing has been done about it.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Offer<'a> {
-    /// The name that the source gave it, for messages.
-    pub name: &'a str,
-    /// What goes along with it, for the application.
-    pub state: &'a [u8],
-    /// The connection, under the addresses that it will have.
-    pub connection: &'a Connection,
+/// When packets for an address that is not this host's are delivered here, to a connection that arrives with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Steered {
+    /// Where the source steers them.
+    #[default]
+    Auto,
+    /// Wherever they come from.
+    Always,
+    /// Somebody else sees to that.
+    Never,
 }
 
 impl Terms {
     /// Takes only what `check` accepts: any other connection stays at the source, which is told the reason. Whether the
     /// [state](Offer::state) can be understood is best found out here.
     pub fn accept_if(
-        mut self,
-        check: impl Fn(&Offer<'_>) -> std::result::Result<(), String> + Send + Sync + 'static,
+        self,
+        check: impl FnMut(&Offer<'_>) -> std::result::Result<(), String> + Send + 'static,
     ) -> Self {
-        self.check = Some(Arc::new(check));
+        self.for_recipient(Arc::new(Mutex::new(Check(check))))
+    }
+
+    /// Asks a recipient about each connection.
+    pub fn for_recipient(mut self, recipient: Arc<Mutex<dyn Recipient>>) -> Self {
+        self.recipient = Some(recipient);
         self
     }
 }
@@ -121,6 +129,17 @@ impl Mover {
     pub fn listen_for<C: Channel>(&self, channel: C, terms: Terms) -> Arriving<C> {
         let engine = Arrival::new(Arc::clone(&self.shared), terms.clone());
         Arriving { mover: self.clone(), terms, channel, engine, input: vec![0; PIECE], is_open: true }
+    }
+
+    /// Takes in all connections of one stream, in the order in which the source has numbered them. Where the stream is broken,
+    /// what had been let go of by then has arrived nevertheless.
+    pub fn receive_all(&self, channel: &mut impl Channel, terms: Terms) -> (Vec<Arrived>, Result<()>) {
+        let mut engine = Arrival::new(Arc::clone(&self.shared), terms);
+        drive::run(&mut engine, channel);
+        let mut landed: Vec<Landed> = std::iter::from_fn(|| engine.landed()).collect();
+        landed.sort_by_key(|landed| landed.number);
+        let outcome = engine.next_stream(false).map(drop);
+        (landed.into_iter().map(Arrived::new).collect(), outcome)
     }
 }
 

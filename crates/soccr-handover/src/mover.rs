@@ -3,16 +3,18 @@
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use soccr::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
+use soccr::steer::Homecoming;
 use soccr_image::stream::Place;
 
 use crate::departing::{Departing, Stream};
 use crate::error::{Error, Rejected, Result};
 use crate::protocol::Fate;
+use crate::seat::Seat;
 use crate::silence;
 
 /// Moves connections of the network namespace in which it was made: one for the whole process.
@@ -60,12 +62,29 @@ pub enum Event<'a> {
         /// What has become of it.
         fate: Fate,
     },
+    /// From here on connections are in the memory of this process alone, until the target has them: it must not be ended. Told once,
+    /// before the first one leaves.
+    Leaving,
     /// A connection has been restored here; it is not ours yet.
     Restored {
         /// Its name, as the source gave it.
         name: &'a str,
         /// What came back exactly, what approximately, what not and why.
         report: &'a soccr::Report,
+    },
+    /// A connection that was to arrive here does not: it stays at its source, where that listens.
+    Refused {
+        /// Its number in the stream of the source.
+        number: u32,
+        /// Why, as the source is told.
+        reason: &'a str,
+    },
+    /// A connection that had left its source could not be brought to life: it is nowhere.
+    Lost {
+        /// Its number in the stream of the source.
+        number: u32,
+        /// Why.
+        reason: &'a str,
     },
     /// Something did not go as well as it could have; no connection is lost by it.
     Warning(&'a str),
@@ -74,6 +93,8 @@ pub enum Event<'a> {
 type Listener = dyn Fn(Event<'_>) + Send + Sync;
 
 pub(crate) struct Shared {
+    /// Before the locker: what comes home finds one of the two at any time.
+    pub(crate) homecoming: Mutex<Homecoming>,
     pub(crate) locker: Locker,
     pub(crate) limits: Limits,
     /// Where it moves connections from and to, as far as the kernel tells.
@@ -99,6 +120,7 @@ impl Mover {
     pub fn with(limits: Limits) -> Result<Self> {
         soccr::prepare();
         let shared = Shared {
+            homecoming: Mutex::new(Homecoming::new()?),
             locker: Locker::new(Mode::HOLD)?,
             limits,
             place: place(),
@@ -129,6 +151,11 @@ impl Mover {
         Departing::new(Arc::clone(&self.shared), stream)
     }
 
+    /// The same of the socket of another process, or of one that no longer knows its peer.
+    pub fn take_seat(&self, seat: Seat) -> Departing {
+        Departing::of(Arc::clone(&self.shared), seat)
+    }
+
     /// Connections that have come back into their sockets from sends that nobody waited for to the end, such as futures that were
     /// dropped. Whoever drops them ends them, as any stream.
     pub fn came_back(&self) -> Vec<Rejected<std::net::TcpStream>> {
@@ -157,6 +184,18 @@ impl Shared {
 
     pub(crate) fn warn(&self, error: impl fmt::Display) {
         self.tell(Event::Warning(&error.to_string()));
+    }
+
+    pub(crate) fn homecoming(&self) -> MutexGuard<'_, Homecoming> {
+        self.homecoming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of these connections some have arrived; the others stay where they are.
+    pub(crate) fn settle(&self, all: &[Flow], arrived: &[Flow]) {
+        let mut homecoming = self.homecoming();
+        if let Err(error) = homecoming.arrived(arrived).and_then(|()| homecoming.stay_away(all)) {
+            self.warn(error);
+        }
     }
 
     pub(crate) fn leave_behind(&self, value: std::net::TcpStream, error: Error) {

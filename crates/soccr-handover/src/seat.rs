@@ -1,6 +1,6 @@
 //! A socket, and the connection in it that may leave and come back.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::sockopt;
@@ -10,36 +10,69 @@ use soccr::{Connection, Flow};
 
 use crate::error::{Error, ErrorKind, Result};
 
+/// A socket, and the connection in it.
+///
 /// Between two looks at it the connection lives on as before, and only a lock keeps it silent: where this process dies, the lock
 /// ends by itself, and repair mode would not.
 #[derive(Debug)]
-pub(crate) struct Seat<F> {
-    pub(crate) socket: F,
-    pub(crate) flow: Flow,
+pub struct Seat {
+    socket: OwnedFd,
+    flow: Flow,
 }
 
-impl<F: AsFd> Seat<F> {
-    /// Reads the connection. It goes on.
-    pub(crate) fn save_into(&self, connection: &mut Connection) -> Result<()> {
+impl AsFd for Seat {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Seat {
+    /// A socket whose connection has these addresses.
+    pub fn new(socket: OwnedFd, flow: Flow) -> Self {
+        Self { socket, flow }
+    }
+
+    /// The addresses of the connection.
+    pub fn flow(&self) -> Flow {
+        self.flow
+    }
+
+    /// Gives the socket back.
+    pub fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
+    /// Reads the connection, into memory that may have been used before. It goes on: only a lock around this call keeps that off the
+    /// wire.
+    ///
+    /// # Errors
+    /// Those of [`soccr::pause`] and of saving.
+    pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
         let paused = self.pause()?;
         paused.save_into(connection)?;
         Ok(paused.resume()?)
     }
 
     /// Reads the connection again, and takes it out of the socket, provided that it is still what it was.
-    pub(crate) fn let_go(&self, saved: &ControlBlock) -> Result<Connection> {
+    ///
+    /// # Errors
+    /// [`Changed`](ErrorKind::Changed) where it is not, and those of saving. The connection goes on.
+    pub fn let_go(&self, saved: &ControlBlock) -> Result<Connection> {
         let paused = self.pause()?;
         let connection = paused.save()?;
         if position(&connection.control) != position(saved) {
-            let what = "it changed while it was locked: somebody else uses its socket";
-            return Err(Error::new(ErrorKind::Connection, what));
+            let what = "it changed while it was locked: another process uses it";
+            return Err(Error::new(ErrorKind::Changed, what));
         }
         paused.detach()?;
         Ok(connection)
     }
 
-    /// Puts the connection back into the socket that it came from.
-    pub(crate) fn take_back(&self, connection: &Connection) -> Result<()> {
+    /// Puts the connection back into the socket that it came from: nobody has it elsewhere.
+    ///
+    /// # Errors
+    /// Those of restoring. The connection is in no socket then.
+    pub fn take_back(&self, connection: &Connection) -> Result<()> {
         let socket = self.socket.as_fd();
         let system = |what: &'static str| move |errno: Errno| Error::of(ErrorKind::System, what, errno);
         let paused = soccr::pause(&socket)?;

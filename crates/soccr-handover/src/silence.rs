@@ -1,6 +1,7 @@
 //! A host that stays silent about connections that have left it: late packets of the peers draw no reset.
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -13,8 +14,16 @@ const PREFIX: &str = "left-";
 /// One for all movers of a network: a table takes milliseconds to be made and to be removed, an element of it microseconds.
 const NAME: &str = "left-by-handover";
 
+/// A name for such a lock that no other has: the numbers of processes come again, in containers soon.
+pub fn name() -> String {
+    format!("{PREFIX}{:016x}", RandomState::new().hash_one(std::process::id()))
+}
+
 /// Stays silent about these connections for this time, in the network namespace of the calling thread.
-pub(crate) fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
+///
+/// # Errors
+/// Those of [`PersistentLock::create`].
+pub fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
     if limit.is_zero() || flows.is_empty() {
         return Ok(());
     }
@@ -39,7 +48,10 @@ pub(crate) fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
 
 /// Ends the silence about connections that are back, in the network namespace of the calling thread. Locks that people have
 /// made stay: they have their reasons. Those are returned, each with its lock.
-pub(crate) fn lift(back: &[Flow]) -> soccr::Result<Vec<(Flow, String)>> {
+///
+/// # Errors
+/// Those of [`PersistentLock::list`] and [`PersistentLock::unlock`].
+pub fn lift(back: &[Flow]) -> soccr::Result<Vec<(Flow, String)>> {
     let mut locked = Vec::new();
     if back.is_empty() {
         return Ok(locked);

@@ -34,6 +34,8 @@ struct Place {
     attached: bool,
     /// Its old socket is silent.
     locked: bool,
+    /// The old host stays silent about it, or sends its packets on.
+    diverted: bool,
     /// In a new socket that says nothing.
     silent: bool,
     /// In a new socket that lives.
@@ -78,6 +80,7 @@ enum Step {
     TargetHears,
     TargetSeesCut,
     TargetIsLate,
+    TargetStops,
     Cut,
     KillSource,
     KillTarget,
@@ -144,6 +147,9 @@ impl World {
                 if faulty && target.waiting() > 0 {
                     steps.push(Step::TargetIsLate);
                 }
+                if faulty {
+                    steps.push(Step::TargetStops);
+                }
             }
             if (self.cut || self.source.is_none()) && !self.target_ended {
                 steps.push(Step::TargetSeesCut);
@@ -197,6 +203,7 @@ impl World {
             Step::TargetHears => self.target_hears(),
             Step::TargetSeesCut => self.end_target(),
             Step::TargetIsLate => self.tell_target(News::Late),
+            Step::TargetStops => self.stop_target(),
             Step::Cut => self.cut = true,
             Step::KillSource => self.source = None,
             Step::KillTarget => {
@@ -238,7 +245,15 @@ impl World {
                 }
                 self.tell_source(Event::Offered(id, well));
             }
+            Action::Divert => {
+                let leaving: Vec<Id> = self.source.as_ref().unwrap().leaving().collect();
+                // Where it fails, it may have succeeded for some.
+                let done = if well { leaving.len() } else { 1 };
+                leaving.into_iter().take(done).for_each(|id| self.place(id).diverted = true);
+                self.tell_source(Event::Diverted(well));
+            }
             Action::Commit(id) => {
+                assert!(self.place(id).diverted && self.place(id).locked);
                 if well {
                     self.place(id).attached = false;
                     self.outbox.push_back(Word::Commit(id));
@@ -251,7 +266,15 @@ impl World {
                 assert!(!place.attached, "it is there already");
                 place.attached = true;
             }
-            Action::Unlock(first, last) => (first..=last).for_each(|id| self.place(id).locked = false),
+            Action::Unlock(first, last) => {
+                for id in first..=last {
+                    let stays = self.source.as_ref().unwrap().fate(id) == Some(Fate::Stays);
+                    let place = self.place(id);
+                    place.diverted &= !stays;
+                    assert!(!place.attached || stays, "what is not settled stays locked");
+                    place.locked = false;
+                }
+            }
             Action::Finish => self.outbox.push_back(Word::End),
             other => panic!("{other:?}"),
         }
@@ -298,9 +321,15 @@ impl World {
 
     fn tell_target(&mut self, news: News) {
         if self.target.as_mut().unwrap().handle(news).is_err() {
-            self.end_target();
+            self.stop_target();
         }
         self.answer_end();
+    }
+
+    /// It takes nothing more, and says so of what waits.
+    fn stop_target(&mut self) {
+        self.target.as_mut().unwrap().handle(News::Late).unwrap();
+        self.end_target();
     }
 
     fn end_target(&mut self) {
@@ -374,6 +403,7 @@ impl World {
             match &self.source {
                 Some(source) => {
                     assert!(!place.locked, "it is still silent");
+                    assert_eq!(place.diverted, !place.attached, "of those that have left, and of no others");
                     match source.fate(id).expect("everything is settled") {
                         Fate::Moved => assert!(place.alive),
                         Fate::Stays => assert!(place.attached),

@@ -12,8 +12,9 @@ use soccr::connection::State;
 use soccr::diag::Socket;
 
 use crate::nat::Translated;
-use crate::process::{self, Holder, Process};
 use crate::traffic::Traffic;
+use soccr_handover::foreign::Process;
+use soccr_handover::foreign::process::{self, Holder};
 
 /// A socket, as `--json` shows it.
 #[derive(Debug, Serialize)]

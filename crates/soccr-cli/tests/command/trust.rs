@@ -142,7 +142,9 @@ fn a_source_that_never_commits_is_refused() {
     stream.send(&held()).unwrap();
     victim.say(&mut stream);
     match victim.hear() {
-        Some(Message::Refused { connection: 1, reason }) => assert!(reason.contains("--timeout"), "{reason}"),
+        Some(Message::Refused { connection: 1, reason }) => {
+            assert!(reason.contains("does not say COMMIT in time"), "{reason}")
+        }
         other => panic!("{other:?}"),
     }
     assert_eq!(victim.program.0.wait().unwrap().code(), Some(1));

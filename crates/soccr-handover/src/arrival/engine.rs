@@ -7,7 +7,6 @@ use soccr_image::stream::{Decoded, Message};
 use super::{Arrival, BATCH, PATIENCE};
 use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind};
-use crate::protocol::News;
 
 impl Engine for Arrival {
     fn advance(&mut self) {
@@ -28,6 +27,8 @@ impl Engine for Arrival {
                 }
                 Ok(_) => {}
                 Err(error) => match error.connection() {
+                    // Nobody would take it back; what was held the peer sends again.
+                    Some(id) if self.writer.is_none() && self.machine.waits(id) => self.shared.warn(error),
                     Some(id) => {
                         self.state = None;
                         self.refuse(id, error);
@@ -75,13 +76,17 @@ impl Engine for Arrival {
         self.decoder.feed(bytes);
     }
 
-    fn ended(&mut self) {
+    fn ended(&mut self, _: bool) {
+        self.output().cut();
         match self.has_begun {
             true => self.give_up(Error::new(ErrorKind::Gone, "the source is gone")),
             // Between two streams.
             false => self.is_complete = true,
         }
-        self.output().cut();
+    }
+
+    fn stop(&mut self, reason: String) {
+        self.give_up(Error::new(ErrorKind::Stopped, reason));
     }
 
     fn broken(&mut self, error: std::io::Error) {
@@ -100,8 +105,8 @@ impl Engine for Arrival {
             self.raise();
         }
         if self.decision.is_some_and(|until| until <= now) {
-            self.decision = None;
-            self.handle(News::Late);
+            let what = "the source does not say COMMIT in time";
+            self.give_up(Error::new(ErrorKind::Late, what));
         }
         if self.reading.is_some_and(|until| until <= now) {
             self.output().cut();

@@ -6,12 +6,12 @@ use soccr::bulk;
 use soccr::connection::State;
 use soccr::diag::Diag;
 use soccr::lock::Held;
-use soccr::{Connection, Flow, Lock};
+use soccr::{Connection, Flow, Lock, Restored};
 
-use super::{Arrival, Arriving, Batch, MEMORY, Place, Waiting, bytes_of};
-use crate::listen::Offer;
+use super::{Arrival, Arriving, Batch, Place, WAITING, WAITING_BYTES, Waiting, bytes_of, bytes_of_packets};
 use crate::mover::Event as Told;
 use crate::protocol::{Id, News};
+use crate::recipient::{Offer, Origin};
 
 impl Arrival {
     /// Locks and restores what has arrived.
@@ -20,9 +20,17 @@ impl Arrival {
         let mut batch = Vec::new();
         // Where that cannot be found out, the restore tells.
         let mut diag = (!self.arriving.is_empty()).then(Diag::open).and_then(soccr::Result::ok);
-        for arriving in std::mem::take(&mut self.arriving) {
-            match self.accept(&arriving, &mut diag) {
-                Ok(()) => batch.push(arriving),
+        let mut crowd = (self.waiting.len(), self.waiting_bytes);
+        for mut arriving in std::mem::take(&mut self.arriving) {
+            let accepted = match crowd.0 >= WAITING || crowd.1 > WAITING_BYTES {
+                true => Err("more connections wait for the source than there is room for".into()),
+                false => self.accept(&mut arriving, &mut diag),
+            };
+            match accepted {
+                Ok(()) => {
+                    crowd = (crowd.0 + 1, crowd.1 + bytes_of(&arriving.connection) + arriving.state.len());
+                    batch.push(arriving);
+                }
                 Err(reason) => self.placed(arriving.id, Err(reason)),
             }
         }
@@ -48,24 +56,28 @@ impl Arrival {
     }
 
     /// Whether the application wants the connection, and this host has room for it.
-    fn accept(&mut self, arriving: &Arriving, diag: &mut Option<Diag>) -> std::result::Result<(), String> {
-        let Arriving { name, state, connection, .. } = arriving;
+    fn accept(
+        &mut self,
+        arriving: &mut Arriving,
+        diag: &mut Option<Diag>,
+    ) -> std::result::Result<(), String> {
+        let Arriving { name, state, is_critical, connection, .. } = arriving;
         connection.validate().map_err(|error| error.to_string())?;
         if self.terms.room == Some(0) {
             return Err("there is no room for more connections".into());
         }
-        if self.waiting_bytes > MEMORY {
-            return Err("too much waits for the source to decide".into());
-        }
         let flow = connection.flow();
-        if self.is_apart && flow.local.ip().to_canonical().is_loopback() {
+        let is_loopback = [flow.local, flow.remote].iter().any(|end| end.ip().to_canonical().is_loopback());
+        if self.origin.is_apart() && is_loopback && !self.terms.takes_loopback {
             return Err("its peer is where it comes from: take it over there, or map its addresses".into());
         }
         // Nothing of somebody else is locked, let alone replaced.
-        if !self.is_beside && is_in_use(diag, flow) {
+        if self.origin != Origin::Here && is_in_use(diag, flow) {
             return Err("this connection is in use here, and not by the source".into());
         }
-        self.terms.check.as_ref().map_or(Ok(()), |check| check(&Offer { name, state, connection }))?;
+        let mut offer = Offer { name, state, is_state_critical: *is_critical, connection };
+        self.ask(|recipient| recipient.accept(&mut offer)).unwrap_or(Ok(()))?;
+        self.delivery.arrange(flow.local.ip().to_canonical()).map_err(|error| error.to_string())?;
         self.terms.room = self.terms.room.map(|room| room - 1);
         Ok(())
     }
@@ -82,35 +94,44 @@ impl Arrival {
             .insert(number, Batch { lock, size: batch.len(), undecided: batch.len(), taken: Vec::new() });
         let (behind, free): (Vec<_>, Vec<_>) = batch
             .into_iter()
-            .partition(|arriving| self.is_beside && is_in_use(diag, arriving.connection.flow()));
+            .partition(|arriving| self.origin == Origin::Here && is_in_use(diag, arriving.connection.flow()));
         // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
         self.shared.end_silence(&flows);
-        for Arriving { id, name, state, connection } in behind {
+        if let Err(error) = self.shared.homecoming().expect(&flows) {
+            self.shared.warn(error);
+        }
+        for Arriving { id, name, state, connection, .. } in behind {
             let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
             let place = Place::Behind(Box::new(connection));
             self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
         }
         let mut outcomes = Vec::with_capacity(free.len());
-        let keyed = free.into_iter().map(|Arriving { id, name, state, connection }| {
-            let flow = connection.flow();
-            ((id, name, state, flow), connection)
+        let keyed = free.into_iter().map(|Arriving { id, name, state, connection, .. }| {
+            let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
+            ((id, name, state, flow, bytes), connection)
         });
         bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
-        for ((id, name, state, flow), outcome) in outcomes {
-            match outcome {
+        for ((id, name, state, flow, bytes), outcome) in outcomes {
+            match self.inspect(&name, outcome) {
                 Ok(restored) => {
-                    self.shared.tell(Told::Restored { name: &name, report: restored.report() });
-                    let (place, bytes) = (Place::Restored(restored), state.len());
+                    let place = Place::Restored(restored);
                     self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
                 }
-                Err(error) => {
+                Err(reason) => {
                     self.make_room();
-                    self.placed(id, Err(error.to_string()));
+                    self.placed(id, Err(reason));
                     self.decided(number);
                 }
             }
         }
+    }
+
+    fn inspect(&self, name: &str, outcome: soccr::Result<Restored>) -> std::result::Result<Restored, String> {
+        let restored = outcome.map_err(|error| error.to_string())?;
+        self.shared.tell(Told::Restored { name, report: restored.report() });
+        self.ask(|recipient| recipient.inspect(name, &restored)).unwrap_or(Ok(()))?;
+        Ok(restored)
     }
 
     /// It is in place, and waits for the source to decide.
@@ -148,19 +169,19 @@ impl Arrival {
         bulk::restore(keyed, |id, outcome| outcomes.push((id, outcome)));
         for (id, outcome) in outcomes {
             let mut waiting = others.remove(&id).expect("each comes back once");
-            match outcome {
+            match self.inspect(&waiting.name, outcome) {
                 Ok(restored) => {
-                    self.shared.tell(Told::Restored { name: &waiting.name, report: restored.report() });
                     waiting.place = Place::Restored(restored);
                     self.waiting.insert(id, waiting);
                     self.take(id);
                 }
-                Err(error) => {
+                Err(reason) => {
                     if self.writer.is_none() {
-                        self.shared.warn(format_args!("{}: it is lost: {error}", waiting.name));
+                        self.lost.insert(id);
                     }
+                    self.held_bytes -= bytes_of_packets(&waiting.held);
                     self.make_room();
-                    self.refusals.insert(id, error.to_string());
+                    self.refusals.insert(id, reason);
                     self.handle(News::Taken(id, false));
                     self.decided(waiting.batch);
                 }

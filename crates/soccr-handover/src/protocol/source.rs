@@ -26,13 +26,15 @@ pub enum Event {
     Locked,
     /// [`Action::Offer`] is done: the connection is written, or could not be saved.
     Offered(Id, bool),
+    /// [`Action::Divert`] is done, or has failed: then nothing leaves.
+    Diverted(bool),
     /// [`Action::Commit`] is done: the connection is detached and its COMMIT written, or it is still in its socket.
     Committed(Id, bool),
     /// The target says something about a connection.
     Heard(Id, Answer),
     /// The target has said its last word.
     End,
-    /// The time for what is waited for is over.
+    /// The time for what is waited for is over, or nothing more is to begin.
     Late,
     /// The channel has failed, and the COMMIT of this connection cannot have been read whole. Comes before [`Event::Cut`].
     Unread(Id),
@@ -47,17 +49,20 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Action {
-    /// Keep the connections from this one to that silent. Answered by [`Event::Locked`].
+    /// Keep the connections from this one to that silent, and whoever uses their sockets still. Answered by [`Event::Locked`].
     Lock(Id, Id),
     /// Save the connection and write it. Answered by [`Event::Offered`].
     Offer(Id),
     /// Write ABORT: it stays.
     Abort(Id),
+    /// Arrange what becomes of packets for those that are [leaving](Source::leaving): they draw no reset here. Answered by
+    /// [`Event::Diverted`].
+    Divert,
     /// Write what was held, detach, write COMMIT. Answered by [`Event::Committed`].
     Commit(Id),
     /// Put the value back into the socket that it came from: nobody else has it.
     Return(Id),
-    /// Let them be heard again, wherever they are.
+    /// Let them be heard again, wherever they are, and end what was arranged for those that stay.
     Unlock(Id, Id),
     /// Write END.
     Finish,
@@ -173,6 +178,11 @@ impl Source {
             }
             Event::Offered(id, true) => self.set(id, Stage::Offered),
             Event::Offered(id, false) => self.set(id, Stage::Settled(Fate::Stays)),
+            Event::Diverted(true) => {
+                let commits: Vec<Action> = self.leaving().map(Action::Commit).collect();
+                self.actions.extend(commits);
+            }
+            Event::Diverted(false) => self.keep(&[Stage::Leaving]),
             Event::Committed(id, true) => self.set(id, Stage::Left),
             Event::Committed(id, false) => {
                 self.set(id, Stage::Settled(Fate::Stays));
@@ -235,22 +245,29 @@ impl Source {
             Phase::Moving => {
                 // What has been decided and not been done is not done any more.
                 self.actions.retain(|action| {
-                    !matches!(action, Action::Lock(..) | Action::Offer(_) | Action::Commit(_))
+                    !matches!(
+                        action,
+                        Action::Lock(..) | Action::Offer(_) | Action::Divert | Action::Commit(_)
+                    )
                 });
-                for id in self.ids() {
-                    match self.stage(id) {
-                        Some(Stage::Here) => self.set(id, Stage::Settled(Fate::Stays)),
-                        Some(Stage::Offered | Stage::Ready | Stage::Leaving) => {
-                            self.set(id, Stage::Settled(Fate::Stays));
-                            self.actions.push_back(Action::Abort(id));
-                        }
-                        _ => {}
-                    }
+                for id in self.ids().filter(|id| self.stage(*id) == Some(Stage::Here)).collect::<Vec<_>>() {
+                    self.set(id, Stage::Settled(Fate::Stays));
                 }
+                self.keep(&[Stage::Offered, Stage::Ready, Stage::Leaving]);
                 if self.any(Stage::Left) {
                     self.unlock();
                     self.finish(Phase::Ending);
                 }
+            }
+        }
+    }
+
+    /// What is at one of these stages stays, and the target is told.
+    fn keep(&mut self, stages: &[Stage]) {
+        for id in self.ids() {
+            if self.stage(id).is_some_and(|stage| stages.contains(&stage)) {
+                self.set(id, Stage::Settled(Fate::Stays));
+                self.actions.push_back(Action::Abort(id));
             }
         }
     }
@@ -293,8 +310,8 @@ impl Source {
         if self.any(Stage::Ready) {
             for id in self.ids().filter(|id| self.stage(*id) == Some(Stage::Ready)).collect::<Vec<_>>() {
                 self.set(id, Stage::Leaving);
-                self.actions.push_back(Action::Commit(id));
             }
+            self.actions.push_back(Action::Divert);
         } else if !self.any(Stage::Left) {
             self.unlock();
             self.begin_window();

@@ -22,7 +22,7 @@ pub enum News {
     Placed(Id, bool),
     /// The outcome of [`Deed::Take`].
     Taken(Id, bool),
-    /// The source has not decided in time about what is ready.
+    /// The source has not decided in time about what is ready, or nothing more is taken.
     Late,
     /// The source has said its last word, or is gone.
     End,

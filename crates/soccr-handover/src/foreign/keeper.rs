@@ -9,13 +9,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use soccr::{Flow, Paused};
 
-use crate::process::Sharing;
-use crate::stop::Stopped;
-use crate::{exit, network, silence, sys};
+use super::process::Sharing;
+use super::stop::Stopped;
+use super::{namespace, sys};
+use crate::error::{Context, Error, Result};
+use crate::silence;
+use crate::users::Users;
 
 /// Stop the processes.
 const STOP: u8 = 0;
@@ -28,15 +30,18 @@ const CONTINUE: u8 = 3;
 
 /// The keeper, as this process sees it. Dropping it lets the stopped processes go on.
 #[derive(Debug)]
-pub(crate) struct Keeper {
+pub struct Keeper {
     pid: Pid,
     talk: Option<UnixStream>,
 }
 
 impl Keeper {
-    /// Starts the keeper. This process must not have started a thread. The file is removed in the end where the connections are still
-    /// there.
-    pub(crate) fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing, file: Option<&Path>) -> Result<Self> {
+    /// Starts the keeper of these sockets and of the processes that share them. The file is removed in the end where the connections are
+    /// still there.
+    ///
+    /// # Errors
+    /// This process has started a thread already, or `fork(2)` fails.
+    pub fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing, file: Option<&Path>) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
         match sys::fork().context("fork")? {
             Some(pid) => {
@@ -53,43 +58,45 @@ impl Keeper {
         }
     }
 
-    /// Stops the processes; returns when none of their threads runs.
-    pub(crate) fn stop(&mut self) -> Result<()> {
-        self.say(STOP, 0)
-    }
-
-    /// Lets the processes go on, until they are stopped again.
-    pub(crate) fn go_on(&mut self) -> Result<()> {
-        self.say(CONTINUE, 0)
-    }
-
-    /// A connection is put back into the socket with this number.
-    pub(crate) fn filling(&mut self, number: usize) -> Result<()> {
-        self.say(FILLING, number)
-    }
-
-    /// The connection is back.
-    pub(crate) fn filled(&mut self, number: usize) -> Result<()> {
-        self.say(FILLED, number)
-    }
-
     fn say(&mut self, word: u8, number: usize) -> Result<()> {
-        let talk = self.talk.as_mut().context("the keeper is gone")?;
+        let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut message = [word; 5];
-        message[1..].copy_from_slice(&u32::try_from(number)?.to_ne_bytes());
+        message[1..].copy_from_slice(&(number as u32).to_ne_bytes());
         talk.write_all(&message).context("the keeper")?;
         self.confirm()
     }
 
     /// An empty answer says that all is well.
     fn confirm(&mut self) -> Result<()> {
-        let talk = self.talk.as_mut().context("the keeper is gone")?;
+        let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut length = [0; 4];
         talk.read_exact(&mut length).context("the keeper")?;
         let mut text = vec![0; u32::from_ne_bytes(length) as usize];
         talk.read_exact(&mut text).context("the keeper")?;
-        if text.is_empty() { Ok(()) } else { bail!("{}", String::from_utf8_lossy(&text)) }
+        if text.is_empty() { Ok(()) } else { Err(Error::system(String::from_utf8_lossy(&text).into_owned())) }
     }
+}
+
+impl Users for Keeper {
+    fn stop(&mut self) -> Result<()> {
+        self.say(STOP, 0)
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        self.say(CONTINUE, 0)
+    }
+
+    fn filling(&mut self, number: usize) -> Result<()> {
+        self.say(FILLING, number)
+    }
+
+    fn filled(&mut self, number: usize) -> Result<()> {
+        self.say(FILLED, number)
+    }
+}
+
+fn gone() -> Error {
+    Error::system("the keeper is gone")
 }
 
 impl Drop for Keeper {
@@ -123,7 +130,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
                     *filling = word == FILLING;
                     Ok(())
                 }
-                _ => Err(anyhow!("the keeper does not know what to do")),
+                _ => Err(Error::system("the keeper does not know what to do")),
             };
             if answer(&mut talk, outcome).is_err() {
                 break;
@@ -142,7 +149,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
         // It has been renamed, or the process that wrote it was killed.
         let _ = std::fs::remove_file(file);
     }
-    if !here.is_empty() && network::enter_of(sockets[0]).is_ok() {
+    if !here.is_empty() && namespace::enter_of(sockets[0]).is_ok() {
         let _ = silence::lift(&here);
         let _ = soccr::steer::stop(&here);
     }
@@ -150,7 +157,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
 }
 
 fn answer(talk: &mut UnixStream, outcome: Result<()>) -> std::io::Result<()> {
-    let text = outcome.err().map(|error| exit::line(&error)).unwrap_or_default();
+    let text = outcome.err().map(|error| error.to_string()).unwrap_or_default();
     let mut message = (text.len() as u32).to_ne_bytes().to_vec();
     message.extend_from_slice(text.as_bytes());
     talk.write_all(&message)

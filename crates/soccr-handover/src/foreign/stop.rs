@@ -9,18 +9,18 @@ use std::io;
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
 use rustix::process::Pid;
 
-use crate::process::{self, Sharing};
-use crate::sys;
+use super::process::{self, Sharing};
+use super::sys;
+use crate::error::{Context, Error, ErrorKind, Result};
 
 /// How long a thread may take to stop: one that waits for a disk cannot be interrupted.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Processes that do not run. Dropping it continues them.
 #[derive(Debug)]
-pub(crate) struct Stopped {
+pub struct Stopped {
     threads: BTreeMap<i32, Thread>,
     /// Only the thread that has seized another can stop or continue it.
     same_thread: PhantomData<*const ()>,
@@ -42,7 +42,10 @@ enum State {
 
 impl Stopped {
     /// Stops the processes; returns when none of their threads runs.
-    pub(crate) fn stop(sharing: &mut Sharing) -> Result<Self> {
+    ///
+    /// # Errors
+    /// `EPERM` where one belongs to another user, or is traced already; or a thread waits for a device.
+    pub fn stop(sharing: &mut Sharing) -> Result<Self> {
         sharing.look_again()?;
         let mut stopped = Self { threads: BTreeMap::new(), same_thread: PhantomData };
         loop {
@@ -74,7 +77,8 @@ impl Stopped {
                         }
                     }
                     Ok(None) if start.elapsed() > LIMIT => {
-                        bail!("thread {} does not stop: it waits for a device", thread.id)
+                        let what = format!("thread {} does not stop: it waits for a device", thread.id);
+                        return Err(Error::system(what));
                     }
                     Ok(None) => std::thread::sleep(Duration::from_micros(20)),
                     Err(_) => thread.state = State::Gone,
@@ -120,7 +124,7 @@ fn after(status: i32) -> State {
     }
 }
 
-fn refused(pid: Pid, error: io::Error) -> anyhow::Error {
+fn refused(pid: Pid, error: io::Error) -> Error {
     let advice = match (error.raw_os_error(), process::tracer(pid)) {
         (Some(libc::EPERM), Some(tracer)) => format!("{tracer} traces it: end that first"),
         (Some(libc::EPERM), None) => {
@@ -128,7 +132,9 @@ fn refused(pid: Pid, error: io::Error) -> anyhow::Error {
         }
         _ => "it cannot be stopped".into(),
     };
-    anyhow::Error::new(error).context(format!("pid {pid}: PTRACE_SEIZE — {advice}"))
+    let kind =
+        if error.raw_os_error() == Some(libc::EPERM) { ErrorKind::NoPermission } else { ErrorKind::System };
+    Error::of(kind, format!("pid {pid}: PTRACE_SEIZE — {advice}"), error)
 }
 
 impl Drop for Stopped {

@@ -4,47 +4,57 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
-use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::{Mode, OFlags, RawDir, fstat, open, openat, readlinkat_raw};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use crate::error::{Context, Error, ErrorKind, Result};
+
 /// A process that cannot be confused with a later one of the same number.
 #[derive(Debug)]
-pub(crate) struct Process {
-    pub(crate) pid: Pid,
+pub struct Process {
+    pid: Pid,
     pidfd: OwnedFd,
 }
 
 impl Process {
-    pub(crate) fn open(pid: Pid) -> Result<Self> {
+    /// The process that has this number now (`pidfd_open(2)`).
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn open(pid: Pid) -> Result<Self> {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| match error {
-            rustix::io::Errno::SRCH => anyhow!("pid {pid}: there is no such process"),
-            error => anyhow!(error).context(format!("pid {pid}: pidfd_open")),
+            rustix::io::Errno::SRCH => no_process(pid),
+            error => Error::of(ErrorKind::System, format!("pid {pid}: pidfd_open"), error),
         })?;
         Ok(Self { pid, pidfd })
     }
 
+    /// Its number.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// A duplicate of one of its descriptors; what the kernel says, where there is none.
-    pub(crate) fn duplicate(&self, fd: RawFd) -> rustix::io::Result<OwnedFd> {
+    pub fn duplicate(&self, fd: RawFd) -> rustix::io::Result<OwnedFd> {
         pidfd_getfd(&self.pidfd, fd, PidfdGetfdFlags::empty())
     }
 
     /// A duplicate of one of its descriptors.
-    pub(crate) fn descriptor(&self, fd: RawFd) -> Result<OwnedFd> {
+    pub fn descriptor(&self, fd: RawFd) -> Result<OwnedFd> {
         self.duplicate(fd).map_err(|error| match error {
-            rustix::io::Errno::BADF => anyhow!("it has no descriptor {fd}"),
-            rustix::io::Errno::PERM => anyhow!(
+            rustix::io::Errno::BADF => Error::system(format!("it has no descriptor {fd}")),
+            rustix::io::Errno::PERM => Error::new(
+                ErrorKind::NoPermission,
                 "pidfd_getfd: EPERM — needs CAP_SYS_PTRACE over the process: run as root, or as the user that it \
-                 belongs to where the sysctl kernel.yama.ptrace_scope is 0"
+                 belongs to where the sysctl kernel.yama.ptrace_scope is 0",
             ),
-            error => anyhow!(error).context("pidfd_getfd"),
+            error => Error::of(ErrorKind::System, "pidfd_getfd", error),
         })
     }
 }
 
-/// Reads a process number of the command line.
-pub(crate) fn parse_pid(text: &str) -> Result<Pid, String> {
-    text.parse().ok().filter(|number| *number > 0).and_then(Pid::from_raw).ok_or("a positive number".into())
+fn no_process(pid: Pid) -> Error {
+    Error::system(format!("pid {pid}: there is no such process"))
 }
 
 /// A line of `/proc/PID/status`.
@@ -54,32 +64,33 @@ fn status(pid: Pid, field: &str) -> Option<String> {
 }
 
 /// Whether there is such a process, and this one may look into it; else why not.
-pub(crate) fn look_into(pid: Pid) -> Result<()> {
-    let Some(process) = status(pid, "Tgid") else { bail!("pid {pid}: there is no such process") };
+pub fn look_into(pid: Pid) -> Result<()> {
+    let Some(process) = status(pid, "Tgid") else { return Err(no_process(pid)) };
     if process != pid.to_string() {
-        bail!("pid {pid}: it is a thread: name its process, {process}");
+        return Err(Error::system(format!("pid {pid}: it is a thread: name its process, {process}")));
     }
     if has_ended(pid) {
-        bail!("pid {pid}: it has ended (a zombie), and has no descriptors any more");
+        let what = format!("pid {pid}: it has ended (a zombie), and has no descriptors any more");
+        return Err(Error::system(what));
     }
     match directory(&format!("/proc/{pid}/fd")) {
         Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
-            bail!(
-                "pid {pid}: its descriptors cannot be seen — needs CAP_SYS_PTRACE over the process: run as root"
-            )
+            let advice =
+                "its descriptors cannot be seen — needs CAP_SYS_PTRACE over the process: run as root";
+            Err(Error::new(ErrorKind::NoPermission, format!("pid {pid}: {advice}")))
         }
         looked => looked.map(drop).with_context(|| format!("pid {pid}: its descriptors")),
     }
 }
 
 /// Who traces a process, as `pid 4711 (gdb)`.
-pub(crate) fn tracer(pid: Pid) -> Option<String> {
+pub fn tracer(pid: Pid) -> Option<String> {
     let tracer = status(pid, "TracerPid")?.parse().ok().and_then(Pid::from_raw)?;
     Some(format!("pid {tracer} ({})", name(tracer)))
 }
 
 /// The processes that a process has started, and their own.
-pub(crate) fn descendants(pid: Pid) -> Result<Vec<Pid>> {
+pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
     let mut family = vec![pid];
     for process in all()? {
         let parent = status(process, "PPid").and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
@@ -93,22 +104,22 @@ pub(crate) fn descendants(pid: Pid) -> Result<Vec<Pid>> {
 }
 
 /// The command name of a process; empty where it is gone.
-pub(crate) fn name(pid: Pid) -> String {
+pub fn name(pid: Pid) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/comm")).map_or(String::new(), |name| name.trim_end().into())
 }
 
 /// The inode of a socket, by which `/proc/PID/fd` and `sock_diag` name it.
-pub(crate) fn inode(socket: impl AsFd) -> Result<u64> {
+pub fn inode(socket: impl AsFd) -> Result<u64> {
     Ok(fstat(socket).context("fstat")?.st_ino)
 }
 
 /// All processes, as far as they are visible.
-pub(crate) fn all() -> Result<Vec<Pid>> {
+pub fn all() -> Result<Vec<Pid>> {
     numbers("/proc").map(|numbers| numbers.into_iter().filter_map(Pid::from_raw).collect()).context("/proc")
 }
 
 /// The threads of a process; none where it has ended.
-pub(crate) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
+pub fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
     match numbers(&format!("/proc/{pid}/task")) {
         Ok(numbers) => Ok(numbers.into_iter().filter_map(Pid::from_raw).collect()),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(Vec::new()),
@@ -117,14 +128,14 @@ pub(crate) fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
 }
 
 /// Whether a thread has ended, be it that nobody has waited for it yet.
-pub(crate) fn has_ended(thread: Pid) -> bool {
+pub fn has_ended(thread: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{thread}/stat")).map_or(true, |stat| {
         stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
     })
 }
 
 /// Shows the sockets among the descriptors of a process: descriptor and inode.
-pub(crate) fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
+pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
     let directory = directory(&format!("/proc/{pid}/fd"))?;
     let mut target = [0; 32];
     entries(directory.as_fd(), |name| {
@@ -139,13 +150,15 @@ pub(crate) fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<
 
 /// Who has a socket open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Holder {
-    pub(crate) pid: Pid,
-    pub(crate) fd: RawFd,
+pub struct Holder {
+    /// The process.
+    pub pid: Pid,
+    /// The number of its descriptor.
+    pub fd: RawFd,
 }
 
 /// The sockets of processes, by inode. Processes that may not be looked into are left out.
-pub(crate) fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
+pub fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
     let mut holders: HashMap<u64, Vec<Holder>> = HashMap::new();
     for pid in processes {
         let _ = sockets(*pid, |fd, inode| holders.entry(inode).or_default().push(Holder { pid: *pid, fd }));
@@ -155,7 +168,7 @@ pub(crate) fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
 
 /// The processes that share sockets.
 #[derive(Debug)]
-pub(crate) struct Sharing {
+pub struct Sharing {
     inodes: HashSet<u64>,
     /// The processes that have been looked into.
     seen: HashSet<Pid>,
@@ -164,7 +177,7 @@ pub(crate) struct Sharing {
 
 impl Sharing {
     /// Looks for the processes that share any of these sockets, without whoever looks.
-    pub(crate) fn find(inodes: &[u64]) -> Result<Self> {
+    pub fn find(inodes: &[u64]) -> Result<Self> {
         let inodes = inodes.iter().copied().collect();
         let mut sharing = Self { inodes, seen: HashSet::new(), processes: Vec::new() };
         sharing.look_again()?;
@@ -172,7 +185,7 @@ impl Sharing {
     }
 
     /// Looks into the processes that have started since, and whether there are any of interest: a child inherits sockets.
-    pub(crate) fn look_again(&mut self) -> Result<bool> {
+    pub fn look_again(&mut self) -> Result<bool> {
         let before = self.processes.len();
         self.seen.insert(rustix::process::getpid());
         for pid in all()? {
@@ -189,7 +202,8 @@ impl Sharing {
         Ok(self.processes.len() > before)
     }
 
-    pub(crate) fn processes(&self) -> &[Pid] {
+    /// Those found by now.
+    pub fn processes(&self) -> &[Pid] {
         &self.processes
     }
 }

@@ -1,0 +1,40 @@
+//! [`Users`]: others who use the sockets of connections that leave.
+
+use crate::error::Result;
+
+/// Whoever else uses the sockets of connections that leave, such as the processes that they belong to.
+///
+/// They must not run while a connection is in no socket: they would see its end. They are stopped when the connections of a window
+/// are locked, and go on when each of them has arrived, or is back.
+pub trait Users: Send {
+    /// Stops them, where they are not stopped: none of them runs when this returns.
+    ///
+    /// # Errors
+    /// They cannot be stopped: nothing leaves.
+    fn stop(&mut self) -> Result<()>;
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// They cannot go on.
+    fn go_on(&mut self) -> Result<()>;
+
+    /// The connection with this number, in the order in which they were given from 0 on, is being put back: what is in its socket must
+    /// not come to life, should this process die now.
+    ///
+    /// # Errors
+    /// Nobody takes note.
+    fn filling(&mut self, number: usize) -> Result<()> {
+        let _ = number;
+        Ok(())
+    }
+
+    /// The connection is back, and complete.
+    ///
+    /// # Errors
+    /// Nobody takes note.
+    fn filled(&mut self, number: usize) -> Result<()> {
+        let _ = number;
+        Ok(())
+    }
+}
