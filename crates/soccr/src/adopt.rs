@@ -62,7 +62,7 @@ use crate::lock::Lock;
 use crate::report::Report;
 use crate::segment::{Segment, flags};
 use crate::sys::namespace;
-use crate::sys::raw::Ways;
+use crate::sys::raw::{LOOPBACK, Ways};
 use crate::sys::sockopt;
 use crate::sys::tcp::{TcpInfo, info_option};
 use obstacle::Sysctls;
@@ -148,14 +148,15 @@ impl Adopter {
     /// Checks, without touching anything, that a connection can be adopted here: its state, and the listener for it.
     ///
     /// # Errors
-    /// Refused, with the reason and the remedy: a state other than ESTABLISHED and CLOSE_WAIT, urgent data, TCP MD5, a
-    /// link-local address; no listener, one that speaks MPTCP, one whose queue is full; a sysctl without which an
-    /// option would be lost. A send queue is no obstacle here, since [`give`](Self::give) drains it.
+    /// Refused, with the reason and the remedy: a state other than ESTABLISHED and CLOSE_WAIT, urgent data, TCP MD5; no
+    /// listener, one that speaks MPTCP, one whose queue is full, one that is bound to a device by which the peer does not come;
+    /// a sysctl without which an option would be lost. A send queue is no obstacle here, since [`give`](Self::give) drains it.
     pub fn check(&mut self, connection: &Connection) -> Result<()> {
         self.in_namespace()
             .and_then(|()| obstacle::in_connection(connection))
             .and_then(|()| self.sysctls.check(connection))
-            .and_then(|()| obstacle::in_listener(&mut self.diag, connection.flow()))
+            .and_then(|()| obstacle::in_listener(&mut self.diag, &mut self.ways, connection.flow()))
+            .map(drop)
             .map_err(|error| error.at("adopt"))
     }
 
@@ -193,7 +194,17 @@ impl Adopter {
         let control = &connection.control;
         let seq = control.rcv_nxt.wrapping_sub(1);
         let segment = fin::from_peer(connection.flow(), control, seq, control.write_seq, flags::ACK, &[]);
-        self.send(&segment, &[]).map_err(|error| error.at("adopt"))
+        let interface = self.interface_of(connection.flow()).map_err(|error| error.at("adopt"))?;
+        self.send(&segment, &[], interface).map_err(|error| error.at("adopt"))
+    }
+
+    /// The interface to which an adopted connection is bound, or 0.
+    fn interface_of(&mut self, flow: Flow) -> Result<u32> {
+        match obstacle::scope(flow) {
+            0 if self.programs.is_plain() => Ok(0),
+            0 => Ok(self.diag.find(flow.local, flow.remote, |socket| socket.interface)?.unwrap_or(0)),
+            scope => Ok(scope),
+        }
     }
 
     /// Whether a server has accepted the connection by now; `None` where it has ended.
@@ -217,7 +228,14 @@ impl Adopter {
         // Where it is 0 the kernel would not look at what the program says, and reset the peer.
         self.sysctls.check_cookies()?;
         let flow = connection.flow();
-        match self.look(flow)? {
+        let mut interface = obstacle::scope(flow);
+        let mut there = self.look(flow, interface)?;
+        if there.is_none_or(|there| ![0, interface].contains(&there.interface)) {
+            // What is bound to a device takes only what comes from there.
+            interface = obstacle::in_listener(&mut self.diag, &mut self.ways, flow)?;
+            there = self.look(flow, interface)?;
+        }
+        match there {
             Some(position) if position.state == State::Listen => {}
             Some(_) => {
                 return Err(Error::refused(
@@ -225,10 +243,12 @@ impl Adopter {
                     "close or detach the old socket first",
                 ));
             }
-            None => {
-                obstacle::in_listener(&mut self.diag, flow)?;
-                return Err(obstacle::no_listener(flow));
-            }
+            None => return Err(obstacle::no_listener(flow)),
+        }
+        if interface != 0 {
+            self.programs
+                .attach(interface)
+                .map_err(|error| Error::system("BPF_LINK_CREATE", error).advise("needs Linux 6.6 (tcx)"))?;
         }
         // Until the server has it, whatever the server is doing.
         let _wide = match control.inq_len {
@@ -238,13 +258,14 @@ impl Adopter {
                 Some(Wide::new(&obstacle::listeners(&mut self.diag, flow)?, receive))
             }
         };
-        let made = self.make(connection)?;
-        let filled = self.feed(connection, made).and_then(|position| self.verify(connection, position));
+        let made = self.make(connection, interface)?;
+        let filled =
+            self.feed(connection, interface, made).and_then(|position| self.verify(connection, position));
         filled.map_err(|error| self.undo(flow, error))
     }
 
     /// The first segment: the listener's queue has a connection, with as many unread bytes as ride in one segment.
-    fn make(&mut self, connection: &Connection) -> Result<Position> {
+    fn make(&mut self, connection: &Connection, interface: u32) -> Result<Position> {
         let control = &connection.control;
         let flow = connection.flow();
         let first = &connection.receive_queue[..connection.receive_queue.len().min(CHUNK)];
@@ -253,16 +274,16 @@ impl Adopter {
         let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | push, first);
         let option = attributes::option(&control.options);
         for _ in 0..ATTEMPTS {
-            self.send(&segment, &option)?;
+            self.send(&segment, &option, interface)?;
             let made = fin::wait_for(FIRST_ARRIVAL, || {
-                Ok(self.look(flow)?.filter(|position| position.state != State::Listen))
+                Ok(self.look(flow, interface)?.filter(|position| position.state != State::Listen))
             })?;
             if let Some(position) = made {
                 return Ok(position);
             }
         }
         // Obstacles are looked for only after a failure: among thousands of connections each look costs.
-        obstacle::in_listener(&mut self.diag, flow)?;
+        obstacle::in_listener(&mut self.diag, &mut self.ways, flow)?;
         self.sysctls.check(connection)?;
         Err(Error::refused(
             "the listener did not take the segment that plays the peer's",
@@ -272,7 +293,7 @@ impl Adopter {
 
     /// The rest of the unread bytes, and the peer's FIN. The kernel takes nothing of a segment that does not fit into its window:
     /// so they become smaller where none is taken, until the server reads.
-    fn feed(&mut self, connection: &Connection, made: Position) -> Result<Position> {
+    fn feed(&mut self, connection: &Connection, interface: u32, made: Position) -> Result<Position> {
         let control = &connection.control;
         let flow = connection.flow();
         let bytes = &connection.receive_queue;
@@ -288,8 +309,8 @@ impl Adopter {
             let last = if rest.is_empty() { flags::FIN } else { flags::PSH };
             let payload = &rest[..rest.len().min(chunk)];
             let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | last, payload);
-            self.send(&segment, &[])?;
-            position = self.expect(flow)?;
+            self.send(&segment, &[], interface)?;
+            position = self.expect(flow, interface)?;
             if position.rcv_nxt != seq {
                 (deadline, chunk) = (Instant::now() + READ, CHUNK);
                 continue;
@@ -299,7 +320,7 @@ impl Adopter {
                 let seq = seq.wrapping_sub(1);
                 let again = &bytes[read..arrived];
                 let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK, again);
-                self.send(&segment, &[])?;
+                self.send(&segment, &[], interface)?;
             }
             if chunk > SMALLEST_CHUNK {
                 chunk = (chunk / 2).max(SMALLEST_CHUNK);
@@ -361,20 +382,24 @@ impl Adopter {
         }
     }
 
-    fn expect(&self, flow: Flow) -> Result<Position> {
-        match self.look(flow)? {
+    fn expect(&self, flow: Flow, interface: u32) -> Result<Position> {
+        match self.look(flow, interface)? {
             Some(position) if position.state != State::Listen => Ok(position),
             _ => Err(gone()),
         }
     }
 
-    fn look(&self, flow: Flow) -> Result<Option<Position>> {
-        self.programs.inspect(flow).map_err(|error| Error::system("BPF_PROG_TEST_RUN", error))
+    fn look(&self, flow: Flow, interface: u32) -> Result<Option<Position>> {
+        let from = if interface == 0 { LOOPBACK } else { interface };
+        self.programs.inspect(flow, from).map_err(|error| Error::system("BPF_PROG_TEST_RUN", error))
     }
 
-    fn send(&mut self, segment: &Segment<'_>, options: &[u8]) -> Result<()> {
+    /// Plays the peer's packet; from an interface, if it is not 0.
+    fn send(&mut self, segment: &Segment<'_>, options: &[u8], interface: u32) -> Result<()> {
         segment.write_with(options, &mut self.packet);
-        self.ways.inward(segment.source, segment.destination, 0)?.send(&self.packet)
+        let way = self.ways.inward(segment.source, segment.destination, 0)?;
+        let way = way.with_priority(interface).map_err(|error| Error::system("SO_PRIORITY", error))?;
+        way.send(&self.packet)
     }
 
     /// Programs that are run by hand see the namespace of the thread.

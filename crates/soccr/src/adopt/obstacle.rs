@@ -9,6 +9,7 @@ use crate::connection::{Connection, Flow, State};
 use crate::diag::{Diag, Socket};
 use crate::error::{Error, Result};
 use crate::settings::MD5;
+use crate::sys::raw::Ways;
 
 /// The kernel takes no smaller MSS for a connection made of a segment.
 const MIN_MSS: [u16; 2] = [536, 1220];
@@ -53,11 +54,6 @@ pub(super) fn in_connection(connection: &Connection) -> Result<()> {
             "its server would begin a handshake: restore it into a program that has the session",
         );
     }
-    let link_local =
-        |end: SocketAddr| matches!(end.ip(), IpAddr::V6(address) if address.is_unicast_link_local());
-    if link_local(connection.local) || link_local(connection.remote) {
-        return refuse("a link-local address", "a connection that comes by way of `lo` has another scope");
-    }
     let min = MIN_MSS[usize::from(!connection.flow().is_ipv4())];
     if control.options.mss_clamp < min {
         let what = format!("an MSS of {}", control.options.mss_clamp);
@@ -78,7 +74,10 @@ pub(super) fn listeners(diag: &mut Diag, flow: Flow) -> Result<Vec<u32>> {
 fn find(diag: &mut Diag, flow: Flow) -> Result<Vec<Listener>> {
     let local = flow.on_the_wire().local;
     let (mut best, mut found) = (0, Vec::new());
+    let scope = scope(flow);
+    let fits = |interface| interface == 0 || scope == 0 || interface == scope;
     diag.visit_listeners(local.port(), |socket| match rank(socket, local.ip()) {
+        _ if !fits(socket.interface) => {}
         Some(rank) if rank > best => (best, found) = (rank, vec![Listener::of(socket)]),
         Some(rank) if rank == best => found.push(Listener::of(socket)),
         _ => {}
@@ -86,8 +85,8 @@ fn find(diag: &mut Diag, flow: Flow) -> Result<Vec<Listener>> {
     Ok(found)
 }
 
-/// Why no connection came into being.
-pub(super) fn in_listener(diag: &mut Diag, flow: Flow) -> Result<()> {
+/// Why no connection came into being. Returns the interface to which the listener is bound, or 0.
+pub(super) fn in_listener(diag: &mut Diag, ways: &mut Ways, flow: Flow) -> Result<u32> {
     // Which one of several the kernel chooses is not known, but they are alike.
     let Some(listener) = find(diag, flow)?.into_iter().next() else { return Err(no_listener(flow)) };
     if listener.is_mptcp {
@@ -96,11 +95,18 @@ pub(super) fn in_listener(diag: &mut Diag, flow: Flow) -> Result<()> {
             "open it with IPPROTO_TCP (Go: GODEBUG=multipathtcp=0)",
         ));
     }
-    if listener.interface != 0 {
-        return Err(Error::refused(
-            format!("the listener on {} is bound to a device", listener.local),
-            "let it listen without SO_BINDTODEVICE: the connection comes by way of `lo`",
-        ));
+    if listener.interface != 0 && scope(flow) == 0 {
+        let peer = flow.on_the_wire().remote.ip();
+        let way = ways.interface_to(peer).map_err(|error| Error::system("RTM_GETROUTE", error))?;
+        if way != listener.interface {
+            return Err(Error::refused(
+                format!(
+                    "the listener on {} is bound to a device that does not lead to {peer}",
+                    listener.local
+                ),
+                "let it listen on the device by which the packets of the peer arrive, or without SO_BINDTODEVICE",
+            ));
+        }
     }
     if listener.waiting > listener.backlog {
         return Err(Error::refused(
@@ -108,7 +114,15 @@ pub(super) fn in_listener(diag: &mut Diag, flow: Flow) -> Result<()> {
             "let the server accept them, or raise its backlog and net.core.somaxconn",
         ));
     }
-    Ok(())
+    Ok(listener.interface)
+}
+
+/// The interface of link-local addresses, or 0.
+pub(super) fn scope(flow: Flow) -> u32 {
+    match flow.local {
+        SocketAddr::V6(local) => local.scope_id(),
+        SocketAddr::V4(_) => 0,
+    }
 }
 
 pub(super) fn no_listener(flow: Flow) -> Error {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  take      on `lo`, incoming, for packets with our mark:
+//!              with a priority            → as if they came from the interface of that number, where it runs again
 //!              no socket                  → dropped
 //!              a connection               → on its way
 //!              a listener, attributes     → bpf_sk_assign_tcp_reqsk: a connection in the listener's accept queue
@@ -19,20 +20,23 @@ use std::{io, mem};
 use crate::adopt::attributes;
 use crate::bpf::{self, Assembler, Btf, Kind, ProgramSpec, Register, Size, Type};
 use crate::connection::{Flow, State};
-use crate::sys::raw::MARK;
+use crate::sys::raw::{LOOPBACK, MARK};
 
 use Register::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 
 const PROG_TYPE_SCHED_CLS: u32 = 3;
 const ATTACH_TCX_INGRESS: u32 = 46;
-/// The index of `lo` in every network namespace.
-const LOOPBACK_INDEX: u32 = 1;
+
+const PACKET_HOST: i32 = 0;
+const REDIRECT_INGRESS: i32 = 1;
 
 const TCX_NEXT: i32 = -1;
 const TCX_DROP: i32 = 2;
 
 const HELPER_SKB_STORE_BYTES: i32 = 9;
+const HELPER_REDIRECT: i32 = 23;
 const HELPER_SKB_LOAD_BYTES: i32 = 26;
+const HELPER_SKB_CHANGE_TYPE: i32 = 32;
 const HELPER_SKB_LOAD_BYTES_RELATIVE: i32 = 68;
 const HELPER_SK_LOOKUP_TCP: i32 = 84;
 const HELPER_SK_RELEASE: i32 = 86;
@@ -46,11 +50,13 @@ const CURRENT_NAMESPACE: i32 = -1;
 /// Places in `struct __sk_buff`.
 const SKB_MARK: i16 = 8;
 const SKB_PROTOCOL: i16 = 16;
+const SKB_PRIORITY: i16 = 32;
+const SKB_IFINDEX: usize = 40;
 /// In `struct bpf_sock`.
+const SOCK_BOUND_DEV_IF: i16 = 0;
 const SOCK_STATE: i16 = 72;
 /// In `struct bpf_tcp_sock`.
 const TCP_RCV_NXT: i16 = 16;
-const TCP_SND_NXT: i16 = 20;
 const TCP_SND_UNA: i16 = 24;
 
 /// Source and destination addresses and ports follow each other in a packet as in `struct bpf_sock_tuple`: where they
@@ -73,7 +79,9 @@ const ANSWER: usize = 16;
 #[derive(Debug)]
 pub(super) struct Programs {
     inspect: OwnedFd,
-    _link: OwnedFd,
+    take: OwnedFd,
+    /// Where `take` is attached, by the number of the interface.
+    links: Vec<(u32, OwnedFd)>,
 }
 
 /// What a socket knows of its connection (`struct bpf_tcp_sock`).
@@ -81,8 +89,9 @@ pub(super) struct Programs {
 pub(super) struct Position {
     pub(super) state: State,
     pub(super) rcv_nxt: u32,
-    pub(super) snd_nxt: u32,
     pub(super) snd_una: u32,
+    /// It is bound to this interface; 0 for none.
+    pub(super) interface: u32,
 }
 
 /// A step of loading that failed.
@@ -107,15 +116,37 @@ impl Programs {
             .find(Kind::Function, "bpf_sk_assign_tcp_reqsk")
             .map_err(Failure::at("bpf_sk_assign_tcp_reqsk"))?;
         let take = load(&take(&function)).map_err(Failure::at("BPF_PROG_LOAD"))?;
-        let link = bpf::link(take.as_fd(), LOOPBACK_INDEX, ATTACH_TCX_INGRESS)
-            .map_err(Failure::at("BPF_LINK_CREATE"))?;
-        Ok(Self { inspect, _link: link })
+        let mut programs = Self { inspect, take, links: Vec::new() };
+        programs.attach(LOOPBACK).map_err(Failure::at("BPF_LINK_CREATE"))?;
+        Ok(programs)
     }
 
-    /// Looks at the socket of a flow, in the calling thread's network namespace: the connection, or else the listener.
-    pub(super) fn inspect(&self, flow: Flow) -> io::Result<Option<Position>> {
+    /// Attaches the first one to another interface, too: for packets that are to come from there.
+    pub(super) fn attach(&mut self, interface: u32) -> io::Result<()> {
+        if !self.is_attached(interface) {
+            let link = bpf::link(self.take.as_fd(), interface, ATTACH_TCX_INGRESS)?;
+            self.links.push((interface, link));
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_attached(&self, interface: u32) -> bool {
+        self.links.iter().any(|(attached, _)| *attached == interface)
+    }
+
+    /// Whether it is attached to `lo` alone.
+    pub(super) fn is_plain(&self) -> bool {
+        self.links.len() == 1
+    }
+
+    /// Looks at the socket that gets packets of a flow from this interface, in the calling thread's network namespace: the
+    /// connection, or else the listener.
+    pub(super) fn inspect(&self, flow: Flow, interface: u32) -> io::Result<Option<Position>> {
         let mut frame = frame(flow);
-        if bpf::test_run(self.inspect.as_fd(), &mut frame)? == 0 {
+        // struct __sk_buff, up to the interface that it comes from.
+        let mut context = [0; SKB_IFINDEX + mem::size_of::<u32>()];
+        context[SKB_IFINDEX..].copy_from_slice(&interface.to_ne_bytes());
+        if bpf::test_run(self.inspect.as_fd(), &mut frame, &context)? == 0 {
             return Ok(None);
         }
         let word = |place: usize| {
@@ -123,7 +154,7 @@ impl Programs {
             u32::from_ne_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
         };
         let state = u8::try_from(word(0)).ok().and_then(State::from_kernel);
-        Ok(state.map(|state| Position { state, rcv_nxt: word(1), snd_nxt: word(2), snd_una: word(3) }))
+        Ok(state.map(|state| Position { state, rcv_nxt: word(1), snd_una: word(2), interface: word(3) }))
     }
 }
 
@@ -167,6 +198,16 @@ fn take(assign: &Type) -> Vec<u64> {
     program.copy(R6, R1);
     program.load(Size::Word, R2, R6, SKB_MARK);
     let not_ours = program.jump_unless(R2, MARK);
+    program.load(Size::Word, R1, R6, SKB_PRIORITY);
+    let is_here = program.jump_if_zero(R1);
+    program.set(R2, REDIRECT_INGRESS);
+    program.call(HELPER_REDIRECT);
+    program.exit();
+    program.land(is_here);
+    // What came this way has no address of the link, and would be for another host.
+    program.copy(R1, R6);
+    program.set(R2, PACKET_HOST);
+    program.call(HELPER_SKB_CHANGE_TYPE);
     set_layout(&mut program, &IPV4);
     let is_ipv4 = jump_unless_ipv6(&mut program);
     set_layout(&mut program, &IPV6);
@@ -247,10 +288,12 @@ fn inspect() -> Vec<u64> {
 
     program.load(Size::Word, R8, R7, SOCK_STATE);
     program.store(Size::Word, R10, WORDS, R8);
+    program.load(Size::Word, R8, R7, SOCK_BOUND_DEV_IF);
+    program.store(Size::Word, R10, WORDS + 12, R8);
     program.copy(R1, R7);
     program.call(HELPER_TCP_SOCK);
     let not_tcp = program.jump_if_zero(R0);
-    for (place, member) in [(1, TCP_RCV_NXT), (2, TCP_SND_NXT), (3, TCP_SND_UNA)] {
+    for (place, member) in [(1, TCP_RCV_NXT), (2, TCP_SND_UNA)] {
         program.load(Size::Word, R1, R0, member);
         program.store(Size::Word, R10, WORDS + place * 4, R1);
     }

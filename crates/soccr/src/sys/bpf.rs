@@ -99,6 +99,10 @@ struct TestRunAttr {
     data_out: u64,
     repeat: u32,
     duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
 }
 
 #[repr(C)]
@@ -211,9 +215,9 @@ pub(crate) fn link(object: BorrowedFd<'_>, target: u32, attach_type: u32) -> io:
     unsafe { new(BPF_LINK_CREATE, &attr) }
 }
 
-/// Runs a traffic control program on a frame, in the network namespace of the calling thread. The program may change the
-/// frame. Returns what it returns.
-pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &mut [u8]) -> io::Result<u32> {
+/// Runs a traffic control program on a frame and the beginning of a `struct __sk_buff`, in the network namespace of the
+/// calling thread. The program may change the frame. Returns what it returns.
+pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &mut [u8], context: &[u8]) -> io::Result<u32> {
     let at = frame.as_mut_ptr().expose_provenance() as u64;
     let size = frame.len() as u32;
     let mut attr = TestRunAttr {
@@ -222,9 +226,12 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, frame: &mut [u8]) -> io::Result<
         data_size_out: size,
         data_in: at,
         data_out: at,
+        ctx_in: address(context),
+        ctx_size_in: context.len() as u32,
         ..Default::default()
     };
-    // SAFETY: the kernel reads and writes `size` bytes at `at`, which the frame has, and `retval` in `attr`.
+    // SAFETY: the kernel reads and writes `size` bytes at `at`, which the frame has, reads the context, and writes `retval`
+    // in `attr`.
     unsafe { call_mut(BPF_PROG_TEST_RUN, &mut attr) }?;
     Ok(attr.retval)
 }

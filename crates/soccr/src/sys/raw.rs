@@ -51,6 +51,7 @@ pub(crate) struct Injector {
     via: Via,
     /// The interface to which it is bound (`SO_BINDTOIFINDEX`), or 0.
     interface: Cell<u32>,
+    priority: Cell<u32>,
 }
 
 /// A way into a socket for packets that play its peer's: the kernel has said that none of them leaves this host.
@@ -100,6 +101,15 @@ impl<'a> Inward<'a> {
             injector.bind_to(interface).map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
         }
         Ok(Self { injector, local })
+    }
+
+    /// Gives its packets this `SO_PRIORITY`, by which a program knows what to do with them.
+    pub(crate) fn with_priority(self, priority: u32) -> io::Result<Self> {
+        let Injector { fd, priority: now, .. } = self.injector;
+        if now.replace(priority) != priority {
+            sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PRIORITY, &priority)?;
+        }
+        Ok(self)
     }
 
     /// Sends a whole packet, see [`Injector::send`].
@@ -158,6 +168,13 @@ impl Ways {
                 Ok(way)
             }
         }
+    }
+}
+
+impl Ways {
+    /// The interface by which packets go to this address.
+    pub(crate) fn interface_to(&mut self, address: IpAddr) -> io::Result<u32> {
+        self.routes.interface_to(address)
     }
 }
 
@@ -246,7 +263,7 @@ impl Injector {
         };
         let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
-        Ok(Self { fd, via, interface: Cell::new(0) })
+        Ok(Self { fd, via, interface: Cell::new(0), priority: Cell::new(0) })
     }
 
     /// Makes its packets take this interface, or any (0).

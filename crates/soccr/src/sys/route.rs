@@ -40,6 +40,14 @@ impl Routes {
         is_local(self.0.way(Packet { link, mark: MARK, ..Packet::to(to.ip()) }))
     }
 
+    /// The interface by which packets with our mark leave for this address.
+    ///
+    /// # Errors
+    /// The errors of netlink; `ENETUNREACH` and the like where there is no way.
+    pub(crate) fn interface_to(&mut self, to: IpAddr) -> io::Result<u32> {
+        self.0.way(Packet { mark: MARK, ..Packet::to(to) }).map(|way| way.link)
+    }
+
     /// Whether a packet with our mark that arrives from `lo` stays on this host: because it is for it, or because nothing
     /// from there is forwarded.
     pub(crate) fn stay_here_from_lo(&mut self, from: IpAddr, to: IpAddr) -> io::Result<bool> {

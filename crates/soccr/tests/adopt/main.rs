@@ -22,6 +22,7 @@ fn main() -> std::process::ExitCode {
     soccr_lab::harness(tests! {
         adopted: every_kind_of_listener_accepts_it
             what_was_negotiated_comes_back
+            a_listener_that_is_bound_to_a_device_accepts_it
             a_long_queue_enters_before_the_server_reads
             what_arrives_meanwhile_follows
             a_listener_that_waits_for_data_gets_it_without
@@ -37,7 +38,7 @@ fn main() -> std::process::ExitCode {
             a_kernel_without_cookies
             a_kernel_without_an_option
             a_listener_that_speaks_mptcp
-            a_listener_that_is_bound_to_a_device
+            a_listener_that_is_bound_to_another_device
             nobody_listens
             a_socket_is_in_the_way;
     })
@@ -49,6 +50,8 @@ mod adopted {
     pub fn every_kind_of_listener_accepts_it() {
         let kinds = [
             (Family::V4, On::Address),
+            (Family::LinkLocal, On::Address),
+            (Family::LinkLocal, On::Wildcard),
             (Family::V4, On::Wildcard),
             (Family::V4, On::DualStack),
             (Family::V6, On::Address),
@@ -146,6 +149,26 @@ mod adopted {
             [scale.map(|scale| scale.snd), scale.map(|scale| scale.rcv)],
             [options.sack, options.ecn, options.microseconds],
         )
+    }
+
+    pub fn a_listener_that_is_bound_to_a_device_accepts_it() {
+        for family in [Family::V4, Family::V6, Family::LinkLocal] {
+            let received = 100_000;
+            let mut ends = Ends::new(family);
+            let Some(mut adopter) = adopter(&ends.pair) else { return };
+            ends.client.write_all(&pattern(received)).unwrap();
+            ends.received(received);
+            let listener = ends.listen(family, On::Wildcard);
+            set_option(&listener, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"eth0\0").unwrap();
+            let (lock, connection) = ends.leave();
+            let connections = [connection];
+            ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0).unwrap();
+            lock.release().unwrap();
+            adopter.announce(&connections[0]).unwrap();
+            let server = accept(&listener);
+            assert!(read(&server, received) == pattern(received), "other bytes than were unread");
+            ends.talk(&server);
+        }
     }
 
     pub fn a_long_queue_enters_before_the_server_reads() {
