@@ -10,7 +10,8 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, getpeername, getsockname, recv};
 
 use crate::connection::{
-    Bare, Connection, ControlBlock, Flow, Options, Owner, Path, SEGMENTS_LIMIT, State, Urgent, WindowScale,
+    Bare, Connection, ControlBlock, Flow, Options, Owner, Path, SEGMENTS_LIMIT, State, Urgent, Window,
+    WindowScale, after,
 };
 use crate::diag::Diag;
 use crate::error::{Error, Result};
@@ -169,7 +170,7 @@ fn control_block(fd: BorrowedFd<'_>, decrypts: bool) -> Result<(ControlBlock, Op
     let fin = u32::from(state.fin_queued() && unacknowledged > 0);
     let fin_unsent = fin.min(unsent);
     let options = options(fd, &info)?;
-    let window = tcp::window(fd)?;
+    let window = tcp::window(fd)?.map(|window| up_to_edge(window, rcv_nxt));
     let control = ControlBlock {
         state,
         rcv_nxt,
@@ -373,13 +374,30 @@ pub(crate) fn reuse_address(connection: &mut Connection, on: bool) {
     }
 }
 
+/// A kernel without memory for more takes its window back. The last segment that told the peer's window may lie beyond it
+/// then, where the restore would be refused (`TCP_REPAIR_WINDOW`): the next one, which decides, is at the edge at most.
+fn up_to_edge(window: Window, rcv_nxt: u32) -> Window {
+    let edge = rcv_nxt.wrapping_add(window.rcv_wnd);
+    Window { snd_wl1: if after(window.snd_wl1, edge) { edge } else { window.snd_wl1 }, ..window }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
 
+    use crate::connection::Window;
     use crate::sys::bpf::{Map, MapSpec};
+
+    #[test]
+    fn a_window_that_was_taken_back_can_be_restored() {
+        for (snd_wl1, rcv_wnd, saved) in [(900, 0, 900), (1000, 0, 1000), (5000, 0, 1000), (5000, 4000, 5000)]
+        {
+            let window = Window { snd_wl1, rcv_wnd, rcv_wup: 1000, snd_wnd: 1, max_window: 1 };
+            assert_eq!(super::up_to_edge(window, 1000), Window { snd_wl1: saved, ..window });
+        }
+    }
 
     #[test]
     fn what_is_in_a_sockmap_is_refused() {
