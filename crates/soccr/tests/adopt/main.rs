@@ -30,7 +30,7 @@ fn main() -> std::process::ExitCode {
         give: a_socket_waits_until_its_peer_has_acknowledged
             a_socket_that_is_never_acknowledged_stays
             every_byte_arrives_while_the_client_talks
-            a_buffer_does_not_grow_from_move_to_move
+            a_buffer_hardly_grows_from_move_to_move
             many_sockets_enter_one_queue
             a_full_queue_keeps_the_rest;
         refused: what_no_server_can_have_stays
