@@ -214,7 +214,7 @@ impl<'fd> Restore<'fd> {
             list[length] = [kind, value];
             length += 1;
         };
-        if options.sack && self.sends_nothing() {
+        if options.sack && !self.has_sent() {
             add(option_kind::SACK_PERMITTED, 0);
         }
         // Always: connect() has chosen a shift count by the local sysctl, which the peer would know nothing of.
@@ -255,8 +255,8 @@ impl<'fd> Restore<'fd> {
         };
         let (before, rest) = bytes.split_at(urgent.offset as usize);
         queue::fill_receive(self.fd, before)?;
-        self.open_window()?;
-        fin::inject_urgent(injectors, self.fd, self.wire()?, &self.control, rest[0])?;
+        let seen = self.seen_from_peer()?;
+        fin::inject_urgent(injectors, self.fd, self.wire()?, &seen, rest[0])?;
         queue::fill_receive(self.fd, &rest[1..])?;
         if urgent.consumed { queue::consume_urgent(self.fd) } else { Ok(()) }
     }
@@ -266,9 +266,16 @@ impl<'fd> Restore<'fd> {
             return Ok(());
         }
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
-        tcp::select_queue(self.fd, Queue::Send)?;
-        queue::fill_send(self.fd, sent)?;
-        tcp::select_queue(self.fd, None)?;
+        if self.has_sent() {
+            tcp::select_queue(self.fd, Queue::Send)?;
+            queue::fill_send(self.fd, sent)?;
+            tcp::select_queue(self.fd, None)?;
+            if self.control.options.sack {
+                // With it a sender probes for a lost tail after two round-trip times: had it been permitted before, it would
+                // not stay silent until it is resumed. The kernel no longer takes it once the first of these bytes is repeated.
+                tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
+            }
+        }
         if unsent.is_empty() {
             return Ok(());
         }
@@ -277,11 +284,6 @@ impl<'fd> Restore<'fd> {
     }
 
     fn complete(&mut self, injectors: &mut Injectors) -> Result<()> {
-        if self.control.options.sack && !self.sends_nothing() {
-            // With it a sender probes for a lost tail after two round-trip times, and with unsent bytes if there are any:
-            // had it been permitted when the send queue was filled, it would not stay silent until it is resumed.
-            tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
-        }
         if self.control.state != State::Established {
             self.restore_fins(injectors)?;
         }
@@ -321,17 +323,10 @@ impl<'fd> Restore<'fd> {
         Ok(())
     }
 
-    /// Makes room for the segments that are injected, and says what they have to tell. An ACK sets free what has never
-    /// been sent, so the peer's window seems closed meanwhile.
+    /// Makes room for the segments that are injected, and says what they have to tell.
     fn seen_from_peer(&self) -> Result<ControlBlock> {
-        let mut seen = self.control.clone();
         let window = self.open_window()?;
-        if let Some(window) = window.filter(|_| seen.unsq_len > 0 || seen.fin_unsent) {
-            let closed = Window { snd_wnd: 0, ..window };
-            tcp::set_window(self.fd, &closed)?;
-            seen.window = Some(closed);
-        }
-        Ok(seen)
+        Ok(ControlBlock { window, ..self.control.clone() })
     }
 
     /// Our own FIN: sent before or still to be sent.
@@ -350,10 +345,9 @@ impl<'fd> Restore<'fd> {
 
     /// Runs `write` out of repair mode, while the peer's window seems closed: what it writes is queued, not sent.
     fn with_closed_window(&mut self, write: impl FnOnce(BorrowedFd<'fd>) -> Result<()>) -> Result<()> {
-        let Some(window) = self.open_window()? else {
+        if self.open_window()?.is_none() {
             return Err(Error::refused("unsent bytes", "the kernel lacks TCP_REPAIR_WINDOW (Linux 4.8)"));
-        };
-        tcp::set_window(self.fd, &Window { snd_wnd: 0, ..window })?;
+        }
         // Out of repair mode it may be limited to what TCP_NOTSENT_LOWAT allows.
         let (level, name, text) = (tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT");
         let limit = |value| tcp::set_int(self.fd, level, name, text, value);
@@ -364,11 +358,11 @@ impl<'fd> Restore<'fd> {
         // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
         tcp::set_repair(self.fd, Repair::On).or_else(|_| tcp::set_repair(self.fd, Repair::On))?;
         limit(before)?;
-        tcp::set_window(self.fd, &window)?;
         written
     }
 
-    /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being.
+    /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being: that of
+    /// the peer seems closed where there is something that was never sent, which an ACK or a timer would set free.
     fn open_window(&self) -> Result<Option<Window>> {
         let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
         tcp::select_queue(self.fd, None)?;
@@ -379,7 +373,14 @@ impl<'fd> Restore<'fd> {
     fn open_window_at(&self, rcv_nxt: u32) -> Result<Option<Window>> {
         let saved = self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?;
         let Some(saved) = saved else { return Ok(None) };
-        let window = Window { snd_wl1: rcv_nxt, ..opened(saved, rcv_nxt) };
+        let holds_back = self.control.unsq_len > 0 || self.control.fin_unsent;
+        let window = Window {
+            snd_wl1: rcv_nxt,
+            snd_wnd: if holds_back { 0 } else { saved.snd_wnd },
+            rcv_wup: rcv_nxt,
+            rcv_wnd: saved.rcv_wnd.max(OPEN_WINDOW),
+            ..saved
+        };
         tcp::set_window(self.fd, &window)?;
         Ok(Some(window))
     }
@@ -440,6 +441,11 @@ impl<'fd> Restore<'fd> {
         ))
     }
 
+    /// Some bytes of the send queue were sent before.
+    fn has_sent(&self) -> bool {
+        self.control.outq_len > self.control.unsq_len
+    }
+
     /// Neither bytes nor a FIN of ours are in the send queue.
     fn sends_nothing(&self) -> bool {
         self.control.outq_len == 0 && !self.control.state.fin_queued()
@@ -458,11 +464,6 @@ impl<'fd> Restore<'fd> {
     fn flow(&self) -> Result<Flow> {
         self.flow.ok_or_else(|| Error::invalid("the socket was not connected before its queues were filled"))
     }
-}
-
-/// A window in which the peer may use as much as it was once allowed.
-fn opened(window: Window, rcv_nxt: u32) -> Window {
-    Window { rcv_wup: rcv_nxt, rcv_wnd: window.rcv_wnd.max(OPEN_WINDOW), ..window }
 }
 
 fn check(holds: bool, what: &str) -> Result<()> {
