@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::queue;
 use crate::restore::{self, Restore};
 use crate::save::{self, Position};
+use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair};
 use crate::tls::{self, Arrived};
 
@@ -170,9 +171,14 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The errors of [`save`](Self::save); the contents of `connection` are unspecified then.
     pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
+        self.save_with(&mut Injectors::default(), connection)
+    }
+
+    /// The same with a netlink socket that may serve other connections too.
+    pub(crate) fn save_with(&self, injectors: &mut Injectors, connection: &mut Connection) -> Result<()> {
         let mut arrived = self.arrived.borrow_mut();
         let arrived = self.carries_tls.then_some(&mut *arrived);
-        save::save(self.fd, self.peer, arrived, connection).map_err(|error| error.at("save"))?;
+        save::save(injectors, self.fd, self.peer, arrived, connection).map_err(|error| error.at("save"))?;
         save::reuse_address(connection, self.reuse_address);
         self.saved.set(Some(Position::of(&connection.control)));
         Ok(())

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::queue::{self, changed};
 use crate::settings::{self, Value};
 use crate::steer;
+use crate::sys::raw::Injectors;
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 use crate::tls::{self, Arrived};
@@ -42,6 +43,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// Reads everything. Where the kernel decrypts, what has arrived is taken out of the socket, into `arrived`: without
 /// that, a socket with kernel TLS is refused.
 pub(crate) fn save(
+    injectors: &mut Injectors,
     fd: BorrowedFd<'_>,
     peer: Option<SocketAddr>,
     mut arrived: Option<&mut Arrived>,
@@ -91,7 +93,7 @@ pub(crate) fn save(
     connection.control = control;
     connection.remote = remote_address(fd, peer)?;
     connection.owner = rustix::fs::fstat(fd).ok().map(|stat| Owner { user: stat.st_uid, group: stat.st_gid });
-    connection.tracked = conntrack::read(fd, connection.flow());
+    connection.tracked = conntrack::read(injectors, fd, connection.flow(), connection.control.state);
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 && connection.control.state != State::Close {
         connection.settings.read_keys(fd, connection.flow())?;
