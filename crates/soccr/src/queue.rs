@@ -20,14 +20,10 @@ const NO_PEEK_OFFSET: i32 = -1;
 /// The length of the receive queue and the urgent mark in it.
 ///
 /// `SIOCINQ` stops at an urgent mark, unless urgent data is read in line: so it is asked both ways.
-pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>, reset: bool) -> Result<(u32, Option<Urgent>)> {
+pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Urgent>)> {
     let first = tcp::unread(fd)?;
     if first == 0 && !tcp::at_mark(fd)? {
-        if reset {
-            // Whoever looks into an empty queue takes the error from the application.
-            return Ok((0, None));
-        }
-        return is_empty(fd)?.then_some((0, None)).ok_or_else(changed);
+        return Ok((0, None));
     }
     let inline = get_inline(fd)?;
     let lengths = both_lengths(fd, inline, first);
@@ -35,16 +31,6 @@ pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>, reset: bool) -> Result<(u
     let (to_mark, whole, unread_mark) = lengths?;
     let urgent = (to_mark < whole).then_some(Urgent { offset: to_mark, consumed: !unread_mark });
     Ok((whole, urgent))
-}
-
-/// The second witness of a receive queue, which is selected, without a byte.
-fn is_empty(fd: BorrowedFd<'_>) -> Result<bool> {
-    match retry_on_intr(|| recv(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)) {
-        // Or behind the peer's FIN.
-        Err(Errno::AGAIN) | Ok((_, 0)) => Ok(true),
-        Ok(_) => Ok(false),
-        Err(error) => Err(Error::system("recv(MSG_PEEK)", error)),
-    }
 }
 
 /// The peer's FIN lies behind the `inq_len` bytes in the queue of a socket that has no connection any more, whose state does

@@ -19,16 +19,16 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::buffers;
-use crate::connection::{Buffers, ControlBlock, Flow, State, Tracked, Urgent, Window, after};
+use crate::connection::{Buffers, ControlBlock, Flow, Path, State, Tracked, Urgent, Window, after};
 use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::fin;
 use crate::queue;
 use crate::report::Report;
 use crate::resume::{Restored, start_handshake};
-use crate::save::{self, Position};
+use crate::save;
 use crate::sys::raw::Injectors;
-use crate::sys::tcp::{self, Queue, Repair, option_kind};
+use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
 use bind::bind;
 
 use speed::Speed;
@@ -91,53 +91,64 @@ impl<'fd> Restore<'fd> {
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }
-        // A fifth of what TCP_INFO costs; bind() refuses what has not got a peer yet.
-        if rustix::net::getpeername(fd).is_ok() {
-            return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
-        }
         if !in_repair {
+            // Nothing of a live connection is touched; in repair mode its sequence numbers would refuse.
+            if rustix::net::getpeername(fd).is_ok() {
+                return Err(connected_already());
+            }
             tcp::set_repair(fd, Repair::On)?;
         }
-        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers)? })
+        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers, None)? })
     }
 
     /// Step 1 in repair mode.
-    fn start(fd: BorrowedFd<'fd>, control: ControlBlock, buffers: Option<Buffers>) -> Result<Self> {
-        let filled = control.inq_len > 0 || control.outq_len > 0;
-        let mut report = Report::default();
-        let mut later = None;
-        if filled || buffers.is_some() {
-            let current = buffers::read(fd)?.buffers;
-            let wanted = buffers.unwrap_or(current);
-            // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
-            let lock = if filled { 0 } else { wanted.lock };
-            let now = buffers::write(fd, current, Buffers { lock, ..wanted })?;
-            if filled {
-                later = Some(wanted);
-            } else {
-                report.buffers(wanted, now);
-            }
-        }
-        let steps = Self {
+    fn start(
+        fd: BorrowedFd<'fd>,
+        control: ControlBlock,
+        buffers: Option<Buffers>,
+        path: Option<Path>,
+    ) -> Result<Self> {
+        let speed = path.map_or(Ok(Speed::default()), |path| Speed::new(path, &control, fd))?;
+        let mut steps = Self {
             fd,
             control,
-            buffers: later,
+            buffers: None,
             sized: buffers.is_some(),
             flow: None,
-            speed: Speed::default(),
+            speed,
             wire: None,
             reuse_address: false,
-            report,
+            report: Report::default(),
         };
         steps.set_unbound()?;
+        steps.make_room(buffers)?;
         Ok(steps)
     }
 
     /// What must be known before `bind` and `connect`.
     fn set_unbound(&self) -> Result<()> {
-        derived::limit_segments(self.fd, &self.control.options)?;
-        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq())?;
-        self.set_send_seq()
+        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq())
+            .map_err(|error| if error.errno() == Some(libc::EPERM) { connected_already() } else { error })?;
+        self.set_send_seq()?;
+        derived::limit_segments(self.fd, &self.control.options)
+    }
+
+    /// The buffers as they were, unlocked while the queues are filled: the kernel then makes room by itself where it can.
+    fn make_room(&mut self, buffers: Option<Buffers>) -> Result<()> {
+        let filled = self.control.inq_len > 0 || self.control.outq_len > 0;
+        if !filled && buffers.is_none() {
+            return Ok(());
+        }
+        let current = buffers::read(self.fd)?.buffers;
+        let wanted = buffers.unwrap_or(current);
+        let lock = if filled { 0 } else { wanted.lock };
+        let now = buffers::write(self.fd, current, Buffers { lock, ..wanted })?;
+        if filled {
+            self.buffers = Some(wanted);
+        } else {
+            self.report.buffers(wanted, now);
+        }
+        Ok(())
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated. `flow` is what the socket is to be,
@@ -192,7 +203,7 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// Refused: the state was not reached. System: the option.
     pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
-        let completed = self.complete(&mut Injectors::default()).and_then(|()| self.restore_speed());
+        let completed = self.complete(&mut Injectors::default()).and_then(|info| self.restore_speed(info));
         let flow = completed.and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
         let Self { fd, control, reuse_address, report, .. } = self;
         Ok(Restored { control, flow, reuse_address, report, socket: fd })
@@ -283,7 +294,7 @@ impl<'fd> Restore<'fd> {
         self.with_closed_window(|fd| queue::fill_send(fd, unsent))
     }
 
-    fn complete(&mut self, injectors: &mut Injectors) -> Result<()> {
+    fn complete(&mut self, injectors: &mut Injectors) -> Result<TcpInfo> {
         if self.control.state != State::Established {
             self.restore_fins(injectors)?;
         }
@@ -291,14 +302,17 @@ impl<'fd> Restore<'fd> {
             // As saved, even if it is closed: the kernel tells the peer of a new window only where it is twice what it
             // believes to have told.
             tcp::set_window(self.fd, &window)?;
-            derived::widen_receive_window(self.fd, &self.control.options, &window)?;
+            if self.speed.window_clamp.is_none() {
+                derived::widen_receive_window(self.fd, &self.control.options, &window)?;
+            }
         }
+        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
-        self.verify()?;
+        let info = self.verify()?;
         if self.control.reset {
             fin::inject_reset(injectors, self.fd, self.flow()?, &self.control)?;
         }
-        Ok(())
+        Ok(info)
     }
 
     /// The order of the FINs decides the state: ours comes first where the peer's found it sent.
@@ -414,26 +428,26 @@ impl<'fd> Restore<'fd> {
         })
     }
 
-    fn verify(&self) -> Result<()> {
+    /// Compares the socket with its connection, and returns what the kernel tells of it.
+    fn verify(&self) -> Result<TcpInfo> {
+        let control = &self.control;
         let info = tcp::info(self.fd)?;
         let state = save::kernel_state(&info)?;
-        if state != self.control.state {
+        if state != control.state {
             return Err(Error::refused(
-                format!("the socket came back in {state}, not in {}", self.control.state),
+                format!("the socket came back in {state}, not in {}", control.state),
                 "a segment that plays the peer's FIN or ACK did not arrive: bring `lo` up, and let packets with the \
                  mark 0xC114 pass the firewall",
             ));
         }
-        derived::check_negotiated(&self.control, &info)?;
-        let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
-        let unchanged = if self.sends_nothing() {
-            tcp::select_queue(self.fd, None)?;
-            rcv_nxt == self.control.rcv_nxt
-        } else {
-            save::is_unchanged(self.fd, Position::of(&self.control))?
-        };
-        if unchanged {
-            return Ok(());
+        derived::check_negotiated(control, &info)?;
+        let received = control.rcv_nxt.wrapping_sub(control.copied_seq());
+        let is_same = info.bytes_received == received.into()
+            && (self.sends_nothing()
+                || tcp::unacknowledged(self.fd)? == control.write_seq.wrapping_sub(control.snd_una())
+                    && tcp::unsent(self.fd)? == control.unsq_len + u32::from(control.fin_unsent));
+        if is_same {
+            return Ok(info);
         }
         Err(Error::refused(
             "a socket that differs from its connection",
@@ -464,6 +478,10 @@ impl<'fd> Restore<'fd> {
     fn flow(&self) -> Result<Flow> {
         self.flow.ok_or_else(|| Error::invalid("the socket was not connected before its queues were filled"))
     }
+}
+
+fn connected_already() -> Error {
+    Error::refused("a socket that has a connection", "restore onto a fresh one")
 }
 
 fn check(holds: bool, what: &str) -> Result<()> {
