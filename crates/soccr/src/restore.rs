@@ -94,7 +94,7 @@ impl<'fd> Restore<'fd> {
         if !in_repair {
             // Nothing of a live connection is touched; in repair mode its sequence numbers would refuse.
             if rustix::net::getpeername(fd).is_ok() {
-                return Err(connected_already());
+                return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
             }
             tcp::set_repair(fd, Repair::On)?;
         }
@@ -127,8 +127,12 @@ impl<'fd> Restore<'fd> {
 
     /// What must be known before `bind` and `connect`.
     fn set_unbound(&self) -> Result<()> {
-        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq())
-            .map_err(|error| if error.errno() == Some(libc::EPERM) { connected_already() } else { error })?;
+        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq()).map_err(
+            |error| match error.errno() {
+                Some(libc::EPERM) => error.advise("a socket that has a connection: restore onto a fresh one"),
+                _ => error,
+            },
+        )?;
         self.set_send_seq()?;
         derived::limit_segments(self.fd, &self.control.options)
     }
@@ -478,10 +482,6 @@ impl<'fd> Restore<'fd> {
     fn flow(&self) -> Result<Flow> {
         self.flow.ok_or_else(|| Error::invalid("the socket was not connected before its queues were filled"))
     }
-}
-
-fn connected_already() -> Error {
-    Error::refused("a socket that has a connection", "restore onto a fresh one")
 }
 
 fn check(holds: bool, what: &str) -> Result<()> {
