@@ -164,7 +164,8 @@ pub(crate) fn set_repair_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -
     named("TCP_REPAIR_OPTIONS", set).map_err(|error| match error.errno() {
         // In repair mode nobody is asked for a capability.
         Some(libc::EPERM) => error.advise(
-            "the socket is not ESTABLISHED any more: a segment of the peer came in between; lock the traffic first",
+            "a segment of the peer came in between: lock the traffic first; or so much time has passed that a timer has \
+             repeated a byte: restore it again",
         ),
         _ => error,
     })
