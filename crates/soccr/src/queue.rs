@@ -61,8 +61,7 @@ fn both_lengths(fd: BorrowedFd<'_>, inline: bool, first: u32) -> Result<(u32, u3
     }
 }
 
-/// Copies the receive queue, or the send queue, to where `bytes` begins. The receive queue is selected afterwards, where
-/// it was before.
+/// Copies the receive queue, or the send queue, to where `bytes` begins. The queue is selected afterwards.
 ///
 /// # Errors
 /// [`changed`] where the queue has another length by now.
@@ -106,10 +105,7 @@ fn peek_into(
     match queue {
         Queue::Receive if marked => peek_across_mark(fd, room, length)?,
         Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room))?,
-        Queue::Send => {
-            peek_once(fd, room)?;
-            tcp::select_queue(fd, Queue::Receive)?;
-        }
+        Queue::Send => peek_once(fd, room)?,
     }
     if room.filled() == length as usize { Ok(()) } else { Err(changed()) }
 }

@@ -140,7 +140,8 @@ impl<'fd> Restore<'fd> {
     /// The buffers as they were, unlocked while the queues are filled: the kernel then makes room by itself where it can.
     fn make_room(&mut self, buffers: Option<Buffers>) -> Result<()> {
         let filled = self.control.inq_len > 0 || self.control.outq_len > 0;
-        if !filled && buffers.is_none() {
+        if buffers.is_none() && self.control.inq_len == 0 && (!filled || buffers::locks(self.fd)? == 0) {
+            // The kernel makes the room, and nobody has told another size.
             return Ok(());
         }
         let current = buffers::read(self.fd)?.buffers;
@@ -284,7 +285,6 @@ impl<'fd> Restore<'fd> {
         if self.has_sent() {
             tcp::select_queue(self.fd, Queue::Send)?;
             queue::fill_send(self.fd, sent)?;
-            tcp::select_queue(self.fd, None)?;
             if self.control.options.sack {
                 // With it a sender probes for a lost tail after two round-trip times: had it been permitted before, it would
                 // not stay silent until it is resumed. The kernel no longer takes it once the first of these bytes is repeated.
@@ -382,9 +382,7 @@ impl<'fd> Restore<'fd> {
     /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being: that of
     /// the peer seems closed where there is something that was never sent, which an ACK or a timer would set free.
     fn open_window(&self) -> Result<Option<Window>> {
-        let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
-        tcp::select_queue(self.fd, None)?;
-        self.open_window_at(rcv_nxt)
+        self.open_window_at(tcp::queue_seq(self.fd, Queue::Receive)?)
     }
 
     /// The same where `rcv_nxt` is known.
@@ -449,7 +447,7 @@ impl<'fd> Restore<'fd> {
         let is_same = info.bytes_received == received.into()
             && (self.sends_nothing()
                 || tcp::unacknowledged(self.fd)? == control.write_seq.wrapping_sub(control.snd_una())
-                    && tcp::unsent(self.fd)? == control.unsq_len + u32::from(control.fin_unsent));
+                    && info.notsent_bytes == control.unsq_len + u32::from(control.fin_unsent));
         if is_same {
             return Ok(info);
         }

@@ -154,8 +154,7 @@ fn standing_still<T>(
     read()
 }
 
-/// Reads what `info` does not tell, but for the queues' bytes and the addresses. Leaves the receive queue selected: beside
-/// fifty reads of options every call counts.
+/// Reads what `info` does not tell, but for the queues' bytes and the addresses.
 fn control_block(
     fd: BorrowedFd<'_>,
     info: &TcpInfo,
