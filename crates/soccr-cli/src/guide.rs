@@ -1,48 +1,91 @@
-//! Next hops, as the command line names them.
+//! Next hops and tunnels, as the command line names them.
 
 use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 use soccr::Flow;
-use soccr::steer::NextHop;
+use soccr::steer::{NextHop, Steerer, Tunnel};
+use soccr_handover::Path;
 
-/// A next hop on the command line: `192.0.2.2`, or `fe80::2 dev tun0`.
+/// A next hop on the command line: `192.0.2.2`, or `fe80::2 dev tun0`, or `vxlan:203.0.113.2`.
 #[derive(Clone, Debug)]
-pub(crate) struct Hop {
-    address: IpAddr,
-    device: Option<String>,
+pub(crate) enum Hop {
+    Address { address: IpAddr, device: Option<String> },
+    Tunnel(IpAddr),
 }
 
 /// Reads a [`Hop`].
 pub(crate) fn parse_hop(text: &str) -> Result<Hop, String> {
-    let wrong = || "an address of the target, or ADDRESS dev DEVICE".to_owned();
+    let wrong = || "an address of the target, ADDRESS dev DEVICE, or vxlan:ADDRESS".to_owned();
+    let address = |text: &str| text.parse().map_err(|_| wrong());
+    if let Some(remote) = text.strip_prefix("vxlan:") {
+        return Ok(Hop::Tunnel(address(remote)?));
+    }
     let words: Vec<&str> = text.split_whitespace().collect();
-    let (address, device) = match words[..] {
+    let (text, device) = match words[..] {
         [address] => (address, None),
         [address, "dev", device] => (address, Some(device.to_owned())),
         _ => return Err(wrong()),
     };
-    Ok(Hop { address: address.parse().map_err(|_| wrong())?, device })
+    Ok(Hop::Address { address: address(text)?, device })
 }
 
 impl Hop {
+    /// Whether it serves connections of this family.
+    fn serves(&self, ipv4: bool) -> bool {
+        match self {
+            Self::Address { address, .. } => address.is_ipv4() == ipv4,
+            Self::Tunnel(_) => true,
+        }
+    }
+
     /// Looks for it in the network of this thread.
-    pub(crate) fn find(&self) -> Result<NextHop> {
-        Ok(match &self.device {
-            Some(device) => NextHop::on(self.address, device)?,
-            None => NextHop::new(self.address)?,
+    fn find(&self, ipv6: bool) -> Result<NextHop> {
+        Ok(match self {
+            Self::Address { address, device: Some(device) } => NextHop::on(*address, device)?,
+            Self::Address { address, device: None } => NextHop::new(*address)?,
+            Self::Tunnel(remote) => Tunnel::to(*remote)?.other_end(ipv6)?,
         })
     }
 }
 
-/// The next hops for connections, one for each address family.
-pub(crate) fn find_hops(hops: &[Hop], flows: &[Flow]) -> Result<Vec<NextHop>> {
-    for flow in flows {
-        if !hops.iter().any(|hop| hop.address.is_ipv4() == flow.is_ipv4()) {
-            let family = if flow.is_ipv4() { "IPv4" } else { "IPv6" };
+/// The next hops for connections, one for each address family that they have.
+fn find_hops(hops: &[Hop], flows: &[Flow]) -> Result<Vec<NextHop>> {
+    let mut found = Vec::new();
+    for ipv4 in [true, false] {
+        let Some(flow) = flows.iter().find(|flow| flow.is_ipv4() == ipv4) else { continue };
+        let Some(hop) = hops.iter().find(|hop| hop.serves(ipv4)) else {
+            let family = if ipv4 { "IPv4" } else { "IPv6" };
             bail!("{} {}: no next hop for {family}: name one more", flow.local, flow.remote);
-        }
+        };
+        found.push(hop.find(!ipv4)?);
     }
-    let needed = |hop: &&Hop| flows.iter().any(|flow| flow.is_ipv4() == hop.address.is_ipv4());
-    hops.iter().filter(needed).map(Hop::find).collect()
+    Ok(found)
+}
+
+/// How packets for connections follow them, where the target makes its end of a tunnel. To be called in the network of the
+/// connections.
+pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<Path> {
+    match hops {
+        [Hop::Tunnel(remote)] => {
+            let tunnel = Tunnel::to(*remote)?;
+            tunnel.open()?;
+            Ok(tunnel.into())
+        }
+        hops if hops.iter().any(|hop| matches!(hop, Hop::Tunnel(_))) => {
+            bail!("a tunnel serves both address families: name nothing else")
+        }
+        hops => Ok(find_hops(hops, flows)?.into()),
+    }
+}
+
+/// Steers connections, each to the next hop of its family, through a tunnel that is there already.
+pub(crate) fn redirect(hop: &Hop, flows: &[Flow]) -> Result<()> {
+    let mut steerer = Steerer::new()?;
+    for hop in find_hops(std::slice::from_ref(hop), flows)? {
+        let is_ipv4 = hop.address().is_ipv4();
+        let flows: Vec<Flow> = flows.iter().filter(|flow| flow.is_ipv4() == is_ipv4).copied().collect();
+        steerer.redirect(&flows, &hop)?;
+    }
+    Ok(())
 }

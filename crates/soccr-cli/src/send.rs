@@ -8,13 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::value_parser;
 use rustix::io::ioctl_fionread;
-use soccr::steer::NextHop;
 use soccr_handover::channel::OneWay;
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
-use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome};
+use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
 
 use crate::exit::{self, Exit};
-use crate::guide::{Hop, find_hops, parse_hop};
+use crate::guide::{Hop, parse_hop, path};
 use crate::nat::Nat;
 use crate::progress::Progress;
 use crate::selection::Selection;
@@ -59,9 +58,14 @@ pub(crate) struct Send {
         value_parser = value_parser!(u64).range(..=86400))]
     silence: u64,
     /// Instead of being silent, send on the packets of connections that have left: to this address of the target, on a network
-    /// that both hosts share; or to ADDRESS dev DEVICE, the other end of a tunnel. Once for each address family
+    /// that both hosts share; or to ADDRESS dev DEVICE, the other end of a tunnel: once for each address family.
+    /// Or vxlan:ADDRESS, and a tunnel is made to that address of the target (UDP port 4789)
     #[arg(long, value_name = "NEXT_HOP", value_parser = parse_hop, requires = "via", conflicts_with = "silence")]
     steer: Vec<Hop>,
+    /// Have the target's answers come back through this host, where the network between it and the peers lets no foreign addresses
+    /// pass
+    #[arg(long, requires = "steer")]
+    return_via_source: bool,
 }
 
 impl Send {
@@ -102,8 +106,8 @@ impl Send {
                 None => leaves,
             });
         }
-        let hops = self.hops(departing.iter().map(|departing| departing.flow()))?;
-        let sending = mover.sending(departing).used_by(keeper).steered_to(hops);
+        let path = self.path(departing.iter().map(|departing| departing.flow()))?;
+        let sending = mover.sending(departing).used_by(keeper).steered_to(path);
         let outcomes = match via {
             Some(mut via) => {
                 let outcomes = sending.through(&mut via);
@@ -149,12 +153,13 @@ impl Send {
         Ok(Mover::with(limits)?.on_event(listener))
     }
 
-    /// Where packets for these connections are sent on. To be called in their network namespace.
-    fn hops(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<Vec<NextHop>> {
-        match self.steer.is_empty() {
-            true => Ok(Vec::new()),
-            false => find_hops(&self.steer, &flows.collect::<Vec<_>>()).context("--steer"),
+    /// How packets for these connections follow them. To be called in their network namespace.
+    fn path(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<Path> {
+        if self.steer.is_empty() {
+            return Ok(Path::default());
         }
+        let path = path(&self.steer, &flows.collect::<Vec<_>>()).context("--steer")?;
+        Ok(if self.return_via_source { path.with_answers() } else { path })
     }
 }
 

@@ -5,12 +5,11 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value as Json, json};
 use soccr::Flow;
-use soccr::steer::{self, Foreign, NextHop, Steered, Steering};
-use soccr_handover::guide::redirect;
+use soccr::steer::{self, Foreign, NextHop, Steered, Steering, Tunnel};
 
 use crate::completions;
 use crate::exit::{self, Exit};
-use crate::guide::{Hop, find_hops, parse_hop};
+use crate::guide::{Hop, parse_hop, redirect};
 use crate::list::duration;
 use crate::lock::parse_flow;
 use crate::network;
@@ -38,13 +37,14 @@ pub(crate) struct Steer {
     /// One JSON object
     #[arg(long, requires = "list")]
     json: bool,
-    /// Steer connections to this address on a common network from now on, or to ADDRESS dev DEVICE
+    /// Steer connections to this address on a common network from now on, or to ADDRESS dev DEVICE, or through the tunnel
+    /// vxlan:ADDRESS that is there already
     #[arg(long, value_name = "NEXT_HOP", value_parser = parse_hop, requires = "connections")]
     to: Option<Hop>,
     /// Do not steer the connections any more
     #[arg(long)]
     remove: bool,
-    /// With --remove: all connections, and the delivery of all addresses
+    /// With --remove: all connections, the delivery of all addresses, and all tunnels
     #[arg(long, requires = "remove", conflicts_with = "connections")]
     all: bool,
     /// Give this host an address for which packets are delivered here, tell the network, and end the delivery
@@ -73,8 +73,7 @@ impl Steer {
     pub(crate) fn run(&self) -> Result<Exit> {
         network::enter(self.netns.as_deref())?;
         if let Some(hop) = &self.to {
-            let hops = find_hops(std::slice::from_ref(hop), &self.connections)?;
-            redirect(&self.connections, &hops)?;
+            redirect(hop, &self.connections)?;
         } else if let (Some((address, prefix)), Some(device)) = (self.adopt_address, &self.device) {
             steer::adopt_address(address, prefix, device)?;
         } else if self.remove {
@@ -90,7 +89,8 @@ impl Steer {
     fn remove(&self) -> Result<()> {
         if self.all {
             Steering::list()?.iter().try_for_each(Steering::remove)?;
-            return Ok(Foreign::list()?.iter().try_for_each(Foreign::remove)?);
+            Foreign::list()?.iter().try_for_each(Foreign::remove)?;
+            return Ok(Tunnel::list()?.iter().try_for_each(Tunnel::remove)?);
         }
         match self.connections.len() {
             0 => bail!("name the connections, or --all"),
@@ -104,6 +104,12 @@ impl Steer {
 
 /// A connection that is steered, by which device, and whether its next hop answers.
 type Entry = (Steered, String, bool);
+
+/// Whether these are answers of another host on their way back to the peer: no address that belongs here is their end.
+fn are_answers(flow: &Flow, foreign: &[Foreign]) -> Result<bool> {
+    let local = flow.local.ip();
+    Ok(foreign.iter().all(|foreign| foreign.address() != local) && steer::is_foreign(local)?)
+}
 
 fn contents() -> Result<Vec<Entry>> {
     let mut all = Vec::new();
@@ -124,8 +130,9 @@ fn contents() -> Result<Vec<Entry>> {
 }
 
 fn print_json(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
-    let steered = all.iter().map(|(entry, device, answers)| {
-        json!({
+    let mut steered = Vec::with_capacity(all.len());
+    for (entry, device, answers) in all {
+        steered.push(json!({
             "local": entry.flow.local,
             "remote": entry.flow.remote,
             "next_hop": entry.next_hop,
@@ -136,8 +143,9 @@ fn print_json(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
             "idle_ms": entry.idle.as_millis() as u64,
             "remaining_ms": entry.remaining.as_millis() as u64,
             "closing": entry.closing,
-        })
-    });
+            "answers_back": are_answers(&entry.flow, foreign)?,
+        }));
+    }
     let delivered = foreign.iter().map(|foreign| {
         let numbers = foreign.numbers();
         json!({
@@ -145,10 +153,10 @@ fn print_json(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
             "mark": numbers.mark,
             "table": numbers.table,
             "priority": numbers.priority,
+            "answers_table": numbers.answers,
         })
     });
-    let object =
-        json!({ "steered": steered.collect::<Vec<Json>>(), "delivered": delivered.collect::<Vec<Json>>() });
+    let object = json!({ "steered": steered, "delivered": delivered.collect::<Vec<Json>>() });
     exit::print(&format!("{}\n", serde_json::to_string_pretty(&object).context("JSON")?))
 }
 
@@ -166,6 +174,7 @@ fn print_tables(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
         let state = match (answers, entry.closing) {
             (false, _) => "FAILED: it does not answer",
             (true, true) => "closing",
+            (true, false) if are_answers(&entry.flow, foreign)? => "answers",
             (true, false) => "steered",
         };
         table.row([

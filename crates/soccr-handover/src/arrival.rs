@@ -15,7 +15,7 @@ use soccr::bulk::{self, Needs};
 use soccr::lock::Held;
 use soccr::{Connection, Flow, Lock, Restored};
 use soccr_image::AddressMap;
-use soccr_image::stream::{Decoder, Message, Writer};
+use soccr_image::stream::{Decoder, Message, Steered, Writer};
 
 use crate::delivery::Delivery;
 use crate::drive::Outbox;
@@ -213,8 +213,8 @@ impl Arrival {
                     (Some(_), Some(_)) => Origin::OtherHost,
                     _ => Origin::Unknown,
                 };
-                self.delivery.source_steers(steered);
-                if let Err(error) = self.prepare(connections as usize, answers) {
+                let prepared = self.prepare_delivery(steered);
+                if let Err(error) = prepared.and_then(|()| self.prepare(connections as usize, answers)) {
                     return self.give_up(error);
                 }
                 self.handle(News::Begin(connections));
@@ -254,6 +254,18 @@ impl Arrival {
             Message::Commit { connection } => self.handle(News::Commit(connection)),
             Message::Abort { connection, .. } => self.handle(News::Abort(connection)),
             _ => self.give_up(violation("the source does not know its part")),
+        }
+    }
+
+    /// How packets come here, where the source steers them.
+    fn prepare_delivery(&mut self, steered: Option<Steered>) -> Result<()> {
+        match steered {
+            Some(_) if self.origin == Origin::Here => {
+                let why = "packets are to follow the connections to another host, and this is the same one";
+                Err(Error::new(ErrorKind::Refused, why))
+            }
+            Some(path) => Ok(self.delivery.prepare(path)?),
+            None => Ok(()),
         }
     }
 

@@ -1,9 +1,11 @@
 //! How the packets of connections that arrive find them here, where their address is another host's. See [`soccr::steer`].
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::IpAddr;
 
-use soccr::steer::{Foreign, Numbers, is_foreign};
+use soccr::Flow;
+use soccr::steer::{Foreign, NextHop, Numbers, is_foreign};
+use soccr_image::stream;
 
 use crate::listen::Steered;
 
@@ -11,33 +13,67 @@ use crate::listen::Steered;
 #[derive(Debug)]
 pub(crate) struct Delivery {
     when: Steered,
-    source_steers: bool,
-    arranged: HashSet<IpAddr>,
+    /// How the source steers, if it does.
+    path: Option<stream::Steered>,
+    /// The source, as this host reaches it: for IPv4, and for IPv6.
+    hops: [Option<NextHop>; 2],
+    /// `None`: this host has the address, or nobody wants it delivered.
+    arranged: HashMap<IpAddr, Option<Foreign>>,
 }
 
 impl Delivery {
     pub(crate) fn new(when: Steered) -> Self {
-        Self { when, source_steers: false, arranged: HashSet::new() }
+        Self { when, path: None, hops: [None, None], arranged: HashMap::new() }
     }
 
-    /// The source steers what it sends, or does not.
-    pub(crate) fn source_steers(&mut self, steers: bool) {
-        self.source_steers = steers;
+    /// The source steers what it sends: makes this end of the tunnel, and looks for the source. What takes time happens here, when
+    /// nothing is silent yet.
+    pub(crate) fn prepare(&mut self, path: stream::Steered) -> soccr::Result<()> {
+        if self.when != Steered::Never {
+            if let Some(tunnel) = path.tunnel.map(|tunnel| tunnel.reversed()) {
+                tunnel.open()?;
+                self.hops = [Some(tunnel.other_end(false)?), tunnel.other_end(true).ok()];
+            }
+            for address in &path.from {
+                // It helps, and is needed for answers alone.
+                let hop = NextHop::new(*address);
+                self.hops[usize::from(address.is_ipv6())] = if path.answers { Some(hop?) } else { hop.ok() };
+            }
+        }
+        self.path = Some(path);
+        Ok(())
     }
 
-    /// Has packets for this address delivered here, where it is another host's and that is wanted. This stays.
-    pub(crate) fn arrange(&mut self, address: IpAddr) -> soccr::Result<()> {
+    /// Has packets for the local address delivered here, where it is another host's and that is wanted. This stays.
+    pub(crate) fn arrange(&mut self, flow: &Flow) -> soccr::Result<()> {
         let wanted = match self.when {
-            Steered::Auto => self.source_steers,
+            Steered::Auto => self.path.is_some(),
             Steered::Always => true,
             Steered::Never => false,
         };
-        if wanted && !self.arranged.contains(&address) {
-            if is_foreign(address)? {
-                Foreign::deliver(address, Numbers::default())?;
-            }
-            self.arranged.insert(address);
+        if !wanted {
+            return Ok(());
         }
-        Ok(())
+        let flow = flow.on_the_wire();
+        let hop = self.hops[usize::from(!flow.is_ipv4())].as_ref();
+        let address = flow.local.ip();
+        let foreign = match self.arranged.get(&address) {
+            Some(foreign) => *foreign,
+            None => {
+                let mut foreign = None;
+                if is_foreign(address)? {
+                    let made = Foreign::deliver_from(address, Numbers::default(), hop)?;
+                    if let Some(hop) = hop.filter(|_| self.path.as_ref().is_some_and(|path| path.answers)) {
+                        made.answer_through(hop)?;
+                    }
+                    foreign = Some(made);
+                }
+                *self.arranged.entry(address).or_insert(foreign)
+            }
+        };
+        match (foreign, hop) {
+            (Some(foreign), Some(hop)) => foreign.check_arrival(flow.remote.ip(), hop.device()),
+            _ => Ok(()),
+        }
     }
 }

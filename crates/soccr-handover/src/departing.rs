@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use soccr::Flow;
 use soccr::connection::QUEUE_LIMIT;
-use soccr::steer::NextHop;
 
 use crate::channel::Channel;
 use crate::departure::{Condition, Departure, Ended, Item, Manner};
 use crate::error::{Error, ErrorKind, Rejected};
+use crate::guide::Path;
 use crate::mover::{Mover, Shared};
 use crate::protocol::Fate;
 use crate::users::Users;
@@ -185,10 +185,10 @@ impl Sending {
         self
     }
 
-    /// Has packets for connections that have left follow them, to the next hop of their address family, instead of being silent about
-    /// those. See [`soccr::steer`].
-    pub fn steered_to(mut self, hops: Vec<NextHop>) -> Self {
-        self.manner.hops = hops;
+    /// Has packets for connections that have left follow them instead of being silent about those: to next hops, one for each
+    /// address family, or through a tunnel. See [`soccr::steer`].
+    pub fn steered_to(mut self, path: impl Into<Path>) -> Self {
+        self.manner.path = path.into();
         self
     }
 

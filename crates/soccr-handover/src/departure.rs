@@ -9,14 +9,13 @@ use std::time::Instant;
 
 use soccr::connection::ControlBlock;
 use soccr::lock::Held;
-use soccr::steer::NextHop;
 use soccr::{Connection, Flow, Lock};
 use soccr_image::stream::{Decoded, Decoder, Message, STATE_LIMIT, Writer};
 
 use crate::departing::{Departing, Stream};
 use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guide::Guide;
+use crate::guide::{Guide, Path};
 use crate::mover::{Event as Told, Shared};
 use crate::protocol::{Action, Answer, Event, Fate, Id, Source};
 use crate::seat::Seat;
@@ -87,7 +86,7 @@ pub(crate) struct Manner {
     /// Who else uses their sockets.
     pub(crate) users: Option<Box<dyn Users>>,
     /// Where they go, their packets follow; else this host is silent about them.
-    pub(crate) hops: Vec<NextHop>,
+    pub(crate) path: Path,
     /// The channel leads nowhere back.
     pub(crate) is_one_way: bool,
 }
@@ -142,14 +141,14 @@ impl Departure {
         manner: Manner,
         departing: impl IntoIterator<Item = Departing<S>>,
     ) -> Self {
-        let Manner { users, hops, is_one_way } = manner;
+        let Manner { users, path, is_one_way } = manner;
         let items: Vec<_> = departing.into_iter().map(|departing| *departing.item).collect();
         let mut writer = Writer::new(Outbox::default()).expect("memory takes every byte");
         let begin = Message::Begin {
             connections: items.len() as u32,
             answers: !is_one_way,
             place: shared.place,
-            steered: !hops.is_empty(),
+            steered: path.told(),
         };
         writer.send(&begin).expect("memory takes every byte");
         let mut machine = Source::new(items.len(), WINDOW);
@@ -158,7 +157,7 @@ impl Departure {
         }
         Self {
             machine,
-            guide: Guide::new(hops, shared.limits.silence),
+            guide: Guide::new(path, shared.limits.silence),
             deadline: Some(Instant::now() + shared.limits.start),
             shared,
             items,
@@ -357,10 +356,13 @@ impl Departure {
         if !std::mem::replace(&mut self.has_begun, true) {
             self.shared.tell(Told::Leaving);
         }
-        let leaving = self.machine.leaving().map(|id| self.items[id as usize - 1].seat.flow());
-        let leaving: Vec<Flow> = leaving.collect();
+        let leaving = self.machine.leaving().map(|id| {
+            let item = &self.items[id as usize - 1];
+            (item.seat.flow(), item.saved.as_ref().map_or(0, |saved| saved.rcv_nxt))
+        });
+        let leaving: Vec<(Flow, u32)> = leaving.collect();
         self.is_diverted = true;
-        self.guide.begin(&leaving)?;
+        self.guide.begin(&leaving, &self.shared)?;
         // From here on nothing arrives that is steered.
         let mut taken = HashMap::new();
         for lock in &self.locks {

@@ -3,53 +3,119 @@
 use std::time::Duration;
 
 use soccr::Flow;
-use soccr::steer::{self, NextHop};
+use soccr::steer::{NextHop, Steerer, Tunnel, narrow};
+use soccr_image::stream::Steered;
 
 use crate::error::Result;
 use crate::mover::Shared;
 use crate::silence;
 
+/// How packets follow connections to another host, see [`soccr::steer`].
+#[derive(Clone, Debug, Default)]
+pub struct Path {
+    hops: Vec<NextHop>,
+    tunnel: Option<Tunnel>,
+    answers: bool,
+}
+
+impl Path {
+    /// Has what the other host answers come back through this one, where the network between it and the peers forbids foreign
+    /// sources.
+    pub fn with_answers(self) -> Self {
+        Self { answers: true, ..self }
+    }
+
+    /// What the target has to know; nothing where packets do not follow.
+    pub(crate) fn told(&self) -> Option<Steered> {
+        let Self { hops, tunnel, answers } = self;
+        let from = hops.iter().filter_map(|hop| hop.sees().ok().flatten()).collect();
+        (!hops.is_empty() || tunnel.is_some()).then(|| Steered { from, tunnel: *tunnel, answers: *answers })
+    }
+
+    /// Where connections of an address family go.
+    fn hop(&self, ipv6: bool) -> soccr::Result<Option<NextHop>> {
+        match &self.tunnel {
+            Some(tunnel) => tunnel.other_end(ipv6).map(Some),
+            None => Ok(self.hops.iter().find(|hop| hop.address().is_ipv6() == ipv6).cloned()),
+        }
+    }
+}
+
+impl From<Vec<NextHop>> for Path {
+    /// By these hosts on networks that both hosts share, one for each address family.
+    fn from(hops: Vec<NextHop>) -> Self {
+        Self { hops, ..Self::default() }
+    }
+}
+
+impl From<Tunnel> for Path {
+    /// Through a tunnel, of which this end is [open](Tunnel::open). The target makes the other one.
+    fn from(tunnel: Tunnel) -> Self {
+        Self { tunnel: Some(tunnel), ..Self::default() }
+    }
+}
+
 /// What this host does about connections that leave it: it steers their packets, or else is silent about them.
 #[derive(Debug)]
 pub(crate) struct Guide {
-    hops: Vec<NextHop>,
+    path: Path,
+    is_steering: bool,
     silence: Duration,
+    steerer: Option<Steerer>,
 }
 
 impl Guide {
-    pub(crate) fn new(hops: Vec<NextHop>, silence: Duration) -> Self {
-        Self { hops, silence }
+    pub(crate) fn new(path: Path, silence: Duration) -> Self {
+        let is_steering = path.tunnel.is_some() || !path.hops.is_empty();
+        // Where that fails, it is told when it is needed.
+        let steerer = is_steering.then(|| Steerer::new().ok()).flatten();
+        Self { path, is_steering, silence, steerer }
     }
 
-    /// Takes care of connections that are about to leave.
-    pub(crate) fn begin(&self, flows: &[Flow]) -> Result<()> {
-        match self.hops.is_empty() {
-            true => Ok(silence::begin(flows, self.silence)?),
-            false => redirect(flows, &self.hops),
+    /// Takes care of connections that are about to leave. With each comes the next sequence number that is expected from its peer.
+    pub(crate) fn begin(&mut self, leaving: &[(Flow, u32)], shared: &Shared) -> Result<()> {
+        let of = |ipv6: bool| leaving.iter().filter(move |(flow, _)| flow.is_ipv4() != ipv6);
+        if !self.is_steering {
+            let flows: Vec<Flow> = leaving.iter().map(|(flow, _)| *flow).collect();
+            return Ok(silence::begin(&flows, self.silence)?);
         }
+        for ipv6 in [false, true] {
+            let flows: Vec<Flow> = of(ipv6).map(|(flow, _)| *flow).collect();
+            if flows.is_empty() {
+                continue;
+            }
+            let Some(hop) = self.path.hop(ipv6)? else { continue };
+            let answers = self.path.answers;
+            let steerer = self.steerer()?;
+            steerer.redirect(&flows, &hop)?;
+            if answers {
+                steerer.redirect_answers(&flows, &hop)?;
+            }
+            if let Some(tunnel) = &self.path.tunnel {
+                let mtu = tunnel.mtu()?;
+                let told = of(ipv6).map(|(flow, rcv_nxt)| narrow(flow, *rcv_nxt, mtu));
+                // The peers' packets are cut then.
+                if let Some(error) = told.filter_map(|told| told.err()).next() {
+                    shared.warn(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// These have not left after all.
-    pub(crate) fn end(&self, flows: &[Flow], shared: &Shared) {
-        if self.hops.is_empty() {
+    pub(crate) fn end(&mut self, flows: &[Flow], shared: &Shared) {
+        if !self.is_steering {
             shared.end_silence(flows);
-        } else if let Err(error) = steer::stop(flows) {
+        } else if let Err(error) = self.steerer().and_then(|steerer| steerer.stop(flows)) {
             shared.warn(error);
         }
     }
-}
 
-/// Steers connections, each to the next hop of its address family.
-///
-/// # Errors
-/// Those of [`steer::redirect`].
-pub fn redirect(flows: &[Flow], hops: &[NextHop]) -> Result<()> {
-    for hop in hops {
-        let is_ipv4 = hop.address().is_ipv4();
-        let flows: Vec<Flow> = flows.iter().filter(|flow| flow.is_ipv4() == is_ipv4).copied().collect();
-        if !flows.is_empty() {
-            steer::redirect(&flows, hop)?;
+    fn steerer(&mut self) -> soccr::Result<&mut Steerer> {
+        if self.steerer.is_none() {
+            self.steerer = Some(Steerer::new()?);
         }
+        Ok(self.steerer.as_mut().expect("it has been made"))
     }
-    Ok(())
 }

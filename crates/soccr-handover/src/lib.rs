@@ -116,7 +116,7 @@ mod drive;
 mod error;
 #[cfg(feature = "foreign")]
 pub mod foreign;
-pub mod guide;
+mod guide;
 mod listen;
 mod mover;
 pub mod protocol;
@@ -129,6 +129,7 @@ mod users;
 pub use asynchronous::Arrivals;
 pub use departing::{Departing, Outcome, Sending, Stream};
 pub use error::{Error, ErrorKind, Rejected, Result};
+pub use guide::Path;
 pub use listen::{Arrived, Arriving, Steered, Terms};
 pub use mover::{Event, Limits, Mover};
 pub use recipient::{Announced, Offer, Origin, Recipient};

@@ -461,7 +461,7 @@ fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
                 connections: 1,
                 answers: true,
                 place: None,
-                steered: false,
+                steered: None,
             })
             .unwrap();
         writer.connection(1, "x", &saved).unwrap();

@@ -35,7 +35,7 @@
 //! |---|---|---|
 //! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue · 40 tracked · 41 owner · 42 TLS |
 //! | 2 | HELD | 5 packet, each |
-//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place · 8 packets are steered |
+//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place · 8 packets are steered · 9 address of the source, each · 10 tunnel · 11 answers go back |
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
 //! | 5, 7 | ABORT, REFUSED | 2 reason |
 //! | 9 | END | 3 count of records before it |
@@ -48,6 +48,7 @@
 //! `rttvar`, `rto` (u64 nanoseconds each), `snd_mss`, `snd_cwnd`, `snd_ssthresh`, `rcv_ssthresh` (u32 each). Buffers are the
 //! three u32 of [`Buffers`](soccr::connection::Buffers); an urgent mark is an u32 and a flag. A setting is `kind` (u8: 0 an i32, 1 bytes, 2 secret bytes),
 //! length of the name (u8), name, value. A place is the boot id of the host (16 bytes), device and inode of the network namespace (u64 each).
+//! A tunnel is its number (u32), and the addresses of source and target with the UDP port.
 //! Tracked are the local and the remote address on the wire (NAT), a flag (our end has begun
 //! the connection) and the mark of connection tracking (u32); an owner is a user and a group (u32 each).
 //! TLS is what the kernel encrypts and decrypts (kTLS): `version`, `cipher` (u16 each, as in `linux/tls.h`), bits (u8): 1 it encrypts, 2 it
@@ -143,7 +144,7 @@ use std::io::{Read, Write};
 use soccr::Connection;
 
 pub use decoder::{Decoded, Decoder};
-pub use message::{Message, Place};
+pub use message::{Message, Place, Steered};
 pub use reader::Reader;
 pub use writer::Writer;
 

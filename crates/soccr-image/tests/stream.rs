@@ -8,9 +8,10 @@ use common::{SetQueues, connection, idle, sample};
 use proptest::prelude::*;
 use soccr::connection::{Owner, Tls, Tracked};
 use soccr::settings::Value;
+use soccr::steer::Tunnel;
 use soccr::tls::{Cipher, Record, Secrets, Version};
 use soccr::{Connection, Flow};
-use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Writer};
+use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Steered, Writer};
 use soccr_image::{AddressMap, ErrorKind, read, write};
 
 fn bytes_of(connection: &Connection) -> Vec<u8> {
@@ -307,9 +308,24 @@ fn every_message_comes_through() {
             connections: 2,
             answers: true,
             place: Some(Place { host: *b"0123456789abcdef", namespace: [4, 4_026_531_840] }),
-            steered: true,
+            steered: Some(Steered::default()),
         },
-        Message::Begin { connections: 1, answers: false, place: None, steered: false },
+        Message::Begin {
+            connections: 3,
+            answers: true,
+            place: None,
+            steered: Some(Steered {
+                from: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+                tunnel: Some(Tunnel::known(
+                    "192.0.2.1".parse().unwrap(),
+                    "203.0.113.2".parse().unwrap(),
+                    0x04_711b,
+                    4789,
+                )),
+                answers: true,
+            }),
+        },
+        Message::Begin { connections: 1, answers: false, place: None, steered: None },
         Message::State { connection: 1, critical: true, bytes: vec![7; 100_000] },
         Message::Connection { id: 1, name: "pid 7 fd 3".into(), connection: sample() },
         Message::State { connection: 2, critical: false, bytes: Vec::new() },

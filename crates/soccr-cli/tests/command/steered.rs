@@ -5,10 +5,10 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use soccr::steer::{Foreign, NextHop, Numbers, redirect};
+use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, redirect};
 use soccr::{Flow, pause};
 use soccr_image::stream::{Message, Reader, Writer};
-use soccr_lab::{Flags, Lan, Sniffer, wait_until};
+use soccr_lab::{Flags, Lan, Sniffer, sysctl, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, fail, installed, server_at, soccr, succeed,
@@ -22,6 +22,9 @@ crate::tests![
     a_next_hop_that_does_not_fit_is_refused_before_anything_stops,
     a_source_killed_before_it_lets_go_steers_nothing,
     a_connection_that_does_not_come_home_is_steered_again,
+    hosts_in_other_networks_are_reached_through_a_tunnel,
+    a_target_that_is_the_source_refuses,
+    a_host_that_has_disappeared_is_seen,
     the_demonstration_wanders_among_three_hosts,
 ];
 
@@ -37,7 +40,10 @@ struct Steering {
 
 impl Steering {
     fn new(connections: usize, ipv6: bool) -> Self {
-        let lan = Lan::new().unwrap();
+        Self::on(Lan::new().unwrap(), connections, ipv6)
+    }
+
+    fn on(lan: Lan, connections: usize, ipv6: bool) -> Self {
         let address = if ipv6 { "::" } else { "" };
         let old = lan.hosts[0].run(|| server_at(address, "old ", connections));
         let mut clients = Vec::new();
@@ -264,7 +270,7 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
         soccr(&["receive", "--netns", &pid, "--", "true"]).stdin(Stdio::piped()).stdout(Stdio::piped()),
     );
     let mut writer = Writer::new(receive.0.stdin.take().unwrap()).unwrap();
-    let begin = Message::Begin { connections: 1, answers: true, place, steered: false };
+    let begin = Message::Begin { connections: 1, answers: true, place, steered: None };
     writer.send(&begin).unwrap();
     writer.connection(1, "one", &connection).unwrap();
     let mut reader = Reader::new(receive.0.stdout.take().unwrap()).unwrap();
@@ -272,6 +278,92 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
     drop(receive);
     exchange();
     assert_eq!(steering.resets.segments().unwrap().len(), 0);
+}
+
+fn hosts_in_other_networks_are_reached_through_a_tunnel() {
+    if !installed("python3") {
+        return;
+    }
+    for (ipv6, back) in [(false, false), (true, false), (false, true), (true, true)] {
+        let lan = Lan::routed().unwrap();
+        if back {
+            // Answers from there with the address of the first host are dropped.
+            lan.be_strict().unwrap();
+        }
+        let mut steering = Steering::on(lan, 2, ipv6);
+        let tunnel = |host: usize| format!("vxlan:{}", steering.lan.hosts[host].v4);
+        let [second, third] = [tunnel(1), tunnel(2)];
+        let more = |tunnel| {
+            let mut more = vec!["--steer", tunnel];
+            more.extend(back.then_some("--return-via-source"));
+            more
+        };
+        let via = steering.receive(1, "second ", "");
+        let status = steering.send(&steering.old.pid(), &via, &more(&second)).status().unwrap();
+        assert!(status.success(), "{status}");
+        steering.assert_lives("second ");
+        let list = steering.list(0);
+        let steered = list["steered"].as_array().unwrap();
+        assert_eq!(steered.iter().filter(|entry| entry["answers_back"] == false).count(), 2, "{list}");
+        assert_eq!(
+            steered.iter().filter(|entry| entry["answers_back"] == true).count(),
+            if back { 2 } else { 0 }
+        );
+        // Through the second to the third.
+        let via = steering.receive(2, "third ", "");
+        let status = steering.send(&steering.holder(1), &via, &more(&third)).status().unwrap();
+        assert!(status.success(), "{status}");
+        steering.assert_lives("third ");
+        steering.move_to(&steering.holder(2), 0, "home ", false);
+        steering.assert_lives("home ");
+        assert!(steering.list(0)["steered"].as_array().unwrap().is_empty());
+        steering.end();
+        for host in 0..3 {
+            let pid = steering.places[host].pid();
+            succeed(&["steer", "--remove", "--all", "--netns", &pid]);
+            assert_eq!(steering.lan.hosts[host].run(Tunnel::list).unwrap(), []);
+        }
+    }
+}
+
+fn a_target_that_is_the_source_refuses() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::new(1, false);
+    let hop = steering.hop(1);
+    let more: Vec<&str> = hop.iter().map(String::as_str).collect();
+    let via = steering.receive(0, "new ", "");
+    let output = steering.send(&steering.old.pid(), &via, &more).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(complaint.contains("this is the same one"), "{complaint}");
+    steering.assert_lives("old ");
+    assert!(steering.list(0)["steered"].as_array().unwrap().is_empty());
+    steering.end();
+}
+
+fn a_host_that_has_disappeared_is_seen() {
+    if !installed("python3") {
+        return;
+    }
+    let steering = Steering::new(1, false);
+    // What is known of a neighbour is not doubted for half a minute, usually.
+    steering.lan.hosts[0].run(|| {
+        for (name, value) in
+            [("base_reachable_time_ms", "200"), ("retrans_time_ms", "100"), ("delay_first_probe_time", "0")]
+        {
+            sysctl(&format!("net/ipv4/neigh/eth0/{name}"), value).unwrap();
+        }
+    });
+    steering.move_to(&steering.old.pid(), 1, "new ", true);
+    steering.lan.hosts[1].namespace.rtnetlink().unwrap().down("eth0").unwrap();
+    let old = steering.places[0].pid();
+    (&steering.clients[0]).write_all(b"anybody there?").unwrap();
+    wait_until("the list tells", || {
+        let text = String::from_utf8(succeed(&["steer", "--list", "--netns", &old])).unwrap();
+        text.contains("FAILED")
+    });
 }
 
 fn the_demonstration_wanders_among_three_hosts() {

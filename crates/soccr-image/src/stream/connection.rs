@@ -134,11 +134,11 @@ fn put_fields(out: &mut Vec<u8>, connection: &Connection) -> Result<()> {
     settings.iter().try_for_each(|(name, value)| put_setting(out, name, value))
 }
 
-fn put_address(out: &mut Vec<u8>, tag: u16, address: &SocketAddr) {
+pub(super) fn put_address(out: &mut Vec<u8>, tag: u16, address: &SocketAddr) {
     field::put(out, tag, |out| write_address(out, address));
 }
 
-fn write_address(out: &mut Vec<u8>, address: &SocketAddr) {
+pub(super) fn write_address(out: &mut Vec<u8>, address: &SocketAddr) {
     out.push(if address.is_ipv4() { 4 } else { 6 });
     out.extend_from_slice(&address.port().to_le_bytes());
     match address {
@@ -379,7 +379,7 @@ pub(super) fn text(bytes: &[u8]) -> Result<String> {
     }
 }
 
-fn address(value: &mut Value<'_>) -> Result<SocketAddr> {
+pub(super) fn address(value: &mut Value<'_>) -> Result<SocketAddr> {
     let (family, port) = (value.u8()?, value.u16()?);
     match family {
         4 => Ok((IpAddr::from(value.array::<4>()?), port).into()),

@@ -23,6 +23,9 @@ pub(super) mod tag {
     pub(in super::super) const STATE: u16 = 6 | CRITICAL;
     pub(in super::super) const PLACE: u16 = 7;
     pub(in super::super) const STEERED: u16 = 8;
+    pub(in super::super) const SOURCE: u16 = 9;
+    pub(in super::super) const TUNNEL: u16 = 10 | CRITICAL;
+    pub(in super::super) const ANSWER_BACK: u16 = 11 | CRITICAL;
 
     pub(in super::super) const LOCAL: u16 = 16 | CRITICAL;
     pub(in super::super) const REMOTE: u16 = 17 | CRITICAL;

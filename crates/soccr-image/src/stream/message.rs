@@ -1,6 +1,9 @@
 //! What the two ends of a stream say to each other.
 
+use std::net::IpAddr;
+
 use soccr::Connection;
+use soccr::steer::Tunnel;
 
 /// Where connections are. Two ends that are at one place find there the sockets of each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +12,17 @@ pub struct Place {
     pub host: [u8; 16],
     /// The network namespace: device and inode, as stat(2) tells them of `/proc/PID/ns/net`.
     pub namespace: [u64; 2],
+}
+
+/// How packets follow connections that leave a host, see [`soccr::steer`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Steered {
+    /// Addresses of the source, as the target reaches it: one for each address family, at most.
+    pub from: Vec<IpAddr>,
+    /// They go through this tunnel, as the source sees it. The target has to make its end.
+    pub tunnel: Option<Tunnel>,
+    /// What the target answers has to go back through the source.
+    pub answers: bool,
 }
 
 /// A record of a stream, taken apart. `connection` is its number in the stream; 0 is the stream as a whole.
@@ -24,8 +38,8 @@ pub enum Message {
         answers: bool,
         /// Where the connections are now, as far as the source can tell.
         place: Option<Place>,
-        /// The source has packets follow the connections that leave it.
-        steered: bool,
+        /// How packets follow the connections that leave the source, if they do.
+        steered: Option<Steered>,
     },
     /// A connection.
     Connection {

@@ -3,11 +3,12 @@
 use std::io::Read;
 
 use soccr::Connection;
+use soccr::steer::Tunnel;
 
-use super::connection::{Fields, skip_unknown, text};
+use super::connection::{Fields, address, skip_unknown, text};
 use super::field::{self, tag};
 use super::record::{self, Header, Payload, kind};
-use super::{Decoded, Message, Place, STATE_LIMIT};
+use super::{Decoded, Message, Place, STATE_LIMIT, Steered};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest record of held packets: closed behind the packet that made it large.
@@ -157,7 +158,7 @@ fn parse<R: Read>(
         _ => return Ok(Parsed::Nothing),
     }
     let (mut reason, mut count, mut answers, mut packets) = (String::new(), 0, false, Vec::new());
-    let (mut place, mut steered) = (None, false);
+    let (mut place, mut is_steered, mut steered) = (None, false, Steered::default());
     let mut state = Vec::new();
     while let Some((tag, length)) = payload.field()? {
         match tag {
@@ -168,7 +169,14 @@ fn parse<R: Read>(
                 let mut value = payload.value(length)?;
                 place = Some(Place { host: value.array()?, namespace: [value.u64()?, value.u64()?] });
             }
-            tag::STEERED => steered = payload.value(length)?.flag()?,
+            tag::STEERED => is_steered = payload.value(length)?.flag()?,
+            tag::SOURCE => steered.from.push(address(&mut payload.value(length)?)?.ip()),
+            tag::TUNNEL => {
+                let mut value = payload.value(length)?;
+                let (id, local, remote) = (value.u32()?, address(&mut value)?, address(&mut value)?);
+                steered.tunnel = Some(Tunnel::known(local.ip(), remote.ip(), id, local.port()));
+            }
+            tag::ANSWER_BACK => steered.answers = payload.value(length)?.flag()?,
             tag::PACKET if header.kind == kind::HELD => {
                 if length == 0 || header.length > HELD_LIMIT {
                     return Err(Error::damaged("a held packet is empty, or they are too many"));
@@ -185,7 +193,10 @@ fn parse<R: Read>(
         }
     }
     Ok(Parsed::Message(match header.kind {
-        kind::BEGIN => Message::Begin { connections: count, answers, place, steered },
+        kind::BEGIN => {
+            let steered = is_steered.then_some(steered);
+            Message::Begin { connections: count, answers, place, steered }
+        }
         kind::STATE => Message::State { connection: id, critical: header.critical, bytes: state },
         kind::HELD => Message::Held { connection: id, packets },
         kind::COMMIT => Message::Commit { connection: id },

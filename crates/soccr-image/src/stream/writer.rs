@@ -2,12 +2,14 @@
 
 use std::borrow::Cow;
 use std::io::Write;
+use std::net::SocketAddr;
 
 use soccr::Connection;
 
+use super::connection::{put_address, write_address};
 use super::field::{self, tag};
 use super::record::{self, kind};
-use super::{Message, STATE_LIMIT, TEXT_LIMIT, connection};
+use super::{Message, STATE_LIMIT, Steered, TEXT_LIMIT, connection};
 use crate::error::{Error, Result};
 
 /// Writes a stream, one record after the other.
@@ -116,8 +118,8 @@ impl<W: Write> Writer<W> {
                         place.namespace.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
                     });
                 }
-                if *steered {
-                    field::put(&mut self.small, tag::STEERED, |out| out.push(1));
+                if let Some(steered) = steered {
+                    self.steered(steered);
                 }
                 return self.seal();
             }
@@ -132,6 +134,24 @@ impl<W: Write> Writer<W> {
             field::put(&mut self.small, tag::REASON, |out| out.extend_from_slice(clean(reason).as_bytes()));
         }
         self.seal()
+    }
+
+    fn steered(&mut self, steered: &Steered) {
+        field::put(&mut self.small, tag::STEERED, |out| out.push(1));
+        for address in &steered.from {
+            put_address(&mut self.small, tag::SOURCE, &SocketAddr::new(*address, 0));
+        }
+        if let Some(tunnel) = &steered.tunnel {
+            field::put(&mut self.small, tag::TUNNEL, |out| {
+                out.extend_from_slice(&tunnel.id.to_le_bytes());
+                for end in [tunnel.local, tunnel.remote] {
+                    write_address(out, &SocketAddr::new(end, tunnel.port));
+                }
+            });
+        }
+        if steered.answers {
+            field::put(&mut self.small, tag::ANSWER_BACK, |out| out.push(1));
+        }
     }
 
     /// Passes on what a buffer around the file still holds.

@@ -46,6 +46,8 @@ pub struct Way {
     pub link: u32,
     /// The router to which they go first, where there is one. It may have an address of another family (RFC 5549).
     pub gateway: Option<IpAddr>,
+    /// The address of this host from which they come, unless a socket has another one.
+    pub source: Option<IpAddr>,
 }
 
 /// What is known about the Ethernet address of a neighbour.
@@ -88,12 +90,13 @@ impl Rtnetlink {
             }
         });
         self.socket.get(&batch, |_, payload| {
-            let mut way = Way { local: false, link: 0, gateway: None };
+            let mut way = Way { local: false, link: 0, gateway: None, source: None };
             let Some((header, rest)) = payload.split_at_checked(12) else { return way };
             way.local = header[7] == TYPE_LOCAL;
             for (kind, value) in attributes(rest) {
                 match kind {
                     RTA_OIF => way.link = value.try_into().map_or(0, u32::from_ne_bytes),
+                    RTA_PREFSRC => way.source = address_of(value),
                     RTA_GATEWAY => way.gateway = address_of(value),
                     // Behind the address family.
                     RTA_VIA => way.gateway = value.get(2..).and_then(address_of),
@@ -186,6 +189,7 @@ const GET_ROUTE: u16 = 26;
 const GET_NEIGHBOUR: u16 = 30;
 const RTA_SRC: u16 = 2;
 const RTA_IIF: u16 = 3;
+const RTA_PREFSRC: u16 = 7;
 const RTA_MARK: u16 = 16;
 const RTA_VIA: u16 = 18;
 const TYPE_LOCAL: u8 = 2;

@@ -98,23 +98,44 @@ impl Rtnetlink {
         })
     }
 
+    /// The router and the link of the default route of a table.
+    ///
+    /// # Errors
+    /// The errors of the kernel.
+    pub fn gateway_of_table(&mut self, table: u32, ipv6: bool) -> io::Result<Option<(IpAddr, u32)>> {
+        let routes = self.routes_of_table(table, ipv6, |_, rest| {
+            let find = |kind| attributes(rest).find(|attribute| attribute.0 == kind).map(|found| found.1);
+            Some((address_of(find(RTA_GATEWAY)?)?, u32_of(find(RTA_OIF)?)?))
+        })?;
+        Ok(routes.into_iter().flatten().next())
+    }
+
     /// Who has made the routes of a table (`RTPROT_…`), one entry for each route.
     ///
     /// # Errors
     /// The errors of the kernel.
     pub fn table_protocols(&mut self, table: u32, ipv6: bool) -> io::Result<Vec<u8>> {
+        self.routes_of_table(table, ipv6, |header, _| header[5])
+    }
+
+    fn routes_of_table<T>(
+        &mut self,
+        table: u32,
+        ipv6: bool,
+        mut read: impl FnMut(&[u8], &[u8]) -> T,
+    ) -> io::Result<Vec<T>> {
         let mut batch = Batch::new();
         batch.message(GET_ROUTE, REQUEST | DUMP, |m| {
             let mut header = [0; 12];
             header[0] = family(any(ipv6));
             m.bytes(&header);
         });
-        self.socket.dump_all(&batch, |protocols, payload| {
+        self.socket.dump_all(&batch, |routes, payload| {
             let Some((header, rest)) = payload.split_at_checked(12) else { return };
             let number =
                 attributes(rest).find(|attribute| attribute.0 == RTA_TABLE).and_then(|a| u32_of(a.1));
             if number.unwrap_or(header[4].into()) == table {
-                protocols.push(header[5]);
+                routes.push(read(header, rest));
             }
         })
     }

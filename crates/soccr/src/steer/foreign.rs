@@ -203,6 +203,16 @@ impl Foreign {
         [policy, Policy { priority: priority + 1, mark: MARK, ..policy }]
     }
 
+    /// By whom its sockets answer, where not directly.
+    pub(super) fn answers_by(&self, route: &mut Rtnetlink) -> Result<Option<NextHop>> {
+        let Some(table) = self.numbers.answers else { return Ok(None) };
+        let Some((address, link)) = system("ip route", route.gateway_of_table(table, self.ipv6()))? else {
+            return Ok(None);
+        };
+        let device = route.name(link).map_err(|error| Error::system("if_indextoname", error))?;
+        Ok(Some(NextHop::known(address, &device)))
+    }
+
     /// What its sockets send.
     fn answers(&self) -> Policy {
         let table = self.numbers.answers.unwrap_or(0x5300_0000 | number_of(&[self.address]));
@@ -348,7 +358,7 @@ fn is_used(route: &mut Rtnetlink, table: u32, ipv6: bool, but: Option<IpAddr>) -
     Ok(policies.iter().any(needs))
 }
 
-fn list(route: &mut Rtnetlink) -> Result<Vec<Foreign>> {
+pub(super) fn list(route: &mut Rtnetlink) -> Result<Vec<Foreign>> {
     let mut list = Vec::new();
     for ipv6 in [false, true] {
         let policies = match route.policies(ipv6) {

@@ -90,6 +90,18 @@ impl NextHop {
         &self.device
     }
 
+    /// The address under which it sees this host.
+    ///
+    /// # Errors
+    /// `ENODEV` where there is no such device any more; those of asking for the route.
+    pub fn sees(&self) -> Result<Option<IpAddr>> {
+        with_route(|route| {
+            let link = Link::To(index(route, &self.device)?);
+            let way = route.way(Packet { link, ..Packet::to(self.address) });
+            system("ip route get", way).map(|way| way.source)
+        })
+    }
+
     /// Whether its Ethernet address is known, or can be found out. A host that has disappeared does not answer.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use soccr_netlink::{Family, Packet, Rtnetlink, Socket};
 
-use super::{NextHop, Steering, Times, Tunnel, index, system};
+use super::{NextHop, Steering, Times, Tunnel, foreign, index, system};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 
@@ -78,11 +78,21 @@ impl Steerer {
     fn begin_answers(&mut self, flows: &[Flow], from: &NextHop) -> Result<()> {
         let mut ways: HashMap<NextHop, Vec<Flow>> = HashMap::new();
         let mut hops = HashMap::new();
+        // Where this host has to answer through another one itself, these answers have to, too.
+        let foreign = foreign::list(&mut self.route)?;
         for flow in flows.iter().map(Flow::on_the_wire) {
-            let peer = flow.remote.ip();
-            let hop = match hops.get(&peer) {
+            let ends = (flow.local.ip(), flow.remote.ip());
+            let hop = match hops.get(&ends) {
                 Some(hop) => hop,
-                None => hops.entry(peer).or_insert(NextHop::towards_by(&mut self.route, peer)?),
+                None => {
+                    let delivered = foreign.iter().find(|foreign| foreign.address() == ends.0);
+                    let hop =
+                        match delivered.map(|foreign| foreign.answers_by(&mut self.route)).transpose()? {
+                            Some(Some(hop)) => hop,
+                            _ => NextHop::towards_by(&mut self.route, ends.1)?,
+                        };
+                    hops.entry(ends).or_insert(hop)
+                }
             };
             ways.entry(hop.clone()).or_default().push(flow.reversed());
         }

@@ -68,6 +68,11 @@ impl Tunnel {
         Ok(Self { local, remote, id, port: 4789 })
     }
 
+    /// The tunnel with these numbers, whatever it is.
+    pub fn known(local: IpAddr, remote: IpAddr, id: u32, port: u16) -> Self {
+        Self { local, remote, id, port }
+    }
+
     /// The same tunnel, as the other host sees it.
     pub fn reversed(&self) -> Self {
         Self { local: self.remote, remote: self.local, ..*self }
