@@ -99,7 +99,7 @@ impl Save {
         }
         let locker = Locker::new(Mode::HOLD)?;
         keeper.stop()?;
-        let (image, saved) = self.write(sink, known, &locker, &mut fail)?;
+        let (image, mut saved) = self.write(sink, known, &locker, &mut fail)?;
         let exit = match (saved.len(), failed) {
             (0, _) => return Ok(Exit::Failed),
             (_, 0) => Exit::Done,
@@ -115,12 +115,12 @@ impl Save {
         // Until the image has its end and its name, it is none.
         let _deaf = Deaf::begin();
         let mut gone = Vec::with_capacity(saved.len());
-        let taken = saved.iter().try_for_each(|saved| {
+        let taken = saved.iter_mut().try_for_each(|saved| {
             gone.push(saved.seat.let_go(&saved.control).with_context(|| saved.name.clone())?);
             Ok(())
         });
         if let Err(error) = taken.and_then(|()| self.finish(image)) {
-            for (saved, connection) in saved.iter().zip(&gone) {
+            for (saved, connection) in saved.iter_mut().zip(&gone) {
                 if let Err(error) = saved.seat.take_back(connection) {
                     exit::complain(&format!("{}: {error}", saved.name));
                 }
@@ -159,7 +159,7 @@ impl Save {
         let mut connection = Connection::empty();
         let write = || {
             let mut writer = Writer::new(sink)?;
-            for (name, seat) in seats {
+            for (name, mut seat) in seats {
                 let lock = locker.lock(&[seat.flow()])?;
                 match seat.save_into(&mut connection) {
                     Ok(()) => {

@@ -77,7 +77,7 @@ impl<S: Stream> Departing<S> {
         };
         // The runtime gives up the stream here: it cannot be had back from an error of its own.
         let socket = stream.into_std().expect("a stream leaves its runtime");
-        Ok(Self::of(shared, Seat::new(socket.into(), flow)))
+        Ok(Self::of(shared, Seat::own(socket.into(), flow)))
     }
 
     pub(crate) fn of(shared: Arc<Shared>, seat: Seat) -> Self {

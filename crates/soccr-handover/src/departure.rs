@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use soccr::connection::ControlBlock;
 use soccr::lock::Held;
@@ -23,6 +23,9 @@ use crate::users::Users;
 
 /// How many connections are silent at a time: as many as a target restores together.
 const WINDOW: usize = 256;
+
+/// How long the peers of a window may take to acknowledge what the kernel has encrypted, where that must be.
+const SETTLING: Duration = Duration::from_millis(500);
 
 /// The longest thing that a target says: a refusal with its reason.
 const LONGEST_ANSWER: u32 = 4096;
@@ -291,6 +294,10 @@ impl Departure {
     fn lock(&mut self, first: Id, last: Id) -> Result<()> {
         (self.is_diverted, self.window) = (false, first as usize - 1..last as usize);
         let items = &mut self.items[self.window.clone()];
+        let settled = Instant::now() + SETTLING;
+        for item in &mut *items {
+            item.error = item.seat.settle(settled.saturating_duration_since(Instant::now())).err();
+        }
         let flows: Vec<Flow> = items.iter().map(|item| item.seat.flow()).collect();
         match self.shared.locker.lock(&flows) {
             Ok(lock) => self.locks.push(lock),
@@ -392,19 +399,30 @@ impl Departure {
                     let _ = users.filled(number);
                 }
             }
-            Err(error) => {
-                item.is_lost = true;
-                let why = item.error.take().map(|why| why.to_string());
-                let why = why.or_else(|| self.reason.as_ref().map(|(_, text)| text.clone()));
-                let what = why.unwrap_or_else(|| "it cannot be put back".into());
-                item.error = Some(Error::of(ErrorKind::Lost, what, error));
-            }
+            Err(error) => self.lose(number, error),
         }
+    }
+
+    /// It could not be put back.
+    fn lose(&mut self, number: usize, error: Error) {
+        let item = &mut self.items[number];
+        item.is_lost = true;
+        let why = item.error.take().map(|why| why.to_string());
+        let why = why.or_else(|| self.reason.as_ref().map(|(_, text)| text.clone()));
+        let what = why.unwrap_or_else(|| "it cannot be put back".into());
+        item.error = Some(Error::of(ErrorKind::Lost, what, error));
     }
 
     /// Ends the time of silence: every connection of the window has arrived, or stays.
     fn unlock(&mut self, first: Id, last: Id) {
         let window = first as usize - 1..last as usize;
+        for id in first..=last {
+            if self.machine.fate(id) == Some(Fate::Stays)
+                && let Err(error) = self.item(id).seat.come_back()
+            {
+                self.lose(id as usize - 1, error);
+            }
+        }
         let staying: Vec<&Item> = (first..=last)
             .zip(&self.items[window])
             .filter(|(id, item)| self.machine.fate(*id) == Some(Fate::Stays) && !item.is_lost)

@@ -71,6 +71,9 @@
 //!
 //! [`Channel`]: channel::Channel
 //!
+//! A connection with TLS in the kernel (kTLS) moves as well, from a program that has no other descriptor of it: what the program knows of
+//! the session is its state. See [`soccr::tls`].
+//!
 //! # What holds
 //! - A connection is never in two programs, and in none only where the outcome says [`Unknown`](Outcome::Unknown), or where a
 //!   program is killed in the moment when the connection is in its memory only. The table is in [`protocol`]; its machines are led

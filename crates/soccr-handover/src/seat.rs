@@ -1,9 +1,10 @@
 //! A socket, and the connection in it that may leave and come back.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 use soccr::connection::{ControlBlock, State};
 use soccr::settings::Value;
 use soccr::{Connection, Flow};
@@ -18,6 +19,10 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct Seat {
     socket: OwnedFd,
     flow: Flow,
+    /// No other descriptor leads to the socket.
+    is_own: bool,
+    /// A connection with kernel TLS that has been read out of its socket: it is nowhere else.
+    value: Option<Box<Connection>>,
 }
 
 impl AsFd for Seat {
@@ -29,7 +34,13 @@ impl AsFd for Seat {
 impl Seat {
     /// A socket whose connection has these addresses.
     pub fn new(socket: OwnedFd, flow: Flow) -> Self {
-        Self { socket, flow }
+        Self { socket, flow, is_own: false, value: None }
+    }
+
+    /// The same, where no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS can
+    /// leave, whose socket cannot be disconnected; see [`soccr::tls`].
+    pub fn own(socket: OwnedFd, flow: Flow) -> Self {
+        Self { is_own: true, ..Self::new(socket, flow) }
     }
 
     /// The addresses of the connection.
@@ -42,22 +53,66 @@ impl Seat {
         self.socket
     }
 
+    /// Prepares a connection with kernel TLS for a lock, while nobody writes to it: see [`soccr::tls::settle`]. Others need none.
+    ///
+    /// # Errors
+    /// Those of settling.
+    pub fn settle(&self, limit: Duration) -> Result<()> {
+        if self.is_own { Ok(soccr::tls::settle(&self.socket, limit)?) } else { Ok(()) }
+    }
+
     /// Reads the connection, into memory that may have been used before. It goes on: only a lock around this call keeps that off the
-    /// wire.
+    /// wire. One with kernel TLS is silent from here on, until it [comes back](Self::come_back) or [is let go](Self::let_go).
     ///
     /// # Errors
     /// Those of [`soccr::pause`] and of saving.
-    pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
+    pub fn save_into(&mut self, connection: &mut Connection) -> Result<()> {
+        if self.is_own && soccr::tls::is_on(&self.socket)? {
+            return self.withdraw(connection);
+        }
         let paused = self.pause()?;
         paused.save_into(connection)?;
         Ok(paused.resume()?)
+    }
+
+    /// Where the kernel decrypts, reading takes what has arrived out of the socket.
+    fn withdraw(&mut self, connection: &mut Connection) -> Result<()> {
+        let paused = self.pause()?.with_tls();
+        paused.save_into(connection)?;
+        paused.detach()?;
+        self.value = Some(Box::new(connection.clone()));
+        Ok(())
+    }
+
+    /// A connection with kernel TLS that was read and not let go lives on, in a new socket. Others have lived on.
+    ///
+    /// # Errors
+    /// Those of restoring. The connection is in no socket then.
+    pub fn come_back(&mut self) -> Result<()> {
+        let Some(value) = self.value.take() else { return Ok(()) };
+        self.close()?;
+        self.take_back(&value)
+    }
+
+    /// Closes the socket, which is silent in repair mode, and frees its addresses.
+    fn close(&mut self) -> Result<()> {
+        let family = if self.flow.local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        self.socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| Error::of(ErrorKind::System, "socket", errno))?;
+        Ok(())
     }
 
     /// Reads the connection again, and takes it out of the socket, provided that it is still what it was.
     ///
     /// # Errors
     /// [`Changed`](ErrorKind::Changed) where it is not, and those of saving. The connection goes on.
-    pub fn let_go(&self, saved: &ControlBlock) -> Result<Connection> {
+    pub fn let_go(&mut self, saved: &ControlBlock) -> Result<Connection> {
+        if self.value.is_some() {
+            self.close()?;
+        }
+        if let Some(value) = self.value.take() {
+            return Ok(*value);
+        }
         let paused = self.pause()?;
         let connection = paused.save()?;
         if position(&connection.control) != position(saved) {
@@ -68,11 +123,15 @@ impl Seat {
         Ok(connection)
     }
 
-    /// Puts the connection back into the socket that it came from: nobody has it elsewhere.
+    /// Puts the connection back into the socket that it came from: nobody has it elsewhere. One with kernel TLS gets a new socket.
     ///
     /// # Errors
     /// Those of restoring. The connection is in no socket then.
-    pub fn take_back(&self, connection: &Connection) -> Result<()> {
+    pub fn take_back(&mut self, connection: &Connection) -> Result<()> {
+        if connection.tls.is_some() {
+            self.socket = connection.restore()?.resume()?.into();
+            return Ok(());
+        }
         let socket = self.socket.as_fd();
         let system = |what: &'static str| move |errno: Errno| Error::of(ErrorKind::System, what, errno);
         let paused = soccr::pause(&socket)?;

@@ -36,8 +36,8 @@ use crate::connection::{ControlBlock, QUEUE_LIMIT, State};
 use crate::error::{Error, Result};
 
 pub(crate) use arrived::Arrived;
-pub use layer::settle;
 pub(crate) use layer::{check_settled, has_layer, read};
+pub use layer::{is_on, settle};
 
 /// The most bytes of an application in one record (RFC 8446 §5.1).
 const FRAGMENT: usize = 1 << 14;

@@ -20,6 +20,14 @@ const LEAST_RECEIVE_BUFFER: u32 = 32_000;
 /// Longer waits would be felt, shorter ones only compute.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
 
+/// Whether the kernel encrypts or decrypts for this socket, or would with keys (`TCP_ULP`).
+///
+/// # Errors
+/// System: the option.
+pub fn is_on<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<bool> {
+    Ok(tls::upper_layer(socket.as_fd())? == b"tls")
+}
+
 /// Some protocol is on top of TCP in the kernel.
 pub(crate) fn has_layer(fd: BorrowedFd<'_>) -> Result<bool> {
     Ok(!tls::upper_layer(fd)?.is_empty())
