@@ -9,7 +9,7 @@ use soccr::{Connection, Flow, Lock};
 use soccr_lab::{Pair, set_option};
 
 /// How long a peer may take to acknowledge.
-const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// Version and cipher.
 pub type Kind = (Version, Cipher);

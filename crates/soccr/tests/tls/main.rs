@@ -7,6 +7,7 @@ use soccr_lab::Test;
 
 mod ends;
 mod moves;
+mod openssl;
 mod queues;
 mod refused;
 mod sys;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     soccr::prepare();
     soccr_lab::harness(tests! {
         moves: aes_gcm_128 aes_gcm_256 aes_ccm_128 chacha20_poly1305;
+        openssl: a_session_of_openssl_goes_on_here;
         queues: half_a_record_in_the_receive_queue a_record_that_is_read_in_part control_records_keep_their_place
             a_fin_behind_records records_behind_our_fin the_send_queue_where_only_the_kernel_encrypts an_open_record_is_pushed
             bytes_of_the_application_are_put_back_in_front what_was_held_is_not_encrypted;
