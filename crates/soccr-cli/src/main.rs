@@ -7,6 +7,7 @@ mod adopt;
 mod check;
 mod cli;
 mod completions;
+mod consumed;
 mod criu;
 mod demo;
 mod describe;

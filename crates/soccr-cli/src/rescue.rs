@@ -62,7 +62,7 @@ impl Lifeboat {
         let flow = Flow::of(stream)?;
         // Nothing may arrive between the image and the end of the socket; the peer sends it again.
         let _lock = self.locker.lock(&[flow])?;
-        let paused = soccr::pause(stream)?;
+        let paused = soccr::pause(stream)?.with_tls();
         let path = self.write(&paused.save()?)?;
         silence::begin(&[flow], SILENCE)?;
         if let Err(error) = paused.detach() {

@@ -15,12 +15,12 @@ use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
 use crate::signals::Deaf;
-use crate::{completions, descriptors, network};
+use crate::{completions, consumed, descriptors, network};
 
 /// Give saved connections to a program
 ///
 /// The program runs in the network namespace of the connections. Nothing is sent before all of them are in place; where one fails,
-/// the image is as good as before.
+/// the image is as good as before. One with keys of kernel TLS can be restored once, and gets a name with .consumed behind it.
 #[derive(clap::Args, Debug)]
 #[command(
     override_usage = "\
@@ -57,7 +57,9 @@ impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
-        let mut saved = read(self.file.as_deref())?;
+        let file = self.file.as_deref().filter(|file| *file != Path::new("-"));
+        let mut saved = read(file)?;
+        consumed::check(file, saved.iter().map(|(_, connection)| connection))?;
         if saved.len() > recipient.capacity() {
             bail!("{} connections: there is room for one", saved.len());
         }
@@ -80,6 +82,7 @@ impl Restore {
         let deaf = Deaf::begin();
         saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
+        consumed::mark(file, saved.iter().map(|(_, connection)| connection))?;
         for (Flow { local, remote }, name) in silence::lift(&flows)? {
             exit::complain(&format!("{local} {remote}: still locked: see `soccr unlock {name}`"));
         }

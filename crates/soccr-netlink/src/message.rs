@@ -25,6 +25,7 @@ pub struct Batch {
     last: usize,
     messages: u32,
     acknowledged: u32,
+    dumps: bool,
     too_long: bool,
 }
 
@@ -40,6 +41,7 @@ impl Batch {
         self.last = start;
         self.messages += 1;
         self.acknowledged += u32::from(flags & crate::ACK != 0);
+        self.dumps |= flags & crate::DUMP == crate::DUMP;
         self.bytes.extend_from_slice(&[0; 4]);
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         self.bytes.extend_from_slice(&flags.to_ne_bytes());
@@ -67,6 +69,11 @@ impl Batch {
     /// An attribute is longer than its length of 16 bits can tell: the kernel would take its end for something else.
     pub(crate) fn is_too_long(&self) -> bool {
         self.too_long
+    }
+
+    /// It asks for as many answers as there are of something.
+    pub(crate) fn dumps(&self) -> bool {
+        self.dumps
     }
 
     /// How many messages there are.
@@ -98,6 +105,7 @@ impl Batch {
         self.last = 0;
         self.messages = 0;
         self.acknowledged = 0;
+        self.dumps = false;
         self.too_long = false;
     }
 }

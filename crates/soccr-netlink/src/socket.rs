@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::buffer::spare_capacity;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{
@@ -33,6 +34,10 @@ impl Family {
     }
 }
 
+/// The kernel fills at most so much with what is dumped, and with a packet that is copied to us.
+const LONGEST: usize = 256 << 10;
+/// What it says of one thing, such as a route, or an entry of connection tracking.
+const ANSWER: usize = 8 << 10;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
 const NO_ROOM: i32 = Errno::NOBUFS.raw_os_error();
@@ -73,8 +78,10 @@ impl Socket {
     pub fn open_at(family: Family, port: u32) -> io::Result<Self> {
         let fd =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, family.protocol())?;
-        bind(&fd, &SocketAddrNetlink::new(port, 0))?;
-        Ok(Self { fd, family, buffer: vec![0; 256 << 10], outgoing: Vec::new(), sequence: 0, answered: true })
+        if port != 0 {
+            bind(&fd, &SocketAddrNetlink::new(port, 0))?;
+        }
+        Ok(Self { fd, family, buffer: Vec::new(), outgoing: Vec::new(), sequence: 0, answered: true })
     }
 
     /// Gives the socket another descriptor, such as one with a higher number.
@@ -93,8 +100,8 @@ impl Socket {
         let mut outcome = Ok(());
         let (mut missing, mut flags) = (batch.acknowledged(), RecvFlags::empty());
         while missing > 0 {
-            let length = match self.receive(flags) {
-                Ok(length) => length,
+            match self.receive(flags) {
+                Ok(()) => {}
                 // There was no room for all answers, but the first ones are there.
                 Err(error) if error.raw_os_error() == Some(NO_ROOM) && flags.is_empty() => {
                     flags = RecvFlags::DONTWAIT;
@@ -102,8 +109,8 @@ impl Socket {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(Errno::NOBUFS.into()),
                 Err(error) => return Err(error),
-            };
-            for message in messages(&self.buffer[..length]) {
+            }
+            for message in messages(&self.buffer) {
                 if message.kind == ERROR && ours.include(message.sequence) {
                     // A failed batch answers once for the failing message and may stay silent for the rest.
                     let answer = error_of(message.payload);
@@ -124,8 +131,8 @@ impl Socket {
         let ours = self.send(batch)?;
         let (mut interrupted, mut generation) = (false, None);
         loop {
-            let length = self.receive(RecvFlags::empty())?;
-            for message in messages(&self.buffer[..length]) {
+            self.receive(RecvFlags::empty())?;
+            for message in messages(&self.buffer) {
                 if !ours.include(message.sequence) {
                     continue;
                 }
@@ -158,10 +165,8 @@ impl Socket {
     pub fn get<T>(&mut self, batch: &Batch, read: impl FnOnce(u16, &[u8]) -> T) -> io::Result<T> {
         let ours = self.send(batch)?;
         loop {
-            let length = self.receive(RecvFlags::empty())?;
-            if let Some(answer) =
-                messages(&self.buffer[..length]).find(|message| ours.include(message.sequence))
-            {
+            self.receive(RecvFlags::empty())?;
+            if let Some(answer) = messages(&self.buffer).find(|message| ours.include(message.sequence)) {
                 self.answered = true;
                 return match answer.kind {
                     ERROR => Err(error_of(answer.payload).err().unwrap_or(io::ErrorKind::InvalidData.into())),
@@ -200,9 +205,10 @@ impl Socket {
     /// # Errors
     /// `ENOBUFS` where the kernel had to throw messages away since the last call.
     pub fn poll(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+        self.buffer.reserve(LONGEST.saturating_sub(self.buffer.len()));
         match self.receive(RecvFlags::DONTWAIT) {
-            Ok(length) => {
-                messages(&self.buffer[..length]).for_each(|message| each(message.kind, message.payload));
+            Ok(()) => {
+                messages(&self.buffer).for_each(|message| each(message.kind, message.payload));
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -238,6 +244,9 @@ impl Socket {
             self.forget_answers();
         }
         self.answered = false;
+        // An answer repeats its question at most, and tells of one thing; to take more memory than that takes longer than to ask.
+        let room = if batch.dumps() { LONGEST } else { batch.as_bytes().len() + ANSWER };
+        self.buffer.reserve(room.saturating_sub(self.buffer.len()));
         let ours = Numbers { base: self.sequence, count: batch.messages() };
         batch.number(ours.base, &mut self.outgoing);
         self.sequence = ours.base.wrapping_add(ours.count);
@@ -250,13 +259,16 @@ impl Socket {
     /// further ones silently until all that it has kept has been read.
     fn forget_answers(&mut self) {
         while match self.receive(RecvFlags::DONTWAIT) {
-            Ok(_) => true,
+            Ok(()) => true,
             Err(error) => error.raw_os_error() == Some(NO_ROOM),
         } {}
     }
 
-    fn receive(&mut self, flags: RecvFlags) -> io::Result<usize> {
-        Ok(retry_on_intr(|| recv(&self.fd, &mut self.buffer[..], flags))?.0)
+    /// Fills the buffer anew.
+    fn receive(&mut self, flags: RecvFlags) -> io::Result<()> {
+        self.buffer.clear();
+        retry_on_intr(|| recv(&self.fd, spare_capacity(&mut self.buffer), flags))?;
+        Ok(())
     }
 }
 

@@ -65,13 +65,18 @@ pub(crate) struct Memory {
 
 pub(crate) fn read(fd: BorrowedFd<'_>) -> Result<Memory> {
     let [receive_queue, receive, _, send, free, send_queue, options, _, _] = sizes(fd)?;
-    let lock = match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK") {
-        // Linux 5.14; older kernels do not tell, and then tuning stays on.
-        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => 0,
-        bits => bits? as u32,
-    };
     let reserved = receive_queue.wrapping_add(send_queue).wrapping_add(free);
-    Ok(Memory { buffers: Buffers { send, receive, lock }, receive_queue, options, reserved })
+    let buffers = Buffers { send, receive, lock: locks(fd)? };
+    Ok(Memory { buffers, receive_queue, options, reserved })
+}
+
+/// Which buffers are locked against tuning (`SO_BUF_LOCK`).
+pub(crate) fn locks(fd: BorrowedFd<'_>) -> Result<u32> {
+    match tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK") {
+        // Linux 5.14; older kernels do not tell, and then tuning stays on.
+        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => Ok(0),
+        bits => bits.map(|bits| bits as u32),
+    }
 }
 
 /// `SK_MEMINFO_RMEM_ALLOC` … `SK_MEMINFO_DROPS`.

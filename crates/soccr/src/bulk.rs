@@ -72,9 +72,10 @@ pub fn save<'fd, Fd: AsFd + 'fd, E>(
     sockets: impl IntoIterator<Item = &'fd Fd>,
     mut each: impl FnMut(usize, Result<Saved<'_, 'fd>>) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
-    let mut connection = Connection::empty();
+    let (mut connection, mut injectors) = (Connection::empty(), Injectors::default());
     sockets.into_iter().enumerate().try_for_each(|(index, socket)| {
-        let saved = pause(socket).and_then(|paused| paused.save_into(&mut connection).map(|()| paused));
+        let saved = pause(socket)
+            .and_then(|paused| paused.save_with(&mut injectors, &mut connection).map(|()| paused));
         each(index, saved.map(|paused| Saved { connection: &connection, paused }))
     })
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use soccr_netlink::{ACK, Batch, CREATE, EXCLUSIVE, Family, Message, REQUEST, Socket, attributes};
 
@@ -20,7 +21,9 @@ use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::nftables;
 use crate::state::State;
+use crate::sys::namespace::{self, Recently};
 use crate::sys::raw::Injectors;
+use crate::sys::sockopt;
 
 /// What connection tracking knows about a connection beyond its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +81,28 @@ impl Tracking {
 
 /// What is known about a connection in the network namespace of its socket, where that is more than its addresses.
 /// `None` as well where nothing is tracked, or nobody tells.
-pub(crate) fn read(socket: BorrowedFd<'_>, flow: Flow) -> Option<Tracked> {
-    is_loaded().then(|| read_by(Injectors::default().netfilter(socket).ok()?, flow)).flatten()
+pub(crate) fn read(
+    injectors: &mut Injectors,
+    socket: BorrowedFd<'_>,
+    flow: Flow,
+    state: State,
+) -> Option<Tracked> {
+    // A socket in CLOSE has forgotten its addresses.
+    let may_be_known = state == State::Close || has_entry(socket, flow) == Some(true);
+    may_be_known.then(|| read_by(injectors.netfilter(socket).ok()?, flow)).flatten()
+}
+
+/// Whether there is an entry for what the socket sends; `None` where the kernel cannot track connections. One call that
+/// needs no privilege, as proxies ask by it where a connection was to go.
+fn has_entry(socket: BorrowedFd<'_>, flow: Flow) -> Option<bool> {
+    /// linux/netfilter_ipv4.h; for IPv6 `IP6T_SO_ORIGINAL_DST` has the same number.
+    const SO_ORIGINAL_DST: i32 = 80;
+    let level = if flow.is_ipv4() { libc::IPPROTO_IP } else { libc::IPPROTO_IPV6 };
+    match sockopt::get_bytes(socket, level, SO_ORIGINAL_DST, &mut [0; size_of::<libc::sockaddr_in6>()]) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Some(false),
+        _ => Some(true),
+    }
 }
 
 fn read_by(netlink: &mut Socket, flow: Flow) -> Option<Tracked> {
@@ -101,15 +124,17 @@ pub(crate) fn admit(
     tracked: Option<Tracked>,
 ) -> Result<Flow> {
     let translated = tracked.filter(|tracked| tracked.is_translated(flow));
-    if !is_loaded() && translated.is_none() {
+    if translated.is_none() && !is_used(injectors, socket, flow) {
         return Ok(flow);
     }
+    let is_known = has_entry(socket, flow) == Some(true);
     let entered = injectors.netfilter(socket).and_then(|netlink| {
         let failed = |error| Error::system("conntrack", error);
         if translated.is_some() && !translates(netlink).map_err(failed)? {
             return Err(Error::refused("no rules for NAT are here", ""));
         }
-        enter(netlink, flow, state, tracked.unwrap_or(Tracked::plain(flow))).map_err(failed)
+        let known = if is_known { find(netlink, flow).map_err(failed)? } else { None };
+        enter(netlink, flow, state, known, tracked.unwrap_or(Tracked::plain(flow))).map_err(failed)
     });
     match (entered, translated) {
         (Ok(entered), Some(wanted)) if entered.wire != wanted.wire.on_the_wire() => Err(untranslated(
@@ -123,6 +148,37 @@ pub(crate) fn admit(
         // A kernel that tells nobody about its entries.
         (Err(_), None) => Ok(flow),
     }
+}
+
+/// Whether anything in the network namespace of `socket` can come to look at an entry: the kernel tracks connections where
+/// rules ask for it, and costs of asking for rules are worth sparing where there were none a moment ago.
+fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> bool {
+    static UNUSED: Recently = Recently::within(Duration::from_millis(10));
+    if UNUSED.holds_at(socket) {
+        return false;
+    }
+    let is_used = match has_entry(socket, flow) {
+        Some(false) => injectors.netfilter(socket).is_ok_and(|netlink| has_rules(netlink, socket)),
+        known => known.is_some(),
+    };
+    if !is_used {
+        UNUSED.note_at(socket);
+    }
+    is_used
+}
+
+/// Somebody else has rules in the namespace of `socket`, or may have.
+fn has_rules(netlink: &mut Socket, socket: BorrowedFd<'_>) -> bool {
+    let ours = |tables: Vec<String>| tables.iter().all(|table| table.starts_with(nftables::PREFIX));
+    let here = || legacy_tables().next().is_none() && namespace::is_here(socket).unwrap_or(false);
+    !nftables::names(netlink, None).is_ok_and(ours) || !here()
+}
+
+/// The tables of iptables and ip6tables in the network namespace of the thread.
+fn legacy_tables() -> impl Iterator<Item = String> {
+    let read = |file| std::fs::read_to_string(Path::new("/proc/thread-self/net").join(file));
+    let names = ["ip_tables_names", "ip6_tables_names"].into_iter().filter_map(move |file| read(file).ok());
+    names.flat_map(|names| names.lines().map(str::to_owned).collect::<Vec<_>>())
 }
 
 fn untranslated(wanted: Tracked, reason: &str) -> Error {
@@ -154,41 +210,40 @@ pub(crate) fn is_loaded() -> bool {
 
 /// Something here translates addresses: without such a rule no entry is ever applied.
 fn translates(netlink: &mut Socket) -> io::Result<bool> {
-    let legacy = ["ip_tables_names", "ip6_tables_names"].iter().any(|file| {
-        std::fs::read_to_string(Path::new("/proc/thread-self/net").join(file))
-            .is_ok_and(|names| names.lines().any(|name| name == "nat"))
-    });
-    Ok(legacy || nftables::has_chain_of_type(netlink, "nat")?)
+    Ok(legacy_tables().any(|name| name == "nat") || nftables::has_chain_of_type(netlink, "nat")?)
 }
 
 /// Finds the entry of a connection by what its socket sends.
 fn find(netlink: &mut Socket, flow: Flow) -> io::Result<Option<Tracked>> {
     let flow = flow.on_the_wire();
     let mut batch = Batch::new();
-    batch.message(GET, REQUEST | ACK, |m| {
+    batch.message(GET, REQUEST, |m| {
         header(m, flow);
         m.nested(TUPLE_ORIGINAL, |t| tuple(t, (flow.local, flow.remote)));
     });
-    let mut found = None;
-    let outcome = netlink.dump(&batch, |_, entry| {
+    let entry = netlink.get(&batch, |_, entry| {
         let entry = entry.get(HEADER..).unwrap_or_default();
         let side = |kind| nftables::value(entry, kind).and_then(read_tuple);
-        if let (Some(original), Some(reply)) = (side(TUPLE_ORIGINAL), side(TUPLE_REPLY)) {
-            let initiator = original == (flow.local, flow.remote);
-            let (remote, local) = if initiator { reply } else { original };
-            let mark = nftables::value(entry, MARK).and_then(<[u8]>::first_chunk);
-            let mark = mark.map_or(0, |mark| u32::from_be_bytes(*mark));
-            found = Some(Tracked { wire: Flow { local, remote }, initiator, mark });
-        }
+        let (original, reply) = (side(TUPLE_ORIGINAL)?, side(TUPLE_REPLY)?);
+        let initiator = original == (flow.local, flow.remote);
+        let (remote, local) = if initiator { reply } else { original };
+        let mark = nftables::value(entry, MARK).and_then(<[u8]>::first_chunk);
+        let mark = mark.map_or(0, |mark| u32::from_be_bytes(*mark));
+        Some(Tracked { wire: Flow { local, remote }, initiator, mark })
     });
-    match outcome {
+    match entry {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        outcome => outcome.map(|()| found),
+        entry => entry,
     }
 }
 
-fn enter(netlink: &mut Socket, flow: Flow, state: State, tracked: Tracked) -> io::Result<Tracked> {
-    let known = find(netlink, flow)?;
+fn enter(
+    netlink: &mut Socket,
+    flow: Flow,
+    state: State,
+    known: Option<Tracked>,
+    tracked: Tracked,
+) -> io::Result<Tracked> {
     let flow = flow.on_the_wire();
     let [original, reply] = known.unwrap_or(tracked).tuples(flow);
     let mut batch = Batch::new();

@@ -223,10 +223,14 @@ impl<'a> Transaction<'a> {
     }
 }
 
-/// The names of all tables of a family in the namespace of `socket`.
-pub(crate) fn names(socket: &mut Socket, family: Family) -> io::Result<Vec<String>> {
+/// All tables of this project have names that begin so.
+pub(crate) const PREFIX: &str = "soccr-";
+
+/// The names of all tables of a family, or of every family, in the namespace of `socket`.
+pub(crate) fn names(socket: &mut Socket, family: impl Into<Option<Family>>) -> io::Result<Vec<String>> {
+    let family = family.into().map_or(0, |family| family as u8);
     let mut batch = Batch::new();
-    batch.message(SUBSYSTEM | GET_TABLE, REQUEST | DUMP, |m| m.bytes(&header(family as u8, 0)));
+    batch.message(SUBSYSTEM | GET_TABLE, REQUEST | DUMP, |m| m.bytes(&header(family, 0)));
     socket.dump_all(&batch, |names, payload| {
         let name = value(payload.get(HEADER..).unwrap_or_default(), TABLE);
         names.extend(

@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::queue;
 use crate::restore::{self, Restore};
 use crate::save::{self, Position};
-use crate::sys::tcp::{self, Queue, Repair};
+use crate::sys::raw::Injectors;
+use crate::sys::tcp::{self, Repair};
 use crate::tls::{self, Arrived};
 
 /// Turns the repair mode of a TCP socket on (`TCP_REPAIR`), so that its connection can be saved.
@@ -170,11 +171,17 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The errors of [`save`](Self::save); the contents of `connection` are unspecified then.
     pub fn save_into(&self, connection: &mut Connection) -> Result<()> {
+        self.save_with(&mut Injectors::default(), connection)
+    }
+
+    /// The same with a netlink socket that may serve other connections too.
+    pub(crate) fn save_with(&self, injectors: &mut Injectors, connection: &mut Connection) -> Result<()> {
         let mut arrived = self.arrived.borrow_mut();
         let arrived = self.carries_tls.then_some(&mut *arrived);
-        save::save(self.fd, self.peer, arrived, connection).map_err(|error| error.at("save"))?;
+        let position = save::save(injectors, self.fd, self.peer, arrived, connection)
+            .map_err(|error| error.at("save"))?;
         save::reuse_address(connection, self.reuse_address);
-        self.saved.set(Some(Position::of(&connection.control)));
+        self.saved.set(Some(position));
         Ok(())
     }
 
@@ -187,8 +194,8 @@ impl<'fd> Paused<'fd> {
         &self,
         memory: impl FnMut(usize) -> Option<M>,
     ) -> Result<Bare<M>> {
-        let bare = save::bare(self.fd, memory).map_err(|error| error.at("save"))?;
-        self.saved.set(Some(Position::of(&bare.control)));
+        let (position, bare) = save::bare(self.fd, memory).map_err(|error| error.at("save"))?;
+        self.saved.set(Some(position));
         Ok(bare)
     }
 
@@ -288,11 +295,10 @@ impl<'fd> Paused<'fd> {
     /// False where it can only be closed.
     fn forget_connection(&self) -> Result<bool> {
         // What has been acknowledged since would be in no image, and the peer would never send it again.
-        if let Some(saved) = self.saved.get() {
-            tcp::select_queue(self.fd, Queue::Receive)?;
-            if !save::is_unchanged(self.fd, saved)? {
-                return Err(queue::changed());
-            }
+        if let Some(saved) = self.saved.get()
+            && Position::now(self.fd)? != saved
+        {
+            return Err(queue::changed());
         }
         if tls::has_layer(self.fd)? {
             return Ok(false);

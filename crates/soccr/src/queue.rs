@@ -20,14 +20,10 @@ const NO_PEEK_OFFSET: i32 = -1;
 /// The length of the receive queue and the urgent mark in it.
 ///
 /// `SIOCINQ` stops at an urgent mark, unless urgent data is read in line: so it is asked both ways.
-pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>, reset: bool) -> Result<(u32, Option<Urgent>)> {
+pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Urgent>)> {
     let first = tcp::unread(fd)?;
     if first == 0 && !tcp::at_mark(fd)? {
-        if reset {
-            // Whoever looks into an empty queue takes the error from the application.
-            return Ok((0, None));
-        }
-        return is_empty(fd)?.then_some((0, None)).ok_or_else(changed);
+        return Ok((0, None));
     }
     let inline = get_inline(fd)?;
     let lengths = both_lengths(fd, inline, first);
@@ -35,16 +31,6 @@ pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>, reset: bool) -> Result<(u
     let (to_mark, whole, unread_mark) = lengths?;
     let urgent = (to_mark < whole).then_some(Urgent { offset: to_mark, consumed: !unread_mark });
     Ok((whole, urgent))
-}
-
-/// The second witness of a receive queue, which is selected, without a byte.
-fn is_empty(fd: BorrowedFd<'_>) -> Result<bool> {
-    match retry_on_intr(|| recv(fd, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)) {
-        // Or behind the peer's FIN.
-        Err(Errno::AGAIN) | Ok((_, 0)) => Ok(true),
-        Ok(_) => Ok(false),
-        Err(error) => Err(Error::system("recv(MSG_PEEK)", error)),
-    }
 }
 
 /// The peer's FIN lies behind the `inq_len` bytes in the queue of a socket that has no connection any more, whose state does
@@ -75,8 +61,7 @@ fn both_lengths(fd: BorrowedFd<'_>, inline: bool, first: u32) -> Result<(u32, u3
     }
 }
 
-/// Copies the receive queue, or the send queue, to where `bytes` begins. The receive queue is selected afterwards, where
-/// it was before.
+/// Copies the receive queue, or the send queue, to where `bytes` begins. The queue is selected afterwards.
 ///
 /// # Errors
 /// [`changed`] where the queue has another length by now.
@@ -120,10 +105,7 @@ fn peek_into(
     match queue {
         Queue::Receive if marked => peek_across_mark(fd, room, length)?,
         Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room))?,
-        Queue::Send => {
-            peek_once(fd, room)?;
-            tcp::select_queue(fd, Queue::Receive)?;
-        }
+        Queue::Send => peek_once(fd, room)?,
     }
     if room.filled() == length as usize { Ok(()) } else { Err(changed()) }
 }

@@ -19,16 +19,16 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::buffers;
-use crate::connection::{Buffers, ControlBlock, Flow, State, Tracked, Urgent, Window, after};
+use crate::connection::{Buffers, ControlBlock, Flow, Path, State, Tracked, Urgent, Window, after};
 use crate::conntrack;
 use crate::error::{Error, Result};
 use crate::fin;
 use crate::queue;
 use crate::report::Report;
 use crate::resume::{Restored, start_handshake};
-use crate::save::{self, Position};
+use crate::save;
 use crate::sys::raw::Injectors;
-use crate::sys::tcp::{self, Queue, Repair, option_kind};
+use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
 use bind::bind;
 
 use speed::Speed;
@@ -91,53 +91,69 @@ impl<'fd> Restore<'fd> {
         if control.state == State::SynSent {
             return Err(Error::refused("a connection in SYN_SENT", "connect a fresh socket instead"));
         }
-        // A fifth of what TCP_INFO costs; bind() refuses what has not got a peer yet.
-        if rustix::net::getpeername(fd).is_ok() {
-            return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
-        }
         if !in_repair {
+            // Nothing of a live connection is touched; in repair mode its sequence numbers would refuse.
+            if rustix::net::getpeername(fd).is_ok() {
+                return Err(Error::refused("a socket that has a connection", "restore onto a fresh one"));
+            }
             tcp::set_repair(fd, Repair::On)?;
         }
-        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers)? })
+        Ok(Self { reuse_address, ..Self::start(fd, control.clone(), buffers, None)? })
     }
 
     /// Step 1 in repair mode.
-    fn start(fd: BorrowedFd<'fd>, control: ControlBlock, buffers: Option<Buffers>) -> Result<Self> {
-        let filled = control.inq_len > 0 || control.outq_len > 0;
-        let mut report = Report::default();
-        let mut later = None;
-        if filled || buffers.is_some() {
-            let current = buffers::read(fd)?.buffers;
-            let wanted = buffers.unwrap_or(current);
-            // Unlocked while the queues are filled: the kernel then makes room by itself where it can.
-            let lock = if filled { 0 } else { wanted.lock };
-            let now = buffers::write(fd, current, Buffers { lock, ..wanted })?;
-            if filled {
-                later = Some(wanted);
-            } else {
-                report.buffers(wanted, now);
-            }
-        }
-        let steps = Self {
+    fn start(
+        fd: BorrowedFd<'fd>,
+        control: ControlBlock,
+        buffers: Option<Buffers>,
+        path: Option<Path>,
+    ) -> Result<Self> {
+        let speed = path.map_or(Ok(Speed::default()), |path| Speed::new(path, &control, fd))?;
+        let mut steps = Self {
             fd,
             control,
-            buffers: later,
+            buffers: None,
             sized: buffers.is_some(),
             flow: None,
-            speed: Speed::default(),
+            speed,
             wire: None,
             reuse_address: false,
-            report,
+            report: Report::default(),
         };
         steps.set_unbound()?;
+        steps.make_room(buffers)?;
         Ok(steps)
     }
 
     /// What must be known before `bind` and `connect`.
     fn set_unbound(&self) -> Result<()> {
-        derived::limit_segments(self.fd, &self.control.options)?;
-        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq())?;
-        self.set_send_seq()
+        tcp::set_queue_seq(self.fd, Queue::Receive, self.control.copied_seq()).map_err(
+            |error| match error.errno() {
+                Some(libc::EPERM) => error.advise("a socket that has a connection: restore onto a fresh one"),
+                _ => error,
+            },
+        )?;
+        self.set_send_seq()?;
+        derived::limit_segments(self.fd, &self.control.options)
+    }
+
+    /// The buffers as they were, unlocked while the queues are filled: the kernel then makes room by itself where it can.
+    fn make_room(&mut self, buffers: Option<Buffers>) -> Result<()> {
+        let filled = self.control.inq_len > 0 || self.control.outq_len > 0;
+        if buffers.is_none() && self.control.inq_len == 0 && (!filled || buffers::locks(self.fd)? == 0) {
+            // The kernel makes the room, and nobody has told another size.
+            return Ok(());
+        }
+        let current = buffers::read(self.fd)?.buffers;
+        let wanted = buffers.unwrap_or(current);
+        let lock = if filled { 0 } else { wanted.lock };
+        let now = buffers::write(self.fd, current, Buffers { lock, ..wanted })?;
+        if filled {
+            self.buffers = Some(wanted);
+        } else {
+            self.report.buffers(wanted, now);
+        }
+        Ok(())
     }
 
     /// Step 3, after the caller's `bind` and `connect`: what the two ends had negotiated. `flow` is what the socket is to be,
@@ -192,7 +208,7 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// Refused: the state was not reached. System: the option.
     pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
-        let completed = self.complete(&mut Injectors::default()).and_then(|()| self.restore_speed());
+        let completed = self.complete(&mut Injectors::default()).and_then(|info| self.restore_speed(info));
         let flow = completed.and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
         let Self { fd, control, reuse_address, report, .. } = self;
         Ok(Restored { control, flow, reuse_address, report, socket: fd })
@@ -214,7 +230,7 @@ impl<'fd> Restore<'fd> {
             list[length] = [kind, value];
             length += 1;
         };
-        if options.sack && self.sends_nothing() {
+        if options.sack && !self.has_sent() {
             add(option_kind::SACK_PERMITTED, 0);
         }
         // Always: connect() has chosen a shift count by the local sysctl, which the peer would know nothing of.
@@ -255,8 +271,8 @@ impl<'fd> Restore<'fd> {
         };
         let (before, rest) = bytes.split_at(urgent.offset as usize);
         queue::fill_receive(self.fd, before)?;
-        self.open_window()?;
-        fin::inject_urgent(injectors, self.fd, self.wire()?, &self.control, rest[0])?;
+        let seen = self.seen_from_peer()?;
+        fin::inject_urgent(injectors, self.fd, self.wire()?, &seen, rest[0])?;
         queue::fill_receive(self.fd, &rest[1..])?;
         if urgent.consumed { queue::consume_urgent(self.fd) } else { Ok(()) }
     }
@@ -266,9 +282,15 @@ impl<'fd> Restore<'fd> {
             return Ok(());
         }
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
-        tcp::select_queue(self.fd, Queue::Send)?;
-        queue::fill_send(self.fd, sent)?;
-        tcp::select_queue(self.fd, None)?;
+        if self.has_sent() {
+            tcp::select_queue(self.fd, Queue::Send)?;
+            queue::fill_send(self.fd, sent)?;
+            if self.control.options.sack {
+                // With it a sender probes for a lost tail after two round-trip times: had it been permitted before, it would
+                // not stay silent until it is resumed. The kernel no longer takes it once the first of these bytes is repeated.
+                tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
+            }
+        }
         if unsent.is_empty() {
             return Ok(());
         }
@@ -276,12 +298,7 @@ impl<'fd> Restore<'fd> {
         self.with_closed_window(|fd| queue::fill_send(fd, unsent))
     }
 
-    fn complete(&mut self, injectors: &mut Injectors) -> Result<()> {
-        if self.control.options.sack && !self.sends_nothing() {
-            // With it a sender probes for a lost tail after two round-trip times, and with unsent bytes if there are any:
-            // had it been permitted when the send queue was filled, it would not stay silent until it is resumed.
-            tcp::set_repair_options(self.fd, &[[option_kind::SACK_PERMITTED, 0]])?;
-        }
+    fn complete(&mut self, injectors: &mut Injectors) -> Result<TcpInfo> {
         if self.control.state != State::Established {
             self.restore_fins(injectors)?;
         }
@@ -289,14 +306,17 @@ impl<'fd> Restore<'fd> {
             // As saved, even if it is closed: the kernel tells the peer of a new window only where it is twice what it
             // believes to have told.
             tcp::set_window(self.fd, &window)?;
-            derived::widen_receive_window(self.fd, &self.control.options, &window)?;
+            if self.speed.window_clamp.is_none() {
+                derived::widen_receive_window(self.fd, &self.control.options, &window)?;
+            }
         }
+        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
-        self.verify()?;
+        let info = self.verify()?;
         if self.control.reset {
             fin::inject_reset(injectors, self.fd, self.flow()?, &self.control)?;
         }
-        Ok(())
+        Ok(info)
     }
 
     /// The order of the FINs decides the state: ours comes first where the peer's found it sent.
@@ -321,17 +341,10 @@ impl<'fd> Restore<'fd> {
         Ok(())
     }
 
-    /// Makes room for the segments that are injected, and says what they have to tell. An ACK sets free what has never
-    /// been sent, so the peer's window seems closed meanwhile.
+    /// Makes room for the segments that are injected, and says what they have to tell.
     fn seen_from_peer(&self) -> Result<ControlBlock> {
-        let mut seen = self.control.clone();
         let window = self.open_window()?;
-        if let Some(window) = window.filter(|_| seen.unsq_len > 0 || seen.fin_unsent) {
-            let closed = Window { snd_wnd: 0, ..window };
-            tcp::set_window(self.fd, &closed)?;
-            seen.window = Some(closed);
-        }
-        Ok(seen)
+        Ok(ControlBlock { window, ..self.control.clone() })
     }
 
     /// Our own FIN: sent before or still to be sent.
@@ -350,10 +363,9 @@ impl<'fd> Restore<'fd> {
 
     /// Runs `write` out of repair mode, while the peer's window seems closed: what it writes is queued, not sent.
     fn with_closed_window(&mut self, write: impl FnOnce(BorrowedFd<'fd>) -> Result<()>) -> Result<()> {
-        let Some(window) = self.open_window()? else {
+        if self.open_window()?.is_none() {
             return Err(Error::refused("unsent bytes", "the kernel lacks TCP_REPAIR_WINDOW (Linux 4.8)"));
-        };
-        tcp::set_window(self.fd, &Window { snd_wnd: 0, ..window })?;
+        }
         // Out of repair mode it may be limited to what TCP_NOTSENT_LOWAT allows.
         let (level, name, text) = (tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT");
         let limit = |value| tcp::set_int(self.fd, level, name, text, value);
@@ -364,22 +376,27 @@ impl<'fd> Restore<'fd> {
         // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
         tcp::set_repair(self.fd, Repair::On).or_else(|_| tcp::set_repair(self.fd, Repair::On))?;
         limit(before)?;
-        tcp::set_window(self.fd, &window)?;
         written
     }
 
-    /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being.
+    /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being: that of
+    /// the peer seems closed where there is something that was never sent, which an ACK or a timer would set free.
     fn open_window(&self) -> Result<Option<Window>> {
-        let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
-        tcp::select_queue(self.fd, None)?;
-        self.open_window_at(rcv_nxt)
+        self.open_window_at(tcp::queue_seq(self.fd, Queue::Receive)?)
     }
 
     /// The same where `rcv_nxt` is known.
     fn open_window_at(&self, rcv_nxt: u32) -> Result<Option<Window>> {
         let saved = self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?;
         let Some(saved) = saved else { return Ok(None) };
-        let window = Window { snd_wl1: rcv_nxt, ..opened(saved, rcv_nxt) };
+        let holds_back = self.control.unsq_len > 0 || self.control.fin_unsent;
+        let window = Window {
+            snd_wl1: rcv_nxt,
+            snd_wnd: if holds_back { 0 } else { saved.snd_wnd },
+            rcv_wup: rcv_nxt,
+            rcv_wnd: saved.rcv_wnd.max(OPEN_WINDOW),
+            ..saved
+        };
         tcp::set_window(self.fd, &window)?;
         Ok(Some(window))
     }
@@ -413,31 +430,36 @@ impl<'fd> Restore<'fd> {
         })
     }
 
-    fn verify(&self) -> Result<()> {
+    /// Compares the socket with its connection, and returns what the kernel tells of it.
+    fn verify(&self) -> Result<TcpInfo> {
+        let control = &self.control;
         let info = tcp::info(self.fd)?;
         let state = save::kernel_state(&info)?;
-        if state != self.control.state {
+        if state != control.state {
             return Err(Error::refused(
-                format!("the socket came back in {state}, not in {}", self.control.state),
+                format!("the socket came back in {state}, not in {}", control.state),
                 "a segment that plays the peer's FIN or ACK did not arrive: bring `lo` up, and let packets with the \
                  mark 0xC114 pass the firewall",
             ));
         }
-        derived::check_negotiated(&self.control, &info)?;
-        let rcv_nxt = tcp::queue_seq(self.fd, Queue::Receive)?;
-        let unchanged = if self.sends_nothing() {
-            tcp::select_queue(self.fd, None)?;
-            rcv_nxt == self.control.rcv_nxt
-        } else {
-            save::is_unchanged(self.fd, Position::of(&self.control))?
-        };
-        if unchanged {
-            return Ok(());
+        derived::check_negotiated(control, &info)?;
+        let received = control.rcv_nxt.wrapping_sub(control.copied_seq());
+        let is_same = info.bytes_received == received.into()
+            && (self.sends_nothing()
+                || tcp::unacknowledged(self.fd)? == control.write_seq.wrapping_sub(control.snd_una())
+                    && info.notsent_bytes == control.unsq_len + u32::from(control.fin_unsent));
+        if is_same {
+            return Ok(info);
         }
         Err(Error::refused(
             "a socket that differs from its connection",
             "a segment of the peer came in between: lock the traffic first",
         ))
+    }
+
+    /// Some bytes of the send queue were sent before.
+    fn has_sent(&self) -> bool {
+        self.control.outq_len > self.control.unsq_len
     }
 
     /// Neither bytes nor a FIN of ours are in the send queue.
@@ -458,11 +480,6 @@ impl<'fd> Restore<'fd> {
     fn flow(&self) -> Result<Flow> {
         self.flow.ok_or_else(|| Error::invalid("the socket was not connected before its queues were filled"))
     }
-}
-
-/// A window in which the peer may use as much as it was once allowed.
-fn opened(window: Window, rcv_nxt: u32) -> Window {
-    Window { rcv_wup: rcv_nxt, rcv_wnd: window.rcv_wnd.max(OPEN_WINDOW), ..window }
 }
 
 fn check(holds: bool, what: &str) -> Result<()> {

@@ -16,15 +16,15 @@
 //! RFC 6298 (RTO); kernel `tcp_rtt_estimator()`, `tcp_rtt_tsopt_us()` in `net/ipv4/tcp_input.c`.
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use crate::connection::{ControlBlock, Flow, Path};
 use crate::error::Result;
 use crate::fin;
 use crate::queue;
 use crate::segment::{Segment, flags};
-use crate::sys::namespace;
+use crate::sys::namespace::Recently;
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, info_option};
 
@@ -51,8 +51,8 @@ pub(crate) struct Seed {
     samples: u32,
 }
 
-/// The network namespace in which a segment was swallowed, and when. Only a hint: whoever finds it locked goes on without.
-static SWALLOWED: Mutex<Option<(u64, Instant)>> = Mutex::new(None);
+/// A segment was swallowed.
+static SWALLOWED: Recently = Recently::within(REST);
 
 impl Seed {
     /// How to bring back what a connection had measured, on the fresh socket `fd`; `None` where it had measured nothing, or
@@ -79,12 +79,7 @@ impl Seed {
         if control.window.is_none() {
             return Err("needs TCP_REPAIR_WINDOW (Linux 4.8)");
         }
-        let swallowed = SWALLOWED.try_lock().is_ok_and(|last| {
-            last.is_some_and(|(cookie, when)| {
-                when.elapsed() < REST && namespace::cookie(fd).is_ok_and(|here| here == cookie)
-            })
-        });
-        if swallowed {
+        if SWALLOWED.holds_at(fd) {
             return Err("a segment that plays the peer's was swallowed a moment ago");
         }
         Ok(Self::plan(path))
@@ -136,10 +131,7 @@ impl Seed {
     ) -> Result<()> {
         let sown = self.take_samples(injectors, fd, flow, control);
         if sown.is_err() {
-            let now = namespace::cookie(fd).ok().map(|cookie| (cookie, Instant::now()));
-            if let Ok(mut last) = SWALLOWED.try_lock() {
-                *last = now;
-            }
+            SWALLOWED.note_at(fd);
         }
         sown
     }

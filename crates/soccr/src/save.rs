@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::queue::{self, changed};
 use crate::settings::{self, Value};
 use crate::steer;
+use crate::sys::raw::Injectors;
 use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 use crate::tls::{self, Arrived};
@@ -42,11 +43,12 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// Reads everything. Where the kernel decrypts, what has arrived is taken out of the socket, into `arrived`: without
 /// that, a socket with kernel TLS is refused.
 pub(crate) fn save(
+    injectors: &mut Injectors,
     fd: BorrowedFd<'_>,
     peer: Option<SocketAddr>,
     mut arrived: Option<&mut Arrived>,
     connection: &mut Connection,
-) -> Result<()> {
+) -> Result<Position> {
     connection.local = local_address(fd)?;
     let layer = tls::read(fd)?;
     let decrypts = layer.as_ref().is_some_and(|layer| layer.receive.is_some());
@@ -67,7 +69,7 @@ pub(crate) fn save(
         tls::check_settled(fd, flow, layer)?;
     }
     // Late, so that little can arrive between this and a detach.
-    let (mut control, urgent, path, ()) = standing_still(fd, decrypts, |control, marked| {
+    let (position, mut control, urgent, path, ()) = standing_still(fd, decrypts, |control, marked| {
         if layer.is_some() {
             tls::check_state(control.state, control.reset)?;
         }
@@ -91,19 +93,20 @@ pub(crate) fn save(
     connection.control = control;
     connection.remote = remote_address(fd, peer)?;
     connection.owner = rustix::fs::fstat(fd).ok().map(|stat| Owner { user: stat.st_uid, group: stat.st_gid });
-    connection.tracked = conntrack::read(fd, connection.flow());
+    connection.tracked = conntrack::read(injectors, fd, connection.flow(), connection.control.state);
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 && connection.control.state != State::Close {
         connection.settings.read_keys(fd, connection.flow())?;
     }
-    connection.validate()
+    connection.validate()?;
+    Ok(position)
 }
 
 /// Everything that moves with the traffic, its queues in memory that `memory` gives.
 pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
     fd: BorrowedFd<'_>,
     mut memory: impl FnMut(usize) -> Option<M>,
-) -> Result<Bare<M>> {
+) -> Result<(Position, Bare<M>)> {
     let mut peek = |queue, length: u32, marked| {
         let room = memory(length as usize + 1);
         let mut room = room.ok_or_else(|| Error::system("memory for a queue", rustix::io::Errno::NOMEM))?;
@@ -117,27 +120,30 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
             "its keys have no place in the plain structure: save it as a whole (C: libsoccr_write)",
         ));
     }
-    let (control, urgent, path, (send_queue, receive_queue)) =
+    let (position, control, urgent, path, (send_queue, receive_queue)) =
         standing_still(fd, false, |control, marked| {
             Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))
         })?;
-    Ok(Bare { control, urgent, path, receive_queue, send_queue })
+    Ok((position, Bare { control, urgent, path, receive_queue, send_queue }))
 }
 
 /// Reads the control block, and by `read_queues` the queues, whose lengths it tells; and whether a mark is in the
-/// receive queue. All of it has stood still meanwhile.
+/// receive queue. All of it has stood still meanwhile, at this position.
 fn standing_still<T>(
     fd: BorrowedFd<'_>,
     decrypts: bool,
     mut read_queues: impl FnMut(&ControlBlock, bool) -> Result<T>,
-) -> Result<(ControlBlock, Option<Urgent>, Path, T)> {
+) -> Result<(Position, ControlBlock, Option<Urgent>, Path, T)> {
     let mut read = || {
-        let (control, urgent, path) = control_block(fd, decrypts)?;
+        let info = tcp::info(fd)?;
+        let (control, urgent) = control_block(fd, &info, decrypts)?;
         let queues = read_queues(&control, urgent.is_some())?;
-        match is_unchanged(fd, Position::of(&control))? {
-            true => Ok((control, urgent, path, queues)),
-            false => Err(changed()),
+        let end = tcp::info(fd)?;
+        tcp::select_queue(fd, None)?;
+        if Position::of(&info) != Position::of(&end) {
+            return Err(changed());
         }
+        Ok((Position::of(&info), control, urgent, path(&info), queues))
     };
     for _ in 1..ATTEMPTS {
         match read() {
@@ -148,18 +154,19 @@ fn standing_still<T>(
     read()
 }
 
-/// Reads everything but the queues' bytes and the addresses. Leaves the receive queue selected, for
-/// [`is_unchanged`]: beside fifty reads of options every call counts.
-fn control_block(fd: BorrowedFd<'_>, decrypts: bool) -> Result<(ControlBlock, Option<Urgent>, Path)> {
-    let write_seq = tcp::queue_seq(fd, Queue::Send)?;
+/// Reads what `info` does not tell, but for the queues' bytes and the addresses.
+fn control_block(
+    fd: BorrowedFd<'_>,
+    info: &TcpInfo,
+    decrypts: bool,
+) -> Result<(ControlBlock, Option<Urgent>)> {
+    let mut write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
-    let info = tcp::info(fd)?;
-    let mut state = kernel_state(&info)?;
+    let mut state = kernel_state(info)?;
     let reset = check_savable(fd, state, decrypts)?;
     // The TLS layer answers in the place of TCP to whoever looks into the queue.
-    let (inq_len, urgent) = if decrypts { (0, None) } else { queue::receive_queue_extent(fd, reset)? };
-    let (mut unacknowledged, mut unsent) = (tcp::unacknowledged(fd)?, tcp::unsent(fd)?);
-    let mut write_seq = write_seq;
+    let (inq_len, urgent) = if decrypts { (0, None) } else { queue::receive_queue_extent(fd)? };
+    let (mut unacknowledged, mut unsent) = (tcp::unacknowledged(fd)?, info.notsent_bytes);
     if reset {
         // The kernel has emptied the send queue.
         write_seq = write_seq.wrapping_sub(unacknowledged);
@@ -169,7 +176,7 @@ fn control_block(fd: BorrowedFd<'_>, decrypts: bool) -> Result<(ControlBlock, Op
     // A FIN that is queued counts one in the lengths that the kernel reports.
     let fin = u32::from(state.fin_queued() && unacknowledged > 0);
     let fin_unsent = fin.min(unsent);
-    let options = options(fd, &info)?;
+    let options = options(fd, info)?;
     let window = tcp::window(fd)?.map(|window| up_to_edge(window, rcv_nxt));
     let control = ControlBlock {
         state,
@@ -183,42 +190,32 @@ fn control_block(fd: BorrowedFd<'_>, decrypts: bool) -> Result<(ControlBlock, Op
         options,
         window,
     };
-    Ok((control, urgent, path(&info)))
+    Ok((control, urgent))
 }
 
-/// Where a connection stands: what every segment that is received, acknowledged or sent moves.
+/// Where a connection stands: what every segment that is received, acknowledged or sent moves, and every write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
-    rcv_nxt: u32,
+    received: u64,
+    acknowledged: u64,
     unacknowledged: u32,
     unsent: u32,
-    /// What has been reset moves no more, and its lengths mean nothing.
-    reset: bool,
 }
 
 impl Position {
-    pub(crate) fn of(control: &ControlBlock) -> Self {
-        // The kernel reports no lengths before the handshake is over.
-        let handshake = control.state == State::SynSent;
+    fn of(info: &TcpInfo) -> Self {
         Self {
-            rcv_nxt: control.rcv_nxt,
-            unacknowledged: if handshake { 0 } else { control.write_seq.wrapping_sub(control.snd_una()) },
-            unsent: control.unsq_len + u32::from(control.fin_unsent),
-            reset: control.reset,
+            received: info.bytes_received,
+            acknowledged: info.bytes_acked,
+            unacknowledged: info.unacked,
+            unsent: info.notsent_bytes,
         }
     }
-}
 
-/// Compares the socket, whose receive queue is selected, with what was read from it.
-pub(crate) fn is_unchanged(fd: BorrowedFd<'_>, before: Position) -> Result<bool> {
-    let now = Position {
-        rcv_nxt: tcp::selected_seq(fd)?,
-        unacknowledged: tcp::unacknowledged(fd)?,
-        unsent: tcp::unsent(fd)?,
-        reset: false,
-    };
-    tcp::select_queue(fd, None)?;
-    Ok(now == before || before.reset)
+    /// That of a socket now.
+    pub(crate) fn now(fd: BorrowedFd<'_>) -> Result<Self> {
+        tcp::info(fd).map(|info| Self::of(&info))
+    }
 }
 
 fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
@@ -286,7 +283,8 @@ fn check_savable(fd: BorrowedFd<'_>, state: State, decrypts: bool) -> Result<boo
     if decrypts {
         return Ok(reset);
     }
-    // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place.
+    // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place, and
+    // then a queue that SIOCINQ calls empty may hold bytes.
     match retry_on_intr(|| recv(fd, &mut [0; 0], RecvFlags::DONTWAIT)) {
         Err(Errno::PERM) => Ok(reset),
         Ok(_) | Err(Errno::AGAIN) => refuse(

@@ -19,6 +19,7 @@ mod save;
 mod servers;
 mod steered;
 mod steps;
+mod tls;
 mod transfer;
 mod trust;
 
@@ -43,6 +44,7 @@ fn main() -> std::process::ExitCode {
         trust::tests(),
         only::tests(),
         steered::tests(),
+        tls::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())
 }

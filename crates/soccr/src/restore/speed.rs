@@ -1,10 +1,12 @@
 //! What makes a restored connection as fast as it was: round-trip time, congestion window and threshold, ECN.
 
+use std::os::fd::BorrowedFd;
+
 use rustix::net::connect_unspec;
 
 use super::{Restore, bind, connect, derived};
 use crate::congestion;
-use crate::connection::{Flow, Path};
+use crate::connection::{ControlBlock, Flow, Path};
 use crate::error::{Error, Result};
 use crate::rtt::Seed;
 use crate::sys::raw::Injectors;
@@ -14,10 +16,21 @@ use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 #[derive(Debug, Default)]
 pub(super) struct Speed {
     path: Option<Path>,
-    window_clamp: Option<u32>,
+    pub(super) window_clamp: Option<u32>,
     seed: Option<Seed>,
     /// Why the round-trip time does not come back.
     untimed: Option<String>,
+}
+
+impl Speed {
+    pub(super) fn new(path: Path, control: &ControlBlock, fd: BorrowedFd<'_>) -> Result<Self> {
+        path.validate()?;
+        let (seed, untimed) = match Seed::new(&path, control, fd) {
+            Ok(seed) => (seed, None),
+            Err(reason) => (None, Some(reason.to_owned())),
+        };
+        Ok(Self { path: Some(path), window_clamp: None, seed, untimed })
+    }
 }
 
 impl Restore<'_> {
@@ -27,12 +40,8 @@ impl Restore<'_> {
     /// # Errors
     /// Invalid: values that no kernel reports. System: the option.
     pub fn path(mut self, path: Path) -> Result<Self> {
-        path.validate().map_err(|error| error.at("restore"))?;
-        match Seed::new(&path, &self.control, self.fd) {
-            Ok(seed) => self.speed.seed = seed,
-            Err(reason) => self.speed.untimed = Some(reason.to_owned()),
-        }
-        self.speed.path = Some(path);
+        let speed = Speed::new(path, &self.control, self.fd).map_err(|error| error.at("restore"))?;
+        self.speed = Speed { window_clamp: self.speed.window_clamp, ..speed };
         self.set_send_seq().map_err(|error| error.at("restore"))?;
         Ok(self)
     }
@@ -74,8 +83,9 @@ impl Restore<'_> {
         sends && (self.speed.path.is_some() || self.control.options.ecn)
     }
 
-    /// In the end: brings back congestion window, threshold and ECN, and reports how fast the connection will be.
-    pub(super) fn restore_speed(&mut self) -> Result<()> {
+    /// In the end: brings back congestion window, threshold and ECN, and reports how fast the connection will be. `info` is
+    /// what the kernel has told of the socket.
+    pub(super) fn restore_speed(&mut self, info: TcpInfo) -> Result<()> {
         if let Some(bytes) = self.speed.window_clamp {
             let name = libc::TCP_WINDOW_CLAMP;
             tcp::set_int(self.fd, tcp::SOL_TCP, name, "TCP_WINDOW_CLAMP", bytes as i32)?;
@@ -83,17 +93,16 @@ impl Restore<'_> {
         if !self.has_congestion() {
             return Ok(());
         }
-        let (info, unwritten) = self.restore_congestion()?;
+        let (info, unwritten) = self.restore_congestion(info)?;
         let Speed { path, untimed, .. } = std::mem::take(&mut self.speed);
         self.report.speed(path.as_ref(), self.control.options.ecn, &info, untimed, unwritten);
         Ok(())
     }
 
     /// Returns what the socket has then, and why it is not what it was.
-    fn restore_congestion(&self) -> Result<(TcpInfo, Option<String>)> {
+    fn restore_congestion(&self, info: TcpInfo) -> Result<(TcpInfo, Option<String>)> {
         let (fd, options) = (self.fd, &self.control.options);
         let path = self.speed.path.unwrap_or_default();
-        let info = tcp::info(fd)?;
         let is_back = (info.options & info_option::ECN != 0) == options.ecn
             && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
                 .iter()

@@ -75,10 +75,10 @@ impl Connection {
                 // Behind the bytes that are encrypted already, and before a FIN.
                 tls.attach(socket.as_fd())?;
             }
-            steps.complete(injectors)?;
+            let info = steps.complete(injectors)?;
             self.apply(socket.as_fd(), Stage::Injected, &mut skipped);
             self.apply(socket.as_fd(), Stage::Last, &mut skipped);
-            steps.restore_speed()?;
+            steps.restore_speed(info)?;
             steps.report
         };
         if self.nonblocking {
@@ -104,10 +104,7 @@ impl Connection {
         skipped: &mut Vec<Skipped>,
     ) -> Result<Restore<'fd>> {
         tcp::set_repair(fd, Repair::On)?;
-        let mut steps = Restore::start(fd, control, self.buffers)?;
-        if let Some(path) = self.path {
-            steps = steps.path(path)?;
-        }
+        let mut steps = Restore::start(fd, control, self.buffers, self.path)?;
         self.apply(fd, Stage::BeforeBind, skipped);
         // Such a socket can be bound to any address, and says nothing of one that is another host's.
         steer::admit_bound_anyhow(fd, self.local, &self.settings)?;

@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -44,8 +46,22 @@ pub(crate) fn run_in<T: Send>(
     })
 }
 
+/// The calling thread is in the namespace of `socket`.
+pub(crate) fn is_here(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(cookie(UnixDatagram::unbound()?.as_fd())? == cookie(socket)?)
+}
+
 /// Opens something in the namespace of `socket`: on this thread, where it is in that namespace.
 pub(crate) fn open_beside<T: AsFd + Send>(
+    socket: BorrowedFd<'_>,
+    open: impl Fn() -> io::Result<T> + Send + Sync,
+) -> io::Result<T> {
+    open_in(cookie(socket)?, socket, open)
+}
+
+/// The same where the [`cookie`] of that namespace is known.
+pub(crate) fn open_in<T: AsFd + Send>(
+    namespace: u64,
     socket: BorrowedFd<'_>,
     open: impl Fn() -> io::Result<T> + Send + Sync,
 ) -> io::Result<T> {
@@ -55,8 +71,38 @@ pub(crate) fn open_beside<T: AsFd + Send>(
         // The caller may have rights in the namespace of `socket` alone.
         Err(_) => cookie(UnixDatagram::unbound()?.as_fd())?,
     };
-    if here == cookie(socket)? {
+    if here == namespace {
         return opened;
     }
     run_in(of_socket(socket)?.as_fd(), open)
+}
+
+/// What was seen a moment ago in one network namespace, for the whole process. Only a hint: whoever finds it locked goes on
+/// without, also behind a fork.
+#[derive(Debug)]
+pub(crate) struct Recently {
+    seen: Mutex<Option<(u64, Instant)>>,
+    lasts: Duration,
+}
+
+impl Recently {
+    pub(crate) const fn within(lasts: Duration) -> Self {
+        Self { seen: Mutex::new(None), lasts }
+    }
+
+    /// It is seen now in the namespace of this socket.
+    pub(crate) fn note_at(&self, socket: BorrowedFd<'_>) {
+        if let (Ok(mut seen), Ok(namespace)) = (self.seen.try_lock(), cookie(socket)) {
+            // Old kernels tell no namespace from another.
+            *seen = (namespace != 0).then(|| (namespace, Instant::now()));
+        }
+    }
+
+    /// It was seen a moment ago in the namespace of this socket.
+    pub(crate) fn holds_at(&self, socket: BorrowedFd<'_>) -> bool {
+        let seen = self.seen.try_lock().ok().and_then(|seen| *seen);
+        seen.is_some_and(|(namespace, when)| {
+            when.elapsed() < self.lasts && cookie(socket).is_ok_and(|here| here == namespace)
+        })
+    }
 }

@@ -42,6 +42,30 @@ impl Via {
     pub(crate) fn routed(address: IpAddr) -> Self {
         if address.to_canonical().is_ipv4() { Self::Ipv4 } else { Self::Ipv6 }
     }
+
+    /// Asks for the route of such packets from `remote` to `local`.
+    ///
+    /// # Errors
+    /// Refused where the packets would leave this host, to the owner of a foreign address, who would reset the
+    /// connection.
+    fn check(self, routes: &mut Routes, remote: SocketAddr, local: SocketAddr, interface: u32) -> Result<()> {
+        let stays = match self {
+            // A packet from `lo` would not reach a socket that is bound to another interface, and would be answered by a reset.
+            Self::Loopback if ![0, LOOPBACK].contains(&interface) => Ok(false),
+            Self::Loopback => routes.stay_here_from_lo(remote.ip(), local.ip()),
+            Self::Ipv4 | Self::Ipv6 => routes.end_here(local, interface),
+        };
+        if stays.map_err(|error| Error::system("RTM_GETROUTE", error))? {
+            return Ok(());
+        }
+        let ip = local.ip().to_canonical();
+        Err(Error::refused(
+            format!("a packet that plays the peer's would leave this host: {ip} is no local address for it"),
+            format!(
+                "let packets with the mark 0xC114 go where those of the peer go: `ip rule add fwmark 0xc114 to {ip} lookup TABLE`"
+            ),
+        ))
+    }
 }
 
 /// A raw socket in one network namespace, marked with [`MARK`].
@@ -62,12 +86,11 @@ pub(crate) struct Inward<'a> {
 }
 
 impl<'a> Inward<'a> {
-    /// Asks for the way of packets from `remote` to `local`, and to a socket that is bound to this interface (0: to none):
-    /// it takes nothing that has not come from there.
+    /// The way for packets from `remote` to `local`, and to a socket that is bound to this interface (0: to none): it takes
+    /// nothing that has not come from there.
     ///
     /// # Errors
-    /// Refused where the packets would leave this host, to the owner of a foreign address, who would reset the
-    /// connection.
+    /// Those of [`Via::check`].
     pub(crate) fn open(
         injector: &'a Injector,
         routes: &mut Routes,
@@ -75,23 +98,7 @@ impl<'a> Inward<'a> {
         local: SocketAddr,
         interface: u32,
     ) -> Result<Self> {
-        let stays = match injector.via {
-            // A packet from `lo` would not reach a socket that is bound to another interface, and would be answered by a reset.
-            Via::Loopback if ![0, LOOPBACK].contains(&interface) => Ok(false),
-            Via::Loopback => routes.stay_here_from_lo(remote.ip(), local.ip()),
-            Via::Ipv4 | Via::Ipv6 => routes.end_here(local, interface),
-        };
-        if !stays.map_err(|error| Error::system("RTM_GETROUTE", error))? {
-            let ip = local.ip().to_canonical();
-            return Err(Error::refused(
-                format!(
-                    "a packet that plays the peer's would leave this host: {ip} is no local address for it"
-                ),
-                format!(
-                    "let packets with the mark 0xC114 go where those of the peer go: `ip rule add fwmark 0xc114 to {ip} lookup TABLE`"
-                ),
-            ));
-        }
+        injector.via.check(routes, remote, local, interface)?;
         Self::known(injector, local, interface)
     }
 
@@ -189,15 +196,21 @@ pub(crate) fn bound_interface(socket: BorrowedFd<'_>) -> u32 {
     sockopt::get(socket, libc::SOL_SOCKET, libc::SO_BINDTOIFINDEX).unwrap_or(0)
 }
 
-/// The last injector of each kind, and the cookie of its network namespace: opening one costs as much as the rest of a
-/// restore. They belong to the call that restores, or to the thread that restores many connections, and end with it:
-/// the program around it never finds a descriptor that it has not opened.
+/// What is opened to inject packets and to ask the kernel, the last one of each kind with the cookie of its network
+/// namespace: opening them costs as much as the rest of a restore. They belong to the call that saves or restores, or to the
+/// thread that does so with many connections, and end with it: the program around it never finds a descriptor that it has
+/// not opened.
 #[derive(Debug, Default)]
 pub(crate) struct Injectors {
     last: [Option<(u64, Injector)>; 3],
     routes: Option<(u64, Routes)>,
     netfilter: Option<(u64, Socket)>,
+    /// What stays on this host, and when the kernel has said so.
+    checked: Option<(Question, Instant)>,
 }
+
+/// The namespace, and what [`Via::check`] is asked.
+type Question = (u64, Via, SocketAddr, SocketAddr, u32);
 
 impl Injectors {
     /// The injector for the namespace of `socket`, for packets to its peer.
@@ -206,7 +219,8 @@ impl Injectors {
     /// `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`, and without `CAP_SYS_ADMIN` where the socket is in
     /// another namespace than the thread.
     pub(crate) fn outward(&mut self, socket: BorrowedFd<'_>, via: Via) -> Result<&Injector> {
-        let injector = beside(&mut self.last[via as usize], socket, || Injector::open(via))?;
+        let namespace = namespace_of(socket)?;
+        let injector = beside(&mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
         injector
             .bind_to(bound_interface(socket))
             .map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
@@ -218,7 +232,8 @@ impl Injectors {
     /// # Errors
     /// The errors of opening a netlink socket there.
     pub(crate) fn netfilter(&mut self, socket: BorrowedFd<'_>) -> Result<&mut Socket> {
-        beside(&mut self.netfilter, socket, || Socket::open(Family::Netfilter))
+        let namespace = namespace_of(socket)?;
+        beside(&mut self.netfilter, namespace, socket, || Socket::open(Family::Netfilter))
     }
 
     /// The way into `socket`, for packets that play its peer's.
@@ -232,25 +247,36 @@ impl Injectors {
         remote: SocketAddr,
         local: SocketAddr,
     ) -> Result<Inward<'_>> {
-        let injector = beside(&mut self.last[via as usize], socket, || Injector::open(via))?;
-        let routes = beside(&mut self.routes, socket, Routes::open)?;
-        Inward::open(injector, routes, remote, local, bound_interface(socket))
+        let (namespace, interface) = (namespace_of(socket)?, bound_interface(socket));
+        let question = (namespace, via, remote, local, interface);
+        let injector = beside(&mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
+        if !self.checked.is_some_and(|(same, when)| same == question && when.elapsed() < ANSWER) {
+            let routes = beside(&mut self.routes, namespace, socket, Routes::open)?;
+            via.check(routes, remote, local, interface)?;
+            self.checked = Some((question, Instant::now()));
+        }
+        Inward::known(injector, local, interface)
     }
+}
+
+fn namespace_of(socket: BorrowedFd<'_>) -> Result<u64> {
+    namespace::cookie(socket).map_err(|error| Error::system("SO_NETNS_COOKIE", error))
 }
 
 /// What was used last, or what `open` opens, if that is in another network namespace than `socket`.
 fn beside<'a, T: AsFd + Send>(
     last: &'a mut Option<(u64, T)>,
+    namespace: u64,
     socket: BorrowedFd<'_>,
     open: impl Fn() -> io::Result<T> + Send + Sync,
 ) -> Result<&'a mut T> {
-    let failed = |error| Error::system("raw socket", error);
-    let cookie = namespace::cookie(socket).map_err(failed)?;
     let opened = match last.take() {
-        Some((namespace, opened)) if namespace == cookie => opened,
-        _ => namespace::open_beside(socket, open).map_err(failed)?,
+        Some((same, opened)) if same == namespace => opened,
+        _ => {
+            namespace::open_in(namespace, socket, open).map_err(|error| Error::system("raw socket", error))?
+        }
     };
-    Ok(&mut last.insert((cookie, opened)).1)
+    Ok(&mut last.insert((namespace, opened)).1)
 }
 
 impl Injector {

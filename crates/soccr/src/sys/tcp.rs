@@ -52,7 +52,7 @@ pub(crate) mod option_kind {
     pub(crate) const TIMESTAMPS: u32 = 8;
 }
 
-/// The beginning of `struct tcp_info`: what every kernel with TCP_REPAIR has.
+/// The beginning of `struct tcp_info`: what kernels have since Linux 4.6.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct TcpInfo {
@@ -71,7 +71,8 @@ pub(crate) struct TcpInfo {
     ato: u32,
     pub(crate) snd_mss: u32,
     rcv_mss: u32,
-    unacked: u32,
+    /// Segments that were sent and not acknowledged.
+    pub(crate) unacked: u32,
     sacked: u32,
     lost: u32,
     retrans: u32,
@@ -93,9 +94,19 @@ pub(crate) struct TcpInfo {
     total_retrans: u32,
     /// Bytes per second.
     pub(crate) pacing_rate: u64,
+    max_pacing_rate: u64,
+    /// How far `snd_una` has come since the socket was connected.
+    pub(crate) bytes_acked: u64,
+    /// The same of `rcv_nxt`.
+    pub(crate) bytes_received: u64,
+    segs_out: u32,
+    segs_in: u32,
+    /// `write_seq − snd_nxt`: a FIN counts.
+    pub(crate) notsent_bytes: u32,
+    min_rtt: u32,
 }
 
-// SAFETY: eight bytes, 24 32-bit integers, one of 64 bits: no padding, no invalid values.
+// SAFETY: eight bytes, 24 32-bit integers, four of 64 bits, four of 32: no padding, no invalid values.
 unsafe impl Plain for TcpInfo {}
 
 /// Bits of [`TcpInfo::options`].
@@ -153,7 +164,8 @@ pub(crate) fn set_repair_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -
     named("TCP_REPAIR_OPTIONS", set).map_err(|error| match error.errno() {
         // In repair mode nobody is asked for a capability.
         Some(libc::EPERM) => error.advise(
-            "the socket is not ESTABLISHED any more: a segment of the peer came in between; lock the traffic first",
+            "a segment of the peer came in between: lock the traffic first; or so much time has passed that a timer has \
+             repeated a byte: restore it again",
         ),
         _ => error,
     })
@@ -222,7 +234,10 @@ pub(crate) fn congestion(fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
 }
 
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
-    named("TCP_INFO", sockopt::get(fd, SOL_TCP, libc::TCP_INFO))
+    let mut info = [0; size_of::<TcpInfo>()];
+    let length = named("TCP_INFO", sockopt::get_bytes(fd, SOL_TCP, libc::TCP_INFO, &mut info))?;
+    sockopt::read_from(&info[..length])
+        .ok_or_else(|| Error::refused("a kernel that tells too little of its connections", "needs Linux 4.6"))
 }
 
 /// `rcv_wnd`, out of repair mode too; `None` before Linux 6.2.

@@ -80,7 +80,8 @@ fn main() -> ExitCode {
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
             a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;
-        stages: a_socket_with_other_addresses_is_refused the_receive_window_is_not_limited_by_the_local_sysctl;
+        stages: a_socket_with_other_addresses_is_refused the_receive_window_is_not_limited_by_the_local_sysctl
+            a_timer_that_runs_out_between_the_stages_does_no_harm;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
     tests.extend(states::tests());

@@ -1,14 +1,15 @@
 //! The staged form, on sockets that the caller has bound and connected.
 
 use std::net::TcpStream;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use rustix::net::sockopt::set_socket_recv_buffer_size;
 use soccr::connection::{Connection, Flow};
 use soccr::{ErrorKind, Restore, Restored};
-use soccr_lab::{Family, sysctl};
+use soccr_lab::{Case, Family, State, sysctl, wait_until};
 
-use crate::ends::{Ends, option, unconnected};
+use crate::ends::{Ends, info_bytes, option, probes, unconnected};
 
 /// Restores onto `socket` by stages; the caller connects it as `actual`.
 fn restore<'fd>(
@@ -61,4 +62,30 @@ pub fn the_receive_window_is_not_limited_by_the_local_sysctl() {
     restored.resume().unwrap();
     ends.ours = socket;
     ends.finish();
+}
+
+/// Nobody knows how long a caller waits between two stages, or a processor with a restore.
+pub fn a_timer_that_runs_out_between_the_stages_does_no_harm() {
+    /// Where `struct tcp_info` has its `tcpi_total_retrans`.
+    const TOTAL_RETRANS: Range<usize> = 100..104;
+    for (sent, unsent) in [(3000, 0), (0, 20_000), (3000, 20_000)] {
+        let case = Case { family: Family::V4, state: State::Established, received: 0, sent, unsent };
+        let mut ends = Ends::of(case);
+        let connection = ends.take();
+        let socket = ends.pair.a.run(|| unconnected(Family::V4));
+        let steps = Restore::unbound(&socket, &connection.control, None).unwrap();
+        // The timers run for as long as they did.
+        let mut steps = steps.path(connection.path.unwrap()).unwrap();
+        steps.connect(connection.flow()).unwrap();
+        steps.send_queue(&connection.send_queue).unwrap();
+        wait_until("the kernel repeats a segment, or probes a window", || {
+            let repeated = &info_bytes(&socket)[TOTAL_RETRANS];
+            probes(&socket) > 0 || *repeated != [0; 4]
+        });
+        let restored = steps.finish().unwrap();
+        ends.connect_hosts();
+        restored.resume().unwrap();
+        ends.ours = socket;
+        ends.finish();
+    }
 }
