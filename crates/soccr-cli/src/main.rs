@@ -4,6 +4,7 @@
 //! [`rescue`], [`signals`], [`describe`], [`table`], [`exit`]. How connections are handed over is the affair of `soccr-handover`.
 
 mod adopt;
+mod backlog;
 mod check;
 mod cli;
 mod completions;

@@ -36,6 +36,16 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
+    /// The process that is named.
+    pub(crate) fn pid(&self) -> Option<Pid> {
+        self.pid
+    }
+
+    /// Connections are asked for, not only a process.
+    pub(crate) fn is_any(&self) -> bool {
+        self.all || !self.fd.is_empty() || !self.port.is_empty()
+    }
+
     /// The connections that are asked for, all in the network namespace of the first. Each that cannot be had is reported by
     /// itself.
     ///

@@ -12,6 +12,7 @@ use soccr_handover::channel::OneWay;
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
 
+use crate::backlog::Backlog;
 use crate::exit::{self, Exit};
 use crate::guide::{Hop, parse_hop, path};
 use crate::nat::Nat;
@@ -29,6 +30,9 @@ use crate::{descriptors, sys};
 /// connection leaves only when the target has said that it has it, or, in the same network, that it can have it;
 /// whatever breaks before leaves it where it is, and the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
 ///
+/// The exit status is 0 only if the target, too, has not failed by then: one on this host that gives the connections to a
+/// server (--adopt, --send-fd) is waited for.
+///
 /// Without --via the stream goes to standard output. There is no way back then: a connection leaves as soon as it has been
 /// written, and whether it arrived nobody can know here.
 #[derive(clap::Args, Debug)]
@@ -39,6 +43,7 @@ Examples:
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
   soccr send --pid 4711 --all --via 'ssh host soccr receive -- ./server' --steer 192.0.2.2
   soccr send --pid 4711 --all --idle 5 --via 'soccr receive --adopt'
+  soccr send --pid 4711 --all --listener --via 'ssh host soccr receive --adopt'
   soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
 pub(crate) struct Send {
     #[command(flatten)]
@@ -46,6 +51,10 @@ pub(crate) struct Send {
     /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues. The others stay
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
+    /// What waits in the accept queues of the process goes along, too, in its order. What stays returns to the queue, as root and
+    /// on Linux 6.9, or else is saved in an image
+    #[arg(long, requires = "pid", requires = "via", group = "which")]
+    listener: bool,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
@@ -79,26 +88,37 @@ impl Send {
             exit::complain(&exit::line(&error));
             failed += 1;
         };
-        let mut captives = self.selection.find(&mut fail)?;
+        let mut captives = match self.listener {
+            true if !self.selection.is_any() => Vec::new(),
+            true => self.selection.find(&mut fail).unwrap_or_default(),
+            false => self.selection.find(&mut fail)?,
+        };
         let idle = self.idle.map(|seconds| Duration::from_secs(seconds.into()));
-        if let Some(time) = idle {
+        if let Some(time) = idle.filter(|_| !captives.is_empty()) {
             captives = only_idle(captives, time)?;
         }
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
-        let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).collect();
+        let backlog = match self.selection.pid().filter(|_| self.listener) {
+            Some(pid) => Backlog::take(pid)?,
+            None => Backlog::default(),
+        };
+        let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).chain(backlog.sockets()).collect();
+        let Some(first) = sockets.first() else {
+            bail!("no connection is there, and none waits to be accepted")
+        };
         let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(Via::start).transpose()?;
-        let mut nat = Nat::around(|| Ok(namespace::enter_of(sockets[0])?))
-            .with_context(|| captives[0].name().to_owned())?;
+        let mut nat = Nat::around(|| Ok(namespace::enter_of(*first)?))?;
         for captive in &captives {
             if let Some(translated) = captive.flow().ok().and_then(|flow| nat.of(flow)) {
                 exit::complain(&format!("{}: {}", captive.name(), translated.warning()));
             }
         }
-        let mover = self.mover(captives.len())?;
-        let names: Vec<String> = captives.iter().map(|captive| captive.name().to_owned()).collect();
-        let mut departing = Vec::with_capacity(captives.len());
+        let mover = self.mover(sockets.len())?;
+        let mut names: Vec<String> = captives.iter().map(|captive| captive.name().to_owned()).collect();
+        let waiting = backlog.seats()?;
+        let mut departing = Vec::with_capacity(sockets.len());
         for (captive, name) in captives.into_iter().zip(&names) {
             let leaves = mover.take_seat(captive.into_seat()?).named(name);
             departing.push(match idle {
@@ -106,13 +126,17 @@ impl Send {
                 None => leaves,
             });
         }
+        for (name, seat) in waiting {
+            departing.push(mover.take_seat(seat).named(&name));
+            names.push(name);
+        }
         let path = self.path(departing.iter().map(|departing| departing.flow()))?;
         let sending = mover.sending(departing).used_by(keeper).steered_to(path);
         let outcomes = match via {
             Some(mut via) => {
                 let outcomes = sending.through(&mut via);
                 report(&names, &outcomes);
-                via.part();
+                failed += usize::from(!via.part());
                 outcomes
             }
             None => {

@@ -1,6 +1,7 @@
 //! The command as its users run it: the real binary, in private networks, against programs that know nothing of it.
 
 mod adopt;
+mod backlog;
 mod check;
 mod completions;
 mod demo;
@@ -26,6 +27,7 @@ mod trust;
 fn main() -> std::process::ExitCode {
     let tests = [
         adopt::tests(),
+        backlog::tests(),
         check::tests(),
         completions::tests(),
         demo::tests(),

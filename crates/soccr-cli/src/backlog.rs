@@ -1,0 +1,129 @@
+//! `--listener`: what waits in the accept queues of a process goes along, and what cannot go returns to them.
+
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result, anyhow};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SocketFlags, accept_with, ipproto, sockopt};
+use rustix::process::Pid;
+use soccr::Flow;
+use soccr::adopt::{Adopter, DRAIN};
+use soccr::lock::{Locker, Mode};
+use soccr_handover::Seat;
+use soccr_handover::foreign::{Process, Sharing, Stopped, namespace, process};
+
+use crate::exit;
+use crate::rescue::rescue;
+
+/// No accept queue is longer, as a rule: clients that connect meanwhile must not keep us here.
+const MOST: usize = 1 << 16;
+
+/// Connections that a server has not accepted: they are here. Dropping it puts those that have not left into the queue again.
+#[derive(Debug, Default)]
+pub(crate) struct Backlog(Vec<(String, OwnedFd)>);
+
+impl Backlog {
+    /// Accepts, in their order, the connections that wait for a process. It, and whoever shares its listeners, stands still meanwhile.
+    pub(crate) fn take(pid: Pid) -> Result<Self> {
+        process::look_into(pid)?;
+        let owner = Process::open(pid)?;
+        let (mut listeners, mut inodes) = (Vec::new(), Vec::new());
+        process::sockets(pid, |fd, inode| {
+            // One that is closed by now listens no more.
+            let Ok(socket) = owner.duplicate(fd) else { return };
+            if sockopt::socket_acceptconn(&socket) != Ok(true) || inodes.contains(&inode) {
+                return;
+            }
+            match sockopt::socket_protocol(&socket) {
+                Ok(Some(protocol)) if protocol == ipproto::TCP => {
+                    listeners.push((format!("pid {pid} fd {fd}"), socket));
+                    inodes.push(inode);
+                }
+                Ok(Some(protocol)) if protocol.as_raw().get() == libc::IPPROTO_MPTCP as u32 => {
+                    exit::complain(&format!(
+                        "pid {pid} fd {fd}: left out: its queue could not be filled again (MPTCP)"
+                    ));
+                }
+                _ => {}
+            }
+        })
+        .with_context(|| format!("pid {pid}: its descriptors"))?;
+        let mut sharing = Sharing::find(&inodes)?;
+        let mut backlog = Self::default();
+        let _stopped = Stopped::stop(&mut sharing)?;
+        for (name, listener) in &listeners {
+            if let Err(error) = backlog.accept(name, listener) {
+                exit::complain(&format!("{name}: accept: {error}"));
+            }
+        }
+        Ok(backlog)
+    }
+
+    /// The listener may be a blocking one, but nobody else accepts.
+    fn accept(&mut self, name: &str, listener: &OwnedFd) -> rustix::io::Result<()> {
+        let waits = || poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&Timespec::default()));
+        while self.0.len() < MOST && waits()? > 0 {
+            let socket = accept_with(listener, SocketFlags::CLOEXEC)?;
+            // Some clients have given up.
+            if Flow::of(&socket).is_ok() {
+                self.0.push((format!("{name}, not accepted"), socket));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(|(_, socket)| socket.as_fd())
+    }
+
+    /// The connections, to be sent: duplicates of the sockets here, so that one that comes back is seen.
+    pub(crate) fn seats(&self) -> Result<Vec<(String, Seat)>> {
+        let seat = |(name, socket): &(String, OwnedFd)| {
+            let flow = Flow::of(socket)?;
+            Ok((name.clone(), Seat::new(socket.try_clone()?, flow)))
+        };
+        self.0.iter().map(seat).collect()
+    }
+}
+
+impl Drop for Backlog {
+    fn drop(&mut self) {
+        // What has left its socket has none.
+        let stay = self.0.drain(..).map(|(_, socket)| socket).filter(|socket| Flow::of(socket).is_ok());
+        let stay: Vec<OwnedFd> = stay.collect();
+        if !stay.is_empty()
+            && let Err(error) = give_back(stay)
+        {
+            exit::complain(&exit::line(&error));
+        }
+    }
+}
+
+/// Puts connections into the queues of their listeners; into images where that cannot be.
+fn give_back(sockets: Vec<OwnedFd>) -> Result<()> {
+    let tools = namespace::enter_of(sockets[0].as_fd())
+        .map_err(anyhow::Error::from)
+        .and_then(|()| Ok((Adopter::new()?, Locker::new(Mode::HOLD)?)));
+    let (mut kept, mut reason) = (Vec::new(), None);
+    match tools {
+        Err(error) => {
+            kept.extend(sockets.into_iter().map(TcpStream::from));
+            reason = Some(error);
+        }
+        Ok((mut adopter, locker)) => {
+            for outcome in adopter.give(&locker, sockets, DRAIN) {
+                let Err(there) = outcome else { continue };
+                reason = Some(anyhow!("{}", there.error()));
+                match there.into_socket() {
+                    Ok(socket) => kept.push(socket.into()),
+                    Err(connection) => exit::complain(&format!("{} is lost", connection.remote)),
+                }
+            }
+        }
+    }
+    match reason {
+        None => Ok(()),
+        Some(reason) => Err(rescue(&kept, &reason.context("back into the accept queue"))),
+    }
+}
