@@ -1,14 +1,17 @@
 //! `--adopt`: connections for a server that listens, and knows nothing of it.
 
 use std::cell::RefCell;
-use std::net::TcpStream;
+use std::collections::HashSet;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
+use rustix::process::Pid;
 use soccr::Connection;
 use soccr::adopt::{Adopted, Adopter};
 use soccr::lock::{Locker, Mode};
+use soccr_handover::foreign::process;
 
 use crate::exit;
 
@@ -22,16 +25,29 @@ pub(crate) struct Server {
     adopter: RefCell<Adopter>,
     locker: Locker,
     drain: Duration,
+    /// The addresses of which it is known who listens there.
+    known: RefCell<HashSet<SocketAddr>>,
 }
 
 impl Server {
     /// Servers in the network namespace of the caller.
     pub(crate) fn new(drain: Duration) -> Result<Self> {
-        Ok(Self { adopter: RefCell::new(Adopter::new()?), locker: Locker::new(Mode::HOLD)?, drain })
+        Ok(Self {
+            adopter: RefCell::new(Adopter::new()?),
+            locker: Locker::new(Mode::HOLD)?,
+            drain,
+            known: RefCell::default(),
+        })
     }
 
     pub(crate) fn check(&self, connection: &Connection) -> Result<()> {
-        Ok(self.adopter.borrow_mut().check(connection)?)
+        let mut adopter = self.adopter.borrow_mut();
+        adopter.check(connection)?;
+        let flow = connection.flow();
+        if self.known.borrow_mut().insert(flow.local) {
+            tell_rivals(flow.local, &adopter.listeners(flow)?)?;
+        }
+        Ok(())
     }
 
     /// Gives the connections away, and says how many were accepted. What is kept stays in `connections`.
@@ -51,7 +67,9 @@ impl Server {
                 }
             }
         }
-        let waiting = wait_for_accept(&mut adopter, adopted)?;
+        // Where some stay, nothing is gained by waiting for others: what follows saves them.
+        let limit = if reasons.is_empty() { ACCEPT } else { Duration::ZERO };
+        let waiting = wait_for_accept(&mut adopter, adopted, limit)?;
         for there in &waiting {
             exit::complain(&format!("{there}: it stays there, alive, until the server accepts it"));
         }
@@ -62,9 +80,40 @@ impl Server {
     }
 }
 
+/// Says so where several servers share a port: those whose listeners no process has in common.
+fn tell_rivals(local: SocketAddr, listeners: &[u32]) -> Result<()> {
+    if listeners.len() < 2 {
+        return Ok(());
+    }
+    let holders = process::holders(&process::all()?);
+    let mut servers: Vec<Vec<Pid>> = Vec::new();
+    for inode in listeners {
+        let mut server: Vec<Pid> =
+            holders.get(&u64::from(*inode)).into_iter().flatten().map(|holder| holder.pid).collect();
+        servers.retain_mut(|other| {
+            let is_same = other.iter().any(|pid| server.contains(pid));
+            if is_same {
+                server.append(other);
+            }
+            !is_same
+        });
+        servers.push(server);
+    }
+    if servers.len() > 1 {
+        let pids: Vec<String> =
+            servers.iter().filter_map(|server| server.first()).map(Pid::to_string).collect();
+        exit::complain(&format!(
+            "several processes listen on {local}, and the kernel chooses between them: {}: one that should get nothing must stop \
+             listening before",
+            pids.join(", ")
+        ));
+    }
+    Ok(())
+}
+
 /// Waits until a server has accepted them; returns what it has not accepted in time.
-fn wait_for_accept(adopter: &mut Adopter, adopted: Vec<Adopted>) -> Result<Vec<Adopted>> {
-    let deadline = Instant::now() + ACCEPT;
+fn wait_for_accept(adopter: &mut Adopter, adopted: Vec<Adopted>, limit: Duration) -> Result<Vec<Adopted>> {
+    let deadline = Instant::now() + limit;
     let mut waiting = adopted;
     loop {
         let mut still = Vec::new();

@@ -140,6 +140,11 @@ impl Recipient {
         }
     }
 
+    /// Giving to it is over in a moment, and then so is this command.
+    pub(crate) fn is_soon_over(&self) -> bool {
+        matches!(self, Self::Server(_) | Self::Socket(_))
+    }
+
     /// Checks that so many connections can be given away, before the first is taken from where it is.
     pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
         /// What else this process has open, and more.

@@ -21,6 +21,9 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use crate::sys;
 
+/// The target gives away what it has taken, and ends.
+const GIVES: &[u8; 1] = b"=";
+
 const VARIABLE: &str = "SOCCR_LIFELINE";
 
 /// How long a target may take at most to die once its pipe is closed.
@@ -49,11 +52,27 @@ impl Lifeline {
         Ok((Self { socket: ours, target: None }, started))
     }
 
-    /// Whether the target is known to have ended without a connection. Waits a moment for it, and not beyond `remaining`.
-    pub(crate) fn is_cut(&mut self, remaining: Duration) -> bool {
+    /// Waits for the end of a target that has said that it gives the connections away itself, and ends then.
+    pub(crate) fn wait_while_giving(&mut self, limit: Duration) {
+        self.look_for_target();
+        let Some(target) = &self.target else { return };
+        let mut words = [0; 2];
+        let said = recv(&self.socket, &mut words, RecvFlags::DONTWAIT).map_or(0, |(count, _)| count);
+        if words[..said].contains(&GIVES[0]) {
+            let limit = limit.try_into().expect("a time limit fits");
+            let _ = poll(&mut [PollFd::new(target, PollFlags::IN)], Some(&limit));
+        }
+    }
+
+    fn look_for_target(&mut self) {
         if self.target.is_none() {
             self.target = self.receive();
         }
+    }
+
+    /// Whether the target is known to have ended without a connection. Waits a moment for it, and not beyond `remaining`.
+    pub(crate) fn is_cut(&mut self, remaining: Duration) -> bool {
+        self.look_for_target();
         let Some(target) = &self.target else { return false };
         let limit = LIMIT.min(remaining).try_into().expect("seconds fit");
         let mut ended = [PollFd::new(target, PollFlags::IN)];
@@ -83,10 +102,12 @@ impl Lifeline {
 pub(crate) struct Claim(Option<OwnedFd>);
 
 impl Claim {
-    /// Tells the source that connections are here, before the first one is.
-    pub(crate) fn has_taken(&mut self) {
-        if let Some(socket) = self.0.take() {
-            let _ = send(&socket, b"+", SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    /// Tells the source that connections are here, before the first one is; and whether this process ends when it has given
+    /// them away.
+    pub(crate) fn has_taken(&mut self, gives: bool) {
+        let Some(socket) = self.0.take() else { return };
+        for word in [Some(b"+"), gives.then_some(GIVES)].into_iter().flatten() {
+            let _ = send(&socket, word, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
         }
     }
 }

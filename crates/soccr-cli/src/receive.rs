@@ -197,7 +197,7 @@ impl soccr_handover::Recipient for Intake {
     }
 
     fn take(&mut self, _: &str) {
-        self.claim.has_taken();
+        self.claim.has_taken(self.recipient.is_soon_over());
     }
 }
 

@@ -15,6 +15,8 @@ use crate::{descriptors, exit};
 
 /// How long to watch a command that has what it needs.
 const PARTING: Duration = Duration::from_millis(200);
+/// How long, while a target on this host still gives away what it has.
+const GIVING: Duration = Duration::from_secs(60);
 
 /// A running command.
 #[derive(Debug)]
@@ -38,17 +40,20 @@ impl Via {
         Ok(Self { lifeline, child, to, from })
     }
 
-    /// Says so where the command fails after all is settled: a program that does not start does so at once.
-    pub(crate) fn part(mut self) {
+    /// Whether the command has not failed, as far as that is known: a program that does not start fails at once, and a target that
+    /// gives connections away itself says by its end whether it could.
+    pub(crate) fn part(mut self) -> bool {
         self.to = None;
+        let Ok(ended) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) else { return true };
+        self.lifeline.wait_while_giving(GIVING);
         let limit = PARTING.try_into().expect("a time limit fits");
-        let pid = Pid::from_child(&self.child);
-        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
-        let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit));
-        if let Ok(Some(status)) = self.child.try_wait()
-            && !status.success()
-        {
-            exit::complain(&format!("--via: the command has ended: {status}"));
+        let _ = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit));
+        match self.child.try_wait() {
+            Ok(Some(status)) if !status.success() => {
+                exit::complain(&format!("--via: the command has ended: {status}"));
+                false
+            }
+            _ => true,
         }
     }
 }

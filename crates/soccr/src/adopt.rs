@@ -39,6 +39,10 @@
 //! # Needs
 //! Linux 6.9; `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_NET_RAW` in the initial user namespace; `net.ipv4.tcp_syncookies` 1 or 2; `lo` up.
 //!
+//! # Several listeners
+//! Where servers share a port (`SO_REUSEPORT`) the kernel chooses one by the addresses of the connection, and nobody else can
+//! ([`Adopter::listeners`] tells which they are): the old server closes its listener before its connections move.
+//!
 //! # When to use it
 //! At boundaries of the application's protocol: a server that knows nothing of the connection's past gets it. Idle HTTP/1.1
 //! connections suit; TLS sessions, HTTP/2, logins and selected databases live in the old server and do not come along.
@@ -214,6 +218,15 @@ impl Adopter {
     pub fn is_accepted(&mut self, flow: Flow) -> Result<Option<bool>> {
         let inode = self.diag.find(flow.local, flow.remote, |socket| socket.inode);
         inode.map(|inode| inode.map(|inode| inode != 0)).map_err(|error| error.at("adopt"))
+    }
+
+    /// The inode numbers of the listeners for a connection: several, where they share the port (`SO_REUSEPORT`). The kernel
+    /// chooses one of them by the addresses of the connection.
+    ///
+    /// # Errors
+    /// The errors of `sock_diag(7)`.
+    pub fn listeners(&mut self, flow: Flow) -> Result<Vec<u32>> {
+        obstacle::listeners(&mut self.diag, flow).map_err(|error| error.at("adopt"))
     }
 
     fn adopt_one(&mut self, connection: &Connection) -> Result<Adopted> {

@@ -19,6 +19,8 @@ crate::tests![
     connections_enter_another_server_on_the_same_port,
     a_saved_connection_enters_a_server,
     without_a_server_they_stay,
+    what_a_full_queue_does_not_take_is_saved_and_told,
+    servers_that_share_a_port_share_what_comes,
     every_byte_arrives_while_clients_talk,
     a_killed_soccr_leaves_no_client_in_silence,
     the_demonstration_moves_between_servers,
@@ -236,6 +238,91 @@ fn a_killed_soccr_leaves_no_client_in_silence() {
         }
     }
     panic!("it makes more than {total} calls");
+}
+
+/// Listens, and accepts nothing.
+const IDLER: &str = r#"
+import signal, socket
+listener = socket.create_server(("", 7), backlog=1)
+signal.pause()
+"#;
+
+fn what_a_full_queue_does_not_take_is_saved_and_told() {
+    if !adoption_works() {
+        return;
+    }
+    let lab = Lab::new().unwrap();
+    let count = 5;
+    let old = lab.a.run(|| epoll("", "old ", count));
+    let mut clients: Vec<TcpStream> = (0..count).map(|_| lab.peer.run(|| connect((lab.a.v4, 7)))).collect();
+    clients.iter_mut().for_each(|client| assert_eq!(ask(client, "one", "old "), "old one"));
+    let directory = tempfile::tempdir().unwrap();
+    let output = lab.a.run(|| {
+        wait_for_listener(false);
+        let _new = Program::start(&mut python(IDLER, &[]));
+        wait_for_listener(true);
+        let via = format!("{SOCCR} receive --adopt");
+        let mut send = soccr(&["send", "--pid", &old.pid(), "--all", "--via", &via]);
+        send.current_dir(directory.path()).output().unwrap()
+    });
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{complaint}");
+    assert!(complaint.contains("is full") && complaint.contains("no connection is lost"), "{complaint}");
+    // The kernel lets one more in than the backlog says.
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), count - 2, "{complaint}");
+}
+
+/// Two processes listen on one port by SO_REUSEPORT: each names itself in its answers.
+const SHARED: &str = r#"
+import select, socket, sys
+listener = socket.create_server(("", 7), backlog=100, reuse_port=True)
+poll, connections = select.epoll(), {}
+poll.register(listener, select.EPOLLIN)
+while True:
+    for fd, _ in poll.poll():
+        if fd == listener.fileno():
+            connection, _ = listener.accept()
+            connections[connection.fileno()] = connection
+            poll.register(connection, select.EPOLLIN)
+        elif data := connections[fd].recv(100):
+            connections[fd].sendall(sys.argv[1].encode() + data)
+        else:
+            poll.unregister(fd)
+            del connections[fd]
+"#;
+
+fn servers_that_share_a_port_share_what_comes() {
+    if !adoption_works() {
+        return;
+    }
+    let count = 20;
+    let lab = Lab::new().unwrap();
+    let old = lab.a.run(|| epoll("", "old ", count));
+    let mut clients: Vec<TcpStream> = (0..count).map(|_| lab.peer.run(|| connect((lab.a.v4, 7)))).collect();
+    clients.iter_mut().for_each(|client| assert_eq!(ask(client, "one", "old "), "old one"));
+    lab.a.run(|| {
+        wait_for_listener(false);
+        let listeners = || {
+            let mut found = 0;
+            let visit = |socket: &Socket<'_>| {
+                found += usize::from(socket.state == State::Listen && socket.local.port() == 7);
+            };
+            Diag::open().unwrap().visit(visit).unwrap();
+            found
+        };
+        let _servers = ["one ", "two "].map(|name| Program::start(&mut python(SHARED, &[name])));
+        wait_until("both listen", || listeners() == 2);
+        let via = format!("{SOCCR} receive --adopt");
+        let output = soccr(&["send", "--pid", &old.pid(), "--all", "--via", &via]).output().unwrap();
+        let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{complaint}");
+        assert!(complaint.contains("several processes listen on 192.0.2.1:7"), "{complaint}");
+        let mut names: Vec<String> =
+            clients.iter_mut().map(|client| ask(client, "two", "one ")[..4].to_owned()).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names, ["one ", "two "], "all {count} to one of them");
+    });
 }
 
 /// Ends a conversation, also where an assertion fails.
