@@ -267,8 +267,8 @@ impl Adopter {
         let _wide = match control.inq_len {
             0..=ALWAYS_FITS => None,
             _ => {
-                let receive = self.sysctls.buffer_for(connection)?;
-                Some(Wide::new(&obstacle::listeners(&mut self.diag, flow)?, receive))
+                let listeners = obstacle::listeners(&mut self.diag, flow)?;
+                Some(Wide::new(&listeners, wide::room_for(connection)))
             }
         };
         let made = self.make(connection, interface)?;

@@ -5,8 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::FileExt;
 
 use crate::adopt::program::Failure;
-use crate::buffers::RECEIVE_LOCK;
-use crate::connection::{Buffers, Connection, Flow, State};
+use crate::connection::{Connection, Flow, State};
 use crate::diag::{Diag, Socket};
 use crate::error::{Error, Result};
 use crate::settings::MD5;
@@ -174,7 +173,6 @@ pub(super) struct Sysctls {
     sack: File,
     timestamps: File,
     ecn: File,
-    buffers: File,
 }
 
 impl Sysctls {
@@ -190,26 +188,6 @@ impl Sysctls {
             sack: open("tcp_sack")?,
             timestamps: open("tcp_timestamps")?,
             ecn: open("tcp_ecn")?,
-            buffers: open("tcp_rmem")?,
-        })
-    }
-
-    /// A receive buffer for the queue, and no larger: the peer fills what it gets, and each move would make it larger still. One that
-    /// the application has fixed is as it was.
-    pub(super) fn buffer_for(&self, connection: &Connection) -> Result<u32> {
-        /// What the last segment may waste.
-        const REST: u32 = 16 << 10;
-        let mut text = [0; 64];
-        let failed = |error| Error::system("net.ipv4.tcp_rmem", error);
-        let length = self.buffers.read_at(&mut text, 0).map_err(failed)?;
-        let largest = text[..length].trim_ascii().rsplit(u8::is_ascii_whitespace).next();
-        let largest = largest.and_then(|number| std::str::from_utf8(number).ok()?.parse().ok()).unwrap_or(0);
-        let queue = connection.control.inq_len;
-        // A segment of ours takes 33,024 bytes for 32,000.
-        let room = queue + queue / 32 + REST;
-        Ok(match connection.buffers {
-            Some(Buffers { receive, lock, .. }) if lock & RECEIVE_LOCK != 0 => room.min(largest).max(receive),
-            had => room.min(largest.max(had.map_or(0, |had| had.receive))),
         })
     }
 

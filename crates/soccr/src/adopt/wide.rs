@@ -6,8 +6,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::buffers;
-use crate::connection::Buffers;
+use crate::connection::{Buffers, Connection};
 use crate::error::Result;
+
+/// A receive buffer for the queue of a connection, and no larger: the peer fills what it gets, and each move would make it larger
+/// still. One that the application has fixed is as it was.
+pub(super) fn room_for(connection: &Connection) -> u32 {
+    /// What the last segment may waste.
+    const REST: u32 = 16 << 10;
+    let queue = connection.control.inq_len;
+    // A segment of ours takes 33,024 bytes for 32,000.
+    let room = queue + queue / 32 + REST;
+    let fixed = connection.buffers.filter(|buffers| buffers.lock & buffers::RECEIVE_LOCK != 0);
+    room.max(fixed.map_or(0, |buffers| buffers.receive))
+}
 
 /// Listeners with large buffers. Dropping it gives them their own back.
 #[derive(Debug)]

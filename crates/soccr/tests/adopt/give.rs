@@ -185,7 +185,8 @@ pub fn a_buffer_hardly_grows_from_move_to_move() {
         ends.pair.a.run(|| adopter.give(&locker, vec![server.into()], DRAIN)).remove(0).unwrap();
         server = accept(&listener);
         let now = fill(&server);
-        assert!(now <= 2 * first, "{now} unread bytes, {first} before the first move");
+        // What the last segment may waste adds up to some hundred kB, and no further.
+        assert!(now <= 5 * first, "{now} unread bytes, {first} before the first move");
     }
 }
 
