@@ -81,15 +81,11 @@ impl Tracking {
 
 /// What is known about a connection in the network namespace of its socket, where that is more than its addresses.
 /// `None` as well where nothing is tracked, or nobody tells.
-pub(crate) fn read(
-    injectors: &mut Injectors,
-    socket: BorrowedFd<'_>,
-    flow: Flow,
-    state: State,
-) -> Option<Tracked> {
-    // A socket in CLOSE has forgotten its addresses.
-    let may_be_known = state == State::Close || has_entry(socket, flow) == Some(true);
-    may_be_known.then(|| read_by(injectors.netfilter(socket).ok()?, flow)).flatten()
+pub(crate) fn read(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> Option<Tracked> {
+    if has_entry(socket, flow) != Some(true) {
+        return None;
+    }
+    read_by(injectors.netfilter(socket).ok()?, flow)
 }
 
 /// Whether there is an entry for what the socket sends; `None` where the kernel cannot track connections. One call that
@@ -151,7 +147,7 @@ pub(crate) fn admit(
 }
 
 /// Whether anything in the network namespace of `socket` can come to look at an entry: the kernel tracks connections where
-/// rules ask for it, and costs of asking for rules are worth sparing where there were none a moment ago.
+/// rules ask for it. Where there were none a moment ago, nobody is asked again.
 fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> bool {
     static UNUSED: Recently = Recently::within(Duration::from_millis(10));
     if UNUSED.holds_at(socket) {
