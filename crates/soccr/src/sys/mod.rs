@@ -4,6 +4,7 @@
 pub(crate) mod bpf;
 pub(crate) mod descriptor;
 pub(crate) mod filter;
+pub(crate) mod ipv6;
 pub(crate) mod namespace;
 pub(crate) mod owner;
 pub(crate) mod raw;

@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::io;
 use std::mem::size_of;
-use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use soccr_netlink::{Family, Socket};
 
 use crate::error::{Error, Result};
 use crate::sys::route::Routes;
-use crate::sys::{descriptor, namespace, sockopt};
+use crate::sys::{descriptor, ipv6, namespace, sockopt};
 
 /// The firewall mark (`SO_MARK`) of every packet sent here: a lock lets it pass.
 pub(crate) const MARK: u32 = 0xc114;
@@ -282,12 +282,12 @@ fn beside<'a, T: AsFd + Send>(
 impl Injector {
     /// Opens a raw socket in the namespace of the calling thread.
     fn open(via: Via) -> io::Result<Self> {
-        let (family, kind, protocol) = match via {
-            Via::Ipv4 => (AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW)),
-            Via::Ipv6 => (AddressFamily::INET6, SocketType::RAW, Some(ipproto::RAW)),
-            Via::Loopback => (AddressFamily::PACKET, SocketType::DGRAM, None::<Protocol>),
+        let raw = |family, kind, protocol| socket_with(family, kind, SocketFlags::CLOEXEC, protocol);
+        let fd = match via {
+            Via::Ipv4 => raw(AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW))?,
+            Via::Ipv6 => ipv6::open()?,
+            Via::Loopback => raw(AddressFamily::PACKET, SocketType::DGRAM, None::<Protocol>)?,
         };
-        let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
         Ok(Self { fd, via, interface: Cell::new(0), priority: Cell::new(0) })
     }
@@ -312,20 +312,19 @@ impl Injector {
     pub(crate) fn send(&self, packet: &[u8], destination: SocketAddr) -> Result<()> {
         let flags = SendFlags::NOSIGNAL;
         let sent = match (self.via, destination.ip().to_canonical(), destination) {
-            (Via::Ipv4, IpAddr::V4(v4), _) => sendto(&self.fd, packet, flags, &SocketAddrV4::new(v4, 0)),
-            (Via::Ipv6, _, SocketAddr::V6(v6)) => {
-                let address = SocketAddrV6::new(*v6.ip(), 0, 0, v6.scope_id());
-                sendto(&self.fd, packet, flags, &address)
+            (Via::Ipv4, IpAddr::V4(v4), _) => {
+                sendto(&self.fd, packet, flags, &SocketAddrV4::new(v4, 0)).map(drop)
             }
+            (Via::Ipv6, _, SocketAddr::V6(v6)) => ipv6::send(self.fd.as_fd(), packet, v6),
             (Via::Loopback, address, _) => {
                 let protocol = if address.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 } as u16;
                 let device = Device { index: LOOPBACK, protocol, destination: [0; 6] };
-                sendto(&self.fd, packet, flags, &device)
+                sendto(&self.fd, packet, flags, &device).map(drop)
             }
             _ => Err(rustix::io::Errno::AFNOSUPPORT),
         };
         match sent {
-            Ok(_) => Ok(()),
+            Ok(()) => Ok(()),
             Err(errno @ rustix::io::Errno::PERM) => Err(Error::system("raw sendto", errno)
                 .advise("a firewall rule drops outgoing packets with mark 0xC114: let them pass on `lo`")),
             Err(errno) => Err(Error::system("raw sendto", errno)),

@@ -11,6 +11,7 @@ mod full;
 mod lessons;
 mod lock_faults;
 mod matrix;
+mod orphans;
 mod property;
 mod reset;
 mod stages;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         full: both_sides_full_on_ipv4_then_drained_25_times
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;
+        orphans: an_orphan_does_not_hold_its_link;
         property: every_connection_comes_back;
         reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused;
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
