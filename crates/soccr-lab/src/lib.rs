@@ -56,7 +56,9 @@ pub use rtnetlink::{VethEnd, veth};
 pub use segment::{Flags, Segment};
 pub use sniffer::Sniffer;
 pub use soccr_netlink::Rtnetlink;
-pub use sys::{attach_filter, set_option};
+pub use sys::{
+    Call, as_owner, attach_filter, let_fail, programs_on_lo, run_and_kill, run_and_watch, set_option,
+};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
 pub use wait::wait_until;

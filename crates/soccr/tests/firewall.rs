@@ -9,7 +9,8 @@ use std::time::Duration;
 use soccr::lock::PersistentLock;
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
-    Family, Flags, Host, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, harness, sysctl, wait_until,
+    Family, Flags, Host, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, sysctl,
+    wait_until,
 };
 
 fn main() -> ExitCode {
@@ -227,7 +228,7 @@ fn a_socket_belongs_to_its_owner_again() {
     let connect = |lab: &Lab| {
         let listener = lab.a.run(|| TcpListener::bind(lab.a.address(Family::V4, 80))).unwrap();
         let peer = lab.peer.run(|| TcpStream::connect(lab.a.address(Family::V4, 80))).unwrap();
-        (peer, sys::accept_as(OWNER, &listener))
+        (peer, as_owner(OWNER, || listener.accept().unwrap().0))
     };
     let Some(mut traveller) = Traveller::with("", connect) else { return };
     if rustix::fs::fstat(&traveller.ours).unwrap().st_uid != OWNER {
@@ -241,22 +242,6 @@ fn a_socket_belongs_to_its_owner_again() {
     traveller.travel().unwrap();
     let stat = rustix::fs::fstat(&traveller.ours).unwrap();
     assert_eq!((stat.st_uid, stat.st_gid), (OWNER, OWNER));
-}
-
-/// The system calls that no library wraps safely.
-#[allow(unsafe_code)]
-mod sys {
-    use super::{TcpListener, TcpStream};
-
-    /// Accepts a connection for another user, where that is allowed.
-    pub fn accept_as(owner: u32, listener: &TcpListener) -> TcpStream {
-        // SAFETY: the calls take numbers and touch no memory of ours.
-        let before = unsafe { (libc::setfsgid(owner), libc::setfsuid(owner)) };
-        let accepted = listener.accept().unwrap().0;
-        // SAFETY: as above.
-        unsafe { (libc::setfsuid(before.1 as u32), libc::setfsgid(before.0 as u32)) };
-        accepted
-    }
 }
 
 /// A connection from `a` to a listener on `b`, behind the firewall of `b`, with bytes that wait on both sides.

@@ -10,10 +10,9 @@ use soccr::adopt::Adopter;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
 use soccr::lock::PersistentLock;
-use soccr_lab::{Lab, TcpInfo, wait_until};
+use soccr_lab::{Lab, TcpInfo, programs_on_lo, run_and_kill, wait_until};
 
 use crate::programs::{Program, SOCCR, ask, connect, descriptors, fail, installed, python, soccr, succeed};
-use crate::steps::{programs_on_lo, run_and_kill};
 
 crate::tests![
     connections_enter_another_server_on_the_same_port,

@@ -14,13 +14,12 @@ use std::thread;
 use rustix::process::{Pid, Signal, kill_process};
 use soccr::lock::PersistentLock;
 use soccr::{Flow, Lock};
-use soccr_lab::{Lab, Side, wait_until};
+use soccr_lab::{Call, Lab, Side, run_and_kill, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, python,
     server, soccr,
 };
-use crate::steps::{Call, run_and_kill, run_and_watch};
 use crate::transfer::Move;
 
 crate::tests![

@@ -6,6 +6,7 @@ mod check;
 mod completions;
 mod demo;
 mod documents;
+mod idle;
 mod images;
 mod kill;
 mod list;
@@ -19,7 +20,7 @@ mod rescue;
 mod save;
 mod servers;
 mod steered;
-mod steps;
+mod targets;
 mod tls;
 mod transfer;
 mod trust;
@@ -36,6 +37,8 @@ fn main() -> std::process::ExitCode {
         save::tests(),
         servers::tests(),
         transfer::tests(),
+        targets::tests(),
+        idle::tests(),
         kill::tests(),
         list::tests(),
         nat::tests(),

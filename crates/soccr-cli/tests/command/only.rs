@@ -5,13 +5,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use soccr::settings::Value;
-use soccr_lab::wait_until;
+use soccr_lab::{run_and_kill, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, python, server,
     soccr, succeed,
 };
-use crate::steps::run_and_kill;
 
 crate::tests![
     an_image_that_is_there_is_not_replaced,

@@ -3,13 +3,12 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
-use soccr_lab::{Pair, wait_until};
+use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed, json,
     python, run, server, soccr, succeed,
 };
-use crate::steps::{let_fail, run_and_watch};
 
 crate::tests![
     a_list_says_whose_and_whether,

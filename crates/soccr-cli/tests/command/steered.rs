@@ -8,12 +8,11 @@ use serde_json::Value;
 use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, redirect};
 use soccr::{Flow, pause};
 use soccr_image::stream::{Message, Reader, Writer};
-use soccr_lab::{Flags, Lan, Sniffer, sysctl, wait_until};
+use soccr_lab::{Call, Flags, Lan, Sniffer, run_and_kill, sysctl, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, fail, installed, server_at, soccr, succeed,
 };
-use crate::steps::{Call, run_and_kill};
 
 crate::tests![
     steered_connections_wander_and_come_home,

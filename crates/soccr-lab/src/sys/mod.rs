@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod ring;
+mod steps;
 
 use std::ffi::c_int;
 use std::io;
@@ -10,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::thread::UnshareFlags;
 
 pub(crate) use ring::{Frame, Ring};
+pub use steps::{Call, let_fail, run_and_kill, run_and_watch};
 
 /// The namespaces that [`unshare`] makes.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +28,30 @@ pub(crate) fn unshare(flags: Unshare) -> io::Result<()> {
     };
     // SAFETY: the flags do not hold CLONE_FILES, so every thread goes on seeing the same descriptors.
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(Into::into)
+}
+
+/// Runs `make` with the user and the group that files, and so sockets, made by this thread belong to (`setfsuid(2)`). Where
+/// that is not allowed they stay the caller's.
+pub fn as_owner<T>(owner: u32, make: impl FnOnce() -> T) -> T {
+    // SAFETY: the calls take numbers and touch no memory of ours.
+    let before = unsafe { (libc::setfsgid(owner), libc::setfsuid(owner)) };
+    let made = make();
+    // SAFETY: as above.
+    unsafe { (libc::setfsuid(before.1 as u32), libc::setfsgid(before.0 as u32)) };
+    made
+}
+
+/// How many BPF programs look at what comes from `lo`, in the network namespace of the calling thread (`BPF_PROG_QUERY`).
+pub fn programs_on_lo() -> io::Result<u32> {
+    const QUERY: libc::c_long = 16;
+    const TCX_INGRESS: u32 = 46;
+    // target, attach type, two words of flags, the address of a list, its length, and more that stays zero.
+    let mut attribute = [0u32; 16];
+    attribute[..2].copy_from_slice(&[1, TCX_INGRESS]);
+    // SAFETY: the kernel reads and writes at most the given number of bytes, the size of `attribute`.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, QUERY, attribute.as_mut_ptr(), size_of_val(&attribute)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(attribute[6]) }
 }
 
 /// Sets a socket option whose value is plain bytes, never a structure with pointers (`setsockopt(2)`).

@@ -1,23 +1,31 @@
 //! A program watched, killed or failed at a chosen system call.
-#![allow(unsafe_code)]
 
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
 /// An entry into a system call.
+#[derive(Clone, Copy, Debug)]
 pub struct Call {
+    /// `SYS_…` of this architecture.
     pub number: i64,
+    /// As registers hold them.
     pub arguments: [u64; 6],
 }
 
 /// Runs a program, shows each system call of its first thread to `kill_at`, and kills it before the first for which that
 /// says so. Whether it was killed.
+///
+/// # Panics
+/// Where the program cannot be started or traced.
 pub fn run_and_kill(command: &mut Command, kill_at: impl FnMut(&Call) -> bool) -> bool {
     trace(command, kill_at).0
 }
 
 /// Runs a program and shows each system call of its first thread to `watch`, before it is made. Its exit code.
+///
+/// # Panics
+/// Where the program cannot be started or traced.
 pub fn run_and_watch(command: &mut Command, mut watch: impl FnMut(&Call)) -> Option<i32> {
     let (_, status) = trace(command, |call| {
         watch(call);
@@ -84,19 +92,6 @@ fn trace(command: &mut Command, mut kill_at: impl FnMut(&Call) -> bool) -> (bool
         }
         let _ = ptrace(libc::PTRACE_SYSCALL, child, signal as usize);
     }
-}
-
-/// How many BPF programs look at what comes from `lo`, in the network namespace of the calling thread (`BPF_PROG_QUERY`).
-pub fn programs_on_lo() -> io::Result<u32> {
-    const QUERY: libc::c_long = 16;
-    const TCX_INGRESS: u32 = 46;
-    // target, attach type, two words of flags, the address of a list, its length, and more that stays zero.
-    let mut attribute = [0u32; 16];
-    attribute[..2].copy_from_slice(&[1, TCX_INGRESS]);
-    // SAFETY: the kernel reads and writes at most the given number of bytes, the size of `attribute`.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, QUERY, attribute.as_mut_ptr(), size_of_val(&attribute)) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(attribute[6]) }
 }
 
 fn entry(child: &Child) -> Option<Call> {

@@ -1,0 +1,95 @@
+//! `send --idle`: what is in use stays.
+
+use std::io::{Read, Seek, Write};
+use std::process::Command;
+
+use soccr_lab::{Side, wait_until};
+
+use crate::programs::{hear, installed, json};
+use crate::transfer::Move;
+
+crate::tests![only_idle_connections_leave, what_is_no_longer_idle_stays,];
+
+impl Move {
+    fn signal(&self, signal: &str) {
+        assert!(Command::new("kill").args([signal, &self.old.pid()]).status().unwrap().success());
+    }
+
+    /// Stops the old server: from here on it reads nothing.
+    fn stop(&self) {
+        self.signal("-STOP");
+        let threads = format!("/proc/{}/task", self.old.pid());
+        wait_until("all its threads are stopped", || {
+            std::fs::read_dir(&threads).unwrap().all(|thread| {
+                let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+                status.contains("State:\tT")
+            })
+        });
+    }
+
+    /// The first client says something, which waits in the queue of the stopped server.
+    fn say_unread(&mut self) {
+        self.clients[0].write_all(b"unread").unwrap();
+        wait_until("it has arrived", || {
+            let sockets = json(&["list", "--json", "--pid", &self.old.pid(), "--state", "established"]);
+            sockets.iter().any(|socket| socket["receive_queue"] == 6)
+        });
+    }
+
+    /// The first connection is where it was, with everything that was said to it; the others have moved.
+    fn assert_first_stays(&mut self) {
+        // While it has nothing to say: at the other host its packets would draw a reset.
+        let first = self.clients.remove(0);
+        self.assert_lives_at(Side::B, "new ");
+        self.lab.steer(Side::A).unwrap();
+        self.signal("-CONT");
+        self.clients = vec![first];
+        assert_eq!(hear(&mut self.clients[0], 10), "old unread");
+        self.assert_lives_at(Side::A, "old ");
+    }
+}
+
+fn only_idle_connections_leave() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(3);
+    let (code, complaint) = moving.try_send(&["--all", "--idle", "86400", "--via", &moving.receive()]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(complaint.contains("no connection has been idle for 86400 s"), "{complaint}");
+    moving.stop();
+    moving.say_unread();
+    let (code, complaint) = moving.try_send(&["--all", "--idle", "0", "--via", &moving.receive()]);
+    assert_eq!(code, 0, "{complaint}");
+    assert!(complaint.contains("1 of 3 connections are in use, and stay"), "{complaint}");
+    moving.assert_first_stays();
+}
+
+fn what_is_no_longer_idle_stays() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(3);
+    moving.stop();
+    let directory = tempfile::tempdir().unwrap();
+    let [chosen, said] = ["chosen", "said"].map(|name| directory.path().join(name));
+    let via = format!(
+        "touch {}; until [ -e {} ]; do sleep 0.1; done; {}",
+        chosen.display(),
+        said.display(),
+        moving.receive()
+    );
+    let mut complaints = tempfile::tempfile().unwrap();
+    let mut sending = moving.send(&["--all", "--idle", "0", "--timeout", "60", "--via", &via]);
+    let mut sending = sending.stderr(complaints.try_clone().unwrap()).spawn().unwrap();
+    wait_until("the connections are chosen", || chosen.exists());
+    moving.say_unread();
+    std::fs::write(&said, "").unwrap();
+    let code = sending.wait().unwrap().code();
+    let mut complaint = String::new();
+    complaints.rewind().unwrap();
+    complaints.read_to_string(&mut complaint).unwrap();
+    assert_eq!(code, Some(3), "{complaint}");
+    assert!(complaint.contains("stays: it is in use again (--idle)"), "{complaint}");
+    moving.assert_first_stays();
+}
