@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use soccr_image::criu::{Stream, sockets};
 
-const FILES: &[u8] = include_bytes!("../../crates/soccr-image/tests/criu/files.img");
+const FILES: &[u8] = include_bytes!("../../crates/soccr-image/tests/criu/images/files.img");
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(stream) = Stream::parse(bytes) else { return };

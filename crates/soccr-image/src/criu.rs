@@ -25,7 +25,7 @@
 //! ```
 //! # let directory = tempfile::tempdir().unwrap();
 //! # for file in ["inventory.img", "files.img", "tcp-stream-a919e.img"] {
-//! #     std::fs::copy(format!("tests/criu/{file}"), directory.path().join(file)).unwrap();
+//! #     std::fs::copy(format!("tests/criu/images/{file}"), directory.path().join(file)).unwrap();
 //! # }
 //! use soccr_image::criu::Directory;
 //!

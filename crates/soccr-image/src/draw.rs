@@ -22,8 +22,8 @@ const WIDTH: usize = 78;
 /// ```
 ///
 /// ```
-/// # let bytes = include_bytes!("../tests/criu/tcp-stream-a919e.img");
-/// # let files = include_bytes!("../tests/criu/files.img");
+/// # let bytes = include_bytes!("../tests/criu/images/tcp-stream-a919e.img");
+/// # let files = include_bytes!("../tests/criu/images/files.img");
 /// # let sockets = soccr_image::criu::sockets(files)?;
 /// # let socket = sockets.into_iter().find(|socket| socket.inode == 0xa919e).unwrap();
 /// # let connection = socket.connection(soccr_image::criu::Stream::parse(bytes)?)?;

@@ -165,7 +165,7 @@ fn a_changed_bit_anywhere_is_seen() {
 
 #[test]
 fn other_formats_are_foreign() {
-    for bytes in [&b"\x7fELF\x02\x01\x01\0 and so on"[..], include_bytes!("criu/files.img")] {
+    for bytes in [&b"\x7fELF\x02\x01\x01\0 and so on"[..], include_bytes!("criu/images/files.img")] {
         assert_eq!(kind(read(bytes)), ErrorKind::Foreign);
     }
 }

@@ -18,7 +18,7 @@ crate::tests![
     every_subcommand_has_a_page,
 ];
 
-const DUMP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../soccr-image/tests/criu");
+const DUMP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../soccr-image/tests/criu/images");
 
 fn a_dump_is_listed() {
     let sockets = json(&["criu", "list", "--json", DUMP]);

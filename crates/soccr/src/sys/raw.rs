@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::io;
 use std::mem::size_of;
-use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -31,8 +31,10 @@ pub(crate) const LOOPBACK: u32 = 1;
 pub(crate) enum Via {
     /// Routed like our own: to a local address over `lo`, to the peer over its route.
     Ipv4,
-    /// The same for IPv6.
+    /// The same for IPv6, with a header that the kernel writes, see [`ipv6`].
     Ipv6,
+    /// The same for IPv6 in one piece of memory, however long, which adoption needs.
+    Ipv6Whole,
     /// Received from `lo`, past the rules for outgoing packets: for local addresses only.
     Loopback,
 }
@@ -53,7 +55,7 @@ impl Via {
             // A packet from `lo` would not reach a socket that is bound to another interface, and would be answered by a reset.
             Self::Loopback if ![0, LOOPBACK].contains(&interface) => Ok(false),
             Self::Loopback => routes.stay_here_from_lo(remote.ip(), local.ip()),
-            Self::Ipv4 | Self::Ipv6 => routes.end_here(local, interface),
+            Self::Ipv4 | Self::Ipv6 | Self::Ipv6Whole => routes.end_here(local, interface),
         };
         if stays.map_err(|error| Error::system("RTM_GETROUTE", error))? {
             return Ok(());
@@ -146,7 +148,7 @@ impl Ways {
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
             opened => opened.map(|injector| Some(Injector { fd: descriptor::high(injector.fd), ..injector })),
         };
-        let injectors = [open(Via::Ipv4)?, open(Via::Ipv6)?];
+        let injectors = [open(Via::Ipv4)?, open(Via::Ipv6Whole)?];
         Ok(Self { injectors, routes: Routes::open()?.kept(), stays: None })
     }
 
@@ -202,7 +204,7 @@ pub(crate) fn bound_interface(socket: BorrowedFd<'_>) -> u32 {
 /// not opened.
 #[derive(Debug, Default)]
 pub(crate) struct Injectors {
-    last: [Option<(u64, Injector)>; 3],
+    last: [Option<(u64, Injector)>; 4],
     routes: Option<(u64, Routes)>,
     netfilter: Option<(u64, Socket)>,
     /// What stays on this host, and when the kernel has said so.
@@ -286,6 +288,7 @@ impl Injector {
         let fd = match via {
             Via::Ipv4 => raw(AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW))?,
             Via::Ipv6 => ipv6::open()?,
+            Via::Ipv6Whole => raw(AddressFamily::INET6, SocketType::RAW, Some(ipproto::RAW))?,
             Via::Loopback => raw(AddressFamily::PACKET, SocketType::DGRAM, None::<Protocol>)?,
         };
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
@@ -316,6 +319,10 @@ impl Injector {
                 sendto(&self.fd, packet, flags, &SocketAddrV4::new(v4, 0)).map(drop)
             }
             (Via::Ipv6, _, SocketAddr::V6(v6)) => ipv6::send(self.fd.as_fd(), packet, v6),
+            (Via::Ipv6Whole, _, SocketAddr::V6(v6)) => {
+                let address = SocketAddrV6::new(*v6.ip(), 0, 0, v6.scope_id());
+                sendto(&self.fd, packet, flags, &address).map(drop)
+            }
             (Via::Loopback, address, _) => {
                 let protocol = if address.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 } as u16;
                 let device = Device { index: LOOPBACK, protocol, destination: [0; 6] };
