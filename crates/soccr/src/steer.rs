@@ -34,6 +34,10 @@
 //! # }
 //! ```
 //!
+//! # Between networks
+//! Where the hosts have no network in common, both make a [`Tunnel`] first; A then tells the peer what fits into it ([`narrow`]).
+//! Where the network of B lets no foreign sources pass, B answers through A ([`Foreign::answer_through`], [`redirect_answers`]).
+//!
 //! # Limits
 //! A keeps forwarding until the address moves; where A dies, the connections wait until another host has the address.
 //! Of a fragmented IP packet only the first fragment is steered. Each steered packet has a TTL that is one less.
