@@ -69,6 +69,19 @@ static void the_buffers_come_back(void)
 	}
 }
 
+/* Before Linux 6.9 nobody can read behind an urgent mark and leave the bytes there: then that is refused. */
+static int reads_behind_marks(void)
+{
+	int socket_ = socket(AF_INET, SOCK_STREAM, 0), offset;
+	socklen_t size = sizeof(offset);
+	int reads = !getsockopt(socket_, SOL_SOCKET, SO_PEEK_OFF, &offset, &size);
+
+	close(socket_);
+	if (!reads)
+		fprintf(stderr, "SKIPPED: urgent data: this kernel has no SO_PEEK_OFF for TCP\n");
+	return reads;
+}
+
 /* "abc", an urgent 'X', "ghi". */
 static struct pair urgent(void)
 {
@@ -86,7 +99,7 @@ static struct pair urgent(void)
 
 static void urgent_data_stays_urgent(void)
 {
-	for (int consumed = 0; consumed < 2; consumed++) {
+	for (int consumed = 0; consumed < 2 && reads_behind_marks(); consumed++) {
 		struct pair pair = urgent();
 		struct libsoccr_sk_data data;
 		char byte = 0;
@@ -107,7 +120,7 @@ static void urgent_data_stays_urgent(void)
 /* Nothing is lost, and nothing is read twice. */
 static void urgent_data_becomes_ordinary_in_68_bytes(void)
 {
-	for (int consumed = 0; consumed < 2; consumed++) {
+	for (int consumed = 0; consumed < 2 && reads_behind_marks(); consumed++) {
 		struct pair pair = urgent();
 		char byte;
 

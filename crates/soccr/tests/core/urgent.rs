@@ -58,6 +58,12 @@ fn carry(family: Family, reading: Reading, before: usize, behind: usize) {
         let refused = pause(&ends.ours).unwrap().save().unwrap_err();
         assert_eq!(refused.what(), "urgent data behind other unread bytes");
         assert_eq!(socket_oobinline(&ends.ours), Ok(reading == Reading::Inline));
+        if reading == Reading::OutOfBand {
+            assert_eq!(read_urgent(&ends.ours), Ok(byte));
+        }
+        if reading != Reading::Inline {
+            ends.to_us.remove(before);
+        }
         return ends.finish();
     }
     let connection = ends.take();
