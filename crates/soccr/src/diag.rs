@@ -21,6 +21,7 @@ use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 
 use crate::error::{Error, Result};
 use crate::flow::Flow;
+pub use crate::queue::hides_unread;
 use crate::state::State;
 use crate::sys::{descriptor, namespace, sockopt};
 use crate::tls;

@@ -1,7 +1,7 @@
 //! The bytes in the two queues: read without consuming them, written without sending them.
 
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -31,6 +31,15 @@ pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Ur
     let (to_mark, whole, unread_mark) = lengths?;
     let urgent = (to_mark < whole).then_some(Urgent { offset: to_mark, consumed: !unread_mark });
     Ok((whole, urgent))
+}
+
+/// Unread bytes are there that this kernel shows to nobody who leaves them to the application: behind an urgent mark, before
+/// Linux 6.9 (IPv6: 6.12). Such a connection cannot be saved. Nothing is changed by looking.
+pub fn hides_unread<Fd: AsFd + ?Sized>(socket: &Fd) -> bool {
+    let fd = socket.as_fd();
+    let peeks_behind = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF").is_ok();
+    let urgent = || recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok();
+    !peeks_behind && tcp::unread(fd).is_ok_and(|bytes| bytes > 0) && urgent()
 }
 
 /// The peer's FIN lies behind the `inq_len` bytes in the queue of a socket that has no connection any more, whose state does

@@ -132,7 +132,10 @@ fn look(holder: Holder) -> Option<&'static str> {
     match Process::open(holder.pid).ok()?.duplicate(holder.fd) {
         Ok(socket) => {
             let paused = Paused::take_over(socket.as_fd()).map(Paused::release).is_ok();
-            paused.then_some("paused: soccr resume")
+            match soccr::diag::hides_unread(&socket) {
+                true => Some("urgent data behind unread bytes: this kernel shows it to its process alone"),
+                false => paused.then_some("paused: soccr resume"),
+            }
         }
         Err(Errno::PERM) => Some("needs CAP_SYS_PTRACE over its process: run as root"),
         // It has ended, or closed it, a moment ago.

@@ -20,6 +20,7 @@ crate::tests![
     processes_without_descriptors_are_explained,
     children_that_have_the_connections_are_named,
     a_tracer_is_named,
+    what_urgent_data_hides_is_told,
 ];
 
 fn filters_choose() {
@@ -245,4 +246,35 @@ fn a_tracer_is_named() {
     let image = directory.path().join("image").display().to_string();
     let complaint = fail(1, &["save", "--pid", &server.pid(), "--fd", &fd, "-o", &image]);
     assert!(complaint.contains(&format!("pid {} (python3) traces it", tracer.pid())), "{complaint}");
+}
+
+/// Accepts a connection, and reads of it when it is told to.
+const SLOW: &str = r#"
+import socket, sys
+connection = socket.create_server(("127.0.0.1", 7)).accept()[0]
+sys.stdin.readline()
+"#;
+
+/// Whether it can be saved depends on the kernel; what is said of that does not.
+fn what_urgent_data_hides_is_told() {
+    if !installed("python3") {
+        return;
+    }
+    let mut server = Program::start(python(SLOW, &[]).stdin(Stdio::piped()));
+    let mut client = connect(([127, 0, 0, 1], 7));
+    let list = ["list", "--json", "--state", "established", "--pid", &server.pid()];
+    client.write_all(b"abc").unwrap();
+    rustix::net::send(&client, b"X", rustix::net::SendFlags::OOB).unwrap();
+    client.write_all(b"ghi").unwrap();
+    wait_until("it has arrived", || json(&list).iter().any(|socket| socket["receive_queue"] == 7));
+    let socket = &json(&list)[0];
+    let fd = socket["processes"][0]["fd"].to_string();
+    let save = soccr(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]).output().unwrap();
+    let complaint = String::from_utf8(save.stderr).unwrap();
+    assert_eq!(socket["savable"], save.status.success(), "{socket} {complaint}");
+    if !save.status.success() {
+        assert!(socket["why_not"].as_str().unwrap().contains("urgent"), "{socket}");
+        assert!(complaint.contains("urgent"), "{complaint}");
+    }
+    drop(server.0.stdin.take());
 }

@@ -105,14 +105,19 @@ fn carry(source: &Sysctls, target: &Sysctls, peer: &Peer, family: Family) {
     let sizes = restored.report().get("snd_mss").unwrap().values().unwrap();
     assert!(sizes[0].abs_diff(sizes[1]) <= 12, "{family:?}: {report}");
     ends.resume(restored);
-    let after = exercise(&ends);
-    for ((way, before), after) in ["to the peer", "to us"].iter().zip(before).zip(after) {
-        // The segments of a busy machine differ.
-        assert!(
-            2 * after > before,
-            "{family:?}, bytes per segment {way}: {after} instead of {before}\n{report}"
-        );
+    // The segments of a busy machine differ: what is wrong with them stays wrong.
+    let mut after = [0; 2];
+    let is_near = |after: [usize; 2]| (0..2).all(|way| 2 * after[way] > before[way]);
+    for _ in 0..5 {
+        after = exercise(&ends);
+        if is_near(after) {
+            break;
+        }
     }
+    assert!(
+        is_near(after),
+        "{family:?}, bytes per segment to the peer and to us: {after:?} instead of {before:?}\n{report}"
+    );
     ends.finish();
 }
 

@@ -113,7 +113,15 @@ pub fn up_to_64_mib() {
     assert_eq!((error.kind(), error.step()), (soccr::ErrorKind::Refused, "unread"));
     assert!(connection == saved, "a refusal has changed it");
     connection.unread(&bytes[1..]).unwrap();
-    ends.restore_and_resume(&connection);
+    let restored = match ends.restore(&connection) {
+        // What the kernel lets an ordinary user have depends on the memory of the machine.
+        Err(error) if error.remedy().contains("net.core.rmem_max") => {
+            eprintln!("\nSKIPPED: unread::up_to_64_mib: {error}\n");
+            return;
+        }
+        restored => restored.unwrap(),
+    };
+    ends.resume(restored);
     ends.to_us.remove(0);
     ends.finish();
 }
