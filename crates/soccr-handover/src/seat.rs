@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 use soccr::connection::{ControlBlock, State};
-use soccr::settings::Value;
+use soccr::settings::{Settings, Value};
 use soccr::{Connection, Flow};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -23,6 +23,8 @@ pub struct Seat {
     is_own: bool,
     /// A connection with kernel TLS that has been read out of its socket: it is nowhere else.
     value: Option<Box<Connection>>,
+    /// What the socket has of its process.
+    process: Settings,
 }
 
 impl AsFd for Seat {
@@ -34,13 +36,19 @@ impl AsFd for Seat {
 impl Seat {
     /// A socket whose connection has these addresses.
     pub fn new(socket: OwnedFd, flow: Flow) -> Self {
-        Self { socket, flow, is_own: false, value: None }
+        Self { socket, flow, is_own: false, value: None, process: Settings::default() }
     }
 
     /// The same, where no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS can
     /// leave, whose socket cannot be disconnected; see [`soccr::tls`].
     pub fn own(socket: OwnedFd, flow: Flow) -> Self {
         Self { is_own: true, ..Self::new(socket, flow) }
+    }
+
+    /// Notes whose socket it is: see [`Settings::note_process`].
+    pub(crate) fn of_process(mut self, process: &str) -> Self {
+        self.process.note_process(process);
+        self
     }
 
     /// The addresses of the connection.
@@ -72,6 +80,9 @@ impl Seat {
         }
         let paused = self.pause()?;
         paused.save_into(connection)?;
+        for (name, value) in self.process.iter() {
+            connection.settings.set(name, value.clone());
+        }
         Ok(paused.resume()?)
     }
 

@@ -11,6 +11,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use rustix::net::sockopt::socket_reuseaddr;
 use rustix::process::{Pid, Signal, kill_process};
 use soccr::lock::PersistentLock;
 use soccr::{Flow, Lock};
@@ -210,6 +211,13 @@ fn a_socket_does_not_stay_in_repair() {
     let mut client = connect(([127, 0, 0, 1], 7));
     assert_eq!(ask(&mut client, "one", ""), "one");
     let fd = descriptors(&server.pid()).remove(0);
+    // No longer than for a look: whoever shares the socket is stopped as well.
+    let reuses_address = || {
+        use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+        let process = pidfd_open(Pid::from_raw(server.0.id() as i32).unwrap(), PidfdFlags::empty()).unwrap();
+        let socket = pidfd_getfd(process, fd.parse().unwrap(), PidfdGetfdFlags::empty()).unwrap();
+        socket_reuseaddr(&socket).unwrap()
+    };
     // Repair mode lasts from the first call that sets TCP_REPAIR to the second.
     let sets_repair = |call: &Call| {
         let option = [libc::SOL_TCP as u64, libc::TCP_REPAIR as u64];
@@ -226,6 +234,7 @@ fn a_socket_does_not_stay_in_repair() {
         });
         assert_runs(&server.pid());
         assert_eq!(ask(&mut client, "more", ""), "more", "killed after {steps} calls");
+        assert!(reuses_address(), "SO_REUSEADDR, killed after {steps} calls");
         if !killed {
             break;
         }

@@ -18,6 +18,7 @@ pub struct Captive {
     inode: u64,
     socket: OwnedFd,
     peer: Option<SocketAddr>,
+    process: String,
 }
 
 impl AsFd for Captive {
@@ -54,7 +55,7 @@ impl Captive {
         let name = format!("pid {} fd {fd}", process.pid());
         let socket = process.descriptor(fd).with_context(|| name.clone())?;
         let inode = process::inode(&socket)?;
-        Ok(Self { name, inode, socket, peer: None })
+        Ok(Self { name, inode, socket, peer: None, process: process.pid().to_string() })
     }
 
     fn is_tcp(&self) -> bool {
@@ -88,7 +89,7 @@ impl Captive {
     /// Those of [`flow`](Self::flow).
     pub fn into_seat(self) -> Result<Seat> {
         let flow = self.flow()?;
-        Ok(Seat::new(self.socket, flow))
+        Ok(Seat::new(self.socket, flow).of_process(&self.process))
     }
 
     fn addresses(&self) -> Result<Flow> {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use rustix::net::sockopt;
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use soccr::{Flow, Paused};
 
@@ -113,6 +114,8 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     // Those are somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
     let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
+    // Repair mode destroys it.
+    let reuse: Vec<_> = sockets.iter().map(sockopt::socket_reuseaddr).collect();
     let mut filling = vec![false; sockets.len()];
     let mut stopped = None;
     if answer(&mut talk, Ok(())).is_ok() {
@@ -138,10 +141,13 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
         }
     }
     let ours = paused_before.into_iter().map(|before| !before);
-    for ((socket, filling), _) in sockets.iter().zip(filling).zip(ours).filter(|(_, ours)| *ours) {
+    for (((socket, filling), reuse), _) in
+        sockets.iter().zip(filling).zip(reuse).zip(ours).filter(|(_, ours)| *ours)
+    {
         // An error here: it is not in repair mode.
         let Ok(paused) = Paused::take_over(socket.as_fd()) else { continue };
         let _ = if filling { paused.detach() } else { paused.resume() };
+        let _ = reuse.map(|reuse| sockopt::set_socket_reuseaddr(socket, reuse));
     }
     // What is still here has not left: a source that has died in between no longer says so.
     let here: Vec<Flow> = sockets.iter().filter_map(|socket| Flow::of(socket).ok()).collect();

