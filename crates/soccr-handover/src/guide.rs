@@ -29,7 +29,7 @@ impl Path {
     pub(crate) fn told(&self) -> Option<Steered> {
         let Self { hops, tunnel, answers } = self;
         let from = hops.iter().filter_map(|hop| hop.sees().ok().flatten()).collect();
-        (!hops.is_empty() || tunnel.is_some()).then(|| Steered { from, tunnel: *tunnel, answers: *answers })
+        (!hops.is_empty() || tunnel.is_some()).then_some(Steered { from, tunnel: *tunnel, answers: *answers })
     }
 
     /// Where connections of an address family go.
