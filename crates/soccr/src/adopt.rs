@@ -152,7 +152,7 @@ impl Adopter {
     /// Checks, without touching anything, that a connection can be adopted here: its state, and the listener for it.
     ///
     /// # Errors
-    /// Refused, with the reason and the remedy: a state other than ESTABLISHED and CLOSE_WAIT, urgent data, TCP MD5; no
+    /// Refused, with the reason and the remedy: a state other than ESTABLISHED and CLOSE_WAIT, urgent data, TCP MD5, kernel TLS; no
     /// listener, one that speaks MPTCP, one whose queue is full, one that is bound to a device by which the peer does not come;
     /// a sysctl without which an option would be lost. A send queue is no obstacle here, since [`give`](Self::give) drains it.
     pub fn check(&mut self, connection: &Connection) -> Result<()> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{APPLICATION_DATA, Cipher, Secrets, Summary, Tls, Version};
 use crate::buffers::{self, Memory};
-use crate::connection::{Buffers, Flow};
+use crate::connection::Flow;
 use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::sys::tcp;
@@ -16,6 +16,12 @@ const SETTLE: &str = "call `soccr::tls::settle` before the lock, while nobody wr
 
 /// With less, the kernel may take the beginning of a record out of TCP, and nothing shows it (`SO_RCVBUF` in bytes).
 const LEAST_RECEIVE_BUFFER: u32 = 32_000;
+
+/// Many records of the largest size, in bytes.
+const MORE_ROOM: u32 = 1 << 20;
+
+/// The unit in which the kernel reserves memory for sockets: a page, or a part of one.
+const QUANTUM: u32 = 4096;
 
 /// Longer waits would be felt, shorter ones only compute.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
@@ -139,11 +145,10 @@ fn fin_queued(fd: BorrowedFd<'_>) -> Result<u32> {
 
 /// Bytes lie between the application and TCP.
 ///
-/// No call tells, but the kernel's book-keeping does: it reserves memory for a socket by pages, and what is neither free nor
+/// No call tells, but the kernel's book-keeping does: it reserves memory for a socket in such units, and what is neither free nor
 /// charged to one of TCP's queues is charged to the TLS layer.
 fn holds_bytes(memory: &Memory) -> bool {
-    let page = rustix::param::page_size() as u32;
-    !memory.reserved.is_multiple_of(page)
+    !memory.reserved.is_multiple_of(QUANTUM)
 }
 
 /// Brings a socket with kernel TLS to where [`save`](crate::Paused::save) can read it whole: no record is open
@@ -170,10 +175,14 @@ fn settle_layer(fd: BorrowedFd<'_>, tls: &Tls, deadline: Instant) -> Result<()> 
         _ => Err(error),
     });
     sent.map_err(|error| Error::system("sendmsg", error))?;
-    // A larger send buffer, once it is set, sets half records in motion.
+    // A larger send buffer, once it is set, sets half records in motion. Without the privilege it could only become smaller.
     let before = buffers::read(fd)?.buffers;
-    let grown = Buffers { send: before.send.saturating_add(2 << 20).min(i32::MAX as u32), ..before };
-    let waited = buffers::write(fd, before, grown).and_then(|_| wait(fd, tls, deadline));
+    let larger = (before.send / 2).saturating_add(MORE_ROOM).min(i32::MAX as u32 / 2) as i32;
+    match tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, "SO_SNDBUFFORCE", larger) {
+        Err(error) if error.errno() == Some(libc::EPERM) => return wait(fd, tls, deadline),
+        grown => grown?,
+    }
+    let waited = wait(fd, tls, deadline);
     let now = buffers::read(fd)?.buffers;
     buffers::write(fd, now, before)?;
     waited
