@@ -12,7 +12,8 @@
 //! ```
 //!
 //! - [`settle`] comes before the lock, while nobody writes. Where the kernel decrypts, it waits until the peer has acknowledged
-//!   everything: such a socket does not show its send queue.
+//!   everything, since such a socket does not show its send queue, and until no record can have arrived in part to where nothing
+//!   shows it: bytes are in TCP's queue, or none have come for a retransmission timeout.
 //! - The guard carries TLS where it is told to ([`with_tls`](crate::Paused::with_tls)). Where the kernel decrypts,
 //!   [`save`](crate::Paused::save) *reads* what has arrived. From then on the value alone has
 //!   it: the socket is not resumed any more, and whoever wants to go back restores the value.

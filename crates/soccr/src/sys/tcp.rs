@@ -79,7 +79,8 @@ pub(crate) struct TcpInfo {
     fackets: u32,
     last_data_sent: u32,
     last_ack_sent: u32,
-    last_data_recv: u32,
+    /// Milliseconds.
+    pub(crate) last_data_recv: u32,
     last_ack_recv: u32,
     pmtu: u32,
     pub(crate) rcv_ssthresh: u32,

@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use super::{APPLICATION_DATA, Record};
+use crate::buffers;
 use crate::connection::QUEUE_LIMIT;
 use crate::error::{Error, Result};
 use crate::queue::changed;
@@ -31,6 +32,7 @@ impl Arrived {
     ///
     /// Whole records first: what is taken past the TLS layer must not be one that it has begun to look at (CVE-2025-38616).
     pub(crate) fn take_in(&mut self, fd: BorrowedFd<'_>) -> Result<()> {
+        widen(fd)?;
         tcp::set_repair(fd, Repair::OffNoProbe)?;
         let read = self.take_records(fd).and_then(|()| self.take_rest(fd));
         // Out of repair mode the socket would reset the peer when it is closed, so one failure is not the last word.
@@ -88,4 +90,17 @@ impl Arrived {
             _ => Err(changed()),
         }
     }
+}
+
+/// A nearly full receive buffer makes the kernel take the beginning of a record out of TCP to where nothing shows it: it gets a
+/// larger one while it is read. What was saved of it stays.
+fn widen(fd: BorrowedFd<'_>) -> Result<()> {
+    let memory = buffers::read(fd)?;
+    if memory.receive_queue <= memory.buffers.receive / 2 {
+        return Ok(());
+    }
+    let larger = memory.buffers.receive.saturating_mul(2).min(i32::MAX as u32 / 2) as i32;
+    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, "SO_RCVBUFFORCE", larger).map_err(|error| {
+        error.advise("TLS records hide in a full receive buffer: let the application read, or run as root")
+    })
 }

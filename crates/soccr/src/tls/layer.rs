@@ -15,7 +15,7 @@ use crate::sys::tls::{self, Direction};
 const SETTLE: &str = "call `soccr::tls::settle` before the lock, while nobody writes";
 
 /// With less, the kernel may take the beginning of a record out of TCP, and nothing shows it (`SO_RCVBUF` in bytes).
-const LEAST_RECEIVE_BUFFER: u32 = 32_000;
+const LEAST_RECEIVE_BUFFER: u32 = 65_536;
 
 /// Many records of the largest size, in bytes.
 const MORE_ROOM: u32 = 1 << 20;
@@ -117,7 +117,7 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls) -> Result
             let what = format!("kernel TLS with a receive buffer of {} bytes", memory.buffers.receive);
             return Err(refused(
                 what,
-                "it hides half records: let the application set SO_RCVBUF to 16000 or more",
+                "it hides half records: let the application set SO_RCVBUF to 32768 or more",
             ));
         }
         if tcp::at_mark(fd)? {
@@ -125,6 +125,9 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls) -> Result
                 "an urgent mark in a TLS connection",
                 "the kernel decrypts nothing behind it",
             ));
+        }
+        if !shows_all(fd)? {
+            return Err(refused("kernel TLS that may have begun to read a record", SETTLE));
         }
         if tcp::unacknowledged(fd)? > fin_queued(fd)? {
             let what = "unacknowledged bytes of a socket on which the kernel decrypts";
@@ -141,6 +144,16 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls) -> Result
 fn fin_queued(fd: BorrowedFd<'_>) -> Result<u32> {
     let state = crate::save::state(fd)?;
     Ok(u32::from(state.fin_queued() && !state.fin_acknowledged()))
+}
+
+/// No beginning of a record has been taken out of TCP, as the kernel does where the receive buffer is nearly full. Nothing shows
+/// it, but then TCP's queue is empty, and the peer is about to send the rest: it has a retransmission timeout's time.
+fn shows_all(fd: BorrowedFd<'_>) -> Result<bool> {
+    let info = tcp::info(fd)?;
+    let quiet = Duration::from_millis(info.last_data_recv.into());
+    Ok(tcp::unread(fd)? > 0
+        || quiet >= Duration::from_micros(info.rto.into())
+        || crate::save::kernel_state(&info)?.fin_received())
 }
 
 /// Bytes lie between the application and TCP.
@@ -191,13 +204,15 @@ fn settle_layer(fd: BorrowedFd<'_>, tls: &Tls, deadline: Instant) -> Result<()> 
 fn wait(fd: BorrowedFd<'_>, tls: &Tls, deadline: Instant) -> Result<()> {
     loop {
         let unacknowledged = tcp::unacknowledged(fd)?;
-        let drained = tls.receive.is_none() || unacknowledged <= fin_queued(fd)?;
+        let drained = tls.receive.is_none() || (unacknowledged <= fin_queued(fd)? && shows_all(fd)?);
         if drained && (tls.transmit.is_none() || !holds_bytes(&buffers::read(fd)?)) {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            let what = format!("{unacknowledged} bytes that the peer does not acknowledge");
-            let remedy = "a socket on which the kernel decrypts cannot be saved with them: let the peer read, or wait longer";
+            let what = format!(
+                "{unacknowledged} bytes that the peer does not acknowledge, or a record that goes on arriving"
+            );
+            let remedy = "a socket on which the kernel decrypts cannot be saved like that: let the peer read, or wait longer";
             return Err(refused(what, remedy));
         }
         std::thread::sleep(LOOK_AGAIN);
