@@ -7,10 +7,14 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use soccr::steer::Steering;
+use soccr_lab::{Flags, Lan, Sniffer};
+
 soccr_lab::tests![
     a_server_is_replaced_three_times,
     a_chat_room_moves_while_everybody_talks,
     a_proxy_moves_between_two_answers,
+    a_balancer_leaves_the_data_path,
 ];
 
 struct Example(Child);
@@ -157,4 +161,29 @@ fn a_proxy_moves_between_two_answers() {
             answers(&proxy, client);
         }
     }
+}
+
+fn a_balancer_leaves_the_data_path() {
+    let lan = Lan::new().unwrap();
+    let mut resets = Sniffer::flagged(&lan.peer.namespace, "eth0", Flags::RST).unwrap();
+    let on = |host: usize, arguments: &[&str]| {
+        let mut program = lan.hosts[host].run(|| Example::start("offload", arguments));
+        assert_eq!(program.says(), "ready\n");
+        program
+    };
+    let _a = on(1, &["backend", "a", "192.0.2.2", "192.0.2.1:9000"]);
+    let _b = on(2, &["backend", "b", "192.0.2.3", "192.0.2.1:9000"]);
+    let _front = on(0, &["front", "192.0.2.1:80", "192.0.2.1:9000", "192.0.2.2", "192.0.2.3"]);
+    let mut client = lan.peer.run(|| connect("192.0.2.1:80"));
+    // To the one, to the other by way of the front, and back.
+    for (backend, length) in [("a", 10), ("a", 300_000), ("b", 4096), ("b", 0), ("a", 1_000_000)] {
+        write!(client, "GET /{backend}/{length} HTTP/1.1\r\n\r\n").unwrap();
+        hears(&client, &format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{}", "x".repeat(length)));
+        // Who answers is seen: where the connection is.
+        let host = if backend == "a" { 1 } else { 2 };
+        let steered = lan.hosts[0].run(|| Steering::list().unwrap()[0].contents().unwrap());
+        assert_eq!(steered.len(), 1);
+        assert_eq!(steered[0].next_hop, std::net::IpAddr::from(lan.hosts[host].v4));
+    }
+    assert_eq!(resets.segments().unwrap().len(), 0);
 }

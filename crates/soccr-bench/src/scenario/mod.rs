@@ -5,6 +5,7 @@ mod handover;
 mod lock;
 mod memory;
 mod moves;
+mod offload;
 mod restore;
 mod save;
 mod speed;
@@ -31,4 +32,5 @@ pub(crate) const ALL: &[(&str, Run)] = &[
     ("stall", stall::run),
     ("speed", speed::run),
     ("steer", steer::run),
+    ("offload", offload::run),
 ];
