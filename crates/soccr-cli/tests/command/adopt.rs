@@ -10,7 +10,7 @@ use soccr::adopt::Adopter;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
 use soccr::lock::PersistentLock;
-use soccr_lab::{Lab, TcpInfo, programs_on_lo, run_and_kill, wait_until};
+use soccr_lab::{Lab, TcpInfo, programs_on_lo, run_and_kill, sysctl, wait_until};
 
 use crate::programs::{Program, SOCCR, ask, connect, descriptors, fail, installed, python, soccr, succeed};
 
@@ -357,6 +357,8 @@ fn every_byte_arrives_while_clients_talk() {
         let stdout = BufReader::new(server.0.stdout.take().unwrap());
         (server, stdout)
     };
+    // With the kernel's own limit a flood fills buffers of 33 MB, which take longer to move than a client waits.
+    lab.a.run(|| sysctl("net/ipv4/tcp_rmem", "4096 131072 1048576")).unwrap();
     let mut old = lab.a.run(start);
     let client = lab.peer.run(|| connect((lab.a.v4, 7)));
     let moves = 10;
