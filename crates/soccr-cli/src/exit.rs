@@ -57,7 +57,8 @@ pub(crate) fn report(outcome: Result<Exit>) -> ExitCode {
 
 /// Prints one line on standard error.
 pub(crate) fn complain(line: &str) {
-    anstream::eprintln!("soccr: {line}");
+    // Connections must not be lost because nobody reads it.
+    let _ = writeln!(anstream::stderr(), "soccr: {line}");
 }
 
 /// An error with everything that it is about. The errors of the libraries tell their cause themselves.

@@ -21,6 +21,7 @@ use soccr::Connection;
 
 use crate::adopt::Server;
 use crate::exit::{Coded, Exit};
+use crate::parting::Parting;
 use crate::relay::{Protocol, Relay};
 use crate::rescue::rescue;
 use crate::signals::Deaf;
@@ -178,16 +179,24 @@ impl Recipient {
 
     /// Gives the connections away. Where that is a program, this one becomes it, and heeds signals again. What cannot be
     /// given is [rescued](rescue).
-    pub(crate) fn give(self, mut connections: Vec<TcpStream>, deaf: Deaf) -> Result<Exit> {
+    pub(crate) fn give(
+        self,
+        mut connections: Vec<TcpStream>,
+        deaf: Deaf,
+        mut parting: Parting,
+    ) -> Result<Exit> {
         let given = match self {
             Self::Socket(socket) => send(&socket, &mut connections).map(|()| Exit::Done),
             Self::Program { path, arguments, stdio } => {
-                execute(&path, &arguments, stdio, &mut connections, deaf)
+                execute(&path, &arguments, stdio, &mut connections, deaf, &mut parting)
             }
             Self::Server(server) => server.give(&mut connections).map(|()| Exit::Done),
-            Self::Relay(relay) => relay.give(&mut connections, deaf).map(|()| Exit::Done),
+            Self::Relay(relay) => relay.give(&mut connections, deaf, &mut parting).map(|()| Exit::Done),
         };
-        given.map_err(|error| rescue(&connections, &error))
+        given.map_err(|error| {
+            parting.fail();
+            rescue(&connections, &error)
+        })
     }
 }
 
@@ -223,12 +232,14 @@ fn execute(
     stdio: bool,
     connections: &mut [TcpStream],
     deaf: Deaf,
+    parting: &mut Parting,
 ) -> Result<Exit> {
     let mut command = Command::new(path);
     lifeline::hide(&mut command);
     descriptors::keep_limit_from(&mut command);
     command.arg0(&arguments[0]).args(&arguments[1..]);
     let end = FIRST + connections.len() as RawFd;
+    parting.leave(end)?;
     for connection in &mut *connections {
         // As systemd and inetd give them. A program that wants another mode sets it.
         let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
@@ -254,6 +265,8 @@ fn execute(
     // The program inherits what is ignored.
     drop(deaf);
     let error = command.exec();
+    // The attempt has given SIGPIPE its default back: a message that nobody reads would cost the connections.
+    sys::ignore(libc::SIGPIPE);
     bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
 }
 

@@ -52,16 +52,18 @@ impl Lifeline {
         Ok((Self { socket: ours, target: None }, started))
     }
 
-    /// Waits for the end of a target that has said that it gives the connections away itself, and ends then.
-    pub(crate) fn wait_while_giving(&mut self, limit: Duration) {
+    /// Waits for the end of a target that has said that it gives the connections away itself, and ends then. Whether it has.
+    pub(crate) fn wait_while_giving(&mut self, limit: Duration) -> bool {
         self.look_for_target();
-        let Some(target) = &self.target else { return };
+        let Some(target) = &self.target else { return false };
         let mut words = [0; 2];
         let said = recv(&self.socket, &mut words, RecvFlags::DONTWAIT).map_or(0, |(count, _)| count);
-        if words[..said].contains(&GIVES[0]) {
+        let gives = words[..said].contains(&GIVES[0]);
+        if gives {
             let limit = limit.try_into().expect("a time limit fits");
             let _ = poll(&mut [PollFd::new(target, PollFlags::IN)], Some(&limit));
         }
+        gives
     }
 
     fn look_for_target(&mut self) {

@@ -24,6 +24,7 @@ mod lock;
 mod man;
 mod nat;
 mod network;
+mod parting;
 mod pipe;
 mod progress;
 mod receive;

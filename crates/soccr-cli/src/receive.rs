@@ -1,29 +1,30 @@
 //! `soccr receive`: connections out of a pipe, for a program.
 
-use std::fs::OpenOptions;
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::value_parser;
 use soccr::Restored;
 use soccr_handover::channel::Pair;
-use soccr_handover::{Announced, Event, Limits, Mover, Offer, Origin, Terms};
+use soccr_handover::{Announced, Event, Limits, Mover, Offer, Origin, Received, Terms};
 use soccr_image::AddressMap;
 
 use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Reports, Trust};
 use crate::handover::{Handover, Recipient};
 use crate::lifeline::{self, Claim};
+use crate::parting::Parting;
 use crate::signals::Bell;
 use crate::{completions, descriptors, exit, network};
 
 /// Receive connections from `soccr send`, and give them to a program
 ///
 /// Reads standard input, and answers on standard output where the source listens (`soccr send --via`); the program then finds
-/// /dev/null as both. It starts when the source has sent everything, or is gone, provided that a connection has arrived.
+/// /dev/null as both, and as standard error where that is a pipe. It starts when the source has sent everything, or is gone, provided that a connection has arrived.
 #[derive(clap::Args, Debug)]
 #[command(
     override_usage = "\
@@ -35,6 +36,7 @@ soccr receive [OPTIONS] [--stdio] -- PROGRAM [ARGUMENT]...
 Examples:
   soccr send --pid 4711 --fd 5 --via 'ssh host soccr receive -- ./server'
   soccr send --pid 4711 --all --via 'soccr receive --netns /run/netns/blue -- ./server'
+  soccr send --pid 4711 --all --via 'ssh host soccr receive --detach --log server.log -- ./server'
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
   soccr send --pid 4711 --all --via 'soccr receive --adopt'     to the server that listens on that port now"
 )]
@@ -51,6 +53,12 @@ pub(crate) struct Receive {
     /// When packets for an address that this host does not have are delivered here, to what has been received
     #[arg(long, value_name = "WHEN", value_enum, default_value = "auto")]
     steered: Steered,
+    /// End when the program runs, which goes on in a session of its own: without it, ssh(1) stays as long as the program
+    #[arg(long)]
+    detach: bool,
+    /// Add to this file what the program writes on standard error. Else nothing keeps it where standard error is a pipe
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
     #[command(flatten)]
     demands: Demands,
     #[command(flatten)]
@@ -70,6 +78,16 @@ enum Steered {
 
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
+        let mut parting = match self.detach {
+            false => Parting::default(),
+            true => match Parting::detach()? {
+                Ok(parting) => parting,
+                Err(exit) => return Ok(exit),
+            },
+        };
+        if let Some(path) = &self.log {
+            parting.log_to(path)?;
+        }
         let claim = lifeline::claim()?;
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
@@ -88,8 +106,8 @@ impl Receive {
         let mover = self.mover(&counts)?;
         let (read, write) = (rustix::stdio::stdin(), rustix::stdio::stdout());
         let mut channel = Pair { read, write }.until(&bell, "this command has been asked to end");
-        let (arrived, outcome) =
-            mover.receive_all(&mut channel, terms.for_recipient(Arc::clone(&intake) as _));
+        let received = mover.receive_all(&mut channel, terms.for_recipient(Arc::clone(&intake) as _));
+        let Received { arrived, outcome, end, .. } = received;
         let deaf = bell.deafen();
         if let Err(error) = &outcome {
             exit::complain(&error.to_string());
@@ -101,7 +119,7 @@ impl Receive {
             exit::complain(&exit::line(&error));
         }
         if is_heard {
-            leave_pipe()?;
+            parting.leave_source(end)?;
         }
         let (failed, lost) = (counts.failed.load(Ordering::Relaxed), counts.lost.load(Ordering::Relaxed));
         if lost > 0 {
@@ -113,7 +131,7 @@ impl Receive {
             0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if failed > 0 || outcome.is_err() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
-            _ => recipient.give(streams, deaf),
+            _ => recipient.give(streams, deaf, parting),
         }
     }
 
@@ -199,12 +217,4 @@ impl soccr_handover::Recipient for Intake {
     fn take(&mut self, _: &str) {
         self.claim.has_taken(self.recipient.is_soon_over());
     }
-}
-
-/// Standard input and output were the pipes to the source, and it does not read the program's output.
-fn leave_pipe() -> Result<()> {
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null").context("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null).context("dup2")?;
-    rustix::stdio::dup2_stdout(&null).context("dup2")?;
-    Ok(())
 }

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown, sockopt};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
+use crate::parting::Parting;
 use crate::signals::Deaf;
 
 /// How long the server may take to accept a connection.
@@ -52,7 +53,12 @@ impl Relay {
     }
 
     /// Relays until every connection has ended. Where the server does not accept them, all are left in `connections`.
-    pub(crate) fn give(self, connections: &mut Vec<TcpStream>, deaf: Deaf) -> Result<()> {
+    pub(crate) fn give(
+        self,
+        connections: &mut Vec<TcpStream>,
+        deaf: Deaf,
+        parting: &mut Parting,
+    ) -> Result<()> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).context("epoll_create")?;
         let mut servers = Vec::with_capacity(connections.len());
         for (client, number) in connections.iter().zip(0..) {
@@ -66,6 +72,8 @@ impl Relay {
         }
         // Everything is given: who ends this process ends the connections.
         drop(deaf);
+        parting.leave(0)?;
+        *parting = Parting::default();
         let pairs = connections.drain(..).zip(servers).map(|(client, server)| {
             Some(Pair { ways: [Way::default(), Way::default()], sides: [client, server] })
         });

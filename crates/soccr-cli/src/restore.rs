@@ -14,6 +14,7 @@ use soccr_image::stream::{Message, Reader};
 use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
 use crate::handover::Handover;
+use crate::parting::Parting;
 use crate::signals::Deaf;
 use crate::{completions, consumed, descriptors, network};
 
@@ -98,7 +99,7 @@ impl Restore {
                 Err(error) => return Err(error.into()),
             }
         }
-        recipient.give(streams, deaf)
+        recipient.give(streams, deaf, Parting::default())
     }
 }
 

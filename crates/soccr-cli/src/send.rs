@@ -134,9 +134,10 @@ impl Send {
         let sending = mover.sending(departing).used_by(keeper).steered_to(path);
         let outcomes = match via {
             Some(mut via) => {
+                via.listen()?;
                 let outcomes = sending.through(&mut via);
                 report(&names, &outcomes);
-                failed += usize::from(!via.part());
+                failed += usize::from(!via.part(outcomes.iter().all(Outcome::is_moved)));
                 outcomes
             }
             None => {

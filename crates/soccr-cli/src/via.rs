@@ -1,19 +1,26 @@
 //! The command at the other end of a hand-over (`--via`), and the pipes to it.
 
-use std::io;
-use std::os::fd::AsFd;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use soccr_handover::channel::{Channel, Exchanged, Pair};
 
 use crate::lifeline::Lifeline;
+use crate::parting::is_pipe;
 use crate::{descriptors, exit};
 
-/// How long to watch a command that has what it needs.
+/// How much the pipe to the target holds, where that is allowed: a window of idle connections.
+const ROOM: usize = 1 << 20;
+
+/// How long a command that has failed may take to end.
 const PARTING: Duration = Duration::from_millis(200);
 /// How long, while a target on this host still gives away what it has.
 const GIVING: Duration = Duration::from_secs(60);
@@ -26,6 +33,8 @@ pub(crate) struct Via {
     /// `None` where nothing more is said to it.
     to: Option<ChildStdin>,
     from: ChildStdout,
+    /// Passed on by a thread, until the pipe is closed.
+    messages: Option<(OwnedFd, JoinHandle<()>)>,
 }
 
 impl Via {
@@ -33,27 +42,70 @@ impl Via {
     pub(crate) fn start(line: &str) -> Result<Self> {
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(line).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if is_pipe(rustix::stdio::stderr()) {
+            command.stderr(Stdio::piped());
+        }
         descriptors::keep_limit_from(&mut command);
         let (lifeline, mut child) =
             Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
         let (to, from) = (child.stdin.take(), child.stdout.take().context("--via: no pipes")?);
-        Ok(Self { lifeline, child, to, from })
+        if let Some(to) = &to {
+            // Fewer turns between the two; where so much is not allowed, it stays as it is.
+            let _ = fcntl_setpipe_size(to, ROOM);
+        }
+        Ok(Self { lifeline, child, to, from, messages: None })
     }
 
-    /// Whether the command has not failed, as far as that is known: a program that does not start fails at once, and a target that
-    /// gives connections away itself says by its end whether it could.
-    pub(crate) fn part(mut self) -> bool {
+    /// Passes on what the command writes on standard error, where ours is a pipe: who reads that to its end waits for us, and not for
+    /// what the command leaves behind. It starts a thread.
+    pub(crate) fn listen(&mut self) -> Result<()> {
+        let Some(mut stderr) = self.child.stderr.take() else { return Ok(()) };
+        let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC).context("pipe2")?;
+        let thread = std::thread::Builder::new().name("messages".into());
+        let thread = thread.spawn(move || pass_on(&mut stderr, &stopped)).context("a thread")?;
+        self.messages = Some((stop, thread));
+        Ok(())
+    }
+
+    /// Whether the command has not failed, as far as that is known: a target that gives connections away itself says by its end
+    /// whether it could.
+    pub(crate) fn part(mut self, all_moved: bool) -> bool {
         self.to = None;
-        let Ok(ended) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()) else { return true };
-        self.lifeline.wait_while_giving(GIVING);
-        let limit = PARTING.try_into().expect("a time limit fits");
-        let _ = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit));
+        let gives = self.lifeline.wait_while_giving(GIVING);
+        if (gives || !all_moved)
+            && let Ok(ended) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())
+        {
+            let limit = PARTING.try_into().expect("a time limit fits");
+            let _ = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit));
+        }
+        if let Some((stop, thread)) = self.messages.take() {
+            drop(stop);
+            let _ = thread.join();
+        }
         match self.child.try_wait() {
             Ok(Some(status)) if !status.success() => {
                 exit::complain(&format!("--via: the command has ended: {status}"));
                 false
             }
             _ => true,
+        }
+    }
+}
+
+/// Until it ends, or until what is there is passed on once this is to stop.
+fn pass_on(from: &mut ChildStderr, stopped: &OwnedFd) {
+    let mut text = [0; 4096];
+    loop {
+        let mut events = [PollFd::new(&*from, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
+        match poll(&mut events, None) {
+            Err(Errno::INTR) => continue,
+            Ok(_) if !events[0].revents().is_empty() => {}
+            _ => return,
+        }
+        match from.read(&mut text) {
+            // Who has closed it misses only this.
+            Ok(length @ 1..) => drop(io::stderr().write_all(&text[..length])),
+            _ => return,
         }
     }
 }

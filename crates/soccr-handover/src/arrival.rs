@@ -346,10 +346,17 @@ impl Arrival {
     }
 
     fn say_end(&mut self) {
-        if let (Some(writer), false) = (&mut self.writer, self.has_said_all) {
+        if let (Some(writer), false) = (&mut self.writer, self.has_said_all || self.terms.leaves_end) {
             writer.end().expect("memory takes every byte");
             self.has_said_all = true;
         }
+    }
+
+    /// END, for somebody else to say it; nothing where the source does not listen.
+    pub(crate) fn end_of_answers(&mut self) -> Vec<u8> {
+        let Some(writer) = &mut self.writer else { return Vec::new() };
+        writer.end().expect("memory takes every byte");
+        writer.get_mut().bytes().to_vec()
     }
 
     /// It is ours.

@@ -1,12 +1,12 @@
 //! What the two ends talk through: anything that can be read and written, with a limit on the time.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 
 /// Both directions between the two ends of a hand-over.
 ///
@@ -192,8 +192,13 @@ fn exchange(
 fn write_some(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
     use rustix::net::{SendFlags, send};
     match send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-        Err(Errno::NOTSOCK) => rustix::io::write(write, &output[..output.len().min(PIECE)]),
-        sent => sent,
+        Err(Errno::NOTSOCK) => {}
+        sent => return sent,
+    }
+    // A pipe takes what there is room for (Linux 6.4); others do not know the flag, and take this much without waiting.
+    match pwritev2(write, &[IoSlice::new(output)], u64::MAX, ReadWriteFlags::NOWAIT) {
+        Err(Errno::OPNOTSUPP) => rustix::io::write(write, &output[..output.len().min(PIECE)]),
+        written => written,
     }
 }
 

@@ -133,7 +133,7 @@ pub use asynchronous::Arrivals;
 pub use departing::{Departing, Outcome, Sending, Stream};
 pub use error::{Error, ErrorKind, Rejected, Result};
 pub use guide::Path;
-pub use listen::{Arrived, Arriving, Steered, Terms};
+pub use listen::{Arrived, Arriving, Received, Steered, Terms};
 pub use mover::{Event, Limits, Mover};
 pub use recipient::{Announced, Offer, Origin, Recipient};
 pub use seat::Seat;

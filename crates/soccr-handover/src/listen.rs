@@ -28,6 +28,22 @@ pub struct Terms {
     /// When packets for addresses of other hosts are delivered here.
     pub steered: Steered,
     pub(crate) recipient: Option<Arc<Mutex<dyn Recipient>>>,
+    /// Somebody else says END.
+    pub(crate) leaves_end: bool,
+}
+
+/// What has come through [`Mover::receive_all`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Received {
+    /// The connections that live here, in the order in which the source has numbered them. Where the stream is broken, what had been let
+    /// go of by then has arrived nevertheless.
+    pub arrived: Vec<Arrived>,
+    /// How the stream has ended.
+    pub outcome: Result<()>,
+    /// What is to be written into the channel when the connections are where they are to be: then the source ends. Empty where it does
+    /// not listen.
+    pub end: Vec<u8>,
 }
 
 /// When packets for an address that is not this host's are delivered here, to a connection that arrives with it.
@@ -131,15 +147,16 @@ impl Mover {
         Arriving { mover: self.clone(), terms, channel, engine, input: vec![0; PIECE], is_open: true }
     }
 
-    /// Takes in all connections of one stream, in the order in which the source has numbered them. Where the stream is broken,
-    /// what had been let go of by then has arrived nevertheless.
-    pub fn receive_all(&self, channel: &mut impl Channel, terms: Terms) -> (Vec<Arrived>, Result<()>) {
+    /// Takes in all connections of one stream. Its last word is left to the caller: the source waits for that.
+    pub fn receive_all(&self, channel: &mut impl Channel, mut terms: Terms) -> Received {
+        terms.leaves_end = true;
         let mut engine = Arrival::new(Arc::clone(&self.shared), terms);
         drive::run(&mut engine, channel);
         let mut landed: Vec<Landed> = std::iter::from_fn(|| engine.landed()).collect();
         landed.sort_by_key(|landed| landed.number);
+        let end = engine.end_of_answers();
         let outcome = engine.next_stream(false).map(drop);
-        (landed.into_iter().map(Arrived::new).collect(), outcome)
+        Received { arrived: landed.into_iter().map(Arrived::new).collect(), outcome, end }
     }
 }
 

@@ -24,7 +24,7 @@ crate::tests![
 ];
 
 /// A script whose interpreter does not exist, and one whose interpreter is the former: only the kernel finds out.
-fn broken_programs(directory: &Path) -> [String; 2] {
+pub fn broken_programs(directory: &Path) -> [String; 2] {
     let script = |name: &str, interpreter: &str| {
         let path = directory.join(name);
         fs::write(&path, format!("#!{interpreter}\n")).unwrap();

@@ -17,6 +17,8 @@ crate::tests![
     a_connection_moves_through_a_one_way_pipe,
     all_connections_of_a_port_move,
     nothing_is_lost_of_what_a_peer_sends_meanwhile,
+    a_source_ends_though_the_program_lives,
+    a_detached_program_outlives_its_target,
 ];
 
 /// Two hosts with one address, an old server on `a`, and clients on the peer.
@@ -103,6 +105,50 @@ fn a_connection_moves_to_another_host() {
     assert_eq!(moving.try_send(&["--fd", &fd, "--via", &moving.receive()]), (0, String::new()));
     moving.assert_lives_at(Side::B, "new ");
     moving.end();
+}
+
+fn a_source_ends_though_the_program_lives() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(1);
+    // Reads standard error to its end.
+    let output = moving.send(&["--all", "--via", &moving.receive()]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    moving.assert_lives_at(Side::B, "new ");
+    moving.end();
+}
+
+fn a_detached_program_outlives_its_target() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let mut moving = Move::new(1);
+    let send = |moving: &Move, program: &str, code: &str| {
+        let (log, code) = (path("log"), path(code));
+        let receive = format!("{SOCCR} receive --detach --log {} --netns", log.display());
+        let via = format!(
+            "cd {}; {receive} {} -- {program}; echo $? > {}",
+            directory.path().display(),
+            moving.beside.pid(),
+            code.display()
+        );
+        assert_eq!(moving.send(&["--all", "--via", &via]).output().unwrap().status.code(), Some(0));
+        wait_until("the target has ended", || code.metadata().is_ok_and(|file| file.len() > 1));
+        std::fs::read_to_string(code).unwrap()
+    };
+    let script = format!("#!/bin/sh\necho begins >&2\nexec python3 -c '{HEIR}' 'new '\n");
+    std::fs::write(path("server"), script).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(path("server")).status().unwrap().success());
+    assert_eq!(send(&moving, "./server", "code"), "0\n");
+    moving.assert_lives_at(Side::B, "new ");
+    assert_eq!(std::fs::read_to_string(path("log")).unwrap(), "begins\n");
+    moving.end();
+    let moving = Move::new(1);
+    let [_, hidden] = crate::rescue::broken_programs(directory.path());
+    assert_eq!(send(&moving, &hidden, "failed"), "126\n");
 }
 
 fn connections_move_to_another_program_of_the_same_host() {

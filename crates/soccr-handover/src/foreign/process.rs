@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::fs::{Mode, OFlags, RawDir, fstat, open, openat, readlinkat_raw};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use super::sys;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// A process that cannot be confused with a later one of the same number.
@@ -164,6 +165,14 @@ pub fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
         let _ = sockets(*pid, |fd, inode| holders.entry(inode).or_default().push(Holder { pid: *pid, fd }));
     }
     holders
+}
+
+/// `fork(2)`: `None` in the child.
+///
+/// # Errors
+/// This process has started a thread.
+pub fn fork() -> io::Result<Option<Pid>> {
+    sys::fork()
 }
 
 /// The processes that share sockets.
