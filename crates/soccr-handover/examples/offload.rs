@@ -62,7 +62,10 @@ impl Giving {
     fn give(&self, stream: TcpStream, read: &[u8]) -> Result<Option<TcpStream>> {
         let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
         if channel.is_none() {
-            *channel = Some(TcpStream::connect(self.to)?);
+            let connected = TcpStream::connect(self.to)?;
+            // Short words go to and fro: the algorithm of Nagle would hold them back for 40 ms at a time.
+            connected.set_nodelay(true)?;
+            *channel = Some(connected);
         }
         let departing = self.mover.take(stream)?.unread(read)?;
         let sending = self.mover.sending([departing]).steered_to(self.steered.clone());
@@ -87,7 +90,7 @@ fn take_in(
     for channel in control.incoming().flatten() {
         let (mover, serve) = (mover.clone(), serve.clone());
         thread::spawn(move || {
-            // One that moves often waits for no timer of TCP.
+            // As at the other end.
             let _ = channel.set_nodelay(true);
             let mut arriving = mover.listen(channel);
             while let Ok(Some(arrived)) = arriving.next() {
