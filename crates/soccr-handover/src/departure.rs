@@ -1,15 +1,15 @@
 //! The source at work: what the machine decides happens to sockets, locks and bytes here.
 
-use std::collections::HashMap;
+mod item;
+mod window;
+
 use std::net::TcpStream;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use soccr::connection::ControlBlock;
-use soccr::lock::Held;
-use soccr::{Connection, Flow, Lock};
+use soccr::{Connection, Lock};
 use soccr_image::stream::{Decoded, Decoder, Message, STATE_LIMIT, Writer};
 
 use crate::departing::{Departing, Stream};
@@ -18,70 +18,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guide::{Guide, Path};
 use crate::mover::{Event as Told, Shared};
 use crate::protocol::{Action, Answer, Event, Fate, Id, Source};
-use crate::seat::Seat;
 use crate::users::Users;
+
+pub(crate) use item::{Condition, Item};
 
 /// How many connections are silent at a time: as many as a target restores together.
 const WINDOW: usize = 256;
 
-/// How long the peers of a window may take to acknowledge what the kernel has encrypted, where that must be.
-const SETTLING: Duration = Duration::from_millis(500);
-
 /// The longest thing that a target says: a refusal with its reason.
 const LONGEST_ANSWER: u32 = 4096;
-
-/// A connection on its way.
-#[derive(Debug)]
-pub(crate) struct Item {
-    pub(crate) seat: Seat,
-    pub(crate) name: String,
-    pub(crate) unread: Vec<u8>,
-    pub(crate) state: Option<Vec<u8>>,
-    pub(crate) critical: bool,
-    pub(crate) condition: Option<Condition>,
-    /// What the lock has held for it.
-    held: Held,
-    /// What was sent, but for the bytes.
-    saved: Option<ControlBlock>,
-    /// All that is left of it here, since it was detached.
-    value: Option<Box<Connection>>,
-    error: Option<Error>,
-    /// It could not be put back.
-    is_lost: bool,
-    /// What has become of it has been told.
-    is_told: bool,
-}
-
-impl Item {
-    pub(crate) fn new(seat: Seat, name: String) -> Self {
-        let held = Held { flow: seat.flow(), packets: Vec::new() };
-        Self {
-            seat,
-            name,
-            held,
-            unread: Vec::new(),
-            state: None,
-            critical: false,
-            condition: None,
-            saved: None,
-            value: None,
-            error: None,
-            is_lost: false,
-            is_told: false,
-        }
-    }
-}
-
-/// What must hold for a connection to leave, as far as it can be told by looking at its socket.
-pub(crate) struct Condition(pub(crate) Box<Check>);
-
-type Check = dyn Fn(BorrowedFd<'_>) -> std::result::Result<(), String> + Send + Sync;
-
-impl std::fmt::Debug for Condition {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Condition")
-    }
-}
 
 /// How connections leave.
 #[derive(Default)]
@@ -289,30 +234,6 @@ impl Departure {
         self.deadline = Some(Instant::now() + self.shared.limits.answer);
     }
 
-    /// Stops whoever uses them, and keeps the connections of a window silent: all in one transaction, or, where one of them is in the way of the others, each
-    /// by itself.
-    fn lock(&mut self, first: Id, last: Id) -> Result<()> {
-        (self.is_diverted, self.window) = (false, first as usize - 1..last as usize);
-        let items = &mut self.items[self.window.clone()];
-        let settled = Instant::now() + SETTLING;
-        for item in &mut *items {
-            item.error = item.seat.settle(settled.saturating_duration_since(Instant::now())).err();
-        }
-        let flows: Vec<Flow> = items.iter().map(|item| item.seat.flow()).collect();
-        match self.shared.locker.lock(&flows) {
-            Ok(lock) => self.locks.push(lock),
-            Err(_) => {
-                for item in items {
-                    match self.shared.locker.lock(&[item.seat.flow()]) {
-                        Ok(lock) => self.locks.push(lock),
-                        Err(error) => item.error = Some(error.into()),
-                    }
-                }
-            }
-        }
-        self.users.as_mut().map_or(Ok(()), |users| users.stop())
-    }
-
     /// What has not left by now stays.
     fn begin_nothing(&mut self, error: Error) {
         self.reason.get_or_insert_with(|| (error.kind(), error.to_string()));
@@ -358,33 +279,6 @@ impl Departure {
         Ok(())
     }
 
-    /// Before the first connection of a window leaves: sees to the packets of all that leave, and takes over what has been held.
-    fn divert(&mut self) -> Result<()> {
-        if !std::mem::replace(&mut self.has_begun, true) {
-            self.shared.tell(Told::Leaving);
-        }
-        let leaving = self.machine.leaving().map(|id| {
-            let item = &self.items[id as usize - 1];
-            (item.seat.flow(), item.saved.as_ref().map_or(0, |saved| saved.rcv_nxt))
-        });
-        let leaving: Vec<(Flow, u32)> = leaving.collect();
-        self.is_diverted = true;
-        self.guide.begin(&leaving, &self.shared)?;
-        // From here on nothing arrives that is steered.
-        let mut taken = HashMap::new();
-        for lock in &self.locks {
-            match lock.take() {
-                Ok(held) => taken.extend(held.into_iter().map(|held| (held.flow, held.packets))),
-                // The peers send it again.
-                Err(error) => self.shared.warn(error),
-            }
-        }
-        for item in &mut self.items[self.window.clone()] {
-            item.held.packets.extend(taken.remove(&item.seat.flow()).unwrap_or_default());
-        }
-        Ok(())
-    }
-
     fn take_back(&mut self, id: Id) {
         let number = id as usize - 1;
         let item = &mut self.items[number];
@@ -411,49 +305,6 @@ impl Departure {
         let why = why.or_else(|| self.reason.as_ref().map(|(_, text)| text.clone()));
         let what = why.unwrap_or_else(|| "it cannot be put back".into());
         item.error = Some(Error::of(ErrorKind::Lost, what, error));
-    }
-
-    /// Ends the time of silence: every connection of the window has arrived, or stays.
-    fn unlock(&mut self, first: Id, last: Id) {
-        let window = first as usize - 1..last as usize;
-        for id in first..=last {
-            if self.machine.fate(id) == Some(Fate::Stays)
-                && let Err(error) = self.item(id).seat.come_back()
-            {
-                self.lose(id as usize - 1, error);
-            }
-        }
-        let staying: Vec<&Item> = (first..=last)
-            .zip(&self.items[window])
-            .filter(|(id, item)| self.machine.fate(*id) == Some(Fate::Stays) && !item.is_lost)
-            .map(|(_, item)| item)
-            .collect();
-        let flows: Vec<Flow> = staying.iter().map(|item| item.seat.flow()).collect();
-        if self.is_diverted {
-            self.guide.end(&flows, &self.shared);
-        }
-        let replay = || staying.iter().for_each(|item| drop(item.held.replay(&item.seat)));
-        replay();
-        match self.is_one_way {
-            true => self.kept.append(&mut self.locks),
-            // What has been held since is delivered to those that have a socket here, or at the target in this network. The rest is
-            // thrown away: it would draw a reset.
-            false => self.locks.clear(),
-        }
-        // Before, the answers were dropped. Twice does no harm.
-        replay();
-        if let Some(Err(error)) = self.users.as_mut().map(|users| users.go_on()) {
-            self.shared.warn(error);
-        }
-        for id in first..=last {
-            if self.machine.fate(id).is_some() {
-                let item = self.item(id);
-                (item.value, item.held.packets) = (None, Vec::new());
-                if !self.is_one_way {
-                    self.tell(id);
-                }
-            }
-        }
     }
 
     /// Nobody answers: what has been written counts as taken.

@@ -46,6 +46,7 @@ impl Seat {
     }
 
     /// Notes whose socket it is: see [`Settings::note_process`].
+    #[cfg(feature = "foreign")]
     pub(crate) fn of_process(mut self, process: &str) -> Self {
         self.process.note_process(process);
         self

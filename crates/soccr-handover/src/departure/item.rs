@@ -1,0 +1,63 @@
+//! One connection on its way out.
+
+use std::os::fd::BorrowedFd;
+
+use soccr::Connection;
+use soccr::connection::ControlBlock;
+use soccr::lock::Held;
+
+use crate::error::Error;
+use crate::seat::Seat;
+
+/// A connection on its way.
+#[derive(Debug)]
+pub(crate) struct Item {
+    pub(crate) seat: Seat,
+    pub(crate) name: String,
+    pub(crate) unread: Vec<u8>,
+    pub(crate) state: Option<Vec<u8>>,
+    pub(crate) critical: bool,
+    pub(crate) condition: Option<Condition>,
+    /// What the lock has held for it.
+    pub(super) held: Held,
+    /// What was sent, but for the bytes.
+    pub(super) saved: Option<ControlBlock>,
+    /// All that is left of it here, since it was detached.
+    pub(super) value: Option<Box<Connection>>,
+    pub(super) error: Option<Error>,
+    /// It could not be put back.
+    pub(super) is_lost: bool,
+    /// What has become of it has been told.
+    pub(super) is_told: bool,
+}
+
+impl Item {
+    pub(crate) fn new(seat: Seat, name: String) -> Self {
+        let held = Held { flow: seat.flow(), packets: Vec::new() };
+        Self {
+            seat,
+            name,
+            held,
+            unread: Vec::new(),
+            state: None,
+            critical: false,
+            condition: None,
+            saved: None,
+            value: None,
+            error: None,
+            is_lost: false,
+            is_told: false,
+        }
+    }
+}
+
+/// What must hold for a connection to leave, as far as it can be told by looking at its socket.
+pub(crate) struct Condition(pub(crate) Box<Check>);
+
+type Check = dyn Fn(BorrowedFd<'_>) -> std::result::Result<(), String> + Send + Sync;
+
+impl std::fmt::Debug for Condition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Condition")
+    }
+}

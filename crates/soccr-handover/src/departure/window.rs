@@ -1,0 +1,110 @@
+//! The connections that are silent together: locked, led away, unlocked.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use soccr::Flow;
+
+use super::{Departure, Item};
+use crate::error::Result;
+use crate::mover::Event as Told;
+use crate::protocol::{Fate, Id};
+
+/// How long the peers of a window may take to acknowledge what the kernel has encrypted, where that must be.
+const SETTLING: Duration = Duration::from_millis(500);
+
+impl Departure {
+    /// Stops whoever uses them, and keeps the connections of a window silent: all in one transaction, or, where one of them is in the way of the others, each
+    /// by itself.
+    pub(super) fn lock(&mut self, first: Id, last: Id) -> Result<()> {
+        (self.is_diverted, self.window) = (false, first as usize - 1..last as usize);
+        let items = &mut self.items[self.window.clone()];
+        let settled = Instant::now() + SETTLING;
+        for item in &mut *items {
+            item.error = item.seat.settle(settled.saturating_duration_since(Instant::now())).err();
+        }
+        let flows: Vec<Flow> = items.iter().map(|item| item.seat.flow()).collect();
+        match self.shared.locker.lock(&flows) {
+            Ok(lock) => self.locks.push(lock),
+            Err(_) => {
+                for item in items {
+                    match self.shared.locker.lock(&[item.seat.flow()]) {
+                        Ok(lock) => self.locks.push(lock),
+                        Err(error) => item.error = Some(error.into()),
+                    }
+                }
+            }
+        }
+        self.users.as_mut().map_or(Ok(()), |users| users.stop())
+    }
+
+    /// Before the first connection of a window leaves: sees to the packets of all that leave, and takes over what has been held.
+    pub(super) fn divert(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.shared.tell(Told::Leaving);
+        }
+        let leaving = self.machine.leaving().map(|id| {
+            let item = &self.items[id as usize - 1];
+            (item.seat.flow(), item.saved.as_ref().map_or(0, |saved| saved.rcv_nxt))
+        });
+        let leaving: Vec<(Flow, u32)> = leaving.collect();
+        self.is_diverted = true;
+        self.guide.begin(&leaving, &self.shared)?;
+        // From here on nothing arrives that is steered.
+        let mut taken = HashMap::new();
+        for lock in &self.locks {
+            match lock.take() {
+                Ok(held) => taken.extend(held.into_iter().map(|held| (held.flow, held.packets))),
+                // The peers send it again.
+                Err(error) => self.shared.warn(error),
+            }
+        }
+        for item in &mut self.items[self.window.clone()] {
+            item.held.packets.extend(taken.remove(&item.seat.flow()).unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// Ends the time of silence: every connection of the window has arrived, or stays.
+    pub(super) fn unlock(&mut self, first: Id, last: Id) {
+        let window = first as usize - 1..last as usize;
+        for id in first..=last {
+            if self.machine.fate(id) == Some(Fate::Stays)
+                && let Err(error) = self.item(id).seat.come_back()
+            {
+                self.lose(id as usize - 1, error);
+            }
+        }
+        let staying: Vec<&Item> = (first..=last)
+            .zip(&self.items[window])
+            .filter(|(id, item)| self.machine.fate(*id) == Some(Fate::Stays) && !item.is_lost)
+            .map(|(_, item)| item)
+            .collect();
+        let flows: Vec<Flow> = staying.iter().map(|item| item.seat.flow()).collect();
+        if self.is_diverted {
+            self.guide.end(&flows, &self.shared);
+        }
+        let replay = || staying.iter().for_each(|item| drop(item.held.replay(&item.seat)));
+        replay();
+        match self.is_one_way {
+            true => self.kept.append(&mut self.locks),
+            // What has been held since is delivered to those that have a socket here, or at the target in this network. The rest is
+            // thrown away: it would draw a reset.
+            false => self.locks.clear(),
+        }
+        // Before, the answers were dropped. Twice does no harm.
+        replay();
+        if let Some(Err(error)) = self.users.as_mut().map(|users| users.go_on()) {
+            self.shared.warn(error);
+        }
+        for id in first..=last {
+            if self.machine.fate(id).is_some() {
+                let item = self.item(id);
+                (item.value, item.held.packets) = (None, Vec::new());
+                if !self.is_one_way {
+                    self.tell(id);
+                }
+            }
+        }
+    }
+}
