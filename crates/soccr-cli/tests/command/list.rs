@@ -68,14 +68,16 @@ fn what_matters_most_comes_first() {
         (client, listener.accept().unwrap())
     });
     let port = listener.local_addr().unwrap().port().to_string();
-    let queues = |order: &str| {
+    let numbers = |order: &str, number: &str| {
         let sockets = json(&["list", "--json", "--port", &port, "--sort", order]);
-        let queues = sockets.iter().filter(|socket| socket["state"] == "ESTABLISHED");
-        queues.map(|socket| socket["receive_queue"].as_u64().unwrap()).collect::<Vec<_>>()
+        let connections = sockets.iter().filter(|socket| socket["state"] == "ESTABLISHED");
+        connections.map(|socket| socket.pointer(number).unwrap().as_u64().unwrap()).collect::<Vec<_>>()
     };
-    wait_until("everything has arrived", || queues("pid").iter().sum::<u64>() == 1110);
-    assert_eq!(queues("recv-q"), [1000, 100, 10, 0, 0, 0]);
-    assert_eq!(queues("pid"), [0, 10, 0, 1000, 0, 100]);
+    let queues = || numbers("recv-q", "/receive_queue");
+    wait_until("everything has arrived", || queues().iter().sum::<u64>() == 1110);
+    assert_eq!(queues(), [1000, 100, 10, 0, 0, 0]);
+    let descriptors = numbers("pid", "/processes/0/fd");
+    assert!(descriptors.len() == 6 && descriptors.is_sorted(), "{descriptors:?}");
 }
 
 fn a_watched_list_comes_again() {
