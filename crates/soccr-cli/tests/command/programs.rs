@@ -11,7 +11,7 @@ use soccr_lab::wait_until;
 /// A server that accepts connections one after the other, as many as its second argument says, and answers everything with
 /// its first argument in front. What ends a connection it prints.
 const SERVER: &str = r#"
-import socket, sys, threading
+import os, socket, sys, threading
 address = sys.argv[3]
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
 listener = socket.create_server((address, 7), family=family, backlog=64, dualstack_ipv6=address == "::")
@@ -19,9 +19,9 @@ def serve(connection):
     try:
         while data := connection.recv(65536):
             connection.sendall(sys.argv[1].encode() + data)
-        print("end", flush=True)
+        os.write(1, b"end\n")
     except OSError as error:
-        print("errno", error.errno, flush=True)
+        os.write(1, b"errno %d\n" % error.errno) # in one piece, beside other threads
 threads = []
 for _ in range(int(sys.argv[2])):
     threads.append(threading.Thread(target=serve, args=[listener.accept()[0]]))
