@@ -56,9 +56,9 @@ pub use rtnetlink::{VethEnd, veth};
 pub use segment::{Flags, Segment};
 pub use sniffer::Sniffer;
 pub use soccr_netlink::Rtnetlink;
-pub use sys::{
-    Call, as_owner, attach_filter, let_fail, programs_on_lo, run_and_kill, run_and_watch, set_option,
-};
+#[cfg(feature = "harness")]
+pub use sys::{Call, let_fail, run_and_kill, run_and_watch};
+pub use sys::{as_owner, attach_filter, programs_on_lo, set_option};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
 pub use wait::wait_until;

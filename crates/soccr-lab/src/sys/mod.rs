@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod ring;
+#[cfg(feature = "harness")]
 mod steps;
 
 use std::ffi::c_int;
@@ -11,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::thread::UnshareFlags;
 
 pub(crate) use ring::{Frame, Ring};
+#[cfg(feature = "harness")]
 pub use steps::{Call, let_fail, run_and_kill, run_and_watch};
 
 /// The namespaces that [`unshare`] makes.
