@@ -94,29 +94,33 @@ pub fn a_dropping_lock_costs_a_retransmission() {
     assert!(retransmissions(&connected.pair.a.namespace) > 0);
 }
 
+/// Writes from a thread of its own.
+fn write(peer: &TcpStream, bytes: &[u8]) -> thread::JoinHandle<()> {
+    let (mut peer, bytes) = (peer.try_clone().unwrap(), bytes.to_vec());
+    thread::spawn(move || peer.write_all(&bytes).unwrap())
+}
+
+/// A connection over `lo` whose congestion window and buffers have become large. Ours, and the peer's end.
+fn grown(listener: &TcpListener, bytes: &[u8]) -> (TcpStream, TcpStream) {
+    let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut ours, _) = listener.accept().unwrap();
+    let writing = write(&peer, bytes);
+    expect(&mut ours, bytes);
+    writing.join().unwrap();
+    (ours, peer)
+}
+
 pub fn the_longest_packets_are_held_whole() {
     /// So much of a packet every kernel copies.
     const COPIED: usize = 65531;
     for (address, length) in [("127.0.0.1:80", 65535), ("[::1]:80", 65536)] {
         let here = Namespace::current().unwrap();
-        here.be_patient().unwrap();
         let listener = TcpListener::bind(address).unwrap();
-        let peer = TcpStream::connect(address).unwrap();
-        let (mut ours, _) = listener.accept().unwrap();
-        let sent = bytes(3_000_000);
-        let write = |mut peer: TcpStream| {
-            let sent = sent.clone();
-            thread::spawn(move || peer.write_all(&sent).unwrap())
-        };
-        // Until the peer's congestion window and ours are large.
-        let writing = write(peer.try_clone().unwrap());
-        expect(&mut ours, &sent);
-        writing.join().unwrap();
-
         let locker = Locker::new(Mode::HOLD).unwrap();
-        let flow = Flow::of(&ours).unwrap();
-        let lock = locker.lock(&[flow]).unwrap();
-        let writing = write(peer.try_clone().unwrap());
+        let sent = bytes(3_000_000);
+        let (mut ours, peer) = grown(&listener, &sent);
+        let lock = locker.lock(&[Flow::of(&ours).unwrap()]).unwrap();
+        let writing = write(&peer, &sent);
         wait_until("packets are held", || lock.held() > 0);
         let held = lock.take().unwrap().remove(0);
         let longest = held.packets.iter().map(Vec::len).max().unwrap();
@@ -126,17 +130,20 @@ pub fn the_longest_packets_are_held_whole() {
         writing.join().unwrap();
         // The last bytes of a cut packet come from the peer once more.
         let cut = longest == COPIED;
-        if cut {
-            eprintln!(
+        match cut {
+            true => eprintln!(
                 "\nSKIPPED: WHETHER LONG PACKETS ARE WHOLE: this kernel copies {COPIED} bytes (Linux 6.18)\n"
-            );
+            ),
+            // A repeated segment would be the lock's doing then: the timer of a new connection is too slow for that.
+            false => here.be_patient().unwrap(),
         }
         assert!(cut || longest == length, "{address}: {longest}");
 
+        let (mut ours, peer) = grown(&listener, &sent);
         let baseline = Baseline::of(&here);
         for _ in 0..3 {
-            let lock = locker.lock(&[flow]).unwrap();
-            let writing = write(peer.try_clone().unwrap());
+            let lock = locker.lock(&[Flow::of(&ours).unwrap()]).unwrap();
+            let writing = write(&peer, &sent);
             wait_until("packets are held", || lock.held() > 0);
             lock.release().unwrap();
             expect(&mut ours, &sent);
