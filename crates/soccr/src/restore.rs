@@ -10,6 +10,7 @@
 //!  6 finish         FINs, windows; then everything is verified
 //! ```
 
+mod anew;
 mod bind;
 mod derived;
 mod speed;
@@ -25,12 +26,13 @@ use crate::error::{Error, Result};
 use crate::fin;
 use crate::queue;
 use crate::report::Report;
-use crate::resume::{Restored, start_handshake};
+use crate::resume::Restored;
 use crate::save;
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
 use bind::bind;
 
+pub(crate) use anew::connect_anew;
 use speed::Speed;
 pub(crate) use whole::open;
 
@@ -484,23 +486,6 @@ impl<'fd> Restore<'fd> {
 
 fn check(holds: bool, what: &str) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::invalid(what)) }
-}
-
-/// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
-pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Result<()> {
-    bind_anew(fd, flow.local, write_seq)?;
-    start_handshake(fd, flow.remote)
-}
-
-/// Readies a fresh socket for the same SYN once more. A peer that has answered the first one refuses the connection for
-/// good, if it gets another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
-pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -> Result<()> {
-    // In repair mode no other socket is in the way: the old one may still hold the port.
-    tcp::set_repair(fd, Repair::On)?;
-    bind(fd, local)?;
-    derived::check_local(fd, local)?;
-    tcp::set_queue_seq(fd, Queue::Send, write_seq.wrapping_sub(1))?;
-    tcp::set_repair(fd, Repair::OffNoProbe)
 }
 
 /// In repair mode nothing is sent and the socket is ESTABLISHED at once.

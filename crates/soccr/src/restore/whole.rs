@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::{Restore, bind, bind_anew, connect};
+use super::anew::bind_anew;
+use super::{Restore, bind, connect};
 use crate::congestion;
 use crate::connection::{Connection, ControlBlock, Owner, State};
 use crate::error::{Error, Result};

@@ -1,5 +1,8 @@
 //! Connections and the state of their owners move between two ends of a channel, on the real kernel.
 
+mod broken;
+mod tls;
+
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -11,6 +14,14 @@ use soccr_handover::channel::{Channel, Exchanged, Pair, Threads};
 use soccr_handover::protocol::Fate;
 use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
 use soccr_lab::{Flags, Lab, Namespace, Side, Sniffer};
+
+use broken::{
+    a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
+    a_commit_that_cannot_have_been_read_is_taken_back, a_commit_that_may_have_been_read_is_not_taken_back,
+    a_source_that_ends_before_the_commit_leaves_nothing_there,
+    a_target_that_ends_before_the_commit_leaves_it_here,
+};
+use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 
 soccr_lab::tests![
     state_and_what_was_read_move_along,
@@ -152,65 +163,6 @@ fn between_hosts_every_byte_arrives_in_both_directions() {
     assert!(resets.segments().unwrap().is_empty());
 }
 
-/// Gives the kernel keys for both directions of both ends (TLS 1.2, AES-GCM-128); false where it has no TLS.
-fn encrypt(ends: [&TcpStream; 2]) -> bool {
-    let mut crypto = [7; 40];
-    crypto[..4].copy_from_slice(&[3, 3, 51, 0]);
-    crypto[32..].fill(0);
-    for end in ends {
-        if let Err(error) = soccr_lab::set_option(end, 6, 31, b"tls") {
-            eprintln!("\nSKIPPED: the kernel has no TLS (modprobe tls): {error}");
-            return false;
-        }
-        [1, 2].into_iter().for_each(|direction| soccr_lab::set_option(end, 282, direction, &crypto).unwrap());
-    }
-    true
-}
-
-/// The state stands for what a program knows of the session.
-fn with_kernel_tls_it_moves_with_its_session() {
-    let (ours, peers) = connect(1);
-    let (mut ours, mut peer) = (ours.into_iter().next().unwrap(), &peers[0]);
-    if !encrypt([&ours, peer]) {
-        return;
-    }
-    for number in 0..10 {
-        peer.write_all(&[number; 20_000]).unwrap();
-        assert_eq!(read(&ours, 3), [number; 3]);
-        ours.write_all(b"to the peer").unwrap();
-        let (mut here, there) = UnixStream::pair().unwrap();
-        let listening = listen(there, Terms::default());
-        let mover = Mover::new().unwrap();
-        let departing = mover.take(ours).unwrap().unread(&[number; 3]).unwrap().with_critical_state([number]);
-        let outcome = departing.send(&mut here);
-        assert!(outcome.is_moved(), "{outcome:?}");
-        drop(here);
-        let arrived = listening.join().unwrap().pop().unwrap();
-        assert_eq!(arrived.state(), [number]);
-        ours = arrived.into_stream().unwrap();
-        assert_eq!(read(&ours, 20_000), [number; 20_000]);
-        assert_eq!(read(peer, 11), b"to the peer");
-        assert_alive(&ours, peer);
-    }
-}
-
-fn with_kernel_tls_what_is_refused_goes_on() {
-    let (ours, peers) = connect(1);
-    let (ours, mut peer) = (ours.into_iter().next().unwrap(), &peers[0]);
-    if !encrypt([&ours, peer]) {
-        return;
-    }
-    peer.write_all(b"unread").unwrap();
-    let (mut here, there) = UnixStream::pair().unwrap();
-    let listening = listen(there, Terms::default().accept_if(|_| Err("not here".into())));
-    let outcome = Mover::new().unwrap().take(ours).unwrap().send(&mut here);
-    let ours = stays(outcome, ErrorKind::Refused);
-    drop(here);
-    assert!(listening.join().unwrap().is_empty());
-    assert_eq!(read(&ours, 6), b"unread");
-    assert_alive(&ours, peer);
-}
-
 fn many_move_together() {
     let (ours, mut peers) = connect(300);
     for (number, peer) in peers.iter_mut().enumerate() {
@@ -317,229 +269,6 @@ fn where_nobody_answers_nothing_is_touched() {
     drop(there);
     let stream = stays(hasty().take(ours.pop().unwrap()).unwrap().send(&mut here), ErrorKind::Gone);
     assert_alive(&stream, &peers[0]);
-}
-
-/// A relay between source and target, which breaks where a test wants it to.
-struct Relay {
-    channel: UnixStream,
-    /// How many bytes are passed on to the target.
-    limit: usize,
-    /// Whether a write beyond that fails; otherwise it is swallowed, and the channel ends.
-    fails: bool,
-    is_cut: bool,
-}
-
-impl Relay {
-    fn new(channel: UnixStream, limit: usize, fails: bool) -> Self {
-        Self { channel, limit, fails, is_cut: false }
-    }
-}
-
-impl Channel for Relay {
-    fn exchange(
-        &mut self,
-        output: &[u8],
-        input: &mut [u8],
-        deadline: Option<Instant>,
-    ) -> io::Result<Exchanged> {
-        if self.is_cut {
-            return match self.fails {
-                true => Err(io::ErrorKind::BrokenPipe.into()),
-                false => Ok(Exchanged { written: 0, read: Some(0) }),
-            };
-        }
-        let passed = &output[..output.len().min(self.limit)];
-        if !output.is_empty() && passed.is_empty() {
-            self.is_cut = true;
-            self.channel.shutdown(Shutdown::Both).unwrap();
-            return match self.fails {
-                true => Err(io::ErrorKind::BrokenPipe.into()),
-                false => Ok(Exchanged { written: output.len(), read: None }),
-            };
-        }
-        let exchanged = self.channel.exchange(passed, input, deadline)?;
-        self.limit -= exchanged.written;
-        Ok(exchanged)
-    }
-}
-
-/// Moves a connection of the same shape, and finds out how many bytes the source writes before COMMIT.
-fn bytes_before_commit() -> usize {
-    struct Counted(UnixStream, Vec<usize>);
-    impl Channel for Counted {
-        fn exchange(
-            &mut self,
-            output: &[u8],
-            input: &mut [u8],
-            deadline: Option<Instant>,
-        ) -> io::Result<Exchanged> {
-            let exchanged = self.0.exchange(output, input, deadline)?;
-            if exchanged.written > 0 {
-                self.1.push(exchanged.written);
-            }
-            Ok(exchanged)
-        }
-    }
-    let (ours, _peers) = connect(1);
-    let (here, there) = UnixStream::pair().unwrap();
-    let listening = listen(there, Terms::default());
-    let mut here = Counted(here, Vec::new());
-    for stream in ours {
-        assert!(Mover::new().unwrap().take(stream).unwrap().named("x").send(&mut here).is_moved());
-    }
-    let written = std::mem::take(&mut here.1);
-    drop(here);
-    assert_eq!(listening.join().unwrap().len(), 1);
-    // BEGIN, CONNECTION, COMMIT, END.
-    assert_eq!(written.len(), 4, "{written:?}");
-    written[0] + written[1]
-}
-
-/// In a network of its own, so that what was learned of one path does not make the next connection longer.
-fn elsewhere<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    thread::scope(|scope| scope.spawn(|| Namespace::new().unwrap().run(work)).join().unwrap())
-}
-
-fn a_target_that_ends_before_the_commit_leaves_it_here() {
-    let (mut ours, peers) = connect(1);
-    let (here, there) = UnixStream::pair().unwrap();
-    let listening = listen(there, Terms::default());
-    // It has said READY, or not.
-    let mut here = Relay::new(here, 100, true);
-    let stream =
-        stays(Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().send(&mut here), ErrorKind::Gone);
-    assert_eq!(listening.join().unwrap().len(), 0);
-    assert_alive(&stream, &peers[0]);
-}
-
-fn a_commit_that_cannot_have_been_read_is_taken_back() {
-    let before = elsewhere(bytes_before_commit);
-    for commit in [0, 1, 19] {
-        let (mut ours, mut peers) = connect(1);
-        peers[0].write_all(b"unread ").unwrap();
-        let (here, there) = UnixStream::pair().unwrap();
-        let listening = listen(there, Terms::default());
-        // The seven bytes are in the connection.
-        let mut here = Relay::new(here, before + 7 + commit, true);
-        let departing = Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().named("x");
-        let stream = stays(departing.send(&mut here), ErrorKind::Gone);
-        assert_eq!(listening.join().unwrap().len(), 0);
-        assert_eq!(read(&stream, 7), b"unread ");
-        assert_alive(&stream, &peers[0]);
-    }
-}
-
-fn a_channel_that_breaks_behind_the_commit_leaves_no_certainty() {
-    let before = elsewhere(bytes_before_commit);
-    let (mut ours, peers) = connect(1);
-    let (here, there) = UnixStream::pair().unwrap();
-    let listening = listen(there, Terms::default());
-    // COMMIT is swallowed, and nobody knows.
-    let mut here = Relay::new(here, before, false);
-    match Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
-        Outcome::Unknown(error) => assert_eq!(error.kind(), ErrorKind::Gone),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(listening.join().unwrap().len(), 0);
-    // Nobody has it, and nobody says so: this host is silent about it.
-    peers[0].set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-    assert!((&peers[0]).write_all(b"?").is_ok());
-    let heard = (&peers[0]).read(&mut [0]).unwrap_err();
-    assert_eq!(heard.kind(), io::ErrorKind::WouldBlock);
-}
-
-/// A channel that passes on what it does not tell, and ends when it has passed on COMMIT.
-struct Layer {
-    channel: UnixStream,
-    passed: usize,
-    limit: usize,
-}
-
-impl Channel for Layer {
-    fn exchange(
-        &mut self,
-        output: &[u8],
-        input: &mut [u8],
-        deadline: Option<Instant>,
-    ) -> io::Result<Exchanged> {
-        if self.passed + output.len() > self.limit {
-            self.channel.write_all(output).unwrap();
-            // Its answer is what gets lost.
-            self.channel.read_exact(&mut [0]).unwrap();
-            return Ok(Exchanged { written: 0, read: Some(0) });
-        }
-        let exchanged = self.channel.exchange(output, input, deadline)?;
-        self.passed += exchanged.written;
-        Ok(exchanged)
-    }
-
-    fn hides_writes(&self) -> bool {
-        true
-    }
-}
-
-fn a_commit_that_may_have_been_read_is_not_taken_back() {
-    let limit = elsewhere(bytes_before_commit);
-    let (mut ours, peers) = connect(1);
-    let (here, there) = UnixStream::pair().unwrap();
-    let listening = listen(there, Terms::default());
-    let mut here = Layer { channel: here, passed: 0, limit };
-    let (tell, told) = channel();
-    let mover = Mover::new().unwrap().on_event(move |event| {
-        if let Event::Settled { name, fate } = event {
-            tell.send((name.to_owned(), fate)).unwrap();
-        }
-    });
-    match mover.take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
-        Outcome::Unknown(error) => assert_eq!(error.kind(), ErrorKind::Gone),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(told.try_iter().collect::<Vec<_>>(), [("x".to_owned(), Fate::Unknown)]);
-    drop(here);
-    let arrived = listening.join().unwrap().pop().unwrap();
-    assert_alive(&arrived.into_stream().unwrap(), &peers[0]);
-}
-
-fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
-    let lab = Lab::new().unwrap();
-    let listener = lab.a.run(|| TcpListener::bind((lab.a.v4, 80))).unwrap();
-    let peer = lab.peer.run(|| TcpStream::connect((lab.a.v4, 80))).unwrap();
-    let (ours, _) = listener.accept().unwrap();
-    let (here, mut there) = UnixStream::pair().unwrap();
-    let saved = soccr::pause(&ours).unwrap().save().unwrap();
-    thread::scope(|scope| {
-        let lab = &lab;
-        let listening = scope.spawn(move || {
-            lab.b.run(move || {
-                let mover = Mover::new().unwrap();
-                let mut arriving = mover.listen(here);
-                arriving.next().map(|arrived| arrived.is_some()).unwrap_err().kind()
-            })
-        });
-        let mut writer = soccr_image::stream::Writer::new(&there).unwrap();
-        writer
-            .send(&soccr_image::stream::Message::Begin {
-                connections: 1,
-                answers: true,
-                place: None,
-                steered: None,
-            })
-            .unwrap();
-        writer.connection(1, "x", &saved).unwrap();
-        let mut reader = soccr_image::stream::Reader::new(&mut there).unwrap();
-        let ready = reader.receive().unwrap();
-        assert_eq!(ready, Some(soccr_image::stream::Message::Ready { connection: 1 }));
-        drop(there);
-        assert_eq!(listening.join().unwrap(), ErrorKind::Gone);
-    });
-    // Nothing of it is left there, and it was never gone from here.
-    let free = lab.b.run(|| {
-        let mut sockets = 0;
-        soccr::diag::Diag::open().unwrap().visit(|_| sockets += 1).unwrap();
-        sockets
-    });
-    assert_eq!(free, 0);
-    assert_alive(&ours, &peer);
 }
 
 fn a_state_that_is_too_long_stays_with_its_connection() {

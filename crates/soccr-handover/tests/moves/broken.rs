@@ -1,0 +1,226 @@
+//! What breaks on the way: who has the connection then.
+
+use super::*;
+
+/// A relay between source and target, which breaks where a test wants it to.
+struct Relay {
+    channel: UnixStream,
+    /// How many bytes are passed on to the target.
+    limit: usize,
+    /// Whether a write beyond that fails; otherwise it is swallowed, and the channel ends.
+    fails: bool,
+    is_cut: bool,
+}
+
+impl Relay {
+    fn new(channel: UnixStream, limit: usize, fails: bool) -> Self {
+        Self { channel, limit, fails, is_cut: false }
+    }
+}
+
+impl Channel for Relay {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        if self.is_cut {
+            return match self.fails {
+                true => Err(io::ErrorKind::BrokenPipe.into()),
+                false => Ok(Exchanged { written: 0, read: Some(0) }),
+            };
+        }
+        let passed = &output[..output.len().min(self.limit)];
+        if !output.is_empty() && passed.is_empty() {
+            self.is_cut = true;
+            self.channel.shutdown(Shutdown::Both).unwrap();
+            return match self.fails {
+                true => Err(io::ErrorKind::BrokenPipe.into()),
+                false => Ok(Exchanged { written: output.len(), read: None }),
+            };
+        }
+        let exchanged = self.channel.exchange(passed, input, deadline)?;
+        self.limit -= exchanged.written;
+        Ok(exchanged)
+    }
+}
+
+/// Moves a connection of the same shape, and finds out how many bytes the source writes before COMMIT.
+fn bytes_before_commit() -> usize {
+    struct Counted(UnixStream, Vec<usize>);
+    impl Channel for Counted {
+        fn exchange(
+            &mut self,
+            output: &[u8],
+            input: &mut [u8],
+            deadline: Option<Instant>,
+        ) -> io::Result<Exchanged> {
+            let exchanged = self.0.exchange(output, input, deadline)?;
+            if exchanged.written > 0 {
+                self.1.push(exchanged.written);
+            }
+            Ok(exchanged)
+        }
+    }
+    let (ours, _peers) = connect(1);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    let mut here = Counted(here, Vec::new());
+    for stream in ours {
+        assert!(Mover::new().unwrap().take(stream).unwrap().named("x").send(&mut here).is_moved());
+    }
+    let written = std::mem::take(&mut here.1);
+    drop(here);
+    assert_eq!(listening.join().unwrap().len(), 1);
+    // BEGIN, CONNECTION, COMMIT, END.
+    assert_eq!(written.len(), 4, "{written:?}");
+    written[0] + written[1]
+}
+
+/// In a network of its own, so that what was learned of one path does not make the next connection longer.
+fn elsewhere<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(|| Namespace::new().unwrap().run(work)).join().unwrap())
+}
+
+pub fn a_target_that_ends_before_the_commit_leaves_it_here() {
+    let (mut ours, peers) = connect(1);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    // It has said READY, or not.
+    let mut here = Relay::new(here, 100, true);
+    let stream =
+        stays(Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().send(&mut here), ErrorKind::Gone);
+    assert_eq!(listening.join().unwrap().len(), 0);
+    assert_alive(&stream, &peers[0]);
+}
+
+pub fn a_commit_that_cannot_have_been_read_is_taken_back() {
+    let before = elsewhere(bytes_before_commit);
+    for commit in [0, 1, 19] {
+        let (mut ours, mut peers) = connect(1);
+        peers[0].write_all(b"unread ").unwrap();
+        let (here, there) = UnixStream::pair().unwrap();
+        let listening = listen(there, Terms::default());
+        // The seven bytes are in the connection.
+        let mut here = Relay::new(here, before + 7 + commit, true);
+        let departing = Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().named("x");
+        let stream = stays(departing.send(&mut here), ErrorKind::Gone);
+        assert_eq!(listening.join().unwrap().len(), 0);
+        assert_eq!(read(&stream, 7), b"unread ");
+        assert_alive(&stream, &peers[0]);
+    }
+}
+
+pub fn a_channel_that_breaks_behind_the_commit_leaves_no_certainty() {
+    let before = elsewhere(bytes_before_commit);
+    let (mut ours, peers) = connect(1);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    // COMMIT is swallowed, and nobody knows.
+    let mut here = Relay::new(here, before, false);
+    match Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
+        Outcome::Unknown(error) => assert_eq!(error.kind(), ErrorKind::Gone),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(listening.join().unwrap().len(), 0);
+    // Nobody has it, and nobody says so: this host is silent about it.
+    peers[0].set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!((&peers[0]).write_all(b"?").is_ok());
+    let heard = (&peers[0]).read(&mut [0]).unwrap_err();
+    assert_eq!(heard.kind(), io::ErrorKind::WouldBlock);
+}
+
+/// A channel that passes on what it does not tell, and ends when it has passed on COMMIT.
+struct Layer {
+    channel: UnixStream,
+    passed: usize,
+    limit: usize,
+}
+
+impl Channel for Layer {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        if self.passed + output.len() > self.limit {
+            self.channel.write_all(output).unwrap();
+            // Its answer is what gets lost.
+            self.channel.read_exact(&mut [0]).unwrap();
+            return Ok(Exchanged { written: 0, read: Some(0) });
+        }
+        let exchanged = self.channel.exchange(output, input, deadline)?;
+        self.passed += exchanged.written;
+        Ok(exchanged)
+    }
+
+    fn hides_writes(&self) -> bool {
+        true
+    }
+}
+
+pub fn a_commit_that_may_have_been_read_is_not_taken_back() {
+    let limit = elsewhere(bytes_before_commit);
+    let (mut ours, peers) = connect(1);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    let mut here = Layer { channel: here, passed: 0, limit };
+    let (tell, told) = channel();
+    let mover = Mover::new().unwrap().on_event(move |event| {
+        if let Event::Settled { name, fate } = event {
+            tell.send((name.to_owned(), fate)).unwrap();
+        }
+    });
+    match mover.take(ours.pop().unwrap()).unwrap().named("x").send(&mut here) {
+        Outcome::Unknown(error) => assert_eq!(error.kind(), ErrorKind::Gone),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [("x".to_owned(), Fate::Unknown)]);
+    drop(here);
+    let arrived = listening.join().unwrap().pop().unwrap();
+    assert_alive(&arrived.into_stream().unwrap(), &peers[0]);
+}
+
+pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
+    let lab = Lab::new().unwrap();
+    let listener = lab.a.run(|| TcpListener::bind((lab.a.v4, 80))).unwrap();
+    let peer = lab.peer.run(|| TcpStream::connect((lab.a.v4, 80))).unwrap();
+    let (ours, _) = listener.accept().unwrap();
+    let (here, mut there) = UnixStream::pair().unwrap();
+    let saved = soccr::pause(&ours).unwrap().save().unwrap();
+    thread::scope(|scope| {
+        let lab = &lab;
+        let listening = scope.spawn(move || {
+            lab.b.run(move || {
+                let mover = Mover::new().unwrap();
+                let mut arriving = mover.listen(here);
+                arriving.next().map(|arrived| arrived.is_some()).unwrap_err().kind()
+            })
+        });
+        let mut writer = soccr_image::stream::Writer::new(&there).unwrap();
+        writer
+            .send(&soccr_image::stream::Message::Begin {
+                connections: 1,
+                answers: true,
+                place: None,
+                steered: None,
+            })
+            .unwrap();
+        writer.connection(1, "x", &saved).unwrap();
+        let mut reader = soccr_image::stream::Reader::new(&mut there).unwrap();
+        let ready = reader.receive().unwrap();
+        assert_eq!(ready, Some(soccr_image::stream::Message::Ready { connection: 1 }));
+        drop(there);
+        assert_eq!(listening.join().unwrap(), ErrorKind::Gone);
+    });
+    // Nothing of it is left there, and it was never gone from here.
+    let free = lab.b.run(|| {
+        let mut sockets = 0;
+        soccr::diag::Diag::open().unwrap().visit(|_| sockets += 1).unwrap();
+        sockets
+    });
+    assert_eq!(free, 0);
+    assert_alive(&ours, &peer);
+}

@@ -1,0 +1,28 @@
+//! A connection in SYN_SENT has its addresses only: it connects once more, by the same SYN.
+
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+use super::bind::bind;
+use super::derived;
+use crate::connection::Flow;
+use crate::error::Result;
+use crate::resume::start_handshake;
+use crate::sys::tcp::{self, Queue, Repair};
+
+/// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
+pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Result<()> {
+    bind_anew(fd, flow.local, write_seq)?;
+    start_handshake(fd, flow.remote)
+}
+
+/// Readies a fresh socket for the same SYN once more. A peer that has answered the first one refuses the connection for
+/// good, if it gets another sequence number that lies in its window: that of a new SYN does for the first 4 ms.
+pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -> Result<()> {
+    // In repair mode no other socket is in the way: the old one may still hold the port.
+    tcp::set_repair(fd, Repair::On)?;
+    bind(fd, local)?;
+    derived::check_local(fd, local)?;
+    tcp::set_queue_seq(fd, Queue::Send, write_seq.wrapping_sub(1))?;
+    tcp::set_repair(fd, Repair::OffNoProbe)
+}
