@@ -1,5 +1,4 @@
 //! Connections to test with.
-#![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
