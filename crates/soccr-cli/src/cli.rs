@@ -4,11 +4,11 @@ use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 use rustix::process::Pid;
 
-use crate::exit::Exit;
-use crate::{
-    check, completions, criu, demo, exit, inspect, list, lock, man, receive, restore, resume, save, send,
-    steer,
+use crate::command::{
+    check, completions, criu, inspect, list, lock, man, receive, restore, resume, save, send, steer,
 };
+use crate::exit::Exit;
+use crate::{demo, exit};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Error, Result};
 
-use crate::table::printable;
+use crate::show::table::printable;
 
 /// The exit codes, as `--help` and the man pages explain them.
 pub(crate) const HELP: &str = "\

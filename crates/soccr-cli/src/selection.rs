@@ -10,7 +10,7 @@ use soccr_handover::foreign::process::{self, Holder};
 use soccr_handover::foreign::{Captive, Process};
 
 use crate::cli::parse_pid;
-use crate::completions;
+use crate::command::completions;
 use crate::exit;
 use crate::network;
 

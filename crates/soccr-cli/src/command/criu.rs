@@ -10,7 +10,7 @@ use soccr_image::AddressMap;
 use soccr_image::criu::{Directory, Protocol, Rewritten, Socket};
 
 use crate::exit::{self, Exit};
-use crate::table::{Align, Table, printable};
+use crate::show::table::{Align, Table, printable};
 
 /// Read and mend the images of CRIU
 #[derive(clap::Args, Debug)]

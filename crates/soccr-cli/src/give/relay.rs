@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown, sockopt};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use crate::parting::Parting;
+use crate::give::parting::Parting;
 use crate::signals::Deaf;
 
 /// How long the server may take to accept a connection.

@@ -1,5 +1,8 @@
 //! `soccr send`: connections of running processes, into a pipe.
 
+mod backlog;
+mod via;
+
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
@@ -12,16 +15,17 @@ use soccr_handover::channel::OneWay;
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
 
-use crate::backlog::Backlog;
 use crate::exit::{self, Exit};
 use crate::guide::{Hop, parse_hop, path};
 use crate::nat::Nat;
-use crate::progress::Progress;
 use crate::selection::Selection;
+use crate::show::progress::Progress;
 use crate::signals::Deaf;
 use crate::traffic::Traffic;
-use crate::via::Via;
 use crate::{descriptors, sys};
+
+use backlog::Backlog;
+use via::Via;
 
 /// Move connections of running processes through a pipe
 ///

@@ -8,10 +8,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::completions;
+use crate::command::completions;
 use crate::exit::{self, Exit};
 use crate::network;
-use crate::table::{Align, Table, printable};
+use crate::show::table::{Align, Table, printable};
 
 /// Try out what this machine and user can do
 ///

@@ -14,7 +14,7 @@ use soccr_handover::Seat;
 use soccr_handover::foreign::{Process, Sharing, Stopped, namespace, process};
 
 use crate::exit;
-use crate::rescue::rescue;
+use crate::give::rescue::rescue;
 
 /// No accept queue is longer, as a rule: clients that connect meanwhile must not keep us here.
 const MOST: usize = 1 << 16;

@@ -18,10 +18,11 @@ use soccr::diag::Diag;
 use soccr_handover::foreign::process;
 
 use crate::cli::parse_pid;
+use crate::command::completions;
 use crate::exit::Exit;
 use crate::nat::Nat;
 use crate::traffic::Traffic;
-use crate::{completions, exit, network};
+use crate::{exit, network};
 
 use filter::Filter;
 use order::Order;

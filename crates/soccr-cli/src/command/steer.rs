@@ -7,13 +7,13 @@ use serde_json::{Value as Json, json};
 use soccr::Flow;
 use soccr::steer::{self, Foreign, NextHop, Steered, Steering, Tunnel};
 
-use crate::completions;
+use crate::command::completions;
+use crate::command::list::duration;
+use crate::command::lock::parse_flow;
 use crate::exit::{self, Exit};
 use crate::guide::{Hop, parse_hop, redirect};
-use crate::list::duration;
-use crate::lock::parse_flow;
 use crate::network;
-use crate::table::{Align, Table};
+use crate::show::table::{Align, Table};
 
 /// See and change where the packets of connections go that have left this host
 ///

@@ -13,13 +13,14 @@ use soccr_handover::channel::Pair;
 use soccr_handover::{Announced, Event, Limits, Mover, Offer, Origin, Received, Terms};
 use soccr_image::AddressMap;
 
+use crate::command::completions;
 use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Reports, Trust};
-use crate::handover::{Handover, Recipient};
+use crate::give::parting::Parting;
+use crate::give::{Handover, Recipient};
 use crate::lifeline::{self, Claim};
-use crate::parting::Parting;
 use crate::signals::Bell;
-use crate::{completions, descriptors, exit, network};
+use crate::{descriptors, exit, network};
 
 /// Receive connections from `soccr send`, and give them to a program
 ///

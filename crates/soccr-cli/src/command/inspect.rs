@@ -10,9 +10,9 @@ use soccr::Connection;
 use soccr_image::criu::{Directory, Protocol};
 use soccr_image::stream::{Message, Reader};
 
-use crate::describe::{self, Data};
 use crate::exit::{self, Exit};
-use crate::table::printable;
+use crate::show::describe::{self, Data};
+use crate::show::table::printable;
 
 /// Show what is in an image: addresses, state, options, and a drawing of the sequence spaces
 ///

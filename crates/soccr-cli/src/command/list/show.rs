@@ -4,7 +4,7 @@ use std::io::{self, BufWriter, Write};
 use std::time::Duration;
 
 use super::row::Row;
-use crate::table::{Align, Table, printable};
+use crate::show::table::{Align, Table, printable};
 
 pub(super) fn json(rows: &[Row]) -> io::Result<()> {
     let mut out = BufWriter::new(io::stdout().lock());

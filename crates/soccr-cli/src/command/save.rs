@@ -1,5 +1,7 @@
 //! `soccr save`: connections out of running processes, into a file.
 
+mod pipe;
+
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
@@ -19,9 +21,10 @@ use soccr_image::stream::{Reader, Writer};
 
 use crate::descriptors;
 use crate::exit::{self, Exit};
-use crate::pipe::{Output, Reading};
 use crate::selection::Selection;
 use crate::signals::Deaf;
+
+use pipe::{Output, Reading};
 
 /// Save connections of running processes in a file
 ///

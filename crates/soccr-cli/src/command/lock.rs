@@ -9,10 +9,11 @@ use serde_json::{Value as Json, json};
 use soccr::connection::Flow;
 use soccr::lock::PersistentLock;
 
+use crate::command::list::duration;
+use crate::command::{completions, restore};
 use crate::exit::{self, Exit};
-use crate::list::duration;
-use crate::table::{Align, Table};
-use crate::{completions, network, restore};
+use crate::network;
+use crate::show::table::{Align, Table};
 
 /// Keep connections silent on this host: their packets are dropped, in both directions
 ///

@@ -1,5 +1,7 @@
 //! `soccr restore`: saved connections for a program.
 
+mod consumed;
+
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -11,12 +13,13 @@ use soccr_handover::silence;
 use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Reader};
 
+use crate::command::completions;
 use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
-use crate::handover::Handover;
-use crate::parting::Parting;
+use crate::give::Handover;
+use crate::give::parting::Parting;
 use crate::signals::Deaf;
-use crate::{completions, consumed, descriptors, network};
+use crate::{descriptors, network};
 
 /// Give saved connections to a program
 ///

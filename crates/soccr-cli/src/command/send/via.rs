@@ -13,8 +13,8 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use soccr_handover::channel::{Channel, Exchanged, Pair};
 
+use crate::give::parting::is_pipe;
 use crate::lifeline::Lifeline;
-use crate::parting::is_pipe;
 use crate::{descriptors, exit};
 
 /// How much the pipe to the target holds, where that is allowed: a window of idle connections.

@@ -8,7 +8,7 @@ use soccr::Paused;
 use soccr_handover::foreign::{Captive, Process, namespace};
 
 use crate::cli::parse_pid;
-use crate::completions;
+use crate::command::completions;
 use crate::exit::Exit;
 
 /// Let a connection go on that was left paused

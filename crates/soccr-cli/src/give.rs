@@ -1,0 +1,162 @@
+//! How a program gets connections: as descriptors from 3 on, as standard input and output, through a socket, from `accept(2)`, or
+//! through a relay.
+
+mod adopt;
+pub(crate) mod parting;
+mod program;
+mod relay;
+pub(crate) mod rescue;
+mod socket;
+
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Resource, getrlimit};
+use soccr::Connection;
+
+use crate::exit::Exit;
+use crate::signals::Deaf;
+
+use adopt::Server;
+use parting::Parting;
+use relay::{Protocol, Relay};
+use rescue::rescue;
+
+/// Who gets the connections
+#[derive(clap::Args, Debug)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Handover {
+    /// Put the connection into the accept queue of the server that listens on its address and port
+    ///
+    /// The server is any program, unmodified, in this network namespace. It gets the unread bytes, and nothing of what
+    /// the old server knew. Needs root and Linux 6.9.
+    #[arg(long, conflicts_with_all = ["stdio", "send_fd", "program"])]
+    adopt: bool,
+    /// With --adopt: how long a peer may take to acknowledge what was sent to it, before its connection moves on
+    #[arg(long, value_name = "SECONDS", default_value = "5", requires = "adopt")]
+    drain: u64,
+    /// Relay each connection to the server at this address: any server, on any host, which gets new connections
+    ///
+    /// This command runs until they have ended.
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["adopt", "stdio", "send_fd", "program"])]
+    connect: Option<SocketAddr>,
+    /// With --connect: tell the server the addresses of each connection by the PROXY protocol of this version
+    #[arg(long, value_name = "VERSION", requires = "connect")]
+    proxy_protocol: Option<Protocol>,
+    /// Give the connection as standard input and output, like inetd
+    #[arg(long, requires = "program", conflicts_with = "send_fd")]
+    stdio: bool,
+    /// Send the descriptors to a waiting UNIX stream socket (SCM_RIGHTS)
+    ///
+    /// Each message carries up to 253 descriptors, and as many lines `LOCAL REMOTE` as its text.
+    #[arg(long, value_name = "UNIX_SOCKET", conflicts_with = "program")]
+    send_fd: Option<PathBuf>,
+    /// Become this program, which finds the connections as descriptors 3 and up (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES;
+    /// see sd_listen_fds(3)), each with the name "connection", and without names where there are more than 11,000
+    #[arg(last = true, value_name = "PROGRAM")]
+    program: Vec<String>,
+}
+
+/// How long a recipient may take to read on. What it has not got by then is saved in images.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whoever will get the connections, known to be there.
+#[derive(Debug)]
+pub(crate) enum Recipient {
+    Program { path: PathBuf, arguments: Vec<String>, stdio: bool },
+    Socket(UnixStream),
+    Server(Box<Server>),
+    Relay(Relay),
+}
+
+impl Handover {
+    /// Looks for the recipient, before a connection is touched.
+    ///
+    /// A server is looked for in the network namespace of the caller.
+    pub(crate) fn find(&self) -> Result<Recipient> {
+        if self.adopt {
+            return Ok(Recipient::Server(Box::new(Server::new(Duration::from_secs(self.drain))?)));
+        }
+        if let Some(server) = self.connect {
+            return Ok(Recipient::Relay(Relay::new(server, self.proxy_protocol)?));
+        }
+        if let Some(path) = &self.send_fd {
+            let socket = UnixStream::connect(path).with_context(|| format!("{}", path.display()))?;
+            socket.set_write_timeout(Some(PATIENCE)).context("SO_SNDTIMEO")?;
+            return Ok(Recipient::Socket(socket));
+        }
+        let path = program::find(&self.program[0])?;
+        Ok(Recipient::Program { path, arguments: self.program.clone(), stdio: self.stdio })
+    }
+}
+
+impl Recipient {
+    /// How many connections it can take.
+    pub(crate) fn capacity(&self) -> usize {
+        match self {
+            Self::Program { stdio: true, .. } => 1,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Giving to it is over in a moment, and then so is this command.
+    pub(crate) fn is_soon_over(&self) -> bool {
+        matches!(self, Self::Server(_) | Self::Socket(_))
+    }
+
+    /// Checks that so many connections can be given away, before the first is taken from where it is.
+    pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
+        /// What else this process has open, and more.
+        const OTHERS: u64 = 64;
+        let wanted = OTHERS
+            + connections as u64
+                * match self {
+                    // For a moment they have two numbers each.
+                    Self::Program { stdio: false, .. } => 2,
+                    // That to the server, and at worst two full pipes.
+                    Self::Relay(_) => 6,
+                    _ => return Ok(()),
+                };
+        match getrlimit(Resource::Nofile).current {
+            Some(limit) if limit < wanted => {
+                bail!(
+                    "{wanted} descriptors for a program: {limit} are allowed: raise RLIMIT_NOFILE (`ulimit -n`)"
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that this connection can be given away, before it is taken from where it is.
+    pub(crate) fn check(&self, connection: &Connection) -> Result<()> {
+        match self {
+            Self::Server(server) => server.check(connection),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives the connections away. Where that is a program, this one becomes it, and heeds signals again. What cannot be
+    /// given is [rescued](rescue).
+    pub(crate) fn give(
+        self,
+        mut connections: Vec<TcpStream>,
+        deaf: Deaf,
+        mut parting: Parting,
+    ) -> Result<Exit> {
+        let given = match self {
+            Self::Socket(socket) => socket::send(&socket, &mut connections).map(|()| Exit::Done),
+            Self::Program { path, arguments, stdio } => {
+                program::execute(&path, &arguments, stdio, &mut connections, deaf, &mut parting)
+            }
+            Self::Server(server) => server.give(&mut connections).map(|()| Exit::Done),
+            Self::Relay(relay) => relay.give(&mut connections, deaf, &mut parting).map(|()| Exit::Done),
+        };
+        given.map_err(|error| {
+            parting.fail();
+            rescue(&connections, &error)
+        })
+    }
+}

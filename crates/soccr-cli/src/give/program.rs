@@ -1,0 +1,121 @@
+//! A program that this one becomes: it finds the connections as its descriptors.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::net::TcpStream;
+use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
+
+use crate::exit::{Coded, Exit};
+use crate::signals::Deaf;
+use crate::{descriptors, lifeline, sys};
+
+use super::parting::Parting;
+
+/// The number of the first descriptor given (`SD_LISTEN_FDS_START`).
+const FIRST: RawFd = 3;
+
+/// Finds a program as execvp(3) does.
+pub(super) fn find(name: &str) -> Result<PathBuf> {
+    let candidates: Vec<PathBuf> = match name.contains('/') {
+        true => vec![name.into()],
+        false => {
+            let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+            std::env::split_paths(&path).map(|directory| directory.join(name)).collect()
+        }
+    };
+    let is_program = |path: &&PathBuf| path.is_file() && access(path.as_path(), Access::EXEC_OK).is_ok();
+    if let Some(program) = candidates.iter().find(is_program) {
+        if let Some(interpreter) = interpreter(program).filter(|path| !is_program(&path)) {
+            let missing = interpreter.display();
+            bail!(Coded(Exit::NotStarted, format!("{name}: its interpreter {missing} cannot be executed")));
+        }
+        return Ok(program.clone());
+    }
+    if candidates.iter().any(|path| Path::exists(path)) {
+        bail!(Coded(Exit::NotStarted, format!("{name}: it is no program that may be executed")));
+    }
+    bail!(Coded(Exit::NotFound, format!("{name}: there is no such program")))
+}
+
+/// What the `#!` line of a script names.
+fn interpreter(script: &Path) -> Option<PathBuf> {
+    let mut start = Vec::new();
+    File::open(script).ok()?.take(256).read_to_end(&mut start).ok()?;
+    let line = start.strip_prefix(b"#!")?.split(|byte| *byte == b'\n').next()?;
+    let name = line.split(|byte| b" \t".contains(byte)).find(|word| !word.is_empty())?;
+    Some(OsStr::from_bytes(name).into())
+}
+
+/// Becomes the program.
+pub(super) fn execute(
+    path: &Path,
+    arguments: &[String],
+    stdio: bool,
+    connections: &mut [TcpStream],
+    deaf: Deaf,
+    parting: &mut Parting,
+) -> Result<Exit> {
+    let mut command = Command::new(path);
+    lifeline::hide(&mut command);
+    descriptors::keep_limit_from(&mut command);
+    command.arg0(&arguments[0]).args(&arguments[1..]);
+    let end = FIRST + connections.len() as RawFd;
+    parting.leave(end)?;
+    for connection in &mut *connections {
+        // As systemd and inetd give them. A program that wants another mode sets it.
+        let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
+        fcntl_setfl(&*connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
+        // Beyond the numbers that they will have, so that none is in the way of another.
+        let beyond = rustix::io::fcntl_dupfd_cloexec(&*connection, end);
+        *connection = beyond.context("fcntl(F_DUPFD_CLOEXEC): see RLIMIT_NOFILE (ulimit -n)")?.into();
+    }
+    match stdio {
+        true => {
+            let connection = connections.first().context("there is no connection to give")?;
+            rustix::stdio::dup2_stdin(connection).context("dup2")?;
+            rustix::stdio::dup2_stdout(connection).context("dup2")?;
+        }
+        false => {
+            sys::place(connections, FIRST).context("dup2")?;
+            command
+                .env("LISTEN_FDS", connections.len().to_string())
+                .env("LISTEN_PID", std::process::id().to_string())
+                .envs(names(connections.len()).map(|names| ("LISTEN_FDNAMES", names)));
+        }
+    }
+    // The program inherits what is ignored.
+    drop(deaf);
+    let error = command.exec();
+    // The attempt has given SIGPIPE its default back: a message that nobody reads would cost the connections.
+    sys::ignore(libc::SIGPIPE);
+    bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
+}
+
+/// The most descriptors that have names.
+const MOST_NAMES: usize = 11_000;
+
+/// The names of the descriptors; none where they are longer than the kernel takes (`MAX_ARG_STRLEN`, 128 KiB).
+fn names(count: usize) -> Option<String> {
+    (count <= MOST_NAMES).then(|| vec!["connection"; count].join(":"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_starts_with_the_names_of_as_many_descriptors_as_have_some() {
+        assert_eq!(names(2).unwrap(), "connection:connection");
+        assert_eq!(names(MOST_NAMES + 1), None);
+        let longest = names(MOST_NAMES).unwrap();
+        assert!(Command::new("true").env("LISTEN_FDNAMES", longest).status().unwrap().success());
+    }
+}
