@@ -16,6 +16,7 @@
 use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST, attributes};
 
@@ -71,7 +72,42 @@ pub struct Socket<'a> {
     pub uid: u32,
     /// The inode number, by which `/proc/PID/fd` names it; zero where no process has it open.
     pub inode: u32,
+    /// What the kernel waits for, and for how long at most.
+    pub timer: Option<(Timer, Duration)>,
     attributes: &'a [u8],
+}
+
+/// Why the kernel will deal with a connection by itself, should nothing happen before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Timer {
+    /// What is unacknowledged is sent again, or a lost end of it is probed for.
+    Retransmission,
+    /// The peer is asked whether it is still there; also the time that FIN_WAIT2 may last.
+    Keepalive,
+    /// The end of TIME_WAIT.
+    TimeWait,
+    /// The peer is asked for its window, which was zero.
+    WindowProbe,
+}
+
+impl Timer {
+    /// `idiag_timer`.
+    fn from_kernel(number: u8) -> Option<Self> {
+        [Self::Retransmission, Self::Keepalive, Self::TimeWait, Self::WindowProbe]
+            .get(usize::from(number.checked_sub(1)?))
+            .copied()
+    }
+
+    /// As `netstat(8)` and `ss(8)` call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Retransmission => "on",
+            Self::Keepalive => "keepalive",
+            Self::TimeWait => "timewait",
+            Self::WindowProbe => "persist",
+        }
+    }
 }
 
 impl Socket<'_> {
@@ -393,6 +429,7 @@ fn decode(payload: &[u8]) -> Option<Socket<'_>> {
         send_queue: word(60),
         uid: word(64),
         inode: word(68),
+        timer: Timer::from_kernel(header[2]).map(|timer| (timer, Duration::from_millis(word(52).into()))),
         attributes,
     })
 }

@@ -33,7 +33,8 @@ pub(crate) use show::duration;
 /// List TCP sockets, and say which can be saved
 ///
 /// All states, and also the sockets that belong to no process any longer. IDLE is the time since data were sent or received, RETR how many
-/// segments were sent again, CC the congestion control. SAVE says "yes", or why not, and
+/// segments were sent again, TIMER what the kernel does next and when (as in ss(8): on, keepalive,
+/// timewait, persist), CC the congestion control. SAVE says "yes", or why not, and
 /// what NAT makes of its addresses; "paused" is a socket that somebody has left in
 /// repair mode. A narrow terminal gets fewer columns. --json shows more.
 #[derive(clap::Args, Debug)]

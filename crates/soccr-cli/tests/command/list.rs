@@ -13,6 +13,7 @@ use crate::programs::{
 crate::tests![
     filters_choose,
     what_matters_most_comes_first,
+    what_the_kernel_waits_for_is_told,
     a_watched_list_comes_again,
     what_is_ipv4_on_the_wire_is_shown_as_that,
     a_connection_with_tls_of_the_kernel_cannot_be_saved,
@@ -78,6 +79,31 @@ fn what_matters_most_comes_first() {
     assert_eq!(queues(), [1000, 100, 10, 0, 0, 0]);
     let descriptors = numbers("pid", "/processes/0/fd");
     assert!(descriptors.len() == 6 && descriptors.is_sorted(), "{descriptors:?}");
+}
+
+fn what_the_kernel_waits_for_is_told() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let kept = TcpStream::connect(address).unwrap();
+    let (mut full, silent) = (TcpStream::connect(address).unwrap(), listener.accept().unwrap());
+    rustix::net::sockopt::set_socket_keepalive(&kept, true).unwrap();
+    let timer = |stream: &TcpStream| {
+        let port = stream.local_addr().unwrap().port().to_string();
+        let sockets = json(&["list", "--json", "--port", &port]);
+        let ours = |socket: &&serde_json::Value| {
+            socket["local"].as_str().unwrap() == stream.local_addr().unwrap().to_string()
+        };
+        sockets.iter().find(ours).unwrap()["timer"].clone()
+    };
+    let keepalive = timer(&kept);
+    assert_eq!(keepalive["name"], "keepalive");
+    let left = keepalive["expires_ms"].as_u64().unwrap();
+    assert!(left > 7_000_000 && left <= 7_200_000, "{keepalive}");
+    assert!(timer(&full).is_null());
+    full.set_nonblocking(true).unwrap();
+    while full.write(&[7; 1 << 16]).is_ok() {}
+    wait_until("the window is closed", || timer(&full)["name"] == "persist");
+    drop(silent);
 }
 
 fn a_watched_list_comes_again() {

@@ -29,6 +29,7 @@ pub(super) struct Row {
     #[serde(flatten)]
     pub(super) traffic: Option<Traffic>,
     pub(super) congestion_control: Option<String>,
+    pub(super) timer: Option<Timer>,
     pub(super) uid: u32,
     pub(super) inode: u32,
     pub(super) processes: Vec<Owner>,
@@ -38,6 +39,13 @@ pub(super) struct Row {
     pub(super) tls: Option<String>,
     /// A connection that can be saved, but is known by other addresses outside.
     pub(super) nat: Option<Translated>,
+}
+
+/// What the kernel waits for.
+#[derive(Debug, Serialize)]
+pub(super) struct Timer {
+    pub(super) name: &'static str,
+    pub(super) expires_ms: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -95,6 +103,9 @@ impl Row {
             receive_queue: socket.receive_queue,
             send_queue: socket.send_queue,
             congestion_control: socket.congestion_control().filter(|_| traffic.is_some()).map(str::to_owned),
+            timer: socket
+                .timer
+                .map(|(timer, left)| Timer { name: timer.name(), expires_ms: left.as_millis() as u64 }),
             traffic,
             uid: socket.uid,
             inode: socket.inode,

@@ -32,10 +32,11 @@ pub(super) fn table(rows: &[Row]) -> io::Result<()> {
         ("RTT", Right),
         ("CWND", Right),
         ("RETR", Right),
+        ("TIMER", Left),
         ("CC", Left),
         ("SAVE", Left),
     ]);
-    table.narrow(&["CWND", "RTT", "RETR", "CC", "IDLE", "SEND-Q", "RECV-Q", "FD"]);
+    table.narrow(&["TIMER", "CWND", "RTT", "RETR", "CC", "IDLE", "SEND-Q", "RECV-Q", "FD"]);
     for row in rows {
         let owner = row.processes.first();
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
@@ -57,6 +58,9 @@ pub(super) fn table(rows: &[Row]) -> io::Result<()> {
             or_dash(traffic.map(|traffic| duration(traffic.rtt()))),
             or_dash(traffic.map(|traffic| traffic.cwnd().to_string())),
             or_dash(traffic.map(|traffic| traffic.retransmissions().to_string())),
+            or_dash(row.timer.as_ref().map(|timer| {
+                format!("{} {}", timer.name, duration(Duration::from_millis(timer.expires_ms)))
+            })),
             or_dash(row.congestion_control.clone()),
             match (row.why_not, row.nat) {
                 (Some(reason), _) => match &row.tls {
