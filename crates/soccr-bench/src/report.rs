@@ -45,7 +45,7 @@ impl Row {
         Self { bytes: Some(bytes), ratio: Some(bytes as f64 / floor as f64), samples: 1, ..none }
     }
 
-    /// Beside the bare system calls.
+    /// Beside the bare system calls, or what there is without a move.
     pub(crate) fn against(self, floor: &Samples) -> Self {
         let floor = floor.median();
         Self { floor: Some(floor), ratio: Some(self.median.as_secs_f64() / floor.as_secs_f64()), ..self }
@@ -88,7 +88,7 @@ pub(crate) struct Report {
     notes: Vec<String>,
 }
 
-const WIDTHS: [usize; 2] = [8, 44];
+const WIDTHS: [usize; 2] = [8, 48];
 
 impl Report {
     pub(crate) fn new(machine: Machine, json: bool) -> Self {
@@ -124,7 +124,8 @@ impl Report {
             println!("{}", json!({ "machine": self.machine.json(), "results": rows, "notes": self.notes }));
         } else {
             println!(
-                "\nfloor: the same bare system calls, interleaved in the same run; ratio: of the medians"
+                "\nfloor: the same bare system calls, interleaved in the same run (stall: the same traffic without a move); \
+                 ratio: of the medians"
             );
         }
     }

@@ -21,16 +21,23 @@ pub(crate) enum Pattern {
     Upload,
     /// The moved end sends, the peer reads.
     Download,
+    /// Both ends send and read.
+    Both,
     /// The peer asks, the moved end answers: one short message each.
     Request,
 }
 
 impl Pattern {
-    pub(crate) const ALL: [(Self, &'static str); 3] = [
+    pub(crate) const ALL: [(Self, &'static str); 4] = [
         (Self::Upload, "peer to moved"),
         (Self::Download, "moved to peer"),
+        (Self::Both, "both ways"),
         (Self::Request, "request/response"),
     ];
+
+    fn moved_end_sends(self) -> bool {
+        matches!(self, Self::Download | Self::Both)
+    }
 }
 
 /// Bytes per second: a Gbit.
@@ -89,13 +96,16 @@ pub(crate) struct Felt {
 }
 
 impl Traffic {
-    /// Starts it from `pair.b` to the calling thread's host, `pair.a`.
-    pub(crate) fn start(pair: &Pair, pattern: Pattern) -> Result<Self> {
+    /// Starts it from `pair.b` to the calling thread's host, `pair.a`, with this congestion control at both ends.
+    pub(crate) fn start(pair: &Pair, pattern: Pattern, congestion: &str) -> Result<Self> {
         let listener = TcpListener::bind((pair.a.v4, 0))?;
         let address = listener.local_addr()?;
         let peer = pair.b.run(|| TcpStream::connect(address))?;
         peer.set_nodelay(true)?;
         let (stream, _) = listener.accept()?;
+        for socket in [&stream, &peer] {
+            rustix::net::sockopt::set_tcp_congestion(socket, congestion).context("TCP_CONGESTION")?;
+        }
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         let (heard, start) = (Arc::new(Heard::default()), Instant::now());
@@ -142,6 +152,14 @@ impl Traffic {
             notes.push((Instant::now(), heard.bytes.load(Relaxed)));
             begin.elapsed() > time
         })
+    }
+
+    /// The longest silence in this time, and until something is heard again, without a move.
+    pub(crate) fn leave_alone(&mut self, time: Duration) -> Result<Duration> {
+        self.heard.longest.store(0, Relaxed);
+        let end = self.now() + time.as_nanos() as u64;
+        self.carry(|heard| heard.last.load(Relaxed) > end)?;
+        Ok(Duration::from_nanos(self.heard.longest.load(Relaxed)))
     }
 
     /// Moves the connection within its host, and keeps it locked for this time: saves it at the beginning, restores it
@@ -203,31 +221,31 @@ impl Traffic {
     fn turn(&mut self) -> Result<()> {
         let now = self.now();
         let stream = self.stream.as_mut().context("no connection")?;
-        let wanted = match self.pattern {
-            Pattern::Download if self.pace.allows(now) => PollFlags::OUT,
-            Pattern::Download => PollFlags::empty(),
-            _ => PollFlags::IN,
-        };
+        let mut wanted = PollFlags::empty();
+        wanted.set(PollFlags::IN, self.pattern != Pattern::Download);
+        wanted.set(PollFlags::OUT, self.pattern.moved_end_sends() && self.pace.allows(now));
         let wait = Timespec { tv_sec: 0, tv_nsec: MOMENT.as_nanos() as _ };
         let mut polled = [PollFd::new(stream, wanted)];
         if poll(&mut polled, Some(&wait))? == 0 {
             return Ok(());
         }
-        if wanted == PollFlags::OUT {
-            if let Some(length) = some(stream.write(&self.buffer))? {
-                self.pace.spend(length);
-            }
+        if wanted.contains(PollFlags::OUT)
+            && let Some(length) = some(stream.write(&self.buffer))?
+        {
+            self.pace.spend(length);
+        }
+        if !wanted.contains(PollFlags::IN) {
             return Ok(());
         }
         let Some(length) = some(stream.read(&mut self.buffer))? else { return Ok(()) };
         if length == 0 {
             bail!("the peer has ended the connection");
         }
-        if self.pattern == Pattern::Upload {
-            self.heard.note(self.start.elapsed().as_nanos() as u64, length);
-        } else {
+        match self.pattern {
+            Pattern::Upload => self.heard.note(self.start.elapsed().as_nanos() as u64, length),
             // Messages are short: the kernel takes each as a whole.
-            stream.write_all(&self.buffer[..length])?;
+            Pattern::Request => stream.write_all(&self.buffer[..length])?,
+            Pattern::Both | Pattern::Download => {}
         }
         Ok(())
     }
@@ -246,32 +264,50 @@ impl Drop for Traffic {
 
 /// Plays the peer until the connection ends, in whatever way.
 fn be_peer(pattern: Pattern, mut stream: TcpStream, heard: &Heard, start: Instant) {
-    let mut buffer = vec![0; CHUNK];
-    let mut pace = Pace::default();
     let now = || start.elapsed().as_nanos() as u64;
-    let listen = |length| heard.note(now(), length);
     if set_prompt_timers().is_err() {
         return;
     }
     heard.last.store(now(), Relaxed);
-    while !heard.stop.load(Relaxed) {
-        let went_on = match pattern {
-            Pattern::Upload if !pace.allows(now()) => {
-                std::thread::sleep(MOMENT);
-                Ok(())
+    match (pattern, stream.try_clone()) {
+        (Pattern::Upload, _) => send(&mut stream, heard, now),
+        (Pattern::Both, Ok(mut other)) => std::thread::scope(|scope| {
+            scope.spawn(|| set_prompt_timers().map(|()| send(&mut other, heard, now)));
+            listen(&mut stream, heard, now);
+        }),
+        (Pattern::Download | Pattern::Both, _) => listen(&mut stream, heard, now),
+        (Pattern::Request, _) => {
+            let mut message = [0; MESSAGE];
+            while !heard.stop.load(Relaxed) {
+                if stream.write_all(&message).and_then(|()| stream.read_exact(&mut message)).is_err() {
+                    return;
+                }
+                heard.note(now(), MESSAGE);
             }
-            Pattern::Upload => stream.write(&buffer).map(|length| pace.spend(length)),
-            Pattern::Download => match stream.read(&mut buffer) {
-                Ok(0) => return,
-                other => other.map(listen),
-            },
-            Pattern::Request => stream
-                .write_all(&buffer[..MESSAGE])
-                .and_then(|()| stream.read_exact(&mut buffer[..MESSAGE]))
-                .map(|()| listen(MESSAGE)),
-        };
-        if went_on.is_err() {
-            return;
+        }
+    }
+}
+
+fn send(stream: &mut TcpStream, heard: &Heard, now: impl Fn() -> u64) {
+    let mut pace = Pace::default();
+    while !heard.stop.load(Relaxed) {
+        if !pace.allows(now()) {
+            std::thread::sleep(MOMENT);
+            continue;
+        }
+        match stream.write(&[0; CHUNK]) {
+            Ok(length) => pace.spend(length),
+            Err(_) => return,
+        }
+    }
+}
+
+fn listen(stream: &mut TcpStream, heard: &Heard, now: impl Fn() -> u64) {
+    let mut buffer = [0; CHUNK];
+    while !heard.stop.load(Relaxed) {
+        match stream.read(&mut buffer) {
+            Ok(0) | Err(_) => return,
+            Ok(length) => heard.note(now(), length),
         }
     }
 }

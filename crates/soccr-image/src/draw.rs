@@ -1,9 +1,11 @@
 //! The sequence spaces of a connection, drawn.
 
+mod svg;
+mod text;
+
 use soccr::Connection;
 
-/// Columns of a drawing.
-const WIDTH: usize = 78;
+pub use svg::draw_svg;
 
 /// Draws the two sequence spaces of a connection, at most 80 columns wide; distances are not to scale.
 ///
@@ -32,15 +34,19 @@ const WIDTH: usize = 78;
 /// # Ok::<(), soccr_image::Error>(())
 /// ```
 pub fn draw(connection: &Connection) -> String {
+    lanes(connection).map(|lane| text::draw(&lane)).join("\n")
+}
+
+fn lanes(connection: &Connection) -> [Lane; 2] {
     let control = &connection.control;
-    let mut send = Lane::new("send", control.snd_una());
+    let mut send = Lane::new("send", control.snd_una(), control.write_seq);
     send.mark("snd_una", control.snd_una());
     send.mark("snd_nxt", control.snd_nxt());
     send.mark("write_seq", control.write_seq);
     if control.state.fin_queued() && !control.state.fin_acknowledged() {
         send.fin(control.write_seq);
     }
-    let mut receive = Lane::new("receive", control.copied_seq());
+    let mut receive = Lane::new("receive", control.copied_seq(), control.rcv_nxt);
     receive.mark("copied_seq", control.copied_seq());
     if let Some(urgent) = connection.urgent {
         receive.mark("urgent", control.copied_seq().wrapping_add(urgent.offset));
@@ -53,10 +59,9 @@ pub fn draw(connection: &Connection) -> String {
         send.mark("window edge", control.snd_una().wrapping_add(window.snd_wnd));
         receive.mark("window edge", window.rcv_wup.wrapping_add(window.rcv_wnd));
     }
-    let sent = control.snd_nxt();
-    let mut drawing = send.draw(control.write_seq, |end| if after(end, sent) { "unsent" } else { "sent" });
-    drawing.push('\n');
-    drawing + &receive.draw(control.rcv_nxt, |_| "unread")
+    send.divide(|end| if after(end, control.snd_nxt()) { Kind::Unsent } else { Kind::Sent });
+    receive.divide(|_| Kind::Unread);
+    [send, receive]
 }
 
 /// `a` lies after `b` in sequence space.
@@ -64,84 +69,105 @@ fn after(a: u32, b: u32) -> bool {
     (b.wrapping_sub(a) as i32) < 0
 }
 
-/// One direction: marks on a line.
+/// One direction: marks on a line, and the pieces between them.
 struct Lane {
     title: &'static str,
     base: u32,
-    /// Distance from `base`, and names.
-    marks: Vec<(i32, Vec<&'static str>)>,
+    /// Where the queue ends. What lies beyond, the window still allows.
+    end: u32,
+    marks: Vec<Mark>,
     fin: Option<i32>,
+    pieces: Vec<Piece>,
+}
+
+struct Mark {
+    /// Distance from `base`.
+    at: i32,
+    /// All that lies in this place.
+    names: Vec<&'static str>,
+}
+
+struct Piece {
+    length: u32,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Sent,
+    Unsent,
+    Unread,
+    Allowed,
+    Fin,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Unsent => "unsent",
+            Self::Unread => "unread",
+            Self::Allowed => "allowed",
+            Self::Fin => "FIN",
+        }
+    }
+}
+
+impl Piece {
+    fn label(&self) -> String {
+        match self.kind {
+            Kind::Fin => Kind::Fin.name().into(),
+            kind => format!("{} {}", self.length, kind.name()),
+        }
+    }
 }
 
 impl Lane {
-    fn new(title: &'static str, base: u32) -> Self {
-        Self { title, base, marks: Vec::new(), fin: None }
+    fn new(title: &'static str, base: u32, end: u32) -> Self {
+        Self { title, base, end, marks: Vec::new(), fin: None, pieces: Vec::new() }
     }
 
     fn mark(&mut self, name: &'static str, at: u32) {
         let at = at.wrapping_sub(self.base) as i32;
-        match self.marks.iter_mut().find(|mark| mark.0 == at) {
-            Some(mark) => mark.1.push(name),
-            None => self.marks.push((at, vec![name])),
+        match self.marks.iter_mut().find(|mark| mark.at == at) {
+            Some(mark) => mark.names.push(name),
+            None => self.marks.push(Mark { at, names: vec![name] }),
         }
     }
 
     /// A FIN lies just before `end`.
     fn fin(&mut self, end: u32) {
-        let start = end.wrapping_sub(1).wrapping_sub(self.base) as i32;
-        self.fin = Some(start);
-        if !self.marks.iter().any(|mark| mark.0 == start) {
-            self.marks.push((start, Vec::new()));
+        let at = end.wrapping_sub(1).wrapping_sub(self.base) as i32;
+        self.fin = Some(at);
+        if !self.marks.iter().any(|mark| mark.at == at) {
+            self.marks.push(Mark { at, names: Vec::new() });
         }
     }
 
-    /// `queued` names the bytes before `end`, by where their piece ends; beyond is what the window still allows.
-    fn draw(mut self, end: u32, queued: impl Fn(u32) -> &'static str) -> String {
-        self.marks.sort_by_key(|mark| mark.0);
-        let pieces: Vec<String> = self
-            .marks
-            .windows(2)
-            .map(|pair| {
-                let (from, to) = (pair[0].0, pair[1].0);
-                let seq = self.base.wrapping_add(to as u32);
-                match to.wrapping_sub(from) as u32 {
-                    1 if self.fin == Some(from) => "FIN".into(),
-                    length if after(seq, end) => format!(" {length} allowed "),
-                    length => format!(" {length} {} ", queued(seq)),
-                }
-            })
-            .collect();
-        let names: Vec<String> = self.marks.iter().map(|mark| mark.1.join(" = ")).collect();
-        let numbers: Vec<String> = (self.marks.iter().zip(&names))
-            .map(|(mark, name)| match name.is_empty() {
-                true => String::new(),
-                false => self.base.wrapping_add(mark.0 as u32).to_string(),
-            })
-            .collect();
-        // Each piece is as wide as what stands in it and above its left mark; what is left over is shared.
-        let label = |i: usize| names[i].len().max(numbers[i].len());
-        let mut widths: Vec<usize> =
-            (0..pieces.len()).map(|i| (label(i) + 2).max(pieces[i].chars().count() + 3)).collect();
-        let last = label(self.marks.len() - 1);
-        let spare = WIDTH.saturating_sub(2 + last + widths.iter().sum::<usize>());
-        let stretched = pieces.iter().filter(|piece| *piece != "FIN").count().max(1);
-        for (width, piece) in widths.iter_mut().zip(&pieces) {
-            *width += if piece == "FIN" { 0 } else { spare / stretched };
-        }
-        let row = |cells: &[String]| {
-            let mut line = String::from("  ");
-            for (i, cell) in cells.iter().enumerate() {
-                line += &format!("{cell:<width$}", width = widths.get(i).copied().unwrap_or(0));
-            }
-            line.trim_end().to_owned()
+    /// Puts the marks in order. `queued` tells what the bytes of the queue are, by where their piece ends.
+    fn divide(&mut self, queued: impl Fn(u32) -> Kind) {
+        self.marks.sort_by_key(|mark| mark.at);
+        let piece = |pair: &[Mark]| {
+            let (from, to) = (pair[0].at, pair[1].at);
+            let seq = self.base.wrapping_add(to as u32);
+            let length = to.wrapping_sub(from) as u32;
+            let kind = match length {
+                1 if self.fin == Some(from) => Kind::Fin,
+                _ if after(seq, self.end) => Kind::Allowed,
+                _ => queued(seq),
+            };
+            Piece { length, kind }
         };
-        let mut line = String::from("  ");
-        for (i, (piece, width)) in pieces.iter().zip(&widths).enumerate() {
-            line.push(if i == 0 { '├' } else { '┼' });
-            line += &format!("{piece:─^width$}", width = width - 1);
+        self.pieces = self.marks.windows(2).map(piece).collect();
+    }
+
+    /// What stands above a mark: its names, and its sequence number.
+    fn label(&self, mark: &Mark) -> [String; 2] {
+        let number = self.base.wrapping_add(mark.at as u32);
+        match mark.names.is_empty() {
+            true => Default::default(),
+            false => [mark.names.join(" = "), number.to_string()],
         }
-        line.push(if pieces.is_empty() { '│' } else { '┤' });
-        format!("{}\n{}\n{}\n{line}\n", self.title, row(&names), row(&numbers))
     }
 }
 

@@ -46,7 +46,7 @@ mod file;
 mod map;
 pub mod stream;
 
-pub use draw::draw;
+pub use draw::{draw, draw_svg};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{AtomicFile, load_file, save_file};
 pub use map::AddressMap;

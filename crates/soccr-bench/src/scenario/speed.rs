@@ -24,12 +24,20 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Until congestion control has found its window.
 const WARM_UP: Duration = Duration::from_secs(2);
 
-/// Which of its two ways the connection is busy.
-#[derive(Clone, Copy, Debug)]
+/// A way in which the connection is busy, as the end that moves sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Direction {
     Sending,
     Receiving,
 }
+
+use Direction::{Receiving, Sending};
+
+const DIRECTIONS: [(&[Direction], &str); 3] =
+    [(&[Sending], "sending"), (&[Receiving], "receiving"), (&[Sending, Receiving], "both ways")];
+/// bbr with all that comes back: how little the usual recipe brings back is seen with cubic.
+const CONGESTION: [(&str, &[(Effort, &str)]); 2] =
+    [("cubic", &Effort::ALL), ("bbr", &[(Effort::All, "everything")])];
 
 pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     let runs = if arguments.full { 5 } else { 1 };
@@ -42,12 +50,14 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
             queue: 1 << 20,
             ..Shape::default()
         };
-        for (direction, doing) in [(Direction::Sending, "sending"), (Direction::Receiving, "receiving")] {
-            for (effort, name) in Effort::ALL {
-                let moves = (0..runs).map(|_| goodput(&shape, direction, effort));
+        for ((directions, doing), (congestion, efforts)) in
+            DIRECTIONS.iter().flat_map(|doing| CONGESTION.map(|congestion| (*doing, congestion)))
+        {
+            for (effort, name) in efforts {
+                let moves = (0..runs).map(|_| goodput(&shape, directions, congestion, *effort));
                 let mut moves = moves.collect::<Result<Vec<_>>>()?;
                 moves.sort_by(|a, b| (a[1] / a[0]).total_cmp(&(b[1] / b[0])));
-                let what = format!("{line}, {doing}, {name}");
+                let what = format!("{line}, {doing}, {name}, {congestion}");
                 report.add(Row::goodput("speed", what, runs, moves[moves.len() / 2]));
             }
         }
@@ -66,53 +76,51 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
 }
 
 /// A connection between two hosts: the end that moves, and the peer.
-fn connect(pair: &Pair) -> Result<(TcpStream, TcpStream)> {
+fn connect(pair: &Pair, congestion: &str) -> Result<(TcpStream, TcpStream)> {
     let listener = pair.b.run(|| TcpListener::bind(pair.b.address(Family::V4, 80)))?;
     let ours = pair.a.run(|| TcpStream::connect(pair.a.address_of(&pair.b, Family::V4, 80)))?;
     let (peer, _) = listener.accept()?;
     for socket in [&ours, &peer] {
-        rustix::net::sockopt::set_tcp_congestion(socket, "cubic")?;
+        rustix::net::sockopt::set_tcp_congestion(socket, congestion)?;
     }
     Ok((ours, peer))
 }
 
-/// Bits per second in the second before the move, and in the one after it.
-fn goodput(shape: &Shape, direction: Direction, effort: Effort) -> Result<[f64; 2]> {
+/// Bits per second in the second before the move, and in the one after it; of both directions together.
+fn goodput(shape: &Shape, directions: &[Direction], congestion: &str, effort: Effort) -> Result<[f64; 2]> {
     let pair = Pair::shaped(shape)?;
-    let (mut ours, mut peer) = connect(&pair)?;
+    let (ours, peer) = connect(&pair, congestion)?;
     let (received, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    // What the end does that is sending where the other one receives.
+    let carry = |mut end: &TcpStream, sends: bool, until: &dyn Fn() -> bool| {
+        while !until() {
+            if sends { write(&mut end) } else { read(&mut end, &received) }
+        }
+    };
+    let (carry, peer, stop) = (&carry, &peer, &stop);
     thread::scope(|scope| {
-        let (received, stop) = (&received, &stop);
-        let busy = scope.spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                match direction {
-                    Direction::Sending => read(&mut peer, received),
-                    Direction::Receiving => write(&mut peer),
-                }
-            }
-        });
-        let work = |ours: &mut TcpStream, time: Duration| {
+        for &direction in directions {
+            scope.spawn(move || carry(peer, direction == Receiving, &|| stop.load(Ordering::Relaxed)));
+        }
+        let work = |ours: &TcpStream, time: Duration| {
             let (start, before) = (Instant::now(), received.load(Ordering::Relaxed));
-            while start.elapsed() < time {
-                match direction {
-                    Direction::Sending => write(ours),
-                    Direction::Receiving => read(ours, received),
+            thread::scope(|scope| {
+                for &direction in directions {
+                    scope.spawn(move || carry(ours, direction == Sending, &|| start.elapsed() >= time));
                 }
-            }
+            });
             (received.load(Ordering::Relaxed) - before) as f64 * 8.0 / start.elapsed().as_secs_f64()
         };
-        work(&mut ours, WARM_UP);
-        let before = work(&mut ours, SECOND);
-        let moved = move_once(&pair, ours, effort);
-        let after = moved.map(|(mut ours, _)| {
-            let after = work(&mut ours, SECOND);
+        work(&ours, WARM_UP);
+        let before = work(&ours, SECOND);
+        let after = move_once(&pair, ours, effort).map(|(ours, _)| {
+            let after = work(&ours, SECOND);
             stop.store(true, Ordering::Relaxed);
             // The peer may wait for bytes or for room.
             let _ = ours.shutdown(std::net::Shutdown::Both);
             after
         });
         stop.store(true, Ordering::Relaxed);
-        let _ = busy.join();
         Ok([before, after?])
     })
 }
@@ -122,7 +130,7 @@ fn recovery(effort: Effort) -> Result<[Duration; 2]> {
     const MESSAGE: [u8; 1000] = [7; 1000];
     let pair = Pair::shaped(&Shape::rtt(Duration::from_millis(20)))?;
     let line = pair.line.as_ref().context("a line")?;
-    let (mut ours, mut peer) = connect(&pair)?;
+    let (mut ours, mut peer) = connect(&pair, "cubic")?;
     let mut buffer = MESSAGE;
     for _ in 0..20 {
         ours.write_all(&MESSAGE)?;
@@ -140,13 +148,13 @@ fn recovery(effort: Effort) -> Result<[Duration; 2]> {
     Ok([wait, before.rto])
 }
 
-fn write(stream: &mut TcpStream) {
+fn write(stream: &mut &TcpStream) {
     const PIECE: [u8; 1 << 14] = [7; 1 << 14];
     // The end of the connection is the end of the measurement.
     let _ = stream.write(&PIECE);
 }
 
-fn read(stream: &mut TcpStream, received: &AtomicU64) {
+fn read(stream: &mut &TcpStream, received: &AtomicU64) {
     let mut piece = [0; 1 << 16];
     received.fetch_add(stream.read(&mut piece).unwrap_or(0) as u64, Ordering::Relaxed);
 }

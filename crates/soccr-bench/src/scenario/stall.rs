@@ -1,5 +1,6 @@
-//! What the peer feels of a move: the longest silence, by the time of the lock, the round-trip time, and what becomes
-//! of the packets that arrive meanwhile.
+//! What the peer feels of a move: the longest silence, by the time of the lock, the round-trip time, what becomes of the
+//! packets that arrive meanwhile, and the congestion control. Beside it stands the longest silence of the same traffic in as
+//! much time without a move: bbr pauses by itself.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,22 +16,27 @@ use crate::statistics::{Samples, repeat};
 use crate::traffic::{Pattern, Traffic};
 
 const RTTS: [Duration; 2] = [Duration::ZERO, Duration::from_millis(20)];
-const LOCKS: [u64; 4] = [0, 5, 50, 200];
+/// Each with the times of its locks, in milliseconds.
+const CONGESTION: [(&str, &[u64]); 2] = [("cubic", &[0, 5, 50, 200]), ("bbr", &[0, 50])];
+/// What a move takes beyond its lock, roughly.
+const MOVE: Duration = Duration::from_millis(1);
 const MODES: [(Mode, &str); 2] = [(Mode::Drop, "drop"), (Mode::HOLD, "hold")];
 
 pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     for rtt in RTTS {
         let pair = if rtt.is_zero() { Pair::new() } else { Pair::shaped(&Shape::rtt(rtt)) }?;
-        for (pattern, name) in Pattern::ALL {
+        let cases = CONGESTION.iter().flat_map(|(name, locks)| locks.iter().map(move |lock| (*name, *lock)));
+        for ((congestion, lock), (pattern, name)) in
+            cases.flat_map(|case| Pattern::ALL.map(|pattern| (case, pattern)))
+        {
             for (mode, fate) in MODES {
-                for lock in LOCKS {
-                    let what = format!("{name}, RTT {} ms, lock {lock} ms, {fate}", rtt.as_millis());
-                    let lock = Duration::from_millis(lock);
-                    let measured = pair.a.run(|| one(&pair, pattern, mode, rtt, lock, arguments.full));
-                    match measured {
-                        Ok(silences) => report.add(Row::new("stall", what, &silences)),
-                        Err(error) => report.note(format!("stall: {what}: {error}")),
+                let what = format!("{name}, RTT {}, lock {lock} ms, {fate}, {congestion}", rtt.as_millis());
+                let case = Case { pattern, congestion, mode, rtt, lock: Duration::from_millis(lock) };
+                match pair.a.run(|| case.measure(&pair, arguments.full)) {
+                    Ok([silences, without]) => {
+                        report.add(Row::new("stall", what, &silences).against(&without));
                     }
+                    Err(error) => report.note(format!("stall: {what}: {error:#}")),
                 }
             }
         }
@@ -41,27 +47,35 @@ pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     }
 }
 
-fn one(
-    pair: &Pair,
+#[derive(Clone, Copy, Debug)]
+struct Case {
     pattern: Pattern,
+    congestion: &'static str,
     mode: Mode,
     rtt: Duration,
     lock: Duration,
-    full: bool,
-) -> Result<Samples> {
-    let locker = Locker::new(mode)?;
-    let mut traffic = Traffic::start(pair, pattern)?;
-    let mut silences = Samples::default();
-    let moves = if full { 100 } else { 30 };
-    // The first move finds nothing in any cache.
-    traffic.settle(rtt)?;
-    traffic.move_once(&locker, Duration::ZERO, rtt)?;
-    repeat(Duration::ZERO, moves, |_| {
+}
+
+impl Case {
+    /// The longest silences, with a move and without.
+    fn measure(self, pair: &Pair, full: bool) -> Result<[Samples; 2]> {
+        let Self { lock, rtt, .. } = self;
+        let locker = Locker::new(self.mode)?;
+        let mut traffic = Traffic::start(pair, self.pattern, self.congestion)?;
+        let (mut silences, mut without) = (Samples::default(), Samples::default());
+        let moves = if full { 100 } else { 30 };
+        // The first move finds nothing in any cache.
         traffic.settle(rtt)?;
-        silences.push(traffic.move_once(&locker, lock, rtt)?.silence);
-        Ok::<_, anyhow::Error>(())
-    })?;
-    Ok(silences)
+        traffic.move_once(&locker, Duration::ZERO, rtt)?;
+        repeat(Duration::ZERO, moves, |_| {
+            traffic.settle(rtt)?;
+            without.push(traffic.leave_alone(lock + rtt + MOVE)?);
+            traffic.settle(rtt)?;
+            silences.push(traffic.move_once(&locker, lock, rtt)?.silence);
+            Ok::<_, anyhow::Error>(())
+        })?;
+        Ok([silences, without])
+    }
 }
 
 /// Bytes per millisecond through a move with a lock of 50 ms.
@@ -75,7 +89,7 @@ fn plot(directory: &Path) -> Result<()> {
     for (mode, name) in MODES {
         let notes = pair.a.run(|| {
             let locker = Locker::new(mode)?;
-            let mut traffic = Traffic::start(&pair, Pattern::Upload)?;
+            let mut traffic = Traffic::start(&pair, Pattern::Upload, "cubic")?;
             traffic.settle(Duration::ZERO)?;
             traffic.move_once(&locker, Duration::ZERO, Duration::ZERO)?;
             traffic.settle(Duration::ZERO)?;

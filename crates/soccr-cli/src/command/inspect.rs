@@ -22,6 +22,7 @@ use crate::show::table::printable;
 #[command(after_help = "\
 Examples:
   soccr inspect c.soccr
+  soccr inspect --svg c.soccr > c.svg
   soccr inspect --json /var/lib/criu/dump | jq '.[].remote'
   soccr save --pid 4711 --fd 5 --keep | soccr inspect -")]
 pub(crate) struct Inspect {
@@ -31,6 +32,9 @@ pub(crate) struct Inspect {
     /// One JSON array, an object for each connection
     #[arg(long)]
     json: bool,
+    /// One SVG document: the drawings of all connections
+    #[arg(long, conflicts_with_all = ["json", "data"])]
+    svg: bool,
     /// Show the bytes in the queues too
     #[arg(long)]
     data: bool,
@@ -56,7 +60,11 @@ impl Inspect {
             read_stream(BufReader::new(file)).with_context(|| self.image.display().to_string())?
         };
         let data = if self.data { Data::Shown } else { Data::Hidden };
-        exit::written(if self.json { print_json(&found, data) } else { print_text(&found, data) })?;
+        exit::written(match (self.json, self.svg) {
+            (true, _) => print_json(&found, data),
+            (_, true) => print_svg(&found),
+            _ => print_text(&found, data),
+        })?;
         for failure in &failed {
             exit::complain(&exit::line(failure));
         }
@@ -126,6 +134,11 @@ fn print_json(all: &[Found], data: Data) -> io::Result<()> {
     serde_json::to_writer_pretty(&mut out, &objects)?;
     writeln!(out)?;
     out.flush()
+}
+
+fn print_svg(all: &[Found]) -> io::Result<()> {
+    let connections: Vec<&Connection> = all.iter().map(|found| &found.connection).collect();
+    io::stdout().write_all(soccr_image::draw_svg(&connections).as_bytes())
 }
 
 fn print_text(all: &[Found], data: Data) -> io::Result<()> {

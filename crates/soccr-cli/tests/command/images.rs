@@ -76,6 +76,8 @@ fn bytes_are_shown_on_demand_only() {
     let image = directory.path().join("image");
     let image = image.to_str().unwrap();
     succeed(&["criu", "extract", DUMP, "13", "-o", image]);
+    let svg = String::from_utf8(succeed(&["inspect", "--svg", image])).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.contains("write_seq") && svg.ends_with("</svg>\n"), "{svg}");
     let without = String::from_utf8(succeed(&["inspect", image])).unwrap();
     let with = String::from_utf8(succeed(&["inspect", "--data", image])).unwrap();
     assert!(without.contains("5000 unread") && without.contains("rcv_nxt"), "{without}");

@@ -70,6 +70,13 @@ proptest! {
     fn drawing_any_connection_fits_a_terminal(connection in connection()) {
         let drawing = soccr_image::draw(&connection);
         prop_assert!(drawing.lines().all(|line| line.chars().count() <= 80), "{drawing}");
+
+        let svg = soccr_image::draw_svg(&[&connection, &connection]);
+        // Both drawings name the same places.
+        let places = drawing.split_whitespace().filter(|word| word.parse::<u32>().is_ok());
+        prop_assert!(places.into_iter().all(|place| svg.contains(place)), "{svg}");
+        prop_assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());
+        prop_assert_eq!(svg.matches("rcv_nxt").count(), 2);
     }
 
     #[test]
