@@ -7,6 +7,8 @@ use soccr::Flow;
 use soccr::steer::{NextHop, Steerer, Tunnel};
 use soccr_handover::Path;
 
+use crate::exit;
+
 /// A next hop on the command line: `192.0.2.2`, or `fe80::2 dev tun0`, or `vxlan:203.0.113.2`.
 #[derive(Clone, Debug)]
 pub(crate) enum Hop {
@@ -63,19 +65,31 @@ fn find_hops(hops: &[Hop], flows: &[Flow]) -> Result<Vec<NextHop>> {
     Ok(found)
 }
 
+/// A tunnel that was made for a hand-over, and goes with it where nothing is steered through it in the end.
+#[derive(Debug)]
+pub(crate) struct Made(Tunnel);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.remove_unused() {
+            exit::complain(&error.to_string());
+        }
+    }
+}
+
 /// How packets for connections follow them, where the target makes its end of a tunnel. To be called in the network of the
-/// connections.
-pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<Path> {
+/// connections, and what it has made to be dropped there.
+pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<(Path, Option<Made>)> {
     match hops {
         [Hop::Tunnel(remote)] => {
             let tunnel = Tunnel::to(*remote)?;
-            tunnel.open()?;
-            Ok(tunnel.into())
+            let made = tunnel.open()?.then_some(Made(tunnel));
+            Ok((tunnel.into(), made))
         }
         hops if hops.iter().any(|hop| matches!(hop, Hop::Tunnel(_))) => {
             bail!("a tunnel serves both address families: name nothing else")
         }
-        hops => Ok(find_hops(hops, flows)?.into()),
+        hops => Ok((find_hops(hops, flows)?.into(), None)),
     }
 }
 

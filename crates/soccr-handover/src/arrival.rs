@@ -110,7 +110,6 @@ pub(crate) struct Arrival {
     writer: Option<Writer<Outbox>>,
     /// Where it does not.
     unheard: Outbox,
-    delivery: Delivery,
     /// Where the source is; in the same network, its sockets are in the way here.
     origin: Origin,
     /// The state of the connection that comes next, and whether it is critical.
@@ -143,6 +142,8 @@ pub(crate) struct Arrival {
     /// The source has said END.
     is_complete: bool,
     error: Option<Error>,
+    /// Behind the sockets that it serves: it ends where none are left.
+    delivery: Delivery,
 }
 
 impl Arrival {

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use soccr::Flow;
-use soccr::steer::{Foreign, NextHop, Numbers, is_foreign};
+use soccr::diag::Diag;
+use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, is_foreign};
 use soccr_image::stream;
 
 use crate::listen::Steered;
@@ -19,11 +20,15 @@ pub(crate) struct Delivery {
     hops: [Option<NextHop>; 2],
     /// `None`: this host has the address, or nobody wants it delivered.
     arranged: HashMap<IpAddr, Option<Foreign>>,
+    /// What was not there before.
+    tunnel: Option<Tunnel>,
+    made: Vec<IpAddr>,
 }
 
 impl Delivery {
     pub(crate) fn new(when: Steered) -> Self {
-        Self { when, path: None, hops: [None, None], arranged: HashMap::new() }
+        let (arranged, made) = (HashMap::new(), Vec::new());
+        Self { when, path: None, hops: [None, None], arranged, tunnel: None, made }
     }
 
     /// The source steers what it sends: makes this end of the tunnel, and looks for the source. What takes time happens here, when
@@ -31,7 +36,7 @@ impl Delivery {
     pub(crate) fn prepare(&mut self, path: stream::Steered) -> soccr::Result<()> {
         if self.when != Steered::Never {
             if let Some(tunnel) = path.tunnel.map(|tunnel| tunnel.reversed()) {
-                tunnel.open()?;
+                self.tunnel = tunnel.open()?.then_some(tunnel);
                 self.hops = [Some(tunnel.other_end(false)?), tunnel.other_end(true).ok()];
             }
             for address in &path.from {
@@ -55,25 +60,62 @@ impl Delivery {
             return Ok(());
         }
         let flow = flow.on_the_wire();
-        let hop = self.hops[usize::from(!flow.is_ipv4())].as_ref();
         let address = flow.local.ip();
         let foreign = match self.arranged.get(&address) {
             Some(foreign) => *foreign,
             None => {
                 let mut foreign = None;
                 if is_foreign(address)? {
-                    let made = Foreign::deliver_from(address, Numbers::default(), hop)?;
-                    if let Some(hop) = hop.filter(|_| self.path.as_ref().is_some_and(|path| path.answers)) {
-                        made.answer_through(hop)?;
+                    let was_there = Foreign::list()?.iter().any(|foreign| foreign.address() == address);
+                    if !was_there {
+                        self.made.push(address);
                     }
-                    foreign = Some(made);
+                    foreign = Some(self.deliver(address)?);
                 }
                 *self.arranged.entry(address).or_insert(foreign)
             }
         };
-        match (foreign, hop) {
+        match (foreign, self.hop(address)) {
             (Some(foreign), Some(hop)) => foreign.check_arrival(flow.remote.ip(), hop.device()),
             _ => Ok(()),
         }
     }
+
+    fn deliver(&self, address: IpAddr) -> soccr::Result<Foreign> {
+        let hop = self.hop(address);
+        let made = Foreign::deliver_from(address, Numbers::default(), hop)?;
+        if let Some(hop) = hop.filter(|_| self.path.as_ref().is_some_and(|path| path.answers)) {
+            made.answer_through(hop)?;
+        }
+        Ok(made)
+    }
+
+    fn hop(&self, address: IpAddr) -> Option<&NextHop> {
+        self.hops[usize::from(address.is_ipv6())].as_ref()
+    }
+}
+
+impl Drop for Delivery {
+    /// Where nothing has arrived, nothing stays.
+    fn drop(&mut self) {
+        let there = if self.made.is_empty() { Vec::new() } else { Foreign::list().unwrap_or_default() };
+        for foreign in there.iter().filter(|foreign| self.made.contains(&foreign.address())) {
+            let address = foreign.address();
+            if !has_socket(address) && foreign.remove().is_ok() && has_socket(address) {
+                // Another hand-over has come in between.
+                let _ = self.deliver(address);
+            }
+        }
+        if let Some(tunnel) = self.tunnel {
+            let _ = tunnel.remove_unused();
+        }
+    }
+}
+
+/// Whether a connection has this address. Where that is unknown, one may have.
+fn has_socket(address: IpAddr) -> bool {
+    let mut found = false;
+    let visited = Diag::open()
+        .and_then(|mut diag| diag.visit(|socket| found |= socket.local.ip().to_canonical() == address));
+    found || visited.is_err()
 }

@@ -105,7 +105,7 @@ impl Departure {
         }
         Self {
             machine,
-            guide: Guide::new(path, shared.limits.silence),
+            guide: Guide::new(path),
             deadline: Some(Instant::now() + shared.limits.start),
             shared,
             items,

@@ -1,14 +1,11 @@
 //! What becomes of packets for connections that have left this host: they are steered to where those are, or dropped.
 
-use std::time::Duration;
-
 use soccr::Flow;
-use soccr::steer::{NextHop, Steerer, Tunnel, narrow};
+use soccr::steer::{NextHop, Tunnel, narrow};
 use soccr_image::stream::Steered;
 
 use crate::error::Result;
 use crate::mover::Shared;
-use crate::silence;
 
 /// How packets follow connections to another host, see [`soccr::steer`].
 #[derive(Clone, Debug, Default)]
@@ -60,24 +57,20 @@ impl From<Tunnel> for Path {
 pub(crate) struct Guide {
     path: Path,
     is_steering: bool,
-    silence: Duration,
-    steerer: Option<Steerer>,
 }
 
 impl Guide {
-    pub(crate) fn new(path: Path, silence: Duration) -> Self {
+    pub(crate) fn new(path: Path) -> Self {
         let is_steering = path.tunnel.is_some() || !path.hops.is_empty();
-        // Where that fails, it is told when it is needed.
-        let steerer = is_steering.then(|| Steerer::new().ok()).flatten();
-        Self { path, is_steering, silence, steerer }
+        Self { path, is_steering }
     }
 
     /// Takes care of connections that are about to leave. With each comes the next sequence number that is expected from its peer.
-    pub(crate) fn begin(&mut self, leaving: &[(Flow, u32)], shared: &Shared) -> Result<()> {
+    pub(crate) fn begin(&self, leaving: &[(Flow, u32)], shared: &Shared) -> Result<()> {
         let of = |ipv6: bool| leaving.iter().filter(move |(flow, _)| flow.is_ipv4() != ipv6);
         if !self.is_steering {
             let flows: Vec<Flow> = leaving.iter().map(|(flow, _)| *flow).collect();
-            return Ok(silence::begin(&flows, self.silence)?);
+            return Ok(shared.silencer().begin(&flows, shared.limits.silence)?);
         }
         for ipv6 in [false, true] {
             let flows: Vec<Flow> = of(ipv6).map(|(flow, _)| *flow).collect();
@@ -86,11 +79,12 @@ impl Guide {
             }
             let Some(hop) = self.path.hop(ipv6)? else { continue };
             let answers = self.path.answers;
-            let steerer = self.steerer()?;
+            let mut steerer = shared.steerer();
             steerer.redirect(&flows, &hop)?;
             if answers {
                 steerer.redirect_answers(&flows, &hop)?;
             }
+            drop(steerer);
             if let Some(tunnel) = &self.path.tunnel {
                 let mtu = tunnel.mtu()?;
                 let told = of(ipv6).map(|(flow, rcv_nxt)| narrow(flow, *rcv_nxt, mtu));
@@ -104,18 +98,11 @@ impl Guide {
     }
 
     /// These have not left after all.
-    pub(crate) fn end(&mut self, flows: &[Flow], shared: &Shared) {
+    pub(crate) fn end(&self, flows: &[Flow], shared: &Shared) {
         if !self.is_steering {
             shared.end_silence(flows);
-        } else if let Err(error) = self.steerer().and_then(|steerer| steerer.stop(flows)) {
+        } else if let Err(error) = shared.steerer().stop(flows) {
             shared.warn(error);
         }
-    }
-
-    fn steerer(&mut self) -> soccr::Result<&mut Steerer> {
-        if self.steerer.is_none() {
-            self.steerer = Some(Steerer::new()?);
-        }
-        Ok(self.steerer.as_mut().expect("it has been made"))
     }
 }

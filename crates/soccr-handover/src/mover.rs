@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use soccr::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
-use soccr::steer::Homecoming;
+use soccr::steer::{Homecoming, Steerer};
 use soccr_image::stream::Place;
 
 use crate::departing::{Departing, Stream};
 use crate::error::{Error, Rejected, Result};
 use crate::protocol::Fate;
 use crate::seat::Seat;
-use crate::silence;
+use crate::silence::Silencer;
 
 /// Moves connections of the network namespace in which it was made: one for the whole process.
 ///
@@ -96,6 +96,9 @@ pub(crate) struct Shared {
     /// Before the locker: what comes home finds one of the two at any time.
     pub(crate) homecoming: Mutex<Homecoming>,
     pub(crate) locker: Locker,
+    /// Kept, as is the next: to close a socket of Netfilter takes milliseconds.
+    steerer: Mutex<Steerer>,
+    silencer: Mutex<Silencer>,
     pub(crate) limits: Limits,
     /// Where it moves connections from and to, as far as the kernel tells.
     pub(crate) place: Option<Place>,
@@ -122,6 +125,8 @@ impl Mover {
         let shared = Shared {
             homecoming: Mutex::new(Homecoming::new()?),
             locker: Locker::new(Mode::HOLD)?,
+            steerer: Mutex::new(Steerer::new()?),
+            silencer: Mutex::new(Silencer::new()?),
             limits,
             place: place(),
             listener: None,
@@ -190,6 +195,14 @@ impl Shared {
         self.homecoming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn steerer(&self) -> MutexGuard<'_, Steerer> {
+        self.steerer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn silencer(&self) -> MutexGuard<'_, Silencer> {
+        self.silencer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Of these connections some have arrived; the others stay where they are.
     pub(crate) fn settle(&self, all: &[Flow], arrived: &[Flow]) {
         let mut homecoming = self.homecoming();
@@ -205,7 +218,7 @@ impl Shared {
 
     /// Ends the silence about connections that are here.
     pub(crate) fn end_silence(&self, flows: &[Flow]) {
-        match silence::lift(flows) {
+        match self.silencer().lift(flows) {
             Ok(locked) => {
                 for (Flow { local, remote }, name) in locked {
                     self.warn(format_args!("{local} {remote}: still locked: see `soccr unlock {name}`"));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use soccr::Flow;
-use soccr::lock::PersistentLock;
+use soccr::lock::{PersistentLock, PersistentLocks};
 
 /// Of the locks that a hand-over leaves: their time is limited, and whoever gets a connection back ends them.
 const PREFIX: &str = "left-";
@@ -19,31 +19,72 @@ pub fn name() -> String {
     format!("{PREFIX}{:016x}", RandomState::new().hash_one(std::process::id()))
 }
 
+/// Begins and ends silences, again and again: see [`PersistentLocks`].
+#[derive(Debug)]
+pub(crate) struct Silencer(PersistentLocks);
+
+impl Silencer {
+    /// In the network namespace of the calling thread, from whatever thread it is used later.
+    pub(crate) fn new() -> soccr::Result<Self> {
+        PersistentLocks::new().map(Self)
+    }
+
+    /// [`begin`].
+    pub(crate) fn begin(&mut self, flows: &[Flow], limit: Duration) -> soccr::Result<()> {
+        if limit.is_zero() || flows.is_empty() {
+            return Ok(());
+        }
+        let failed_with = |error: &soccr::Error, errno: Errno| error.errno() == Some(errno.raw_os_error());
+        match self.extend(flows, limit) {
+            // Nobody has left yet, or not for long; somebody else may be the first now.
+            Err(error) if failed_with(&error, Errno::NOENT) => {
+                match self.0.create(NAME, flows, Some(limit)) {
+                    Err(error) if failed_with(&error, Errno::EXIST) => self.extend(flows, limit),
+                    created => created,
+                }
+            }
+            // One had left before, and came back in a way that did not end it.
+            Err(error) if failed_with(&error, Errno::EXIST) => {
+                self.lift(flows)?;
+                self.extend(flows, limit)
+            }
+            extended => extended,
+        }
+    }
+
+    fn extend(&mut self, flows: &[Flow], limit: Duration) -> soccr::Result<()> {
+        let mut lock = PersistentLock { name: NAME.into(), flows: Vec::new(), remaining: None };
+        self.0.extend(&mut lock, flows, Some(limit))
+    }
+
+    /// [`lift`].
+    pub(crate) fn lift(&mut self, back: &[Flow]) -> soccr::Result<Vec<(Flow, String)>> {
+        let mut locked = Vec::new();
+        if back.is_empty() {
+            return Ok(locked);
+        }
+        let back: HashSet<Flow> = back.iter().map(Flow::on_the_wire).collect();
+        for lock in self.0.list()? {
+            let held: Vec<Flow> = lock.flows.iter().filter(|flow| back.contains(flow)).copied().collect();
+            if held.is_empty() {
+                continue;
+            }
+            if lock.name.starts_with(PREFIX) {
+                self.0.unlock(&lock, &held)?;
+            } else {
+                locked.extend(held.into_iter().map(|flow| (flow, lock.name.clone())));
+            }
+        }
+        Ok(locked)
+    }
+}
+
 /// Stays silent about these connections for this time, in the network namespace of the calling thread.
 ///
 /// # Errors
 /// Those of [`PersistentLock::create`].
 pub fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
-    if limit.is_zero() || flows.is_empty() {
-        return Ok(());
-    }
-    let extend = || {
-        let mut lock = PersistentLock { name: NAME.into(), flows: Vec::new(), remaining: None };
-        lock.extend(flows, Some(limit))
-    };
-    let failed_with = |error: &soccr::Error, errno: Errno| error.errno() == Some(errno.raw_os_error());
-    match extend() {
-        // Nobody has left yet, or not for long; somebody else may be the first now.
-        Err(error) if failed_with(&error, Errno::NOENT) => {
-            match PersistentLock::create(NAME, flows, Some(limit)) {
-                Err(error) if failed_with(&error, Errno::EXIST) => extend(),
-                created => created,
-            }
-        }
-        // One had left before, and came back in a way that did not end it.
-        Err(error) if failed_with(&error, Errno::EXIST) => lift(flows).and_then(|_| extend()),
-        extended => extended,
-    }
+    Silencer::new()?.begin(flows, limit)
 }
 
 /// Ends the silence about connections that are back, in the network namespace of the calling thread. Locks that people have
@@ -52,21 +93,5 @@ pub fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
 /// # Errors
 /// Those of [`PersistentLock::list`] and [`PersistentLock::unlock`].
 pub fn lift(back: &[Flow]) -> soccr::Result<Vec<(Flow, String)>> {
-    let mut locked = Vec::new();
-    if back.is_empty() {
-        return Ok(locked);
-    }
-    let back: HashSet<Flow> = back.iter().map(Flow::on_the_wire).collect();
-    for lock in PersistentLock::list()? {
-        let held: Vec<Flow> = lock.flows.iter().filter(|flow| back.contains(flow)).copied().collect();
-        if held.is_empty() {
-            continue;
-        }
-        if lock.name.starts_with(PREFIX) {
-            lock.unlock(&held)?;
-        } else {
-            locked.extend(held.into_iter().map(|flow| (flow, lock.name.clone())));
-        }
-    }
-    Ok(locked)
+    Silencer::new()?.lift(back)
 }

@@ -63,7 +63,7 @@ use reader::Reader;
 use table::{Table, Unlock};
 
 pub use held::Held;
-pub use persistent::{PersistentLock, SILENCE};
+pub use persistent::{PersistentLock, PersistentLocks, SILENCE};
 
 /// What becomes of the packets that arrive for a locked connection. What it sends itself is always dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

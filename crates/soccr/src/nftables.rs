@@ -172,6 +172,16 @@ impl<'a> Transaction<'a> {
         self.elements(DELETE_ELEMENTS, 0, set, flows, |_, _| ());
     }
 
+    /// The same, where it is unknown which of them are in it: Linux 6.3, `EINVAL` before.
+    pub(crate) fn destroy<'f>(&mut self, set: &str, flows: impl Iterator<Item = &'f Flow>) {
+        self.elements(DESTROY_ELEMENTS, 0, set, flows, |_, _| ());
+    }
+
+    /// Adds those of the connections that are not in a set yet.
+    pub(crate) fn complete<'f>(&mut self, set: &str, flows: impl Iterator<Item = &'f Flow>) {
+        self.elements(NEW_ELEMENTS, CREATE, set, flows, |_, _| ());
+    }
+
     /// Removes the table.
     pub(crate) fn remove(&mut self) {
         self.message(DELETE_TABLE, 0, |_| ());
@@ -394,6 +404,7 @@ const GET_SET: u16 = 10;
 const NEW_ELEMENTS: u16 = 12;
 const GET_ELEMENTS: u16 = 13;
 const DELETE_ELEMENTS: u16 = 14;
+const DESTROY_ELEMENTS: u16 = 30;
 
 // Attributes of every message
 const TABLE: u16 = 1;

@@ -16,7 +16,7 @@ use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
 
 use crate::exit::{self, Exit};
-use crate::guide::{Hop, parse_hop, path};
+use crate::guide::{Hop, Made, parse_hop, path};
 use crate::nat::Nat;
 use crate::selection::Selection;
 use crate::show::progress::Progress;
@@ -134,7 +134,7 @@ impl Send {
             departing.push(mover.take_seat(seat).named(&name));
             names.push(name);
         }
-        let path = self.path(departing.iter().map(|departing| departing.flow()))?;
+        let (path, _made) = self.path(departing.iter().map(|departing| departing.flow()))?;
         let sending = mover.sending(departing).used_by(keeper).steered_to(path);
         let outcomes = match via {
             Some(mut via) => {
@@ -183,12 +183,12 @@ impl Send {
     }
 
     /// How packets for these connections follow them. To be called in their network namespace.
-    fn path(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<Path> {
+    fn path(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<(Path, Option<Made>)> {
         if self.steer.is_empty() {
-            return Ok(Path::default());
+            return Ok((Path::default(), None));
         }
-        let path = path(&self.steer, &flows.collect::<Vec<_>>()).context("--steer")?;
-        Ok(if self.return_via_source { path.with_answers() } else { path })
+        let (path, made) = path(&self.steer, &flows.collect::<Vec<_>>()).context("--steer")?;
+        Ok((if self.return_via_source { path.with_answers() } else { path }, made))
     }
 }
 

@@ -18,8 +18,8 @@ use soccr::{Flow, Lock};
 use soccr_lab::{Call, Lab, Side, run_and_kill, run_and_watch, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, python,
-    server, soccr,
+    Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, python, server,
+    soccr,
 };
 use crate::transfer::Move;
 
@@ -40,12 +40,12 @@ const PREAMBLE: u16 = 0;
 const CONNECTION: u16 = 1;
 const BEGIN: u16 = 3;
 const COMMIT: u16 = 4;
-const READY: u16 = 6;
+pub const READY: u16 = 6;
 const TAKEN: u16 = 8;
 const END: u16 = 9;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+pub enum End {
     Source,
     /// The second process of the source.
     Keeper,
@@ -54,9 +54,9 @@ enum End {
 
 /// A record that is written by one of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Boundary(End, u16);
+pub struct Boundary(pub End, pub u16);
 
-const BOUNDARIES: [Boundary; 9] = [
+pub const BOUNDARIES: [Boundary; 9] = [
     Boundary(End::Source, PREAMBLE),
     Boundary(End::Source, BEGIN),
     Boundary(End::Source, CONNECTION),
@@ -69,7 +69,7 @@ const BOUNDARIES: [Boundary; 9] = [
 ];
 
 /// Every boundary, for a move to another host and for one to another program of the same.
-fn moves() -> impl Iterator<Item = (Side, Boundary)> {
+pub fn moves() -> impl Iterator<Item = (Side, Boundary)> {
     [Side::B, Side::A].into_iter().flat_map(|goal| BOUNDARIES.map(|boundary| (goal, boundary)))
 }
 
@@ -322,6 +322,18 @@ fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> 
 /// The same, where the boundary is passed for the nth time.
 fn hand_over_until(
     moving: &Move,
+    boundary: (Boundary, usize),
+    victims: &[End],
+    signal: Signal,
+) -> ExitStatus {
+    let send = |via: &str| moving.send(&["--all", "--via", via]);
+    hand_over_by(send, &moving.receive(), boundary, victims, signal)
+}
+
+/// The same, with these commands at both ends: `send` gets what it is to run as the target.
+pub fn hand_over_by(
+    send: impl FnOnce(&str) -> Command,
+    receive: &str,
     (boundary, nth): (Boundary, usize),
     victims: &[End],
     signal: Signal,
@@ -334,12 +346,11 @@ fn hand_over_until(
     }
     // The target inherits the lifeline, as it does without pipes between.
     let via = format!(
-        "d={}; {SOCCR} receive --netns {} -- python3 -c '{HEIR}' 'new ' < $d/to-target > $d/from-target & \
+        "d={}; {receive} < $d/to-target > $d/from-target & \
          echo $! > $d/pid.new; mv $d/pid.new $d/pid; cat $d/to-source & exec cat > $d/from-source",
         directory.path().display(),
-        moving.beside.pid()
     );
-    let mut source = moving.send(&["--all", "--via", &via]).spawn().unwrap();
+    let mut source = send(&via).spawn().unwrap();
     let source_pid = source.id();
     // Whoever is killed has opened its ends, or the others would wait for that for ever.
     let connected = Barrier::new(2);
@@ -417,6 +428,11 @@ fn kill(victim: End, signal: Signal, source: u32, target: &Path) {
         // It may well live on; where it does not, it never gets to see the record.
         return;
     }
+    wait_until_dead(pid);
+}
+
+/// Whether anybody has waited for it or not.
+pub fn wait_until_dead(pid: i32) {
     wait_until("it is dead", || match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat.rsplit(')').next().unwrap().trim_start().starts_with(['Z', 'X']),
         Err(_) => true,

@@ -1,15 +1,17 @@
 //! `send --steer`, `receive --steered`, `steer`: the connection goes to another host, the address stays.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 
+use rustix::process::Signal;
 use serde_json::Value;
 use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, redirect};
 use soccr::{Flow, pause};
 use soccr_image::stream::{Message, Reader, Writer};
 use soccr_lab::{Call, Flags, Lan, Sniffer, run_and_kill, sysctl, wait_until};
 
+use crate::kill::{BOUNDARIES, Boundary, End, READY, hand_over_by};
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, fail, installed, server_at, soccr, succeed,
 };
@@ -22,6 +24,8 @@ crate::tests![
     a_source_killed_before_it_lets_go_steers_nothing,
     a_connection_that_does_not_come_home_is_steered_again,
     hosts_in_other_networks_are_reached_through_a_tunnel,
+    a_hand_over_that_fails_leaves_no_tunnel,
+    an_end_killed_between_two_messages_leaves_no_silence,
     a_target_that_is_the_source_refuses,
     a_host_that_has_disappeared_is_seen,
     the_demonstration_wanders_among_three_hosts,
@@ -321,6 +325,65 @@ fn hosts_in_other_networks_are_reached_through_a_tunnel() {
             let pid = steering.places[host].pid();
             succeed(&["steer", "--remove", "--all", "--netns", &pid]);
             assert_eq!(steering.lan.hosts[host].run(Tunnel::list).unwrap(), []);
+        }
+    }
+}
+
+fn a_hand_over_that_fails_leaves_no_tunnel() {
+    if !installed("python3") {
+        return;
+    }
+    let mut steering = Steering::on(Lan::routed().unwrap(), 1, false);
+    let hop = format!("vxlan:{}", steering.lan.hosts[1].v4);
+    let send = |via: &str| steering.send(&steering.old.pid(), via, &["--steer", &hop, "--return-via-source"]);
+    // When it is asked to end, everything is arranged for the connection.
+    let boundary = (Boundary(End::Target, READY), 1);
+    let status = hand_over_by(send, &steering.receive(1, "new ", ""), boundary, &[End::Target], Signal::TERM);
+    assert_eq!(status.code(), Some(1));
+    for host in &steering.lan.hosts[..2] {
+        wait_until("nothing is left", || {
+            let left = host.run(|| (Tunnel::list(), Foreign::list(), soccr::steer::Steering::list()));
+            matches!(left, (Ok(a), Ok(b), Ok(c)) if a.is_empty() && b.is_empty() && c.is_empty())
+        });
+    }
+    steering.assert_lives("old ");
+    steering.end();
+}
+
+/// Through a tunnel, with answers directly and back through the old host.
+fn an_end_killed_between_two_messages_leaves_no_silence() {
+    if !installed("python3") {
+        return;
+    }
+    for (turn, boundary) in BOUNDARIES.into_iter().enumerate() {
+        for victim in [End::Source, End::Target] {
+            let back = (turn % 2 == 0) == (victim == End::Source);
+            let lan = Lan::routed().unwrap();
+            if back {
+                lan.be_strict().unwrap();
+            }
+            let mut steering = Steering::on(lan, 1, turn % 4 < 2);
+            let hop = format!("vxlan:{}", steering.lan.hosts[1].v4);
+            let send = |via: &str| {
+                let mut send = steering.send(&steering.old.pid(), via, &["--steer", &hop]);
+                send.args(back.then_some("--return-via-source")).stderr(Stdio::null());
+                send
+            };
+            hand_over_by(send, &steering.receive(1, "new ", ""), (boundary, 1), &[victim], Signal::KILL);
+            let client = &mut steering.clients[0];
+            let _ = client.write_all(b"more");
+            let mut answer = [0; 8];
+            match client.read_exact(&mut answer) {
+                Ok(()) => assert!([b"old more", b"new more"].contains(&&answer), "{answer:?}"),
+                Err(error) => assert_ne!(
+                    error.kind(),
+                    ErrorKind::WouldBlock,
+                    "silence: {victim:?} killed at {boundary:?}, back {back}"
+                ),
+            }
+            let heard = String::from_utf8_lossy(&answer);
+            eprintln!("{victim:?} dies at {boundary:?}, back {back}: {heard:?}");
+            steering.end();
         }
     }
 }

@@ -43,11 +43,7 @@ impl PersistentLock {
     /// Invalid: another name, or no connections. `EEXIST` where there is a lock of this name; `EPERM` without
     /// `CAP_NET_ADMIN`. Nothing is locked then.
     pub fn create(name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
-        let create = |mut socket| {
-            transaction::set_longest(&socket)?;
-            create(&mut socket, name, flows, limit)
-        };
-        open().and_then(create).map_err(|error| error.at("lock"))
+        PersistentLocks::new()?.create(name, flows, limit)
     }
 
     /// Locks more connections, in the network namespace of the calling thread, each for the time of this `limit`.
@@ -56,11 +52,7 @@ impl PersistentLock {
     /// `EEXIST` where it locks one of them already, `ENOENT` where it has been removed: by others, too, when its time
     /// was over. `EPERM` without `CAP_NET_ADMIN`. None of them is locked then.
     pub fn extend(&mut self, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
-        let extend = |mut socket| {
-            transaction::set_longest(&socket)?;
-            extend(&mut socket, self, flows, limit)
-        };
-        open().and_then(extend).map_err(|error| error.at("lock"))
+        PersistentLocks::new()?.extend(self, flows, limit)
     }
 
     /// The persistent locks in the network namespace of the calling thread.
@@ -68,7 +60,7 @@ impl PersistentLock {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn list() -> Result<Vec<Self>> {
-        open().and_then(|mut socket| list(&mut socket)).map_err(|error| error.at("list locks"))
+        PersistentLocks::new()?.list()
     }
 
     /// Unlocks, in the network namespace of the calling thread.
@@ -85,7 +77,65 @@ impl PersistentLock {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn unlock(&self, flows: &[Flow]) -> Result<()> {
-        open().and_then(|mut socket| unlock(&mut socket, self, flows)).map_err(|error| error.at("unlock"))
+        PersistentLocks::new()?.unlock(self, flows)
+    }
+}
+
+/// The persistent locks of a network namespace, for whoever makes and changes them again and again.
+///
+/// It keeps its socket: the kernel takes its time to close one of Netfilter, and lets nobody change a table meanwhile (it waits
+/// until what was deleted before is free).
+#[derive(Debug)]
+pub struct PersistentLocks(Socket);
+
+impl PersistentLocks {
+    /// Those of the calling thread's network namespace, from whatever thread it is used later.
+    ///
+    /// # Errors
+    /// The errors of opening a netlink socket.
+    pub fn new() -> Result<Self> {
+        open().map(Self).map_err(|error| error.at("lock"))
+    }
+
+    /// [`PersistentLock::create`].
+    ///
+    /// # Errors
+    /// Its errors.
+    pub fn create(&mut self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
+        transaction::set_longest(&self.0)
+            .and_then(|()| create(&mut self.0, name, flows, limit))
+            .map_err(|error| error.at("lock"))
+    }
+
+    /// [`PersistentLock::extend`].
+    ///
+    /// # Errors
+    /// Its errors.
+    pub fn extend(
+        &mut self,
+        lock: &mut PersistentLock,
+        flows: &[Flow],
+        limit: Option<Duration>,
+    ) -> Result<()> {
+        transaction::set_longest(&self.0)
+            .and_then(|()| extend(&mut self.0, lock, flows, limit))
+            .map_err(|error| error.at("lock"))
+    }
+
+    /// [`PersistentLock::list`].
+    ///
+    /// # Errors
+    /// Its errors.
+    pub fn list(&mut self) -> Result<Vec<PersistentLock>> {
+        list(&mut self.0).map_err(|error| error.at("list locks"))
+    }
+
+    /// [`PersistentLock::unlock`].
+    ///
+    /// # Errors
+    /// Its errors.
+    pub fn unlock(&mut self, lock: &PersistentLock, flows: &[Flow]) -> Result<()> {
+        unlock(&mut self.0, lock, flows).map_err(|error| error.at("unlock"))
     }
 }
 

@@ -213,6 +213,22 @@ impl Foreign {
         Ok(Some(NextHop::known(address, &device)))
     }
 
+    /// Whether it answers through one of these hosts, or tells it of resets.
+    pub(super) fn depends_on(
+        &self,
+        socket: &mut Socket,
+        route: &mut Rtnetlink,
+        hops: &[NextHop],
+    ) -> Result<bool> {
+        let name = self.table();
+        for hop in hops {
+            if system("nft list", nftables::has_chain(socket, Table::ip(&name, self.ipv6()), &resets(hop)))? {
+                return Ok(true);
+            }
+        }
+        Ok(self.answers_by(route)?.is_some_and(|hop| hops.contains(&hop)))
+    }
+
     /// What its sockets send.
     fn answers(&self) -> Policy {
         let table = self.numbers.answers.unwrap_or(0x5300_0000 | number_of(&[self.address]));

@@ -68,9 +68,9 @@ impl Steerer {
         let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
         for other in others {
             if !used.contains(&other) {
-                other.stop_by(&mut self.netfilter, flows)?;
+                other.forget_by(&mut self.netfilter, flows)?;
             }
-            other.stop_by(&mut self.netfilter, &answers)?;
+            other.forget_by(&mut self.netfilter, &answers)?;
         }
         Ok(())
     }
@@ -138,7 +138,7 @@ pub(super) fn stop_by(socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
     for steering in Steering::list_by(socket)? {
         // Each may arrive by several devices.
         most = steering.stop_by(socket, flows)?.max(most);
-        steering.stop_by(socket, &answers)?;
+        steering.forget_by(socket, &answers)?;
     }
     Ok(most)
 }

@@ -27,9 +27,10 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use soccr_netlink::{Batch, Rtnetlink, Socket};
+use soccr_netlink::{Batch, Message, Rtnetlink, Socket};
 
 use super::{homecoming, index, with_route, with_socket};
 use crate::connection::Flow;
@@ -187,14 +188,13 @@ impl Steering {
         }
         let ipv6 = next_hop.is_ipv6();
         let flows: Vec<Flow> = flows.iter().map(Flow::on_the_wire).collect();
-        self.change(socket, ipv6, &flows, |transaction, flows, present| {
-            let having = |has: fn(&Entry) -> bool| flows.iter().filter(move |flow| has(&present[*flow]));
-            transaction.delete(TO.name(ipv6), having(|entry| entry.steered));
-            transaction.delete(END.name(ipv6), having(|entry| entry.ends));
-            transaction.add(TO.name(ipv6), flows.iter(), |element, _| set::write_address(element, next_hop));
-            transaction.add(ALIVE.name(ipv6), having(|entry| !entry.alive), |_, _| ());
+        self.change(socket, ipv6, &flows, |change| {
+            change.take_out(TO, |entry| entry.steered);
+            change.take_out(END, |entry| entry.ends);
+            let write = |element: &mut Message<'_>, _: &Flow| set::write_address(element, next_hop);
+            change.transaction.add(TO.name(ipv6), change.flows.iter(), write);
+            change.have_alive();
         })
-        .map(drop)
     }
 
     /// Ends the steering of connections. Others are passed over. Returns how many were steered.
@@ -208,15 +208,24 @@ impl Steering {
     pub(super) fn stop_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
         let mut stopped = 0;
         for ipv6 in [false, true] {
-            let flows: Vec<Flow> =
-                flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect();
-            stopped += self.change(socket, ipv6, &flows, |transaction, flows, present| {
-                let having = |has: fn(&Entry) -> bool| flows.iter().filter(move |flow| has(&present[*flow]));
-                transaction.delete(TO.name(ipv6), having(|entry| entry.steered));
-                transaction.delete(ALIVE.name(ipv6), having(|entry| entry.alive));
+            let flows = of_family(flows, ipv6);
+            if !flows.is_empty() {
+                let present = self.present(socket, ipv6, &flows, &[TO, ALIVE]).map_err(failed)?;
+                stopped += flows.iter().filter(|flow| present[*flow].steered && present[*flow].alive).count();
+            }
+        }
+        self.forget_by(socket, flows).map(|()| stopped)
+    }
+
+    /// Ends the steering of those of the connections that are steered.
+    pub(super) fn forget_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<()> {
+        for ipv6 in [false, true] {
+            self.change(socket, ipv6, &of_family(flows, ipv6), |change| {
+                change.take_out(TO, |entry| entry.steered);
+                change.take_out(ALIVE, |entry| entry.alive);
             })?;
         }
-        Ok(stopped)
+        Ok(())
     }
 
     /// The connections that are steered.
@@ -240,70 +249,82 @@ impl Steering {
     /// # Errors
     /// `ENOENT` where it has been removed already; `EPERM` without `CAP_NET_ADMIN`.
     pub fn remove(&self) -> Result<()> {
-        with_socket(|socket| {
-            let (mut batch, name) = (Batch::new(), self.table());
-            let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-            transaction.remove();
-            transaction.commit(socket).map_err(|error| Error::system("nft delete table netdev", error))
-        })
+        with_socket(|socket| self.remove_by(socket))
+    }
+
+    pub(super) fn remove_by(&self, socket: &mut Socket) -> Result<()> {
+        let (mut batch, name) = (Batch::new(), self.table());
+        let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+        transaction.remove();
+        transaction.commit(socket).map_err(|error| Error::system("nft delete table netdev", error))
     }
 
     fn table(&self) -> String {
         format!("{PREFIX}{}/{}", self.ingress, self.egress)
     }
 
-    /// Commits what `fill` writes about chunks of connections and their entries, again where somebody changes these
-    /// meanwhile. Returns how many of them were steered before.
+    /// Commits what `fill` writes about chunks of connections. A transaction without effect costs nothing; one that fails waits for
+    /// an RCU grace period, which takes milliseconds.
     ///
-    /// A transaction without effect is not committed, and none is tried that must fail: the kernel would wait for an RCU grace
-    /// period, which takes milliseconds.
+    /// Kernels before 6.3 delete only what is there. It is looked up then, and again where somebody changes it meanwhile.
     fn change(
         &self,
         socket: &mut Socket,
         ipv6: bool,
         flows: &[Flow],
-        mut fill: impl FnMut(&mut Transaction<'_>, &[Flow], &HashMap<Flow, Entry>),
-    ) -> Result<usize> {
+        mut fill: impl FnMut(&mut Change<'_, '_>),
+    ) -> Result<()> {
         /// Packets and other processes change the sets; not that often.
         const ATTEMPTS: usize = 32;
+        static CAN_DESTROY: AtomicBool = AtomicBool::new(true);
         if flows.is_empty() {
-            return Ok(0);
+            return Ok(());
         }
         nftables::set_longest(socket)?;
         // Each connection may be in all three sets, and in the map twice.
         let most = (nftables::most_elements(socket)? / 4).max(1);
         let (mut batch, name) = (Batch::new(), self.table());
-        let mut steered = 0;
         for flows in flows.chunks(most) {
             let mut outcome = Ok(());
             for _ in 0..ATTEMPTS {
-                let present = self.present(socket, ipv6, flows).map_err(failed)?;
-                let were_steered = present.values().filter(|entry| entry.steered && entry.alive).count();
+                let present = match CAN_DESTROY.load(Ordering::Relaxed) {
+                    true => None,
+                    false => Some(self.present(socket, ipv6, flows, &[TO, ALIVE, END]).map_err(failed)?),
+                };
                 let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-                fill(&mut transaction, flows, &present);
-                outcome = transaction.commit(socket).map(|()| steered += were_steered);
+                fill(&mut Change { transaction: &mut transaction, ipv6, flows, present: present.as_ref() });
+                outcome = transaction.commit(socket);
                 match outcome.as_ref().map_err(io::Error::raw_os_error) {
-                    Err(Some(libc::ENOENT | libc::EEXIST)) => {}
+                    Err(Some(libc::EINVAL)) if present.is_none() => {
+                        CAN_DESTROY.store(false, Ordering::Relaxed);
+                    }
+                    Err(Some(libc::ENOENT | libc::EEXIST)) if present.is_some() => {}
                     _ => break,
                 }
             }
             outcome.map_err(|error| Error::system("nft element", error))?;
         }
-        Ok(steered)
+        Ok(())
     }
 
-    /// The entries of these connections.
-    fn present(&self, socket: &mut Socket, ipv6: bool, flows: &[Flow]) -> io::Result<HashMap<Flow, Entry>> {
+    /// Which of these connections are in the sets.
+    fn present(
+        &self,
+        socket: &mut Socket,
+        ipv6: bool,
+        flows: &[Flow],
+        sets: &[Names],
+    ) -> io::Result<HashMap<Flow, Entry>> {
         let name = self.table();
         let table = Table::netdev(&name);
         let mut present: HashMap<Flow, Entry> = flows.iter().map(|flow| (*flow, Entry::default())).collect();
-        for (set, mark) in [
-            (TO, (|entry| entry.steered = true) as fn(&mut Entry)),
-            (ALIVE, |entry| entry.alive = true),
-            (END, |entry| entry.ends = true),
-        ] {
+        for set in sets {
             for flow in nftables::present(socket, table, set.name(ipv6), flows)? {
-                present.get_mut(&flow).into_iter().for_each(mark);
+                if let Some(entry) = present.get_mut(&flow) {
+                    entry.steered |= *set == TO;
+                    entry.alive |= *set == ALIVE;
+                    entry.ends |= *set == END;
+                }
             }
         }
         Ok(present)
@@ -339,8 +360,45 @@ impl Steering {
     }
 }
 
+/// What a transaction does about some connections of one family.
+struct Change<'a, 't> {
+    transaction: &'a mut Transaction<'t>,
+    ipv6: bool,
+    flows: &'a [Flow],
+    /// What is in the sets, where the kernel wants to be told.
+    present: Option<&'a HashMap<Flow, Entry>>,
+}
+
+impl Change<'_, '_> {
+    /// Takes out of a set those that are in it.
+    fn take_out(&mut self, set: Names, is_in: fn(&Entry) -> bool) {
+        let name = set.name(self.ipv6);
+        match self.present {
+            None => self.transaction.destroy(name, self.flows.iter()),
+            Some(present) => {
+                self.transaction.delete(name, self.flows.iter().filter(|flow| is_in(&present[*flow])));
+            }
+        }
+    }
+
+    fn have_alive(&mut self) {
+        let name = ALIVE.name(self.ipv6);
+        match self.present {
+            None => self.transaction.complete(name, self.flows.iter()),
+            Some(present) => {
+                let missing = self.flows.iter().filter(|flow| !present[*flow].alive);
+                self.transaction.add(name, missing, |_, _| ());
+            }
+        }
+    }
+}
+
+fn of_family(flows: &[Flow], ipv6: bool) -> Vec<Flow> {
+    flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect()
+}
+
 /// The parts of a table, of which there is one for each address family.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Names([&'static str; 2]);
 
 const TO: Names = Names(["to4", "to6"]);

@@ -16,7 +16,7 @@ use std::os::fd::AsFd;
 
 use soccr_netlink::{Rtnetlink, Vxlan};
 
-use super::{NextHop, absent, number_of, present, system, with_route};
+use super::{NextHop, Steering, absent, foreign, number_of, present, system, with_route, with_socket};
 use crate::error::{Error, Result};
 use crate::sys::sockopt;
 
@@ -78,12 +78,13 @@ impl Tunnel {
         Self { local: self.remote, remote: self.local, ..*self }
     }
 
-    /// Makes this end of the tunnel, in the network namespace of the calling thread. What is there already stays.
+    /// Makes this end of the tunnel, in the network namespace of the calling thread. What is there already stays. Returns whether
+    /// nothing was there.
     ///
     /// # Errors
     /// Refused: the local address is none of this host, or others use the number and the port. `EOPNOTSUPP` without `CONFIG_VXLAN`; `EPERM` without
     /// `CAP_NET_ADMIN`.
-    pub fn open(&self) -> Result<()> {
+    pub fn open(&self) -> Result<bool> {
         if super::is_foreign(self.local)? {
             let what = format!("a tunnel from {}, which is no address of this host", self.local);
             return Err(Error::refused(
@@ -110,7 +111,7 @@ impl Tunnel {
             if ready.is_err() && made {
                 let _ = route.remove_link(&self.device());
             }
-            ready
+            ready.map(|()| made)
         })
     }
 
@@ -135,6 +136,36 @@ impl Tunnel {
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn remove(&self) -> Result<()> {
         with_route(|route| absent("ip link delete", route.remove_link(&self.device())))
+    }
+
+    /// Removes this end where no connection is steered or answered through it, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn remove_unused(&self) -> Result<()> {
+        with_socket(|socket| {
+            with_route(|route| {
+                let device = self.device();
+                let mut empty = Vec::new();
+                for steering in Steering::list_by(socket)? {
+                    if [steering.ingress(), steering.egress()].contains(&device.as_str()) {
+                        if !steering.contents_by(socket)?.is_empty() {
+                            return Ok(());
+                        }
+                        empty.push(steering);
+                    }
+                }
+                let ends = [false, true].map(|ipv6| NextHop::known(self.address(ipv6, false), &device));
+                for foreign in foreign::list(route)? {
+                    if foreign.depends_on(socket, route, &ends)? {
+                        return Ok(());
+                    }
+                }
+                // Their rules have the number of the device, which no other will have.
+                empty.iter().try_for_each(|steering| steering.remove_by(socket))?;
+                absent("ip link delete", route.remove_link(&device))
+            })
+        })
     }
 
     /// The name of its device.

@@ -123,14 +123,17 @@ pub fn a_tunnel_that_is_none_is_refused() {
         };
         refused(Tunnel::to(a).map(drop), "both are of this host");
         refused(Tunnel::between(a, net.hosts[1].v6.into()).map(drop), "two address families");
-        refused(Tunnel::between(c, b).unwrap().open(), "no address of this host");
+        refused(Tunnel::between(c, b).unwrap().open().map(drop), "no address of this host");
         let tunnel = Tunnel::to(b).unwrap();
-        tunnel.open().unwrap();
+        assert!(tunnel.open().unwrap());
+        assert!(!tunnel.open().unwrap(), "it is there already");
         refused(tunnel.other_end(false).map(drop), "UDP port 4789");
         let mut same = Tunnel::to(c).unwrap();
         same.id = tunnel.id;
-        refused(same.open(), "which is another device's");
+        refused(same.open().map(drop), "which is another device's");
         assert_eq!(Tunnel::list().unwrap(), [tunnel]);
+        tunnel.remove_unused().unwrap();
+        assert_eq!(Tunnel::list().unwrap(), []);
     });
 }
 
