@@ -1,6 +1,7 @@
 //! The command as its users run it: the real binary, in private networks, against programs that know nothing of it.
 
 mod adopt;
+mod adopt_kill;
 mod backlog;
 mod check;
 mod completions;
@@ -28,6 +29,7 @@ mod trust;
 fn main() -> std::process::ExitCode {
     let tests = [
         adopt::tests(),
+        adopt_kill::tests(),
         backlog::tests(),
         check::tests(),
         completions::tests(),
