@@ -26,6 +26,7 @@ use crate::{descriptors, exit, network};
 ///
 /// Reads standard input, and answers on standard output where the source listens (`soccr send --via`); the program then finds
 /// /dev/null as both, and as standard error where that is a pipe. It starts when the source has sent everything, or is gone, provided that a connection has arrived.
+/// It runs in a session of its own, where a relay does not reach it that kills what it has started, as socat(1) does at the end of a stream.
 #[derive(clap::Args, Debug)]
 #[command(
     override_usage = "\
@@ -54,7 +55,7 @@ pub(crate) struct Receive {
     /// When packets for an address that this host does not have are delivered here, to what has been received
     #[arg(long, value_name = "WHEN", value_enum, default_value = "auto")]
     steered: Steered,
-    /// End when the program runs, which goes on in a session of its own: without it, ssh(1) stays as long as the program
+    /// End when the program runs: without it, this command and ssh(1) stay as long as the program
     #[arg(long)]
     detach: bool,
     /// Add to this file what the program writes on standard error. Else nothing keeps it where standard error is a pipe
@@ -79,18 +80,16 @@ enum Steered {
 
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
-        let mut parting = match self.detach {
-            false => Parting::default(),
-            true => match Parting::detach()? {
-                Ok(parting) => parting,
-                Err(exit) => return Ok(exit),
-            },
+        let mut parting = match Parting::apart(self.detach)? {
+            Ok(parting) => parting,
+            Err(exit) => return Ok(exit),
         };
         if let Some(path) = &self.log {
             parting.log_to(path)?;
         }
         let claim = lifeline::claim()?;
         network::enter(self.netns.as_deref())?;
+        parting.end_with_parent()?;
         let recipient = self.handover.find()?;
         descriptors::raise_limit();
         let terms = self.terms(recipient.capacity());

@@ -9,12 +9,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::io::{fcntl_dupfd_cloexec, read, retry_on_intr, write};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{WaitOptions, setsid, waitpid};
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal, setsid, waitpid,
+};
 use soccr_handover::foreign::process::fork;
 
 use crate::exit::Exit;
 
-/// What the parent of a detached process is told.
+/// What the process that has been started is told.
 const FAILED: &[u8] = b"-";
 const RUNS: &[u8] = b"+";
 
@@ -23,8 +25,8 @@ const RUNS: &[u8] = b"+";
 pub(crate) struct Parting {
     /// To the source, and the last word of the hand-over, for which that waits.
     source: Option<(OwnedFd, Vec<u8>)>,
-    /// To the process that this one has been detached from.
-    parent: Option<OwnedFd>,
+    /// The process that has been started, whose child this one is, and the pipe to it.
+    parent: Option<(Pid, OwnedFd)>,
     /// Where the program writes its messages.
     log: Option<File>,
     /// Where we write ours.
@@ -32,13 +34,16 @@ pub(crate) struct Parting {
 }
 
 impl Parting {
-    /// Has this process go on as a child in a session of its own; the parent waits for what becomes of it, and has its exit code.
-    pub(crate) fn detach() -> Result<Result<Self, Exit>> {
+    /// Goes on in a child, in a session of its own. A relay such as socat(1) kills the process that it has started when the stream
+    /// ends: that must not be the one that has the connections. This one waits, and has the exit code of the child; or only until the
+    /// connections are given, where it is to `leave` then.
+    pub(crate) fn apart(leave: bool) -> Result<Result<Self, Exit>> {
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC).context("pipe2")?;
+        let starter = getpid();
         let Some(child) = fork().context("fork")? else {
             setsid().context("setsid")?;
             let mut parting = Self::default();
-            parting.parent = Some(theirs);
+            parting.parent = Some((starter, theirs));
             return Ok(Ok(parting));
         };
         drop(theirs);
@@ -48,14 +53,33 @@ impl Parting {
             last = byte[0];
         }
         if last == RUNS[0] {
-            return Ok(Err(Exit::Done));
+            if leave {
+                return Ok(Err(Exit::Done));
+            }
+            // Who reads it to its end would wait for the program.
+            if is_pipe(rustix::stdio::stderr()) {
+                rustix::stdio::dup2_stderr(null()?).context("dup2")?;
+            }
         }
-        match waitpid(Some(child), WaitOptions::empty()).context("waitpid")? {
-            Some((_, status)) if status.exit_status() == Some(0) => Ok(Err(Exit::Done)),
-            // It has said why.
-            Some((_, status)) => std::process::exit(status.exit_status().unwrap_or(Exit::Failed as i32)),
-            None => bail!("the detached process is gone"),
+        match retry_on_intr(|| waitpid(Some(child), WaitOptions::empty())).context("waitpid")? {
+            // What there was to say, it has said.
+            Some((_, status)) => std::process::exit(match status.terminating_signal() {
+                Some(signal) => 128 + signal,
+                None => status.exit_status().unwrap_or(Exit::Failed as i32),
+            }),
+            None => bail!("the child is gone"),
         }
+    }
+
+    /// Until the connections are given, the end of the process that has been started is a request to end (SIGTERM). To be called
+    /// last of what changes the privileges of this process, which the kernel forgets this with.
+    pub(crate) fn end_with_parent(&self) -> Result<()> {
+        let Some((starter, _)) = &self.parent else { return Ok(()) };
+        set_parent_process_death_signal(Some(Signal::TERM)).context("prctl(PR_SET_PDEATHSIG)")?;
+        if getppid() != Some(*starter) {
+            bail!("the process that was started is gone");
+        }
+        Ok(())
     }
 
     /// What the program writes on standard error goes to this file, and is added to what is there.
@@ -72,7 +96,7 @@ impl Parting {
         leave_pipe()?;
         // Who reads a pipe to its end would wait for the program; who has gone would kill it by SIGPIPE.
         if self.log.is_none() && is_pipe(rustix::stdio::stderr()) {
-            self.log = Some(OpenOptions::new().write(true).open("/dev/null").context("/dev/null")?);
+            self.log = Some(null()?);
         }
         Ok(())
     }
@@ -80,15 +104,17 @@ impl Parting {
     /// The program is about to run. Descriptors below `end` are its own.
     pub(crate) fn leave(&mut self, end: RawFd) -> Result<()> {
         let beyond = |fd: BorrowedFd<'_>| fcntl_dupfd_cloexec(fd, end).context("fcntl(F_DUPFD_CLOEXEC)");
-        if let Some(parent) = &mut self.parent {
+        if let Some((_, parent)) = &mut self.parent {
             *parent = beyond(parent.as_fd())?;
         }
         if let Some(log) = self.log.take() {
             self.stderr = Some(beyond(rustix::stdio::stderr())?);
             rustix::stdio::dup2_stderr(log).context("dup2")?;
         }
-        if let Some(parent) = &self.parent {
-            write(parent, RUNS).context("write")?;
+        if let Some((_, parent)) = &self.parent {
+            set_parent_process_death_signal(None).context("prctl(PR_SET_PDEATHSIG)")?;
+            // It may have been killed.
+            let _ = write(parent, RUNS);
         }
         self.end();
         Ok(())
@@ -109,7 +135,7 @@ impl Parting {
         if let Some(stderr) = &self.stderr {
             let _ = rustix::stdio::dup2_stderr(stderr);
         }
-        if let Some(parent) = &self.parent {
+        if let Some((_, parent)) = &self.parent {
             // Who is gone does not care.
             let _ = write(parent, FAILED);
         }
@@ -122,8 +148,12 @@ impl Drop for Parting {
     }
 }
 
+fn null() -> Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/null").context("/dev/null")
+}
+
 fn leave_pipe() -> Result<()> {
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null").context("/dev/null")?;
+    let null = null()?;
     rustix::stdio::dup2_stdin(&null).context("dup2")?;
     rustix::stdio::dup2_stdout(&null).context("dup2")?;
     Ok(())

@@ -30,6 +30,7 @@ crate::tests![
     what_has_been_taken_before_the_source_is_killed_has_moved,
     a_source_that_is_asked_to_end_finishes_what_it_has_begun,
     a_target_that_is_asked_to_end_finishes_what_it_has_begun,
+    a_killed_starter_costs_no_connection,
     a_socket_does_not_stay_in_repair,
     a_killed_keeper_costs_no_connection,
     a_lock_that_somebody_else_removes_is_no_error,
@@ -50,6 +51,8 @@ pub enum End {
     /// The second process of the source.
     Keeper,
     Target,
+    /// The process that has been started as the target, which the target is a child of.
+    Starter,
 }
 
 /// A record that is written by one of the two.
@@ -182,14 +185,25 @@ fn a_source_that_is_asked_to_end_finishes_what_it_has_begun() {
 }
 
 fn a_target_that_is_asked_to_end_finishes_what_it_has_begun() {
+    // After its END it is the program already.
+    let before_program = |boundary: &Boundary| *boundary != Boundary(End::Target, END);
+    target_ends(End::Target, Signal::TERM, BOUNDARIES.into_iter().filter(before_program));
+}
+
+/// As socat(1) does when the stream ends, which may be before the program runs or after.
+fn a_killed_starter_costs_no_connection() {
+    target_ends(End::Starter, Signal::TERM, BOUNDARIES);
+    target_ends(End::Starter, Signal::KILL, BOUNDARIES);
+}
+
+fn target_ends(victim: End, signal: Signal, boundaries: impl IntoIterator<Item = Boundary>) {
     if !installed("python3") {
         return;
     }
-    // After its END it is the program already.
-    for boundary in BOUNDARIES.into_iter().filter(|boundary| *boundary != Boundary(End::Target, END)) {
+    for boundary in boundaries {
         let mut moving = Move::new(1);
-        eprintln!("the target is asked to end at {boundary:?}");
-        let status = hand_over(&moving, End::Target, boundary, Signal::TERM);
+        eprintln!("the target is asked to end at {boundary:?}: {signal:?} to {victim:?}");
+        let status = hand_over(&moving, victim, boundary, signal);
         // It gives back what it has not been given yet; after the COMMIT it has the connection, and goes on.
         if status.code() == Some(0) {
             moving.assert_lives_at(Side::B, "new ");
@@ -376,13 +390,17 @@ pub fn hand_over_by(
     })
 }
 
+/// The children of a process that has one thread.
+fn children(pid: u32) -> Vec<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
 /// The child of the source that is the same program.
-fn keeper(source: u32) -> i32 {
-    let children = std::fs::read_to_string(format!("/proc/{source}/task/{source}/children")).unwrap();
-    let is_soccr = |pid: &&str| {
-        std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == Path::new(SOCCR))
-    };
-    children.split_whitespace().find(is_soccr).unwrap().parse().unwrap()
+fn keeper(source: u32) -> u32 {
+    let is_soccr =
+        |pid: &u32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == Path::new(SOCCR));
+    children(source).into_iter().find(is_soccr).unwrap()
 }
 
 fn open(path: &Path) -> File {
@@ -415,15 +433,21 @@ fn relay(mut from: File, mut to: File, mut boundary: impl FnMut(u16)) {
 }
 
 fn kill(victim: End, signal: Signal, source: u32, target: &Path) {
+    let starter = || -> u32 {
+        wait_until("the target has a number", || target.exists());
+        std::fs::read_to_string(target).unwrap().trim().parse().unwrap()
+    };
     let pid = match victim {
-        End::Source => source as i32,
+        End::Source => source,
         End::Keeper => keeper(source),
+        End::Starter => starter(),
         End::Target => {
-            wait_until("the target has a number", || target.exists());
-            std::fs::read_to_string(target).unwrap().trim().parse().unwrap()
+            let starter = starter();
+            wait_until("it has a child", || !children(starter).is_empty());
+            children(starter)[0]
         }
     };
-    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
     if signal != Signal::KILL {
         // It may well live on; where it does not, it never gets to see the record.
         return;

@@ -2,6 +2,8 @@
 
 use std::io::{Read, Seek, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use soccr_lab::{Lab, Side, wait_until};
@@ -19,6 +21,7 @@ crate::tests![
     nothing_is_lost_of_what_a_peer_sends_meanwhile,
     a_source_ends_though_the_program_lives,
     a_detached_program_outlives_its_target,
+    a_program_outlives_the_relay_that_kills_what_it_has_started,
 ];
 
 /// Two hosts with one address, an old server on `a`, and clients on the peer.
@@ -139,9 +142,8 @@ fn a_detached_program_outlives_its_target() {
         wait_until("the target has ended", || code.metadata().is_ok_and(|file| file.len() > 1));
         std::fs::read_to_string(code).unwrap()
     };
-    let script = format!("#!/bin/sh\necho begins >&2\nexec python3 -c '{HEIR}' 'new '\n");
-    std::fs::write(path("server"), script).unwrap();
-    assert!(Command::new("chmod").arg("+x").arg(path("server")).status().unwrap().success());
+    let server = path("server").to_str().unwrap().to_owned();
+    executable(&server, &format!("echo begins >&2\nexec python3 -c '{HEIR}' 'new '"));
     assert_eq!(send(&moving, "./server", "code"), "0\n");
     moving.assert_lives_at(Side::B, "new ");
     assert_eq!(std::fs::read_to_string(path("log")).unwrap(), "begins\n");
@@ -149,6 +151,38 @@ fn a_detached_program_outlives_its_target() {
     let moving = Move::new(1);
     let [_, hidden] = crate::rescue::broken_programs(directory.path());
     assert_eq!(send(&moving, &hidden, "failed"), "126\n");
+}
+
+fn a_program_outlives_the_relay_that_kills_what_it_has_started() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (server, fifo) = (path("server"), path("fifo"));
+    executable(&server, &format!("exec python3 -c '{HEIR}' 'new '"));
+    // A whole group when the stream has ended; and socat, which waits for half a second and kills one process.
+    let group = "exec 3<&0; mkfifo FIFO; setsid RECEIVE <&3 3<&- >FIFO & cat FIFO; kill -TERM -$!";
+    let socat = "socat - 'EXEC:RECEIVE,pipes'";
+    for (number, relay) in [group, socat].into_iter().enumerate() {
+        if relay == socat && !installed("socat") {
+            continue;
+        }
+        let mut moving = Move::new(1);
+        let killed = path(&format!("killed{number}"));
+        let receive = format!("{SOCCR} receive --netns {} -- {server}", moving.beside.pid());
+        let via = format!("{}; : > {killed}", relay.replace("RECEIVE", &receive).replace("FIFO", &fifo));
+        assert_eq!(moving.try_send(&["--all", "--via", &via]), (0, String::new()), "{relay}");
+        wait_until("the relay has killed", || Path::new(&killed).exists());
+        moving.assert_lives_at(Side::B, "new ");
+        moving.end();
+    }
+}
+
+/// Writes a script of sh(1).
+fn executable(path: &str, script: &str) {
+    std::fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 fn connections_move_to_another_program_of_the_same_host() {
