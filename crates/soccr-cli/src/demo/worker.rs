@@ -16,6 +16,9 @@ use crate::exit::Exit;
 use super::pattern::{CHUNK, Direction, Pattern, TICK, allowance};
 use super::wire::{Answer, Order, Progress, now, receive, send};
 
+/// How often a connection that changes while it is read is read.
+const ATTEMPTS: usize = 5;
+
 /// Runs a program of the demonstration: orders come in on standard input, answers go out on standard output.
 pub(crate) fn run() -> Result<Exit> {
     soccr::prepare();
@@ -122,9 +125,17 @@ impl Worker {
         let flow = self.flow.context("no connection")?;
         let locked_at = now();
         self.lock = Some(self.locker.lock(&[flow])?);
-        let paused = soccr::pause(&stream)?;
-        let connection = paused.save()?;
-        paused.detach()?;
+        let take = || {
+            let paused = soccr::pause(&stream)?;
+            let connection = paused.save()?;
+            paused.detach().map(|()| connection)
+        };
+        // On busy processors a packet that had passed the lock may arrive after the save: then the connection goes on.
+        let mut taken = take();
+        for _ in 1..ATTEMPTS {
+            taken = taken.or_else(|_| take());
+        }
+        let connection = taken?;
         let mut image = Vec::new();
         soccr_image::write(&mut image, &connection)?;
         let released = Answer::Released {
