@@ -452,7 +452,7 @@ fn kill(victim: End, signal: Signal, source: u32, target: &Path) {
         // It may well live on; where it does not, it never gets to see the record.
         return;
     }
-    wait_until_dead(pid);
+    wait_until_dead(pid as i32);
 }
 
 /// Whether anybody has waited for it or not.
