@@ -1,6 +1,6 @@
 //! What a socket has of the process that uses it: no other process can be given that, so it is noted and compared.
 //!
-//! Signals belong to a process (`F_SETOWN`), and whoever gets the connection has to ask for them again. Control group and security
+//! Signals belong to a process (`F_SETOWN`, `F_SETSIG`), and whoever gets the connection has to ask for them again. Control group and security
 //! label are those of the process that opened the socket: firewalls (`socket cgroupv2`) and security modules go by them.
 
 use std::fs;
@@ -18,7 +18,7 @@ const FIOGETOWN: u32 = 0x8903;
 
 /// Names that are noted beside the options, and the files of a process that tell them.
 const FILES: [(&str, &str); 2] = [("cgroup", "cgroup"), ("label", "attr/current")];
-const SIGNALS: [&str; 2] = ["O_ASYNC", "F_SETOWN"];
+const SIGNALS: [&str; 3] = ["O_ASYNC", "F_SETOWN", "F_SETSIG"];
 
 impl Settings {
     /// Notes the control group and the security label of the process that has the socket: `"self"`, or the number of another.
@@ -34,10 +34,11 @@ impl Settings {
     /// Notes that a process has asked for signals. `flags` are those of its descriptor.
     ///
     /// # Errors
-    /// Those of `FIOGETOWN`.
+    /// Those of `FIOGETOWN` and `F_GETSIG`.
     pub(crate) fn read_signals(&mut self, fd: BorrowedFd<'_>, flags: OFlags) -> Result<()> {
         let owner = sockopt::ioctl_int::<FIOGETOWN>(fd).map_err(|error| Error::system("FIOGETOWN", error))?;
-        for (name, number) in [("O_ASYNC", i32::from(flags.contains(OFlags::ASYNC))), ("F_SETOWN", owner)] {
+        let signal = sockopt::signal(fd).map_err(|error| Error::system("fcntl(F_GETSIG)", error))?;
+        for (name, number) in SIGNALS.into_iter().zip([flags.contains(OFlags::ASYNC).into(), owner, signal]) {
             if number != 0 {
                 self.0.push((Name::Unknown(name.into()), Value::Number(number)));
             }

@@ -72,6 +72,14 @@ pub(crate) fn ioctl_int<const OPCODE: Opcode>(fd: BorrowedFd<'_>) -> io::Result<
     Ok(unsafe { ioctl(fd, getter) }?)
 }
 
+/// The signal that a socket sends to its owner (`F_GETSIG`); 0 stands for SIGIO.
+pub(crate) fn signal(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    const F_GETSIG: i32 = 11;
+    // SAFETY: the call takes no argument.
+    let signal = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) };
+    if signal >= 0 { Ok(signal) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The one funnel from −1 to errno.
 fn check(result: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -125,7 +125,7 @@ pub fn what_a_socket_has_of_its_process_is_told() {
     let restored = ends.restore(&connection).unwrap();
     let report = restored.report();
     let told = |name: &str| report.get(name).map(|entry| (entry.fidelity(), entry.reason().to_owned()));
-    for name in ["O_ASYNC", "F_SETOWN"] {
+    for name in ["O_ASYNC", "F_SETOWN", "F_SETSIG"] {
         let (fidelity, reason) = told(name).unwrap();
         assert!(fidelity == Fidelity::Missing && reason.contains("signals belong"), "{report}");
     }

@@ -30,10 +30,15 @@ pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Res
 /// Asks for the signals of a socket, and ignores them.
 pub fn ask_for_signals(fd: impl AsFd) -> io::Result<()> {
     let fd = fd.as_fd().as_raw_fd();
+    const F_SETSIG: i32 = 10;
     // SAFETY: the calls take numbers and touch no memory of ours.
     let results = unsafe {
-        libc::signal(libc::SIGIO, libc::SIG_IGN);
-        [libc::fcntl(fd, libc::F_SETOWN, libc::getpid()), libc::fcntl(fd, libc::F_SETFL, libc::O_ASYNC)]
+        libc::signal(libc::SIGURG, libc::SIG_IGN);
+        [
+            libc::fcntl(fd, F_SETSIG, libc::SIGURG),
+            libc::fcntl(fd, libc::F_SETOWN, libc::getpid()),
+            libc::fcntl(fd, libc::F_SETFL, libc::O_ASYNC),
+        ]
     };
     results.iter().try_for_each(|result| check(i64::from(*result)).map(drop))
 }
