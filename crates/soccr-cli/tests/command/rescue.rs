@@ -1,14 +1,19 @@
 //! What goes wrong when a connection is given to a program, and sockets that somebody has left paused.
 
+use std::collections::HashSet;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader, ErrorKind, IoSliceMut, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
-use soccr_lab::{Side, wait_until};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
+use soccr::Connection;
+use soccr_image::stream::{Message, Writer};
+use soccr_lab::{Pair, Side, State, TcpInfo, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_unlocked, connect, descriptors, fail, installed, json, python, server,
@@ -20,6 +25,7 @@ crate::tests![
     a_restored_connection_is_rescued_from_a_program_that_cannot_start,
     a_restored_connection_is_rescued_from_a_dead_recipient,
     a_received_connection_is_rescued_from_a_program_that_cannot_start,
+    what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued,
     a_paused_socket_is_shown_and_resumed,
 ];
 
@@ -37,8 +43,12 @@ pub fn broken_programs(directory: &Path) -> [String; 2] {
 }
 
 fn rescued(directory: &Path) -> Option<PathBuf> {
-    let mut names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    names.find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("soccr-rescued-"))
+    all_rescued(directory).next()
+}
+
+fn all_rescued(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("soccr-rescued-"))
 }
 
 /// The peer has got neither FIN nor RST.
@@ -133,6 +143,94 @@ fn a_received_connection_is_rescued_from_a_program_that_cannot_start() {
     let _heir = Program::start(restore.args(["--", "python3", "-c", HEIR, "new "]));
     moving.assert_lives_at(Side::B, "new ");
     moving.end();
+}
+
+/// As many descriptors as the command sends at once.
+const BATCH: usize = 253;
+
+/// A stream of connections to peers that are not there, each with another port, and already let go of.
+fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> {
+    const WINDOW: usize = 256;
+    let mut stream = Writer::new(Vec::new()).unwrap();
+    let begin =
+        Message::Begin { connections: ports.len() as u32, answers: false, place: None, steered: None };
+    stream.send(&begin).unwrap();
+    let mut connection = model.clone();
+    let numbered: Vec<_> = (1..).zip(ports).collect();
+    for window in numbered.chunks(WINDOW) {
+        for (number, port) in window {
+            // A long name fills the socket of the recipient the sooner.
+            let peer = "2001:db8::aaaa:bbbb:cccc:dddd".parse().unwrap();
+            connection.remote = SocketAddr::new(peer, *port);
+            stream.connection(*number, "", &connection).unwrap();
+        }
+        for (number, _) in window {
+            stream.send(&Message::Commit { connection: *number }).unwrap();
+        }
+    }
+    stream.finish().unwrap()
+}
+
+/// The ports of the connections in the next message, which all live.
+fn receive_batch(socket: &UnixStream) -> Vec<u16> {
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut text = vec![0; 1 << 16];
+    recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let descriptors = control.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        _ => Vec::new(),
+    });
+    let connections = descriptors.map(TcpStream::from);
+    connections
+        .map(|connection| {
+            assert_eq!(TcpInfo::of(&connection).unwrap().state, State::Established);
+            connection.peer_addr().unwrap().port()
+        })
+        .collect()
+}
+
+fn what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let path = directory.join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    // The kernel counts more than 16 KiB for each message, and blocks when there is as much as the buffer may have.
+    let messages = sockopt::socket_send_buffer_size(UnixStream::pair().unwrap().0).unwrap() / (16 << 10) + 2;
+    let ports = 1024..1024 + (messages * BATCH) as u16;
+    if getrlimit(Resource::Nofile).maximum.is_some_and(|limit| limit < 3 * ports.len() as u64) {
+        eprintln!("\nSKIPPED: {} descriptors in one process\n", 3 * ports.len());
+        return;
+    }
+    let pair = Pair::new().unwrap();
+    let server = pair.b.run(|| TcpListener::bind((pair.b.v6, 7))).unwrap();
+    let ours = pair.a.run(|| TcpStream::connect((pair.b.v6, 7))).unwrap();
+    let model = soccr::pause(&ours).unwrap().save().unwrap();
+    drop(server);
+    let image = directory.join("stream");
+    fs::write(&image, stream_to_nobody(&model, ports.clone())).unwrap();
+    let mut receive: Command = soccr(&["receive", "--send-fd", path.to_str().unwrap()]);
+    receive.current_dir(directory).stdin(fs::File::open(image).unwrap()).stderr(Stdio::null());
+    let mut receive = pair.a.run(|| Program::start(&mut receive));
+    let recipient = listener.accept().unwrap().0;
+    // From here on it is deaf to this: it alone has the connections.
+    wait_until("the first are sent", || rustix::io::ioctl_fionread(&recipient).unwrap() > 0);
+    kill_process(Pid::from_child(&receive.0), Signal::TERM).unwrap();
+    wait_until("it does not wait any longer", || receive.0.try_wait().unwrap().is_some());
+    assert_eq!(receive.0.wait().unwrap().code(), Some(1));
+    let mut seen = HashSet::new();
+    while rustix::io::ioctl_fionread(&recipient).unwrap() > 0 {
+        for port in receive_batch(&recipient) {
+            assert!(seen.insert(port), "port {port} was given twice");
+        }
+    }
+    let given = seen.len();
+    assert!(given > 0 && given < ports.len(), "{given}: it was never stuck");
+    for image in all_rescued(directory) {
+        let port = soccr_image::load_file(image).unwrap().remote.port();
+        assert!(seen.insert(port), "port {port} was given, and rescued as well");
+    }
+    assert_eq!(seen.len(), ports.len(), "{given} were given");
 }
 
 /// Does to itself what a program does that is killed between pause and resume. `TCP_REPAIR` is 19.
