@@ -76,7 +76,11 @@ fn a_killed_save_leaves_the_connection_or_an_image() {
     if !installed("python3") {
         return;
     }
-    for (call, left) in [(libc::SYS_connect, false), (libc::SYS_rename, true)] {
+    #[cfg(not(target_arch = "aarch64"))]
+    use libc::SYS_rename as SYS_RENAME;
+    #[cfg(target_arch = "aarch64")]
+    use libc::SYS_renameat as SYS_RENAME;
+    for (call, left) in [(libc::SYS_connect, false), (SYS_RENAME, true)] {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image").display().to_string();
         let server = server("", 1);

@@ -6,7 +6,7 @@
 //!
 //! Measured on Linux 6.18, a thread in epoll_wait(2) stopped 100 times: by ptrace in 19 µs (31 at most), without an EINTR; by the
 //! freezer in 0.46 ms (18 at most), with 100. On aarch64 nothing shows the first argument of the call that was interrupted
-//! (`orig_x0`), which it needs to be made again.
+//! (`orig_x0`), which it needs to be made again: `/proc/PID/syscall` tells the result in its place (Linux 6.1).
 
 use std::collections::BTreeMap;
 use std::io;
