@@ -1,7 +1,7 @@
 //! Two ends of a connection on two hosts, brought into the state that a test is about.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::LazyLock;
 use std::thread;
@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use soccr::connection::{Connection, Path, Window};
 use soccr::settings::Value;
 use soccr::{Restored, pause};
-use soccr_lab::{Case, Family, Flags, Made, Pair, Sniffer, State, TcpInfo, wait_until};
+use soccr_lab::{Case, Family, Flags, Made, OnCpu, Pair, Sniffer, State, TcpInfo, wait_until};
 
 use crate::sys;
 
@@ -147,10 +147,24 @@ impl Ends {
     /// peer, until [`resume`](Self::resume); what our host sends reaches the peer.
     pub fn take(&self) -> Connection {
         self.name_neighbour(NOBODY);
+        self.settle();
         let paused = pause(&self.ours).unwrap().with_peer(self.remote);
         let connection = paused.save().unwrap();
         paused.detach().unwrap();
         connection
+    }
+
+    /// What the peer's host has sent before has arrived: on each processor packets stay in order, and one behind all others has.
+    fn settle(&self) {
+        // What goes to all hosts asks for no neighbour.
+        let here = self.pair.a.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+        let there = self.pair.b.run(|| UdpSocket::bind((self.pair.b.v4, 0))).unwrap();
+        let to = ("224.0.0.1", here.local_addr().unwrap().port());
+        for nth in 0..thread::available_parallelism().map_or(1, usize::from) {
+            let _cpu = OnCpu::stay(nth);
+            there.send_to(&[1], to).unwrap();
+            here.recv(&mut [0]).unwrap();
+        }
     }
 
     /// Restores a connection on our host.

@@ -10,7 +10,7 @@ use rustix::net::sockopt::set_tcp_congestion;
 use soccr::connection::{Buffers, Connection, Window};
 use soccr::settings::Value;
 use soccr::{Fidelity, Report, Restored, pause};
-use soccr_lab::{Family, Host, Line, Pair, Shape};
+use soccr_lab::{Family, Host, Line, Pair, Shape, wait_until};
 
 /// How long a read or a write may take before its test fails.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -101,10 +101,15 @@ impl Ends {
     }
 
     /// Restores what was taken: once more where other work of the machine has come between, and made a sample of the
-    /// estimates longer.
+    /// estimates longer. As long as packets wait for a processor, that is each time.
     pub fn restore(&self) -> Restored {
-        let restore = || self.pair.a.run(|| self.saved.restore()).unwrap();
-        (1..20).map(|_| restore()).find(|restored| !is_disturbed(restored.report())).unwrap_or_else(restore)
+        let mut restored = None;
+        wait_until("nothing comes between", || {
+            drop(restored.take());
+            restored = Some(self.pair.a.run(|| self.saved.restore()).unwrap());
+            restored.as_ref().is_some_and(|restored| !is_disturbed(restored.report()))
+        });
+        restored.unwrap()
     }
 
     pub fn resume(&mut self, restored: Restored) {
