@@ -246,8 +246,6 @@ impl<'fd> Restore<'fd> {
         if let Some(clock) = options.clock() {
             tcp::set_timestamp(self.fd, clock)?;
         }
-        // The application may have had no limit of its own, and the clamp has done its work.
-        tcp::set_max_segment(self.fd, 0)?;
         let max_window = self.control.window.map_or(0, |window| window.max_window);
         if derived::segments_differ(options, max_window) {
             self.open_window_at(self.control.copied_seq())?;

@@ -159,12 +159,11 @@ impl Seed {
             tcp::select_queue(fd, None)?;
             let ticks = if micros { sample } else { sample / 1000 };
             let echo = tcp::timestamp(fd)?.wrapping_sub(ticks as u32).max(1);
-            // Not the next one expected, so that its timestamp is not taken for the peer's.
-            let seq = control.copied_seq().wrapping_add(1);
             let ack = first.wrapping_add(number);
             let segment = Segment {
+                // A time of zero is none (`tcp_paws_check()`): it says nothing of the peer's clock.
                 timestamps: Some((0, echo)),
-                ..fin::from_peer(flow, control, seq, ack, flags::ACK, &[])
+                ..fin::from_peer(flow, control, control.copied_seq(), ack, flags::ACK, &[])
             };
             fin::inject(injectors, fd, &segment, || Ok(tcp::unacknowledged(fd)? == 0))?;
         }

@@ -113,6 +113,17 @@ fn one_bad_connection_leaves_the_others_in_step() {
         if connection.control.unsq_len == 200));
 }
 
+/// A record of held packets is closed early: one that is not would take memory without a limit.
+#[test]
+fn a_record_of_held_packets_has_a_limit() {
+    let held = |fields| {
+        let packets = field(0x8005, &vec![7; 1 << 20]).repeat(fields);
+        Reader::new(&[preamble(1, 0), record(2, 1, 1, &packets)].concat()[..]).unwrap().receive()
+    };
+    assert!(matches!(held(1), Ok(Some(Message::Held { .. }))));
+    assert_eq!(kind(held(3)), ErrorKind::Damaged);
+}
+
 #[test]
 fn a_record_that_is_missing_is_missed() {
     let one = record(6, 1, 1, b"");

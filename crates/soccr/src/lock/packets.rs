@@ -279,7 +279,11 @@ fn scoped(mut flow: Flow, interface: u32) -> Flow {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::io::{ErrorKind, Read};
+    use std::net::{TcpListener, TcpStream};
+
     use super::*;
+    use crate::connection::ControlBlock;
     use crate::segment::{Segment, flags};
 
     fn flow() -> Flow {
@@ -411,6 +415,58 @@ pub(super) mod tests {
         packets.push(&numbered(10, 1, flags::ACK), 1);
         packets.push(&numbered(10, 0, flags::ACK | flags::URG), 1);
         assert_eq!(order(&mut packets), [vec![1], vec![1], vec![2], vec![0]]);
+    }
+
+    /// A connection over `lo`, its peer, and where it stands; nothing where this user may not pause it.
+    pub(in crate::lock) fn connection() -> Option<(TcpStream, TcpStream, ControlBlock)> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        match crate::pause(&ours).and_then(|paused| paused.save()) {
+            Ok(connection) => Some((peer, ours, connection.control)),
+            Err(error) => {
+                eprintln!("\nSKIPPED: packets for a socket: {error}\n");
+                None
+            }
+        }
+    }
+
+    /// What the peer of that connection might send, so many bytes further on.
+    pub(in crate::lock) fn next(
+        ours: &TcpStream,
+        control: &ControlBlock,
+        offset: u32,
+        payload: &[u8],
+    ) -> Vec<u8> {
+        let Flow { local, remote } = Flow::of(ours).unwrap();
+        let next = Segment {
+            source: remote,
+            destination: local,
+            ack: control.snd_nxt(),
+            window: 1000,
+            ..segment(control.rcv_nxt.wrapping_add(offset), payload)
+        };
+        let mut packet = Vec::new();
+        next.write(&mut packet);
+        packet
+    }
+
+    /// For one that has left it would draw a reset.
+    #[test]
+    fn a_late_packet_reaches_a_connection_that_is_here() {
+        let Some((peer, mut ours, control)) = connection() else { return };
+        let back = Back::new(Ways::open().unwrap(), Diag::open().unwrap());
+        let mut packets = Packets::new(Some(back), 1 << 20);
+        let late = next(&ours, &control, 0, b"late");
+        packets.push(&late, 1);
+        let mut read = [0; 4];
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        ours.read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"late");
+        crate::pause(&ours).unwrap().detach().unwrap();
+        packets.push(&late, 1);
+        peer.set_nonblocking(true).unwrap();
+        assert_eq!(peer.peek(&mut read).unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 
     #[test]

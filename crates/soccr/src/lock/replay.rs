@@ -161,3 +161,32 @@ fn continuation(run: &Run, runs: &mut Peekable<impl Iterator<Item = Run>>) -> Ve
     }
     following
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::fin::wait_for;
+    use crate::lock::packets::tests::{connection, next};
+    use crate::segment::Parsed;
+    use crate::sys::raw::Ways;
+
+    /// In the queue beside it, nothing would join the two.
+    #[test]
+    fn what_closes_a_gap_arrives_as_packets() {
+        let Some((_peer, ours, control)) = connection() else { return };
+        let _paused = crate::pause(&ours).unwrap();
+        let flow = Flow::of(&ours).unwrap();
+        let mut ways = Ways::open().unwrap();
+        let way = ways.inward(flow.remote, flow.local, 0).unwrap();
+        let runs = [200, 0, 100].map(|offset| {
+            let packet = next(&ours, &control, offset, &[1; 100]);
+            Run::new(&packet, Parsed::new(&packet).unwrap())
+        });
+        Replay::new(flow, flow).packets(&way, runs, Some(ours.as_fd())).unwrap();
+        let all = || Ok((tcp::unread(ours.as_fd())? == 300).then_some(()));
+        assert_eq!(wait_for(Duration::from_secs(20), all).unwrap(), Some(()));
+    }
+}

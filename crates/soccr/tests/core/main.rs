@@ -19,6 +19,7 @@ mod states;
 mod sys;
 mod unread;
 mod urgent;
+mod values;
 mod windows;
 
 /// The named functions of a module as tests.
@@ -83,7 +84,10 @@ fn main() -> ExitCode {
             a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;
         stages: a_socket_with_other_addresses_is_refused the_receive_window_is_not_limited_by_the_local_sysctl
-            a_timer_that_runs_out_between_the_stages_does_no_harm;
+            a_timer_that_runs_out_between_the_stages_does_no_harm what_the_peer_says_between_the_stages_is_told
+            unsent_bytes_come_back_where_little_may_wait_unsent;
+        values: the_timeout_is_saved_without_its_doublings
+            the_window_is_announced_as_it_was_agreed the_clock_is_ahead_of_what_pacing_holds_back;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
     tests.extend(states::tests());

@@ -1,5 +1,6 @@
 //! The staged form, on sockets that the caller has bound and connected.
 
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -9,7 +10,7 @@ use soccr::connection::{Connection, Flow};
 use soccr::{ErrorKind, Restore, Restored};
 use soccr_lab::{Case, Family, State, sysctl, wait_until};
 
-use crate::ends::{Ends, info_bytes, option, probes, unconnected};
+use crate::ends::{Ends, info, info_bytes, option, probes, unconnected};
 
 /// Restores onto `socket` by stages; the caller connects it as `actual`.
 fn restore<'fd>(
@@ -88,4 +89,49 @@ pub fn a_timer_that_runs_out_between_the_stages_does_no_harm() {
         ends.ours = socket;
         ends.finish();
     }
+}
+
+/// Nobody has locked the connection: what reaches the new socket too early, the comparison in the end tells.
+pub fn what_the_peer_says_between_the_stages_is_told() {
+    for (sent, unsent) in [(0, 0), (3000, 0), (0, 20_000)] {
+        let case = Case { family: Family::V4, state: State::Established, received: 0, sent, unsent };
+        let mut ends = Ends::of(case);
+        let connection = ends.take();
+        let socket = ends.pair.a.run(|| unconnected(Family::V4));
+        let mut steps = Restore::unbound(&socket, &connection.control, None).unwrap();
+        steps.connect(connection.flow()).unwrap();
+        steps.send_queue(&connection.send_queue).unwrap();
+        ends.connect_hosts();
+        match (sent, unsent) {
+            (0, 0) => {
+                ends.peer.write_all(b"early").unwrap();
+                wait_until("data comes", || info(&socket).unread > 0);
+            }
+            (_, 0) => {
+                ends.undeafen();
+                wait_until("an acknowledgement comes", || info(&socket).unacknowledged == 0);
+            }
+            _ => {
+                // Of what is sent then it hears nothing.
+                ends.deafen();
+                ends.peer.set_nonblocking(true).unwrap();
+                wait_until("the window opens, and lets go of what was never sent", || {
+                    let _ = ends.peer.read(&mut [0; 1 << 16]);
+                    info(&socket).unsent < unsent
+                });
+            }
+        }
+        let error = steps.finish().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused, "{sent} sent, {unsent} unsent: {error}");
+        assert!(error.to_string().contains("lock the traffic first"), "{error}");
+    }
+}
+
+pub fn unsent_bytes_come_back_where_little_may_wait_unsent() {
+    let case = Case { family: Family::V4, state: State::Established, received: 0, sent: 0, unsent: 20_000 };
+    let mut ends = Ends::of(case);
+    let connection = ends.take();
+    ends.pair.a.run(|| sysctl("net/ipv4/tcp_notsent_lowat", "1")).unwrap();
+    ends.restore_and_resume(&connection);
+    ends.finish();
 }

@@ -155,6 +155,21 @@ pub fn the_longest_packets_are_held_whole() {
     }
 }
 
+/// What was joined while it was held may be longer than the way back can carry.
+pub fn a_narrow_way_back_gets_it_in_pieces() {
+    for family in [Family::V4, Family::V6] {
+        let mut connected = connect(family);
+        connected.pair.b.namespace.rtnetlink().unwrap().set_mtu("lo", 1400).unwrap();
+        let lock = connected.lock(Mode::HOLD);
+        connected.peer.write_all(&bytes(10_000)).unwrap();
+        wait_until("all is held", || TcpInfo::of(&connected.peer).unwrap().unsent == 0);
+        connected.settle();
+        assert!(lock.release().unwrap() > 0);
+        expect(&mut connected.ours, &bytes(10_000));
+        transfer(&mut connected.ours, &mut connected.peer, b"and back");
+    }
+}
+
 pub fn what_is_held_has_a_limit() {
     const LIMIT: usize = 100_000;
     let mut connected = connect(Family::V4);

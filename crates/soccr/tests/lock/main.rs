@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         a_strict_firewall_lets_a_moved_connection_pass,
         a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass,
         held::the_longest_packets_are_held_whole,
+        held::a_narrow_way_back_gets_it_in_pieces,
         held::what_is_held_has_a_limit,
         much::a_restored_connection_gets_it_in_its_queue,
         much::a_connection_that_stayed_gets_it_too,
