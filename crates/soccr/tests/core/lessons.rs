@@ -120,6 +120,7 @@ pub fn what_a_socket_has_of_its_process_is_told() {
     sys::ask_for_signals(&ends.ours).unwrap();
     let mut connection = ends.take();
     connection.settings.note_process("self");
+    assert!(connection.settings.get("cgroup").is_some());
     connection.settings.set("label", Value::Bytes(b"of another".to_vec()));
     let connection = through_bytes(connection, true);
     let restored = ends.restore(&connection).unwrap();
