@@ -1,10 +1,11 @@
 //! Lists of what the kernel has, while that changes.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use soccr::Flow;
 use soccr::lock::PersistentLock;
+use soccr_lab::Namespace;
 use soccr_netlink::{Batch, DUMP, Family, REQUEST, Socket};
 
 /// So many that the kernel tells about them in many pieces.
@@ -72,4 +73,24 @@ pub fn what_changes_meanwhile_is_asked_for_again() {
     socket.dump(&question("large"), |_, _| again += 1).unwrap();
     assert_eq!((parts.unwrap().len(), changes), (again, 0));
     lock.remove().unwrap();
+}
+
+/// What is no set of a firewall tells it by a flag of its own (`NLM_F_DUMP_INTR`).
+pub fn the_kernel_says_that_something_has_changed() {
+    const GET_ADDRESSES: u16 = 22;
+    let here = Namespace::current().unwrap();
+    let mut control = here.rtnetlink().unwrap();
+    let address = |number: u16| IpAddr::from([10, 1, (number >> 8) as u8, number as u8]);
+    for number in 0..1500 {
+        control.add_address("lo", address(number), 32).unwrap();
+    }
+    let mut question = Batch::new();
+    question.message(GET_ADDRESSES, REQUEST | DUMP, |m| m.bytes(&[0; 8]));
+    let mut change = true;
+    let outcome = Socket::open(Family::Route).unwrap().dump(&question, |_, _| {
+        if std::mem::take(&mut change) {
+            control.add_address("lo", address(2000), 32).unwrap();
+        }
+    });
+    assert_eq!(outcome.map_err(|error| error.kind()), Err(ErrorKind::Interrupted));
 }

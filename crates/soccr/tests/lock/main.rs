@@ -68,6 +68,7 @@ fn main() -> ExitCode {
         persistent::a_lock_becomes_persistent,
         persistent::names_of_persistent_locks_are_checked,
         dump::an_end_with_an_error_is_one,
+        dump::the_kernel_says_that_something_has_changed,
         dump::what_changes_meanwhile_is_asked_for_again,
     ])
 }
