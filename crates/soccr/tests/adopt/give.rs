@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, socket, sockopt};
 use soccr::adopt::DRAIN;
-use soccr_lab::{Family, TcpInfo, wait_until};
+use soccr_lab::{Family, Host, TcpInfo, sysctl, wait_until};
 
 use crate::ends::{Ends, On, PORT, accept, adopter, connect, pattern, read};
 
@@ -90,7 +90,9 @@ pub fn many_sockets_enter_one_queue() {
 }
 
 pub fn a_full_queue_keeps_the_rest() {
-    let mut ends = Ends::new(Family::V4);
+    // Whoever connects to a full queue in the ordinary way is reset here.
+    let abort = |host: &Host| host.run(|| sysctl("net/ipv4/tcp_abort_on_overflow", "1")).unwrap();
+    let mut ends = Ends::prepared(Family::V4, abort);
     let Some(mut adopter) = adopter(&ends.pair) else { return };
     let old = shared(&ends);
     let clients: Vec<TcpStream> = (0..6).map(|_| connect(&ends.pair, Family::V4)).collect();
