@@ -73,6 +73,11 @@ pub(crate) enum Recipient {
 }
 
 impl Handover {
+    /// This process, or the program that it becomes, has the connections for as long as they live.
+    pub(crate) fn is_kept_here(&self) -> bool {
+        !self.adopt && self.send_fd.is_none()
+    }
+
     /// Looks for the recipient, before a connection is touched.
     ///
     /// A server is looked for in the network namespace of the caller.

@@ -80,9 +80,12 @@ enum Steered {
 
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
-        let mut parting = match Parting::apart(self.detach)? {
-            Ok(parting) => parting,
-            Err(exit) => return Ok(exit),
+        let mut parting = match self.detach || self.handover.is_kept_here() {
+            false => Parting::default(),
+            true => match Parting::apart(self.detach)? {
+                Ok(parting) => parting,
+                Err(exit) => return Ok(exit),
+            },
         };
         if let Some(path) = &self.log {
             parting.log_to(path)?;

@@ -371,7 +371,10 @@ pub fn hand_over_by(
     let passed = AtomicUsize::new(0);
     let pass = |record| {
         if record == boundary && passed.fetch_add(1, Ordering::Relaxed) + 1 == nth {
-            victims.iter().for_each(|victim| kill(*victim, signal, source_pid, &path("pid")));
+            // A target that gives the connections away is the process that has been started.
+            let gives = receive.contains("--adopt");
+            let end = |victim| if gives && victim == End::Target { End::Starter } else { victim };
+            victims.iter().for_each(|victim| kill(end(*victim), signal, source_pid, &path("pid")));
         }
     };
     thread::scope(|scope| {
