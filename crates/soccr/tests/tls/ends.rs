@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use soccr::tls::{Cipher, Version};
@@ -100,8 +101,7 @@ impl Ends {
     pub fn move_ours(self) -> Self {
         let Self { pair, ours, peer } = self;
         let ours = pair.a.run(|| {
-            soccr::tls::settle(&ours, LIMIT).unwrap();
-            let lock = Lock::hold(&[Flow::of(&ours).unwrap()]).unwrap();
+            let lock = settle_and_lock(&ours);
             let connection = leave(ours);
             let restored = connection.restore().unwrap();
             lock.release().unwrap();
@@ -132,6 +132,12 @@ pub fn assert_reads(stream: &mut TcpStream, expected: &[u8]) {
     let mut read = vec![0; expected.len()];
     stream.read_exact(&mut read).unwrap();
     assert!(read == expected, "{} other bytes", read.len());
+}
+
+/// From here on nothing arrives, and the TLS layer holds no part of a record.
+pub fn settle_and_lock(stream: &impl AsFd) -> Lock {
+    soccr::tls::settle(stream, LIMIT).unwrap();
+    Lock::hold(&[Flow::of(stream).unwrap()]).unwrap()
 }
 
 /// Saves a connection whose traffic is locked, and closes its socket.

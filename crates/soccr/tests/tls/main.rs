@@ -21,13 +21,13 @@ macro_rules! tests {
 
 fn main() -> ExitCode {
     soccr::prepare();
-    soccr_lab::harness(tests! {
-        moves: aes_gcm_128 aes_gcm_256 aes_ccm_128 chacha20_poly1305;
+    let named = tests! {
         openssl: a_session_of_openssl_goes_on_here;
         queues: half_a_record_in_the_receive_queue a_record_that_is_read_in_part control_records_keep_their_place
             a_fin_behind_records records_behind_our_fin the_send_queue_where_only_the_kernel_encrypts an_open_record_is_pushed
             bytes_of_the_application_are_put_back_in_front what_was_held_is_not_encrypted;
         refused: a_send_queue_that_does_not_show_itself an_open_record a_caller_who_does_not_carry_it keys_that_nobody_set a_small_receive_buffer
             what_has_been_read_is_restored_from_the_value keys_are_not_printed a_restore_without_the_module;
-    })
+    };
+    soccr_lab::harness(named.into_iter().chain(moves::tests()))
 }

@@ -10,10 +10,10 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
 use soccr::tls::Cipher;
-use soccr::{Flow, Lock};
+use soccr::Flow;
 use soccr_lab::wait_until;
 
-use crate::ends::{LIMIT, leave};
+use crate::ends::{LIMIT, leave, settle_and_lock};
 
 const MOVES: usize = 20;
 
@@ -115,8 +115,7 @@ fn go_on(directory: &Path, port: u16, name: &str, cipher: Cipher) {
     let socket = socket_of(server.pid(), port);
     kill_process(server.pid(), Signal::STOP).unwrap();
     client.say("unread\n");
-    soccr::tls::settle(&socket, LIMIT).unwrap();
-    let lock = Lock::hold(&[Flow::of(&socket).unwrap()]).unwrap();
+    let lock = settle_and_lock(&socket);
     let connection = leave(TcpStream::from(socket));
     let tls = connection.tls.as_ref().unwrap();
     assert_eq!((tls.cipher, tls.transmit.is_some(), tls.receive.is_some()), (cipher, true, true));
@@ -132,8 +131,7 @@ fn go_on(directory: &Path, port: u16, name: &str, cipher: Cipher) {
         let long = format!("{number} {}\n", "all work and no play ".repeat(number * number));
         client.say(&long);
         ours.write_all(long.as_bytes()).unwrap();
-        soccr::tls::settle(&ours, LIMIT).unwrap();
-        let lock = Lock::hold(&[Flow::of(&ours).unwrap()]).unwrap();
+        let lock = settle_and_lock(&ours);
         let connection = leave(ours);
         let restored = connection.restore().unwrap();
         lock.release().unwrap();

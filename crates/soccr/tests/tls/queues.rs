@@ -5,10 +5,10 @@ use std::net::Shutdown;
 
 use rustix::net::{SendFlags, send};
 use soccr::tls::{Cipher, Version};
-use soccr::{Flow, Lock};
+use soccr::Flow;
 use soccr_lab::{TcpInfo, wait_until};
 
-use crate::ends::{Ends, Kind, assert_reads, leave, records};
+use crate::ends::{Ends, Kind, assert_reads, leave, records, settle_and_lock};
 use crate::sys::{receive_record, send_record};
 
 const DATA: u8 = 23;
@@ -157,7 +157,7 @@ pub fn bytes_of_the_application_are_put_back_in_front() {
     let Some(mut ends) = Ends::both(KINDS[1]) else { return };
     ends.peer.write_all(&[9; 20_000]).unwrap();
     ends.assert_reads(&[9; 17_000]);
-    let lock = ends.pair.a.run(|| Lock::hold(&[Flow::of(&ends.ours).unwrap()])).unwrap();
+    let lock = ends.pair.a.run(|| settle_and_lock(&ends.ours));
     let mut connection = ends.pair.a.run(|| leave(ends.ours));
     connection.unread(&[9; 17_000]).unwrap();
     ends.ours = ends.pair.a.run(|| {
@@ -173,7 +173,7 @@ pub fn bytes_of_the_application_are_put_back_in_front() {
 pub fn what_was_held_is_not_encrypted() {
     let Some(mut ends) = Ends::both(KINDS[0]) else { return };
     let flow = Flow::of(&ends.ours).unwrap();
-    let lock = ends.pair.a.run(|| Lock::hold(&[flow])).unwrap();
+    let lock = ends.pair.a.run(|| settle_and_lock(&ends.ours));
     let connection = ends.pair.a.run(|| leave(ends.ours));
     let bytes = vec![5; 50_000];
     ends.peer.write_all(&bytes).unwrap();

@@ -9,7 +9,7 @@ use soccr::tls::{Cipher, Secrets, Version};
 use soccr::{Connection, Error, Flow, Lock};
 use soccr_lab::{TcpInfo, wait_until};
 
-use crate::ends::{Ends, Kind, OURS, assert_reads, keys, leave, set_layer};
+use crate::ends::{Ends, Kind, OURS, assert_reads, keys, leave, set_layer, settle_and_lock};
 
 const KIND: Kind = (Version::Tls12, Cipher::AesGcm128);
 
@@ -104,7 +104,7 @@ pub fn what_has_been_read_is_restored_from_the_value() {
 
 pub fn keys_are_not_printed() {
     let Some(ends) = Ends::both(KIND) else { return };
-    let lock = ends.pair.a.run(|| Lock::hold(&[Flow::of(&ends.ours).unwrap()])).unwrap();
+    let lock = ends.pair.a.run(|| settle_and_lock(&ends.ours));
     let connection = ends.pair.a.run(|| leave(ends.ours));
     let (key, printed) = (keys(KIND.1, OURS), format!("{connection:?} {connection:#?}"));
     assert_eq!(connection.tls.as_ref().unwrap().summary().to_string(), "tls 1.2 aes-gcm-128 tx+rx");
