@@ -7,6 +7,7 @@ use soccr_lab::Test;
 
 mod ends;
 mod moves;
+mod nginx;
 mod openssl;
 mod queues;
 mod refused;
@@ -22,6 +23,7 @@ macro_rules! tests {
 fn main() -> ExitCode {
     soccr::prepare();
     let named = tests! {
+        nginx: a_download_goes_on_here;
         openssl: a_session_of_openssl_goes_on_here;
         queues: half_a_record_in_the_receive_queue a_record_that_is_read_in_part control_records_keep_their_place
             a_fin_behind_records records_behind_our_fin the_send_queue_where_only_the_kernel_encrypts an_open_record_is_pushed

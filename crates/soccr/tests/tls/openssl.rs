@@ -9,9 +9,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
-use soccr::tls::Cipher;
 use soccr::Flow;
+use soccr::tls::Cipher;
 use soccr_lab::wait_until;
+use tempfile::TempDir;
 
 use crate::ends::{LIMIT, leave, settle_and_lock};
 
@@ -33,26 +34,26 @@ system_default = defaults
 Options = KTLS
 ";
 
-fn openssl(directory: &Path, arguments: &str) -> Command {
+pub fn openssl(directory: &Path, arguments: &str) -> Command {
     let mut command = Command::new("openssl");
     command.args(arguments.split(' ')).current_dir(directory).env("OPENSSL_CONF", "configuration");
     command
 }
 
 /// A program that ends with the test.
-struct Program(Child);
+pub struct Program(pub Child);
 
 impl Program {
-    fn start(command: &mut Command) -> Self {
+    pub fn start(command: &mut Command) -> Self {
         Self(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
-    fn pid(&self) -> Pid {
+    pub fn pid(&self) -> Pid {
         Pid::from_child(&self.0)
     }
 
     /// It gets this to send.
-    fn say(&mut self, text: &str) {
+    pub fn say(&mut self, text: &str) {
         self.0.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
     }
 
@@ -64,7 +65,7 @@ impl Program {
         assert_eq!(String::from_utf8_lossy(&heard), text);
     }
 
-    fn complaints(mut self) -> String {
+    pub fn complaints(mut self) -> String {
         let mut text = String::new();
         self.0.stderr.take().unwrap().read_to_string(&mut text).unwrap();
         text
@@ -78,19 +79,23 @@ impl Drop for Program {
     }
 }
 
-pub fn a_session_of_openssl_goes_on_here() {
+/// A folder with certificate, key and configuration; `None` where OpenSSL or kernel TLS is not there.
+pub fn make_certificate() -> Option<TempDir> {
     if Command::new("openssl").arg("version").output().is_err() {
         eprintln!("\nSKIPPED: openssl is not installed");
-        return;
+        return None;
     }
-    if crate::ends::Ends::plain().is_none() {
-        return;
-    }
+    crate::ends::Ends::plain()?;
     let directory = tempfile::tempdir().unwrap();
     fs::write(directory.path().join("configuration"), CONFIGURATION).unwrap();
     let request = "req -x509 -config configuration -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
                    -keyout key -out certificate -days 1 -subj /CN=localhost";
     assert!(openssl(directory.path(), request).stderr(Stdio::null()).status().unwrap().success());
+    Some(directory)
+}
+
+pub fn a_session_of_openssl_goes_on_here() {
+    let Some(directory) = make_certificate() else { return };
     for (port, (name, cipher)) in (4433..).zip(CIPHERS) {
         go_on(directory.path(), port, name, cipher);
     }
@@ -101,11 +106,7 @@ fn go_on(directory: &Path, port: u16, name: &str, cipher: Cipher) {
     let server = format!("s_server {flags} -cert certificate -key key -accept 127.0.0.1:{port}");
     let client = format!("s_client {flags} -connect 127.0.0.1:{port}");
     let mut server = Program::start(&mut openssl(directory, &server));
-    wait_until("the server listens", || {
-        let mut listens = false;
-        soccr::diag::Diag::open().unwrap().visit(|socket| listens |= socket.local.port() == port).unwrap();
-        listens
-    });
+    wait_for_listener(port);
     let mut client = Program::start(&mut openssl(directory, &client));
     client.say("to the server\n");
     server.assert_heard("to the server\n");
@@ -152,8 +153,16 @@ fn hear(stream: &mut TcpStream, text: &str) {
     assert_eq!(String::from_utf8_lossy(&heard), text);
 }
 
+pub fn wait_for_listener(port: u16) {
+    wait_until("the server listens", || {
+        let mut listens = false;
+        soccr::diag::Diag::open().unwrap().visit(|socket| listens |= socket.local.port() == port).unwrap();
+        listens
+    });
+}
+
 /// The end of the connection that the server has.
-fn socket_of(pid: Pid, port: u16) -> OwnedFd {
+pub fn socket_of(pid: Pid, port: u16) -> OwnedFd {
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
     let connected = |socket: &OwnedFd| {
         let fd = socket.as_fd();

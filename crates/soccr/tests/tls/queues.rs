@@ -4,8 +4,8 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 
 use rustix::net::{SendFlags, send};
-use soccr::tls::{Cipher, Version};
 use soccr::Flow;
+use soccr::tls::{Cipher, Version};
 use soccr_lab::{TcpInfo, wait_until};
 
 use crate::ends::{Ends, Kind, assert_reads, leave, records, settle_and_lock};
