@@ -289,6 +289,11 @@ impl Departure {
         }
         match item.seat.take_back(&value) {
             Ok(()) => {
+                if item.seat.is_adrift() {
+                    let why = why(item, &self.reason);
+                    item.error =
+                        Some(Error::new(ErrorKind::Adrift, format!("its process has lost it: {why}")));
+                }
                 if let Some(users) = &mut self.users {
                     let _ = users.filled(number);
                 }
@@ -301,10 +306,7 @@ impl Departure {
     fn lose(&mut self, number: usize, error: Error) {
         let item = &mut self.items[number];
         item.is_lost = true;
-        let why = item.error.take().map(|why| why.to_string());
-        let why = why.or_else(|| self.reason.as_ref().map(|(_, text)| text.clone()));
-        let what = why.unwrap_or_else(|| "it cannot be put back".into());
-        item.error = Some(Error::of(ErrorKind::Lost, what, error));
+        item.error = Some(Error::of(ErrorKind::Lost, why(item, &self.reason), error));
     }
 
     /// Nobody answers: what has been written counts as taken.
@@ -479,6 +481,15 @@ impl Drop for Departure {
                 Fate::Unknown => self.shared.warn(error),
             }
         }
+    }
+}
+
+/// Why it has come back.
+fn why(item: &Item, reason: &Option<(ErrorKind, String)>) -> String {
+    match (&item.error, reason) {
+        (Some(error), _) => error.to_string(),
+        (None, Some((_, text))) => text.clone(),
+        (None, None) => "it cannot be put back".into(),
     }
 }
 

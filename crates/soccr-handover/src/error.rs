@@ -27,6 +27,9 @@ pub enum ErrorKind {
     Refused,
     /// It had left its socket, the target does not have it, and it could not be put back: it is nowhere.
     Lost,
+    /// It has not moved, and lives in the socket that is given back; the process whose socket it was has lost it: one with kernel TLS
+    /// cannot be put back there (see [`Seat::is_adrift`](crate::Seat::is_adrift)).
+    Adrift,
     /// The other end has not answered, or not read on, in time.
     Late,
     /// The channel is broken, or the other end is gone.

@@ -14,14 +14,16 @@ use crate::error::{Error, ErrorKind, Result};
 /// A socket, and the connection in it.
 ///
 /// Between two looks at it the connection lives on as before, and only a lock keeps it silent: where this process dies, the lock
-/// ends by itself, and repair mode would not.
+/// ends by itself, and repair mode would not. One with kernel TLS can only be looked at once, and stays in repair mode.
 #[derive(Debug)]
 pub struct Seat {
     socket: OwnedFd,
     flow: Flow,
     /// No other descriptor leads to the socket.
     is_own: bool,
-    /// A connection with kernel TLS that has been read out of its socket: it is nowhere else.
+    /// The connection is in a new socket, of which those who used the old one know nothing.
+    is_adrift: bool,
+    /// A connection with kernel TLS that has been read: its socket is in repair mode.
     value: Option<Box<Connection>>,
     /// What the socket has of its process.
     process: Settings,
@@ -36,11 +38,11 @@ impl AsFd for Seat {
 impl Seat {
     /// A socket whose connection has these addresses.
     pub fn new(socket: OwnedFd, flow: Flow) -> Self {
-        Self { socket, flow, is_own: false, value: None, process: Settings::default() }
+        Self { socket, flow, is_own: false, is_adrift: false, value: None, process: Settings::default() }
     }
 
-    /// The same, where no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS can
-    /// leave, whose socket cannot be disconnected; see [`soccr::tls`].
+    /// The same, where no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS, whose
+    /// socket cannot be disconnected, leaves and comes back like any other; see [`soccr::tls`].
     pub fn own(socket: OwnedFd, flow: Flow) -> Self {
         Self { is_own: true, ..Self::new(socket, flow) }
     }
@@ -57,6 +59,20 @@ impl Seat {
         self.flow
     }
 
+    /// Whether the connection has come back into a new socket, while the process that it was taken from has lost it. That can only
+    /// be with kernel TLS, after it was [let go](Self::let_go).
+    pub fn is_adrift(&self) -> bool {
+        self.is_adrift
+    }
+
+    /// Whether the kernel encrypts or decrypts: then nobody may write to the socket while it [settles](Self::settle).
+    ///
+    /// # Errors
+    /// That of the socket option.
+    pub fn has_kernel_tls(&self) -> Result<bool> {
+        Ok(soccr::tls::is_on(&self.socket)?)
+    }
+
     /// Gives the socket back.
     pub fn into_socket(self) -> OwnedFd {
         self.socket
@@ -67,7 +83,7 @@ impl Seat {
     /// # Errors
     /// Those of settling.
     pub fn settle(&self, limit: Duration) -> Result<()> {
-        if self.is_own { Ok(soccr::tls::settle(&self.socket, limit)?) } else { Ok(()) }
+        Ok(soccr::tls::settle(&self.socket, limit)?)
     }
 
     /// Reads the connection, into memory that may have been used before. It goes on: only a lock around this call keeps that off the
@@ -76,34 +92,40 @@ impl Seat {
     /// # Errors
     /// Those of [`soccr::pause`] and of saving.
     pub fn save_into(&mut self, connection: &mut Connection) -> Result<()> {
-        if self.is_own && soccr::tls::is_on(&self.socket)? {
-            return self.withdraw(connection);
-        }
+        let encrypts = self.has_kernel_tls()?;
         let paused = self.pause()?;
+        let paused = match (encrypts, self.is_own) {
+            (false, _) => paused,
+            // Reading may take what has arrived out of the socket.
+            (true, true) => paused.with_tls(),
+            (true, false) => paused.with_tls_in_place(),
+        };
         paused.save_into(connection)?;
         for (name, value) in self.process.iter() {
             connection.settings.set(name, value.clone());
         }
-        Ok(paused.resume()?)
-    }
-
-    /// Where the kernel decrypts, reading takes what has arrived out of the socket.
-    fn withdraw(&mut self, connection: &mut Connection) -> Result<()> {
-        let paused = self.pause()?.with_tls();
-        paused.save_into(connection)?;
+        if !encrypts {
+            return Ok(paused.resume()?);
+        }
+        // It cannot be read a second time.
         paused.detach()?;
         self.value = Some(Box::new(connection.clone()));
         Ok(())
     }
 
-    /// A connection with kernel TLS that was read and not let go lives on, in a new socket. Others have lived on.
+    /// A connection with kernel TLS that was read and not let go lives on: in a new socket, or in the old one where others use it.
+    /// Connections without have lived on.
     ///
     /// # Errors
-    /// Those of restoring. The connection is in no socket then.
+    /// Those of restoring and resuming. The connection is in no socket then, or frozen in the old one.
     pub fn come_back(&mut self) -> Result<()> {
         let Some(value) = self.value.take() else { return Ok(()) };
-        self.close()?;
-        self.take_back(&value)
+        if self.is_own {
+            self.close()?;
+            return self.take_back(&value);
+        }
+        soccr::Paused::take_over(self.socket.as_fd())?.resume()?;
+        self.set_reuse(&value)
     }
 
     /// Closes the socket, which is silent in repair mode, and frees its addresses.
@@ -119,8 +141,10 @@ impl Seat {
     /// # Errors
     /// [`Changed`](ErrorKind::Changed) where it is not, and those of saving. The connection goes on.
     pub fn let_go(&mut self, saved: &ControlBlock) -> Result<Connection> {
-        if self.value.is_some() {
-            self.close()?;
+        match (&self.value, self.is_own) {
+            (None, _) => {}
+            (Some(_), true) => self.close()?,
+            (Some(_), false) => soccr::tls::discard(&self.socket, self.flow)?,
         }
         if let Some(value) = self.value.take() {
             return Ok(*value);
@@ -135,13 +159,16 @@ impl Seat {
         Ok(connection)
     }
 
-    /// Puts the connection back into the socket that it came from: nobody has it elsewhere. One with kernel TLS gets a new socket.
+    /// Puts the connection back into the socket that it came from: nobody has it elsewhere. One with kernel TLS gets a new socket, and
+    /// where others have used the old one it [is adrift](Self::is_adrift).
     ///
     /// # Errors
     /// Those of restoring. The connection is in no socket then.
     pub fn take_back(&mut self, connection: &Connection) -> Result<()> {
         if connection.tls.is_some() {
             self.socket = connection.restore()?.resume()?.into();
+            self.is_adrift |= !self.is_own;
+            self.is_own = true;
             return Ok(());
         }
         let socket = self.socket.as_fd();
@@ -159,8 +186,14 @@ impl Seat {
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
         steps.finish()?.resume()?;
+        self.set_reuse(connection)
+    }
+
+    /// Repair mode has overwritten it.
+    fn set_reuse(&self, connection: &Connection) -> Result<()> {
         let reuse = connection.settings.get("SO_REUSEADDR") == Some(&Value::Number(1));
-        sockopt::set_socket_reuseaddr(socket, reuse).map_err(system("SO_REUSEADDR"))
+        sockopt::set_socket_reuseaddr(&self.socket, reuse)
+            .map_err(|errno| Error::of(ErrorKind::System, "SO_REUSEADDR", errno))
     }
 
     fn pause(&self) -> Result<soccr::Paused<'_>> {

@@ -152,6 +152,14 @@ impl<'fd> Paused<'fd> {
         self
     }
 
+    /// Like [`with_tls`](Self::with_tls), and leaves in the socket what has arrived, so that the connection can be resumed. Where
+    /// the kernel decrypts, half a record is refused then, as is what else nobody can look at. Only the first guard that looks at it
+    /// finds out, so save once.
+    pub fn with_tls_in_place(self) -> Self {
+        self.arrived.replace(Arrived::in_place());
+        self.with_tls()
+    }
+
     /// Reads the whole connection. Nothing is consumed: [`resume`](Self::resume) goes on with the same connection.
     ///
     /// # Errors
@@ -308,7 +316,7 @@ impl<'fd> Paused<'fd> {
     }
 
     fn turn_off(&self) -> Result<()> {
-        if !self.arrived.borrow().is_empty() {
+        if self.arrived.borrow().is_taken() {
             let remedy = "close the socket, and restore the connection that was saved: it has them";
             return Err(Error::refused("a connection whose TLS records have been read", remedy));
         }

@@ -73,10 +73,10 @@ pub(crate) fn save(
         if layer.is_some() {
             tls::check_state(control.state, control.reset)?;
         }
-        if let Some(arrived) = arrived.as_mut().filter(|_| decrypts) {
-            // Last of all that can fail: the socket does not have it any more.
+        if let (Some(arrived), Some(layer)) = (arrived.as_mut(), layer.as_ref().filter(|_| decrypts)) {
+            // Last of all that can fail: the socket may not have it any more.
             connection.send_queue.clear();
-            return arrived.take_in(fd);
+            return arrived.take_in(fd, layer);
         }
         queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
         queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, marked)

@@ -17,8 +17,10 @@
 //! - The guard carries TLS where it is told to ([`with_tls`](crate::Paused::with_tls)). Where the kernel decrypts,
 //!   [`save`](crate::Paused::save) *reads* what has arrived. From then on the value alone has
 //!   it: the socket is not resumed any more, and whoever wants to go back restores the value.
+//!   Where others use the socket too, such as the process that it belongs to, that may fail too late for them:
+//!   [`with_tls_in_place`](crate::Paused::with_tls_in_place) only looks at it.
 //! - A socket with kernel TLS cannot be disconnected. After [`detach`](crate::Paused::detach) it is silent, and its addresses
-//!   are free when its last descriptor is closed.
+//!   are free when its last descriptor is closed, or by [`discard`].
 //! - **Never let two sockets continue one sending state.** They would encrypt different bytes with the same nonce, which
 //!   gives both away.
 //!
@@ -38,7 +40,7 @@ use crate::error::{Error, Result};
 
 pub(crate) use arrived::Arrived;
 pub(crate) use layer::{check_settled, has_layer, read};
-pub use layer::{is_on, settle};
+pub use layer::{discard, is_on, settle};
 
 /// The most bytes of an application in one record (RFC 8446 §5.1).
 const FRAGMENT: usize = 1 << 14;
@@ -303,6 +305,16 @@ impl Tls {
         match self.unread.first_mut().filter(|record| record.content_type == APPLICATION_DATA) {
             Some(first) => drop(first.bytes.splice(..0, bytes.iter().copied())),
             None => self.unread.insert(0, Record { content_type: APPLICATION_DATA, bytes: bytes.to_vec() }),
+        }
+    }
+
+    /// How many bytes longer a record is than those of the application in it: header, nonce, type and tag (RFC 5288 §3, RFC 6655 §3,
+    /// RFC 7905 §2, RFC 8446 §5.2).
+    pub(crate) fn expansion(&self) -> u64 {
+        match (self.version, self.cipher) {
+            (Version::Tls13, _) => 5 + 1 + 16,
+            (Version::Tls12, Cipher::ChaCha20Poly1305) => 5 + 16,
+            (Version::Tls12, _) => 5 + 8 + 16,
         }
     }
 

@@ -7,9 +7,9 @@ use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::value_parser;
 use soccr::connection::{ControlBlock, Flow};
 use soccr::lock::{Locker, Mode};
@@ -21,6 +21,7 @@ use soccr_image::stream::{Reader, Writer};
 
 use crate::descriptors;
 use crate::exit::{self, Exit};
+use crate::give::rescue::rescue;
 use crate::selection::Selection;
 use crate::signals::Deaf;
 
@@ -31,6 +32,9 @@ use pipe::{Output, Reading};
 /// The processes are stopped for the instant. Unless --keep is given they lose the connections: silently on the wire,
 /// with an ordinary error (ECONNABORTED) for the process. This host stays silent about the connections afterwards, for the time
 /// of --silence, so that packets of the peers draw no reset; `soccr restore` on this host ends that.
+///
+/// Connections with kernel TLS (kTLS) are saved with their keys, and go on in programs that leave TLS to the kernel as well. Such an
+/// image can be restored once.
 ///
 /// A connection that cannot be saved is named, and stays. Where anything fails after that, all stay.
 #[derive(clap::Args, Debug)]
@@ -63,6 +67,9 @@ pub(crate) struct Save {
     peer: Option<SocketAddr>,
 }
 
+/// How long the peers may take to acknowledge what the kernel has encrypted: the processes are stopped meanwhile.
+const SETTLING: Duration = Duration::from_secs(1);
+
 /// A connection that is in the image, and still in its process.
 struct Saved {
     name: String,
@@ -92,9 +99,9 @@ impl Save {
         let mut known = Vec::with_capacity(captives.len());
         for captive in captives.into_iter().map(|captive| captive.with_peer(self.peer)) {
             let name = captive.name().to_owned();
-            match captive.into_seat() {
+            match self.take(captive) {
                 Ok(seat) => known.push((name, seat)),
-                Err(error) => fail(error.into()),
+                Err(error) => fail(error),
             }
         }
         if known.is_empty() {
@@ -102,6 +109,7 @@ impl Save {
         }
         let locker = Locker::new(Mode::HOLD)?;
         keeper.stop()?;
+        let known = settled(known, &mut fail);
         let (image, mut saved) = self.write(sink, known, &locker, &mut fail)?;
         let exit = match (saved.len(), failed) {
             (0, _) => return Ok(Exit::Failed),
@@ -123,15 +131,35 @@ impl Save {
             Ok(())
         });
         if let Err(error) = taken.and_then(|()| self.finish(image)) {
-            for (saved, connection) in saved.iter_mut().zip(&gone) {
-                if let Err(error) = saved.seat.take_back(connection) {
-                    exit::complain(&format!("{}: {error}", saved.name));
+            let mut gone = gone.iter();
+            for Saved { name, mut seat, .. } in saved {
+                let back = match gone.next() {
+                    Some(connection) => seat.take_back(connection),
+                    None => seat.come_back(),
+                };
+                if let Err(error) = back {
+                    exit::complain(&format!("{name}: {error}"));
+                } else if seat.is_adrift() {
+                    let why = rescue(&[seat.into_socket().into()], &anyhow!("its process has lost it"));
+                    exit::complain(&format!("{name}: {}", exit::line(&why)));
                 }
             }
             silence::lift(&flows)?;
             return Err(error);
         }
         Ok(exit)
+    }
+
+    /// Refuses what must not be in two places.
+    fn take(&self, captive: Captive) -> Result<Seat> {
+        let name = captive.name().to_owned();
+        let seat = captive.into_seat()?;
+        if self.keep && seat.has_kernel_tls()? {
+            bail!(
+                "{name}: kernel TLS (kTLS) and --keep: two sockets that go on with the same keys would give them away"
+            );
+        }
+        Ok(seat)
     }
 
     /// Finds out where the image is to go, before anything is stopped.
@@ -200,6 +228,16 @@ impl Save {
     fn destination(&self) -> String {
         self.output.as_ref().map_or("standard output".into(), |path| path.display().to_string())
     }
+}
+
+/// Prepares those with kernel TLS for their locks, while nobody writes.
+fn settled(seats: Vec<(String, Seat)>, fail: &mut impl FnMut(anyhow::Error)) -> Vec<(String, Seat)> {
+    let deadline = Instant::now() + SETTLING;
+    let mut settle = |(name, seat): &(String, Seat)| {
+        let settled = seat.settle(deadline.saturating_duration_since(Instant::now()));
+        settled.map_err(|error| fail(anyhow::Error::new(error).context(name.clone()))).is_ok()
+    };
+    seats.into_iter().filter(|seat| settle(seat)).collect()
 }
 
 /// Where an image goes.

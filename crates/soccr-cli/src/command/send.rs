@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::value_parser;
 use rustix::io::ioctl_fionread;
 use soccr_handover::channel::OneWay;
@@ -16,6 +16,7 @@ use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
 
 use crate::exit::{self, Exit};
+use crate::give::rescue::rescue;
 use crate::guide::{Hop, Made, parse_hop, path};
 use crate::nat::Nat;
 use crate::selection::Selection;
@@ -197,6 +198,10 @@ fn report(names: &[String], outcomes: &[Outcome]) {
     for (name, outcome) in names.iter().zip(outcomes) {
         match outcome {
             Outcome::Moved => {}
+            Outcome::Stays(stream, error) if error.kind() == ErrorKind::Adrift => {
+                let why = rescue(std::slice::from_ref(stream), &anyhow!("{error}"));
+                exit::complain(&format!("{name}: {}", exit::line(&why)));
+            }
             Outcome::Stays(_, error) => exit::complain(&format!("{name}: stays: {error}")),
             Outcome::Unknown(error) if error.kind() == ErrorKind::Lost => {
                 exit::complain(&format!("{name}: lost: {error}"));

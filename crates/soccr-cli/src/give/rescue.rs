@@ -2,6 +2,7 @@
 
 use std::net::TcpStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use soccr::Connection;
@@ -11,6 +12,9 @@ use soccr_handover::silence;
 
 use crate::exit::{self, Coded, Exit};
 use crate::signals::Deaf;
+
+/// How long a peer may take to acknowledge what the kernel has encrypted.
+const SETTLING: Duration = Duration::from_secs(2);
 
 /// Saves the connections, each in the working directory or else in that for temporary files. The error says what became of
 /// them, after the `reason`.
@@ -60,6 +64,7 @@ impl Lifeboat {
 
     fn save(&mut self, stream: &TcpStream) -> Result<(Flow, PathBuf)> {
         let flow = Flow::of(stream)?;
+        soccr::tls::settle(stream, SETTLING)?;
         // Nothing may arrive between the image and the end of the socket; the peer sends it again.
         let _lock = self.locker.lock(&[flow])?;
         let paused = soccr::pause(stream)?.with_tls();

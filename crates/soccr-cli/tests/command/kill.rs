@@ -37,13 +37,13 @@ crate::tests![
 ];
 
 /// The kinds of records, by their numbers in the stream.
-const PREAMBLE: u16 = 0;
-const CONNECTION: u16 = 1;
-const BEGIN: u16 = 3;
-const COMMIT: u16 = 4;
+pub const PREAMBLE: u16 = 0;
+pub const CONNECTION: u16 = 1;
+pub const BEGIN: u16 = 3;
+pub const COMMIT: u16 = 4;
 pub const READY: u16 = 6;
-const TAKEN: u16 = 8;
-const END: u16 = 9;
+pub const TAKEN: u16 = 8;
+pub const END: u16 = 9;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -278,7 +278,7 @@ fn a_killed_keeper_costs_no_connection() {
         wait_until("it is accepted", || lab.a.run(|| descriptors(&old.pid()).len() == 1));
         let host = lab.host(goal);
         let beside = host.run(|| Program::start(Command::new("sleep").arg("1000")));
-        let mut moving = Move { lab, old, clients, beside, goal };
+        let mut moving = Move { lab, old, clients, beside, goal, directory: ".".into() };
         let boundary = (Boundary(End::Source, COMMIT), 1);
         let status = hand_over_until(&moving, boundary, &[End::Keeper, End::Target], Signal::KILL);
         assert_eq!(status.code(), Some(1), "to {goal:?}");
@@ -318,7 +318,7 @@ fn a_lock_that_somebody_else_removes_is_no_error() {
 }
 
 /// On the host to which the connection did not go, where that is not the one on which it stays.
-fn assert_nobody_has_it(moving: &Move) {
+pub fn assert_nobody_has_it(moving: &Move) {
     if moving.goal == Side::A {
         return;
     }
@@ -329,7 +329,7 @@ fn assert_nobody_has_it(moving: &Move) {
 }
 
 /// Hands the connection over, and kills one end at a boundary. How the source ends.
-fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> ExitStatus {
+pub fn hand_over(moving: &Move, victim: End, boundary: Boundary, signal: Signal) -> ExitStatus {
     hand_over_until(moving, (boundary, 1), &[victim], signal)
 }
 

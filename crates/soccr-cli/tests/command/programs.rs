@@ -9,13 +9,19 @@ use serde_json::Value;
 use soccr_lab::wait_until;
 
 /// A server that accepts connections one after the other, as many as its second argument says, and answers everything with
-/// its first argument in front. What ends a connection it prints.
+/// its first argument in front. What ends a connection it prints. With KTLS in its environment the kernel encrypts and decrypts
+/// with these keys.
 const SERVER: &str = r#"
 import os, socket, sys, threading
 address = sys.argv[3]
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
 listener = socket.create_server((address, 7), family=family, backlog=64, dualstack_ipv6=address == "::")
+keys = bytes.fromhex(os.environ.get("KTLS", ""))
 def serve(connection):
+    if keys:
+        connection.setsockopt(socket.IPPROTO_TCP, 31, b"tls")
+        connection.setsockopt(282, 1, keys)
+        connection.setsockopt(282, 2, keys)
     try:
         while data := connection.recv(65536):
             connection.sendall(sys.argv[1].encode() + data)
@@ -95,7 +101,11 @@ pub fn server(prefix: &str, connections: usize) -> Program {
 
 /// Starts the server with this address; `::` stands for both families.
 pub fn server_at(address: &str, prefix: &str, connections: usize) -> Program {
-    Program::start(&mut python(SERVER, &[prefix, &connections.to_string(), address]))
+    Program::start(&mut server_command(address, prefix, connections))
+}
+
+pub fn server_command(address: &str, prefix: &str, connections: usize) -> Command {
+    python(SERVER, &[prefix, &connections.to_string(), address])
 }
 
 /// Connects, as soon as somebody listens.

@@ -3,13 +3,14 @@
 use std::io::{Read, Seek, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, complaints, connect, descriptors, installed, json, python, server_at, soccr,
+    HEIR, Program, SOCCR, ask, complaints, connect, descriptors, installed, json, python, server_command,
+    soccr,
 };
 
 crate::tests![
@@ -33,6 +34,8 @@ pub struct Move {
     pub beside: Program,
     /// That host.
     pub goal: Side,
+    /// Where the source works.
+    pub directory: PathBuf,
 }
 
 impl Move {
@@ -46,17 +49,23 @@ impl Move {
 
     /// The old server listens at this address.
     fn from(address: &str, goal: Side, connections: usize) -> Self {
+        Self::of(&mut server_command(address, "old ", connections), goal, connections, |_| {})
+    }
+
+    /// The old server is this one; the clients do something before they ask.
+    pub fn of(server: &mut Command, goal: Side, connections: usize, begin: impl Fn(&TcpStream)) -> Self {
         let lab = Lab::new().unwrap();
-        let old = lab.a.run(|| server_at(address, "old ", connections));
+        let old = lab.a.run(|| Program::start(server));
         let mut clients = Vec::new();
         for _ in 0..connections {
             let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
+            begin(&client);
             assert_eq!(ask(&mut client, "one", "old "), "old one");
             clients.push(client);
         }
         let host = if goal == Side::A { &lab.a } else { &lab.b };
         let beside = host.run(|| Program::start(Command::new("sleep").arg("1000")));
-        Self { lab, old, clients, beside, goal }
+        Self { lab, old, clients, beside, goal, directory: ".".into() }
     }
 
     /// The shell command that receives there.
@@ -66,7 +75,7 @@ impl Move {
 
     pub fn send(&self, arguments: &[&str]) -> Command {
         let mut command = soccr(&["send", "--pid", &self.old.pid()]);
-        command.args(arguments);
+        command.args(arguments).current_dir(&self.directory);
         command
     }
 

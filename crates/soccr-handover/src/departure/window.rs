@@ -19,6 +19,11 @@ impl Departure {
     pub(super) fn lock(&mut self, first: Id, last: Id) -> Result<()> {
         (self.is_diverted, self.window) = (false, first as usize - 1..last as usize);
         let items = &mut self.items[self.window.clone()];
+        if let Some(users) = &mut self.users
+            && items.iter().any(|item| item.seat.has_kernel_tls().unwrap_or(true))
+        {
+            users.stop()?;
+        }
         let settled = Instant::now() + SETTLING;
         for item in &mut *items {
             item.error = item.seat.settle(settled.saturating_duration_since(Instant::now())).err();

@@ -182,6 +182,15 @@ pub(crate) fn send(fd: BorrowedFd<'_>, content_type: u8, bytes: &[u8]) -> io::Re
 /// Reads decrypted bytes, those of one record type, and returns the type with their number; a type of zero where the socket has
 /// said none.
 pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(u8, usize)> {
+    receive_with(fd, bytes, 0)
+}
+
+/// The same, and leaves them in the socket; the kernel has decrypted them then.
+pub(crate) fn peek(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(u8, usize)> {
+    receive_with(fd, bytes, libc::MSG_PEEK)
+}
+
+fn receive_with(fd: BorrowedFd<'_>, bytes: &mut [u8], flags: i32) -> io::Result<(u8, usize)> {
     let mut control: Control = [0; 4];
     let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     // SAFETY: integers and pointers, all of which may be zero.
@@ -189,7 +198,8 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(u8, u
     (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
     (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control) as _);
     // SAFETY: the message points to the bytes and to aligned memory for control messages, which outlive the call.
-    let read = length(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })?;
+    let read =
+        length(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT | flags) })?;
     // SAFETY: the kernel has filled in the control messages, and how long they are.
     let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     if header.is_null() {

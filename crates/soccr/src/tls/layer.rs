@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::{APPLICATION_DATA, Cipher, Secrets, Summary, Tls, Version};
 use crate::buffers::{self, Memory};
-use crate::connection::Flow;
+use crate::connection::{Flow, State};
 use crate::diag::Diag;
 use crate::error::{Error, Result};
-use crate::sys::tcp;
+use crate::sys::tcp::{self, Repair};
 use crate::sys::tls::{self, Direction};
 
 /// What helps where a part of a connection with TLS is out of reach.
@@ -94,6 +94,11 @@ fn read_tls(fd: BorrowedFd<'_>) -> Result<Tls> {
     })
 }
 
+/// How many records the kernel has decrypted.
+pub(super) fn records_read(fd: BorrowedFd<'_>) -> Result<u64> {
+    Ok(read(fd)?.and_then(|tls| tls.receive).map_or(0, |secrets| secrets.record_number()))
+}
+
 fn refused(what: impl Into<std::borrow::Cow<'static, str>>, remedy: &'static str) -> Error {
     Error::refused(what, remedy)
 }
@@ -162,6 +167,36 @@ fn shows_all(fd: BorrowedFd<'_>) -> Result<bool> {
 /// charged to one of TCP's queues is charged to the TLS layer.
 fn holds_bytes(memory: &Memory) -> bool {
     !memory.reserved.is_multiple_of(QUANTUM)
+}
+
+/// Ends a connection with kernel TLS that was saved and [detached](crate::Paused::detach), though others have descriptors of its
+/// socket (`SOCK_DESTROY`). They see an ordinary error (`ECONNABORTED`), and its addresses are free. The connection lives on
+/// in what was saved.
+///
+/// The kernel sends the peer a reset: a lock must hold it back.
+///
+/// # Errors
+/// - System: `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` where the kernel lacks `CONFIG_INET_DIAG_DESTROY`.
+/// - Refused: a socket that is not in repair mode, so that its connection may go on.
+pub fn discard<Fd: AsFd + ?Sized>(socket: &Fd, flow: Flow) -> Result<()> {
+    let fd = socket.as_fd();
+    let end = || {
+        if !tcp::in_repair(fd)? {
+            return Err(refused("a socket that is not in repair mode", "detach it first"));
+        }
+        Diag::beside(fd)?
+            .destroy(flow)
+            .map_err(|error| error.advise("without SOCK_DESTROY only the program itself can give it away"))?;
+        if crate::save::kernel_state(&tcp::info(fd)?)? != State::Close {
+            return Err(refused(
+                "a socket that sock_diag does not find",
+                "is it in another network namespace?",
+            ));
+        }
+        // Repair mode would turn the owner's later calls into EPERM, which says less.
+        tcp::set_repair(fd, Repair::OffNoProbe)
+    };
+    end().map_err(|error: Error| error.at("discard"))
 }
 
 /// Brings a socket with kernel TLS to where [`save`](crate::Paused::save) can read it whole: no record is open

@@ -120,17 +120,17 @@ impl Row {
 
 /// Why a socket cannot be saved, as far as that can be told without touching it.
 pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> Option<&'static str> {
+    let tls = socket.tls().and_then(|tls| tls.refusal());
     match socket.state {
         State::Listen => Some("listener: no connection"),
         State::SynReceived => Some("handshake: not accepted yet"),
         State::TimeWait => Some("closed: belongs to no process"),
         State::Close => Some("not connected"),
         _ if socket.is_mptcp() => Some("MPTCP: the kernel cannot repair it"),
-        _ if socket.upper_layer() == Some("tls") => {
-            let refusal = socket.tls().and_then(|tls| tls.refusal());
-            refusal.or(Some("kTLS: only a program that has its session can hand it over"))
+        _ if tls.is_some() => tls,
+        _ if socket.upper_layer().is_some_and(|name| name != "tls") => {
+            Some("the kernel speaks a protocol over it")
         }
-        _ if socket.upper_layer().is_some() => Some("the kernel speaks a protocol over it"),
         _ if socket.inode == 0 => Some("orphan: its process has closed it, or not accepted it yet"),
         _ if held.is_empty() => Some("its process is not visible: run as root"),
         _ if !may_pause => Some("needs CAP_NET_ADMIN: run as root"),

@@ -62,17 +62,19 @@ pub(super) fn table(rows: &[Row]) -> io::Result<()> {
                 format!("{} {}", timer.name, duration(Duration::from_millis(timer.expires_ms)))
             })),
             or_dash(row.congestion_control.clone()),
-            match (row.why_not, row.nat) {
-                (Some(reason), _) => match &row.tls {
-                    Some(tls) => format!("{reason} ({tls})"),
-                    None => reason.into(),
-                },
-                (None, Some(nat)) => format!("yes, but {nat}"),
-                (None, None) => "yes".into(),
-            },
+            can_be_saved(row),
         ]);
     }
     table.print()
+}
+
+fn can_be_saved(row: &Row) -> String {
+    let tls = row.tls.as_ref().map_or(String::new(), |tls| format!(" ({tls})"));
+    match (row.why_not, &row.nat) {
+        (Some(reason), _) => format!("{reason}{tls}"),
+        (None, Some(nat)) => format!("yes, but {nat}{tls}"),
+        (None, None) => format!("yes{tls}"),
+    }
 }
 
 /// `87µs`, `1.2ms`, `20ms`, `1.5s`.
