@@ -71,8 +71,8 @@
 //!
 //! [`Channel`]: channel::Channel
 //!
-//! A connection with TLS in the kernel (kTLS) moves as well, from a program that has no other descriptor of it: what the program knows of
-//! the session is its state. See [`soccr::tls`].
+//! A connection with TLS in the kernel (kTLS) moves as well: what the program knows of the session is its state. A program that hands its own
+//! over must have no other descriptor of it. See [`soccr::tls`].
 //!
 //! # What holds
 //! - A connection is never in two programs, and in none only where the outcome says [`Unknown`](Outcome::Unknown), or where a
