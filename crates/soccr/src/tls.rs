@@ -1,6 +1,6 @@
 //! TLS in the kernel (kTLS): the part of a connection that encrypts what is written and decrypts what arrives.
 //!
-//! A program that has done its handshake gives the traffic keys to its socket (`TCP_ULP`, `TLS_TX`, `TLS_RX`); the kernel
+//! A program that has done its handshake gives the traffic keys to its socket ([`Tls::start`]: `TCP_ULP`, `TLS_TX`, `TLS_RX`); the kernel
 //! gives them back, with the number of the next record. So such a connection travels like any other, with a [`Tls`] in its
 //! [`Connection`](crate::Connection). What the program itself knows of the session travels by other means: where the kernel
 //! only encrypts (OpenSSL with TLS 1.3), nobody continues the connection without it.

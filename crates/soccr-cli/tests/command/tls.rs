@@ -212,6 +212,8 @@ fn what_the_target_cannot_have_is_saved_in_an_image() {
     let restore =
         ["restore", image.to_str().unwrap(), "--netns", &here.pid(), "--", "python3", "-c", HEIR, "new "];
     let heir = Program::start(&mut soccr(&restore));
+    let consumed = image.with_extension("soccr.consumed");
+    wait_until("it is restored", || consumed.exists());
     moving.assert_lives_at(Side::A, "new ");
     moving.clients.clear();
     assert_eq!(moving.old.output(), "errno 103\n");

@@ -255,6 +255,19 @@ fn wait(fd: BorrowedFd<'_>, tls: &Tls, deadline: Instant) -> Result<()> {
 }
 
 impl Tls {
+    /// Gives the keys of a handshake to the kernel: from here on it encrypts what is written to the socket, and decrypts what is read,
+    /// as far as there are keys for that.
+    ///
+    /// # Errors
+    /// - System: the option; the kernel has no TLS, or not this cipher.
+    /// - Invalid: `unread` records, which only a restore can bring back.
+    pub fn start<Fd: AsFd + ?Sized>(&self, socket: &Fd) -> Result<()> {
+        if !self.unread.is_empty() {
+            return Err(Error::invalid("records that have been read already").at("start"));
+        }
+        self.attach(socket.as_fd()).map_err(|error| error.at("start"))
+    }
+
     /// Puts the layer on a socket that is ESTABLISHED and has its queues, and reads it back.
     pub(crate) fn attach(&self, fd: BorrowedFd<'_>) -> Result<()> {
         let kind = (self.version as u16, self.cipher as u16);

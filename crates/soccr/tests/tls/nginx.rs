@@ -35,7 +35,7 @@ pub fn a_download_goes_on_here() {
 fn go_on(directory: &Path, port: u16, version: &str, decrypts: bool, file: &[u8]) {
     let path = directory.display();
     let configuration = format!(
-        "daemon off; master_process off; pid {path}/pid; events {{ }}
+        "user root root; daemon off; master_process off; pid {path}/pid; events {{ }}
          http {{ access_log off; sendfile on; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;
                 fastcgi_temp_path {path}/fastcgi; uwsgi_temp_path {path}/uwsgi; scgi_temp_path {path}/scgi;
                 server {{ listen 127.0.0.1:{port} ssl; root {path}; ssl_conf_command Options KTLS;

@@ -5,17 +5,24 @@
 //! sudo cargo run --example replace -- 127.0.0.1:7000 /run/replace.sock     # takes everything over from the first one, which ends
 //! ```
 //!
+//! With a certificate and its key (PEM files) behind them, it speaks TLS, and `openssl s_client` or any other client stays connected:
+//! see [`tls`]. The kernel must have it: `modprobe tls`.
+//!
 //! It numbers the lines that each client sends. The number goes along as the state of the connection, and half a line that
 //! has been read goes back in front of the queue. HERE is the process that gives everything away, THERE the one that is started
 //! later: another version of the program, or another program. Whoever may connect to the UNIX socket gets the clients.
+
+mod tls;
 
 use std::error::Error;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustls::ServerConfig;
 use soccr_handover::{Mover, Outcome, Terms};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -31,7 +38,11 @@ struct Client {
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let (Some(address), Some(path)) = (arguments.next(), arguments.next()) else {
-        return Err("usage: replace ADDRESS:PORT UNIX_SOCKET".into());
+        return Err("usage: replace ADDRESS:PORT UNIX_SOCKET [CERTIFICATE KEY]".into());
+    };
+    let encryption = match (arguments.next(), arguments.next()) {
+        (Some(certificate), Some(key)) => Some(tls::configuration(&certificate, &key)?),
+        _ => None,
     };
     let mover = Mover::new()?;
     // Before the predecessor closes its own, so that nobody is refused in between.
@@ -44,7 +55,7 @@ fn main() -> Result<()> {
     let control = UnixListener::bind(&path)?;
     println!("serving {} clients", clients.len());
     loop {
-        let channel = serve(&listener, &control, &mut clients)?;
+        let channel = serve(&listener, encryption.as_ref(), &control, &mut clients)?;
         clients = give_away(&mover, channel, clients);
         if clients.is_empty() {
             println!("given away");
@@ -94,7 +105,12 @@ fn take_over(mover: &Mover, channel: UnixStream) -> Result<Vec<Client>> {
 }
 
 /// Serves until a successor comes.
-fn serve(listener: &TcpListener, control: &UnixListener, clients: &mut Vec<Client>) -> Result<UnixStream> {
+fn serve(
+    listener: &TcpListener,
+    encryption: Option<&Arc<ServerConfig>>,
+    control: &UnixListener,
+    clients: &mut Vec<Client>,
+) -> Result<UnixStream> {
     loop {
         let mut events = vec![PollFd::new(control, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
         events.extend(clients.iter().map(|client| PollFd::new(&client.stream, PollFlags::IN)));
@@ -107,6 +123,10 @@ fn serve(listener: &TcpListener, control: &UnixListener, clients: &mut Vec<Clien
         });
         // Those that wait to be accepted are ours, too.
         while let Ok((stream, _)) = listener.accept() {
+            if let Some(Err(error)) = encryption.map(|configuration| tls::accept(configuration, &stream)) {
+                eprintln!("no TLS with {:?}: {error}", stream.peer_addr());
+                continue;
+            }
             stream.set_nonblocking(true)?;
             clients.push(Client { stream, lines: 0, half: Vec::new() });
         }
