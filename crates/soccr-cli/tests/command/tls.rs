@@ -84,7 +84,9 @@ fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
     assert_eq!(std::fs::metadata(&image).unwrap().permissions().mode() & 0o777, 0o600);
     let text = show(&["inspect", &image]);
     assert!(text.contains("tls 1.2 aes-gcm-128 tx+rx, 6 bytes decrypted and unread"), "{text}");
-    show(&["inspect", "--json", "--data", &image]);
+    for how in [&["--json"][..], &["--data"], &["--json", "--data"], &["--svg"]] {
+        show(&[&["inspect", &image[..]][..], how].concat());
+    }
 
     let mut cat = soccr(&["restore", &image, "--stdio", "--", "cat"]);
     let mut cat = Program::start(cat.stdin(Stdio::null()).stderr(Stdio::piped()));
@@ -102,6 +104,11 @@ fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
     cat.0.stderr.take().unwrap().read_to_end(&mut printed).unwrap();
     assert!(String::from_utf8_lossy(&printed).contains("image.consumed now"));
 
+    assert_no_key(&printed);
+}
+
+#[track_caller]
+fn assert_no_key(printed: &[u8]) {
     let hexadecimal: String = KEY[..6].iter().map(|byte| format!("{byte:02x}")).collect();
     let spaced: Vec<_> = KEY[..6].iter().map(|byte| format!("{byte:02x}")).collect();
     let decimal: Vec<_> = KEY[..6].iter().map(ToString::to_string).collect();
@@ -143,6 +150,7 @@ fn a_connection_leaves_its_process_with_its_keys() {
     let pid = moving.old.pid();
     let said = fail(1, &["save", "--pid", &pid, "--all", "--keep", "-o", image]);
     assert!(said.contains("--keep"), "{said}");
+    assert_no_key(said.as_bytes());
     assert_stays(&mut moving);
     let stop = |signal: &str| {
         assert!(std::process::Command::new("kill").args([signal, &pid]).status().unwrap().success())
@@ -151,6 +159,7 @@ fn a_connection_leaves_its_process_with_its_keys() {
     moving.clients[0].write_all(b"unread").unwrap();
     let saved = run(&["save", "--pid", &pid, "--all", "-o", image]);
     assert!(saved.status.success(), "{saved:?}");
+    assert_no_key(&[saved.stdout, saved.stderr].concat());
     stop("-CONT");
     let restore = ["restore", image, "--netns", &moving.beside.pid(), "--", "python3", "-c", HEIR, "new "];
     let heir = Program::start(&mut soccr(&restore));
@@ -179,6 +188,7 @@ fn what_must_not_leave_stays() {
         format!("{} receive --netns {} -- /no/such/program", crate::programs::SOCCR, moving.beside.pid());
     let (code, said) = moving.try_send(&["--all", "--via", &refusing]);
     assert_eq!(code, 1, "{said}");
+    assert_no_key(said.as_bytes());
     assert_stays(&mut moving);
 }
 

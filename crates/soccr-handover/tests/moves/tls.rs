@@ -38,11 +38,13 @@ pub fn with_kernel_tls_it_moves_with_its_session() {
         let listening = listen(there, Terms::default());
         let mover = Mover::new().unwrap();
         let departing = mover.take(ours).unwrap().unread(&[number; 3]).unwrap().with_critical_state([number]);
+        assert!(!format!("{departing:?}").contains("7, 7, 7"), "a key");
         let outcome = departing.send(&mut here);
         assert!(outcome.is_moved(), "{outcome:?}");
         drop(here);
         let arrived = listening.join().unwrap().pop().unwrap();
         assert_eq!(arrived.state(), [number]);
+        assert!(!format!("{arrived:?}").contains("7, 7, 7"), "a key");
         ours = arrived.into_stream().unwrap();
         assert_eq!(read(&ours, 20_000), [number; 20_000]);
         assert_eq!(read(peer, 11), b"to the peer");
