@@ -128,8 +128,11 @@ impl Seat {
         self.set_reuse(&value)
     }
 
-    /// Closes the socket, which is silent in repair mode, and frees its addresses.
+    /// Closes the socket, which is silent in repair mode, and frees its addresses: at once, though a child that is just being forked
+    /// may have it as well.
     fn close(&mut self) -> Result<()> {
+        // Where the kernel cannot, the last descriptor frees them.
+        let _ = soccr::tls::discard(&self.socket, self.flow);
         let family = if self.flow.local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         self.socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(|errno| Error::of(ErrorKind::System, "socket", errno))?;

@@ -20,7 +20,7 @@
 //!   Where others use the socket too, such as the process that it belongs to, that may fail too late for them:
 //!   [`with_tls_in_place`](crate::Paused::with_tls_in_place) only looks at it.
 //! - A socket with kernel TLS cannot be disconnected. After [`detach`](crate::Paused::detach) it is silent, and its addresses
-//!   are free when its last descriptor is closed, or by [`discard`].
+//!   are free when its last descriptor is closed (a program that is just being forked has one, too), or by [`discard`].
 //! - **Never let two sockets continue one sending state.** They would encrypt different bytes with the same nonce, which
 //!   gives both away.
 //!
