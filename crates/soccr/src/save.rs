@@ -66,7 +66,8 @@ pub(crate) fn save(
     connection.settings.read_signals(fd, flags)?;
     if let Some(layer) = &layer {
         let flow = Flow { local: connection.local, remote: remote_address(fd, peer)? };
-        tls::check_settled(fd, flow, layer)?;
+        let is_read = arrived.as_ref().is_some_and(|arrived| arrived.is_read());
+        tls::check_settled(fd, flow, layer, is_read)?;
     }
     // Late, so that little can arrive between this and a detach.
     let (position, mut control, urgent, path, ()) = standing_still(fd, decrypts, |control, marked| {

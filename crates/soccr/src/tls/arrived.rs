@@ -32,9 +32,14 @@ impl Arrived {
         Self { in_place: true, ..Self::default() }
     }
 
+    /// Something has been read or looked at.
+    pub(crate) fn is_read(&self) -> bool {
+        self.seen.is_some() || !(self.records.is_empty() && self.rest.is_empty())
+    }
+
     /// It is nowhere else.
     pub(crate) fn is_taken(&self) -> bool {
-        !self.in_place && !(self.records.is_empty() && self.rest.is_empty())
+        !self.in_place && self.is_read()
     }
 
     /// Reads everything.

@@ -104,8 +104,8 @@ fn refused(what: impl Into<std::borrow::Cow<'static, str>>, remedy: &'static str
 }
 
 /// Refuses what would be lost, before anything is read: an offload to a device, a part of a record within the layer, bytes in a
-/// send queue that does not show itself.
-pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls) -> Result<()> {
+/// send queue that does not show itself. Where what has arrived `is_read`, nothing more can hide.
+pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls, is_read: bool) -> Result<()> {
     let summary = Diag::beside(fd)?.describe(fd, flow, |socket| socket.tls())?;
     let Some(summary) = summary else {
         return Err(refused(
@@ -131,7 +131,7 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls) -> Result
                 "the kernel decrypts nothing behind it",
             ));
         }
-        if !shows_all(fd)? {
+        if !is_read && !shows_all(fd)? {
             return Err(refused("kernel TLS that may have begun to read a record", SETTLE));
         }
         if tcp::unacknowledged(fd)? > fin_queued(fd)? {

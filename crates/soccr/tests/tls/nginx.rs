@@ -51,7 +51,10 @@ fn go_on(directory: &Path, port: u16, version: &str, decrypts: bool, file: &[u8]
     client.say("GET /file HTTP/1.0\r\n\r\n");
     let mut output = client.0.stdout.take().unwrap();
     let mut received = vec![0; 100_000];
-    output.read_exact(&mut received).unwrap();
+    if let Err(error) = output.read_exact(&mut received) {
+        kill_process(server.pid(), Signal::TERM).unwrap();
+        panic!("{error}; the client: {}; the server: {}", client.complaints(), server.complaints());
+    }
 
     let socket = socket_of(server.pid(), port);
     kill_process(server.pid(), Signal::STOP).unwrap();
