@@ -38,7 +38,7 @@ fn go_on(directory: &Path, port: u16, version: &str, decrypts: bool, file: &[u8]
         "user root root; daemon off; master_process off; pid {path}/pid; events {{ }}
          http {{ access_log off; sendfile on; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;
                 fastcgi_temp_path {path}/fastcgi; uwsgi_temp_path {path}/uwsgi; scgi_temp_path {path}/scgi;
-                server {{ listen 127.0.0.1:{port} ssl; root {path}; ssl_conf_command Options KTLS;
+                server {{ listen 127.0.0.1:{port} ssl; root {path}; ssl_conf_command Options KTLS; ssl_protocols TLSv1.2 TLSv1.3;
                          ssl_certificate {path}/certificate; ssl_certificate_key {path}/key; }} }}"
     );
     fs::write(directory.join("nginx.conf"), configuration).unwrap();
