@@ -9,7 +9,8 @@ use soccr::tls::{Cipher, Secrets, Version};
 use soccr::{Connection, Error, Flow, Lock};
 use soccr_lab::{TcpInfo, wait_until};
 
-use crate::ends::{Ends, Kind, OURS, assert_reads, keys, leave, set_layer, settle_and_lock};
+use crate::ends::{Ends, Kind, OURS, assert_reads, keys, leave, records, set_layer, settle_and_lock};
+use crate::sys::{receive_record, send_record};
 
 const KIND: Kind = (Version::Tls12, Cipher::AesGcm128);
 
@@ -99,6 +100,56 @@ pub fn what_has_been_read_is_restored_from_the_value() {
         restored.resume().unwrap()
     });
     ends.assert_reads(b"unread");
+    ends.assert_alive();
+}
+
+/// Who only looks leaves everything where it is.
+pub fn what_is_only_looked_at_stays() {
+    let Some(mut ends) = Ends::both(KIND) else { return };
+    ends.peer.write_all(b"un").unwrap();
+    ends.peer.write_all(b"read").unwrap();
+    wait_until("it has arrived", || TcpInfo::of(&ends.ours).unwrap().unread == 6 + 2 * 29);
+    let paused = soccr::pause(&ends.ours).unwrap().with_tls_in_place();
+    let tls = paused.save().unwrap().tls.unwrap();
+    paused.resume().unwrap();
+    assert_eq!(tls.unread.iter().map(|record| &record.bytes[..]).collect::<Vec<_>>(), [b"unread"]);
+    assert_eq!(tls.receive.unwrap().record_number(), 2);
+    ends.assert_reads(b"unread");
+    ends.assert_alive();
+}
+
+pub fn what_nobody_can_look_at_is_refused_and_stays() {
+    let look = |ends: &Ends, words: &str| {
+        soccr::tls::settle(&ends.ours, crate::ends::LIMIT).unwrap();
+        let paused = soccr::pause(&ends.ours).unwrap().with_tls_in_place();
+        assert_says(&paused.save().unwrap_err(), words);
+        paused.resume().unwrap();
+    };
+    let arrived = |ends: &Ends, bytes| {
+        wait_until("it has arrived", || TcpInfo::of(&ends.ours).unwrap().unread == bytes);
+    };
+    let Some(mut ends) = Ends::receiving(KIND) else { return };
+    let sealed = records(KIND, &[(23, b"whole"), (23, b"half")]);
+    let (head, tail) = sealed.split_at(sealed.len() - 7);
+    ends.peer.write_all(head).unwrap();
+    arrived(&ends, head.len());
+    look(&ends, "half a TLS record");
+    ends.peer.write_all(tail).unwrap();
+    ends.assert_reads(b"wholehalf");
+
+    let Some(mut ends) = Ends::both(KIND) else { return };
+    ends.peer.write_all(b"data").unwrap();
+    send_record(&ends.peer, 22, b"control").unwrap();
+    arrived(&ends, 4 + 7 + 2 * 29);
+    look(&ends, "records of another type");
+    // The kernel has decrypted both, and shows the first only.
+    look(&ends, "records of another type");
+    ends.assert_reads(b"data");
+    assert_eq!(receive_record(&ends.ours).unwrap(), (22, b"control".to_vec()));
+    ends.peer.write_all(b"more").unwrap();
+    ends.assert_reads(b"mo");
+    look(&ends, "read in part");
+    ends.assert_reads(b"re");
     ends.assert_alive();
 }
 
