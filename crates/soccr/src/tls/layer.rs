@@ -131,12 +131,12 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls, is_read: 
                 "the kernel decrypts nothing behind it",
             ));
         }
-        if !is_read && !shows_all(fd)? {
-            return Err(refused("kernel TLS that may have begun to read a record", SETTLE));
-        }
         if tcp::unacknowledged(fd)? > fin_queued(fd)? {
             let what = "unacknowledged bytes of a socket on which the kernel decrypts";
             return Err(refused(what, SETTLE));
+        }
+        if !is_read && !shows_all(fd)? {
+            return Err(refused("kernel TLS that may have begun to read a record", SETTLE));
         }
     }
     if tls.transmit.is_some() && holds_bytes(&memory) {
