@@ -2,8 +2,10 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use anyhow::{Error, Result};
+use soccr_handover::Notes;
 
 use crate::show::table::printable;
 
@@ -49,14 +51,35 @@ pub(crate) fn report(outcome: Result<Exit>) -> ExitCode {
         Err(error) if error.is::<OutputClosed>() => Exit::Done,
         Err(error) => {
             complain(&line(&error));
-            error.downcast_ref::<Coded>().map_or(Exit::Failed, |coded| coded.0)
+            code(&error)
         }
     };
     ExitCode::from(exit as u8)
 }
 
-/// Prints one line on standard error.
+/// The exit code of an error.
+pub(crate) fn code(error: &Error) -> Exit {
+    error.downcast_ref::<Coded>().map_or(Exit::Failed, |coded| coded.0)
+}
+
+/// Who tells people instead of this process, as long as somebody does.
+static NOTES: OnceLock<Notes> = OnceLock::new();
+
+/// From here on complaints go to the source of a hand-over, as long as it passes them on.
+pub(crate) fn complain_by(notes: &Notes) {
+    let _ = NOTES.set(notes.clone());
+}
+
+/// Has the source of a hand-over tell that this command has failed. Whether it does.
+pub(crate) fn fail_by_source(error: &Error) -> bool {
+    NOTES.get().is_some_and(|notes| notes.fail(line(error)))
+}
+
+/// Tells people one line: on standard error, or by the source of a hand-over.
 pub(crate) fn complain(line: &str) {
+    if NOTES.get().is_some_and(|notes| notes.say(line)) {
+        return;
+    }
     // Connections must not be lost because nobody reads it.
     let _ = writeln!(anstream::stderr(), "soccr: {line}");
 }

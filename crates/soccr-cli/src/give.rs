@@ -7,6 +7,7 @@ mod program;
 mod relay;
 pub(crate) mod rescue;
 mod socket;
+pub(crate) mod state;
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -17,13 +18,14 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Resource, getrlimit};
 use soccr::Connection;
 
-use crate::exit::Exit;
+use crate::exit::{self, Exit};
 use crate::signals::Deaf;
 
 use adopt::Server;
 use parting::Parting;
 use relay::{Protocol, Relay};
 use rescue::rescue;
+use state::State;
 
 /// Who gets the connections
 #[derive(clap::Args, Debug)]
@@ -51,11 +53,13 @@ pub(crate) struct Handover {
     stdio: bool,
     /// Send the descriptors to a waiting UNIX stream socket (SCM_RIGHTS)
     ///
-    /// Each message carries up to 253 descriptors, and as many lines `LOCAL REMOTE` as its text.
+    /// Each message carries up to 253 descriptors, and a line `LOCAL REMOTE` for each connection as its text. Where the source has
+    /// sent a state along, the line is `LOCAL REMOTE state`, and the next descriptor is a file with that.
     #[arg(long, value_name = "UNIX_SOCKET", conflicts_with = "program")]
     send_fd: Option<PathBuf>,
     /// Become this program, which finds the connections as descriptors 3 and up (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES;
-    /// see sd_listen_fds(3)), each with the name "connection", and without names where there are more than 11,000
+    /// see sd_listen_fds(3)), each with the name "connection", and without names where there are more than 11,000. Behind them come
+    /// files with the states that the source has sent along: "state-5" is that of descriptor 5
     #[arg(last = true, value_name = "PROGRAM")]
     program: Vec<String>,
 }
@@ -112,6 +116,11 @@ impl Recipient {
         matches!(self, Self::Server(_) | Self::Socket(_))
     }
 
+    /// It is given what the source sends along with a connection.
+    pub(crate) fn takes_states(&self) -> bool {
+        matches!(self, Self::Program { stdio: false, .. } | Self::Socket(_))
+    }
+
     /// Checks that so many connections can be given away, before the first is taken from where it is.
     pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
         /// What else this process has open, and more.
@@ -148,20 +157,25 @@ impl Recipient {
     pub(crate) fn give(
         self,
         mut connections: Vec<TcpStream>,
+        states: &[State],
         deaf: Deaf,
         mut parting: Parting,
     ) -> Result<Exit> {
         let given = match self {
-            Self::Socket(socket) => socket::send(&socket, &mut connections).map(|()| Exit::Done),
+            Self::Socket(socket) => socket::send(&socket, &mut connections, states).map(|()| Exit::Done),
             Self::Program { path, arguments, stdio } => {
-                program::execute(&path, &arguments, stdio, &mut connections, deaf, &mut parting)
+                program::execute(&path, &arguments, stdio, &mut connections, states, deaf, &mut parting)
             }
             Self::Server(server) => server.give(&mut connections).map(|()| Exit::Done),
             Self::Relay(relay) => relay.give(&mut connections, deaf, &mut parting).map(|()| Exit::Done),
         };
-        given.map_err(|error| {
-            parting.fail();
-            rescue(&connections, &error)
-        })
+        let Err(error) = given else { return given };
+        let error = rescue(&connections, &error);
+        let is_told = exit::fail_by_source(&error);
+        parting.fail();
+        match is_told {
+            true => Ok(exit::code(&error)),
+            false => Err(error),
+        }
     }
 }

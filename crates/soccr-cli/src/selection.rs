@@ -1,5 +1,7 @@
 //! Which connections of which processes a command is about.
 
+pub(crate) mod matching;
+
 use std::collections::HashSet;
 use std::os::fd::{AsFd, RawFd};
 
@@ -14,36 +16,48 @@ use crate::command::completions;
 use crate::exit;
 use crate::network;
 
+use matching::Matching;
+
 /// Connections of running processes
 #[derive(clap::Args, Debug)]
-#[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port"]))]
+#[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port", "peer"]))]
+#[command(group = clap::ArgGroup::new("whose").multiple(true).args(["pid", "name"]))]
 pub(crate) struct Selection {
-    /// The process that has the connections
-    #[arg(long, value_name = "PID", value_parser = parse_pid, required_unless_present = "port", add = completions::processes())]
-    pid: Option<Pid>,
-    /// The number of a descriptor there (see `soccr list`); may be repeated
-    #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port"], add = completions::descriptors())]
+    /// A process that has connections; may be repeated. Else all processes that can be seen
+    #[arg(long, value_name = "PID", value_parser = parse_pid, add = completions::processes())]
+    pid: Vec<Pid>,
+    /// The processes that those have started, too, and what these have started
+    #[arg(long, requires = "whose", conflicts_with = "fd")]
+    children: bool,
+    /// The number of a descriptor of the one process (see `soccr list`); may be repeated
+    #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port", "peer", "name"], add = completions::descriptors())]
     fd: Vec<RawFd>,
-    /// All connections of the process, but for those to this host itself
-    #[arg(long, requires = "pid")]
+    /// All connections of the processes, but for those to this host itself
+    #[arg(long, requires = "whose")]
     all: bool,
-    /// All connections with this port at either end, of the process or of all; may be repeated
-    #[arg(long, value_name = "PORT")]
-    port: Vec<u16>,
-    /// With --all and --port: those to this host itself, too. Their peers cannot follow them to another host
+    #[command(flatten)]
+    matching: Matching,
+    /// But for --fd: those to this host itself, too. Their peers cannot follow them to another host
     #[arg(long, conflicts_with = "fd")]
     with_local: bool,
 }
 
 impl Selection {
-    /// The process that is named.
-    pub(crate) fn pid(&self) -> Option<Pid> {
-        self.pid
+    /// The one process that is named.
+    ///
+    /// # Errors
+    /// There are several.
+    pub(crate) fn one_process(&self, why: &str) -> Result<Option<Pid>> {
+        match self.pid[..] {
+            [] => Ok(None),
+            [pid] => Ok(Some(pid)),
+            _ => bail!("{why} is of one process: name one --pid"),
+        }
     }
 
     /// Connections are asked for, not only a process.
     pub(crate) fn is_any(&self) -> bool {
-        self.all || !self.fd.is_empty() || !self.port.is_empty()
+        self.all || !self.fd.is_empty() || self.matching.is_any()
     }
 
     /// The connections that are asked for, all in the network namespace of the first. Each that cannot be had is reported by
@@ -52,9 +66,7 @@ impl Selection {
     /// # Errors
     /// There is none.
     pub(crate) fn find(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
-        if let Some(pid) = self.pid {
-            process::look_into(pid)?;
-        }
+        self.pid.iter().try_for_each(|pid| process::look_into(*pid))?;
         let mut captives = self.select(fail)?;
         let Some(first) = captives.first() else { bail!("there is no such connection{}", self.elsewhere()) };
         let first = Identity::of_socket(first.as_fd())?;
@@ -78,7 +90,8 @@ impl Selection {
     fn select(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
         let mut captives = Vec::new();
         let mut seen = HashSet::new();
-        if let (Some(pid), false) = (self.pid, self.fd.is_empty()) {
+        if !self.fd.is_empty() {
+            let pid = self.one_process("--fd")?.context("--fd without --pid")?;
             let process = Process::open(pid)?;
             for fd in &self.fd {
                 match Captive::new(&process, *fd) {
@@ -89,8 +102,8 @@ impl Selection {
             }
             return Ok(captives);
         }
-        let processes = self.pid.map_or_else(process::all, |pid| Ok(vec![pid]))?;
-        for pid in processes.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
+        let is_named = !self.pid.is_empty();
+        for pid in self.processes()?.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
             let Ok(process) = Process::open(pid) else { continue };
             let mut holders = Vec::new();
             let listed = process::sockets(pid, |fd, inode| {
@@ -98,14 +111,14 @@ impl Selection {
                     holders.push(Holder { pid, fd });
                 }
             });
-            if let (Err(error), true) = (listed, self.pid.is_some()) {
+            if let (Err(error), true) = (listed, is_named) {
                 return Err(error).with_context(|| format!("pid {pid}: its descriptors"));
             }
             for holder in holders {
                 match Captive::find(&process, holder.fd) {
                     Ok(Some(captive)) if self.wants(&captive) => captives.push(captive),
                     Ok(_) => {}
-                    Err(error) if self.pid.is_some() => fail(error.into()),
+                    Err(error) if is_named => fail(error.into()),
                     // Of a process that is none of our business, as far as we know.
                     Err(_) => {}
                 }
@@ -114,9 +127,23 @@ impl Selection {
         Ok(captives)
     }
 
+    /// Whose connections are meant.
+    fn processes(&self) -> Result<Vec<Pid>> {
+        let mut processes = if self.pid.is_empty() { process::all()? } else { self.pid.clone() };
+        if !self.matching.wants_all_names() {
+            processes.retain(|pid| self.matching.wants_name(&process::name(*pid)));
+        }
+        if self.children {
+            for pid in processes.clone() {
+                processes.extend(process::descendants(pid)?);
+            }
+        }
+        Ok(processes)
+    }
+
     /// Where the connections may be instead: servers of several processes leave them to their children.
     fn elsewhere(&self) -> String {
-        let Some(pid) = self.pid else { return String::new() };
+        let [pid] = self.pid[..] else { return String::new() };
         let has_connections = |pid: &Pid| {
             let Ok(process) = Process::open(*pid) else { return false };
             let mut found = false;
@@ -134,16 +161,17 @@ impl Selection {
         match children.as_slice() {
             [] => String::new(),
             children => {
-                format!(": processes that {pid} has started have connections: {}", children.join(", "))
+                let children = children.join(", ");
+                format!(
+                    ": processes that {pid} has started have connections (--children takes them): {children}"
+                )
             }
         }
     }
 
     fn wants(&self, captive: &Captive) -> bool {
-        self.port.is_empty()
-            || captive.flow().is_ok_and(|flow| {
-                self.port.iter().any(|port| flow.local.port() == *port || flow.remote.port() == *port)
-            })
+        !self.matching.is_any()
+            || captive.flow().is_ok_and(|flow| self.matching.wants(flow.local, flow.remote))
     }
 }
 

@@ -6,6 +6,8 @@
 mod engine;
 mod place;
 
+pub(crate) use place::is_in_use;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::TcpStream;
 use std::sync::{Arc, PoisonError};
@@ -18,10 +20,11 @@ use soccr_image::AddressMap;
 use soccr_image::stream::{Decoder, Message, Steered, Writer};
 
 use crate::delivery::Delivery;
-use crate::drive::Outbox;
+use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind, Result};
 use crate::listen::Terms;
 use crate::mover::{Event, Shared};
+use crate::notes::LastWords;
 use crate::protocol::{Deed, Id, News, Target};
 use crate::recipient::{Announced, Origin, Recipient};
 
@@ -207,7 +210,7 @@ impl Arrival {
             return self.give_up(violation(format!("the state of connection {id} is not before it")));
         }
         match message {
-            Message::Begin { connections, answers, place, steered } => {
+            Message::Begin { connections, answers, notes, place, steered } => {
                 self.origin = match (place, self.shared.place) {
                     (Some(there), Some(here)) if there == here => Origin::Here,
                     (Some(there), Some(here)) if there.host == here.host => Origin::SameHost,
@@ -222,6 +225,12 @@ impl Arrival {
                 if answers {
                     // The first word says that everything is prepared.
                     self.writer = Some(Writer::new(Outbox::default()).expect("memory takes every byte"));
+                    if let Some(place) = self.shared.place {
+                        self.say(&Message::Here { place });
+                    }
+                    if notes {
+                        self.terms.notes.open();
+                    }
                 }
             }
             Message::State { connection, bytes, critical } => {
@@ -346,18 +355,28 @@ impl Arrival {
         }
     }
 
+    /// Nothing of what was to be said is heard any more.
+    fn is_unheard(&mut self) {
+        self.output().cut();
+        for note in self.terms.notes.close() {
+            if let Message::Note { text, .. } = note {
+                self.shared.warn(text);
+            }
+        }
+    }
+
     fn say_end(&mut self) {
         if let (Some(writer), false) = (&mut self.writer, self.has_said_all || self.terms.leaves_end) {
+            let notes = self.terms.notes.close();
+            notes.iter().for_each(|note| writer.send(note).expect("memory takes every byte"));
             writer.end().expect("memory takes every byte");
             self.has_said_all = true;
         }
     }
 
-    /// END, for somebody else to say it; nothing where the source does not listen.
-    pub(crate) fn end_of_answers(&mut self) -> Vec<u8> {
-        let Some(writer) = &mut self.writer else { return Vec::new() };
-        writer.end().expect("memory takes every byte");
-        writer.get_mut().bytes().to_vec()
+    /// END, for somebody else to say it.
+    pub(crate) fn last_words(&mut self) -> LastWords {
+        LastWords { writer: self.writer.take(), notes: self.terms.notes.clone() }
     }
 
     /// It is ours.

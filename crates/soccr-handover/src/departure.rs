@@ -95,6 +95,7 @@ impl Departure {
         let begin = Message::Begin {
             connections: items.len() as u32,
             answers: !is_one_way,
+            notes: shared.is_heard(),
             place: shared.place,
             steered: path.told(),
         };
@@ -362,6 +363,8 @@ impl Departure {
                 }
                 (connection, Answer::Refused)
             }
+            Message::Note { text, failed } => return self.shared.tell(Told::Note { text: &text, failed }),
+            Message::Here { place } => return self.guide.target_is_at(place, &self.shared),
             _ => {
                 return self
                     .give_up(Error::new(ErrorKind::Violation, "the target does not know its part"), false);

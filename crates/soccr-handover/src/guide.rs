@@ -1,9 +1,11 @@
 //! What becomes of packets for connections that have left this host: they are steered to where those are, or dropped.
 
 use soccr::Flow;
+use soccr::diag::Diag;
 use soccr::steer::{NextHop, Tunnel, narrow};
-use soccr_image::stream::Steered;
+use soccr_image::stream::{Place, Steered};
 
+use crate::arrival::is_in_use;
 use crate::error::Result;
 use crate::mover::Shared;
 
@@ -57,19 +59,32 @@ impl From<Tunnel> for Path {
 pub(crate) struct Guide {
     path: Path,
     is_steering: bool,
+    /// The target is in this network: a connection is in its hands before our lock ends, and in nobody else's.
+    is_beside: bool,
+    /// It has been silent about some.
+    is_silent: bool,
 }
 
 impl Guide {
     pub(crate) fn new(path: Path) -> Self {
         let is_steering = path.tunnel.is_some() || !path.hops.is_empty();
-        Self { path, is_steering }
+        Self { path, is_steering, is_beside: false, is_silent: false }
+    }
+
+    /// Where the target is: known before anything leaves, if at all.
+    pub(crate) fn target_is_at(&mut self, place: Place, shared: &Shared) {
+        self.is_beside = shared.place == Some(place);
     }
 
     /// Takes care of connections that are about to leave. With each comes the next sequence number that is expected from its peer.
-    pub(crate) fn begin(&self, leaving: &[(Flow, u32)], shared: &Shared) -> Result<()> {
+    pub(crate) fn begin(&mut self, leaving: &[(Flow, u32)], shared: &Shared) -> Result<()> {
         let of = |ipv6: bool| leaving.iter().filter(move |(flow, _)| flow.is_ipv4() != ipv6);
         if !self.is_steering {
+            if self.is_beside {
+                return Ok(());
+            }
             let flows: Vec<Flow> = leaving.iter().map(|(flow, _)| *flow).collect();
+            self.is_silent = true;
             return Ok(shared.silencer().begin(&flows, shared.limits.silence)?);
         }
         for ipv6 in [false, true] {
@@ -97,10 +112,27 @@ impl Guide {
         Ok(())
     }
 
+    /// Nobody can say whether these have arrived: where they have not, this host stays silent about them nevertheless.
+    pub(crate) fn forget(&mut self, flows: &[Flow], shared: &Shared) {
+        if self.is_steering || !self.is_beside || flows.is_empty() {
+            return;
+        }
+        self.is_silent = true;
+        if let Err(error) = shared.silencer().begin(flows, shared.limits.silence) {
+            return shared.warn(error);
+        }
+        // A target that arrives from here on ends the silence itself.
+        let mut diag = Diag::open().ok();
+        let here = flows.iter().copied().filter(|flow| is_in_use(&mut diag, *flow));
+        shared.end_silence(&here.collect::<Vec<_>>());
+    }
+
     /// These have not left after all.
     pub(crate) fn end(&self, flows: &[Flow], shared: &Shared) {
         if !self.is_steering {
-            shared.end_silence(flows);
+            if self.is_silent {
+                shared.end_silence(flows);
+            }
         } else if let Err(error) = shared.steerer().stop(flows) {
             shared.warn(error);
         }

@@ -13,6 +13,7 @@ use crate::departing::Stream;
 use crate::drive::{self, Engine, PIECE};
 use crate::error::Result;
 use crate::mover::Mover;
+use crate::notes::{LastWords, Notes};
 use crate::recipient::{Check, Offer, Recipient};
 
 /// What a target takes, and under which addresses.
@@ -27,6 +28,8 @@ pub struct Terms {
     pub takes_loopback: bool,
     /// When packets for addresses of other hosts are delivered here.
     pub steered: Steered,
+    /// What this end has to tell people: the source passes it on, where it says so.
+    pub notes: Notes,
     pub(crate) recipient: Option<Arc<Mutex<dyn Recipient>>>,
     /// Somebody else says END.
     pub(crate) leaves_end: bool,
@@ -41,9 +44,8 @@ pub struct Received {
     pub arrived: Vec<Arrived>,
     /// How the stream has ended.
     pub outcome: Result<()>,
-    /// What is to be written into the channel when the connections are where they are to be: then the source ends. Empty where it does
-    /// not listen.
-    pub end: Vec<u8>,
+    /// What is to be said when the connections are where they are to be: then the source ends.
+    pub end: LastWords,
 }
 
 /// When packets for an address that is not this host's are delivered here, to a connection that arrives with it.
@@ -154,7 +156,7 @@ impl Mover {
         drive::run(&mut engine, channel);
         let mut landed: Vec<Landed> = std::iter::from_fn(|| engine.landed()).collect();
         landed.sort_by_key(|landed| landed.number);
-        let end = engine.end_of_answers();
+        let end = engine.last_words();
         let outcome = engine.next_stream(false).map(drop);
         Received { arrived: landed.into_iter().map(Arrived::new).collect(), outcome, end }
     }

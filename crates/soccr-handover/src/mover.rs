@@ -86,6 +86,13 @@ pub enum Event<'a> {
         /// Why.
         reason: &'a str,
     },
+    /// The target has something to tell people. Where there is a listener, the target tells it to nobody else.
+    Note {
+        /// What it is.
+        text: &'a str,
+        /// It has not done with all connections what it was to do with them.
+        failed: bool,
+    },
     /// Something did not go as well as it could have; no connection is lost by it.
     Warning(&'a str),
 }
@@ -185,6 +192,11 @@ impl Shared {
         if let Some(listener) = &self.listener {
             listener(event);
         }
+    }
+
+    /// Somebody is told.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.listener.is_some()
     }
 
     pub(crate) fn warn(&self, error: impl fmt::Display) {

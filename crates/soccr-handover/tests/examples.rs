@@ -16,6 +16,7 @@ soccr_lab::tests![
     a_chat_room_moves_while_everybody_talks,
     a_proxy_moves_between_two_answers,
     a_balancer_leaves_the_data_path,
+    a_container_runtime_moves_what_its_process_has,
 ];
 
 struct Example(Child);
@@ -25,7 +26,8 @@ impl Example {
         // Cargo does so by itself only where all tests of the package are asked for. An emulated machine takes what its host has built.
         if std::env::var_os("SOCCR_EMULATED").is_none() {
             let cargo = Command::new(env!("CARGO"))
-                .args(["build", "--quiet", "-p", "soccr-handover", "--features", "tokio", "--example", name])
+                .args(["build", "--quiet", "-p", "soccr-handover", "--features", "foreign,tokio"])
+                .args(["--example", name])
                 .status();
             assert!(cargo.unwrap().success());
         }
@@ -153,6 +155,33 @@ fn a_server_with_tls_is_replaced() {
         assert_eq!(before.says(), "given away\n");
         before.ends();
     }
+}
+
+fn a_container_runtime_moves_what_its_process_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let mut server = Example::start("replace", &["127.0.0.1:7", &path("replace")]);
+    assert_eq!(server.says(), "serving 0 clients\n");
+    let client = connect("127.0.0.1:7");
+    says(&client, "hello\n");
+    hears(&client, "1: hello\n");
+    let (socket, pid) = (path("move"), server.0.id().to_string());
+    let here = format!("/proc/{}/task/{}/ns/net", std::process::id(), rustix::thread::gettid());
+    // Other shells know no descriptors of two digits.
+    let echo = "exec cat <&$CONNECTIONS >&$CONNECTIONS";
+    let mut taker = Example::start("container", &["take", &socket, &here, "bash", "-c", echo]);
+    assert_eq!(taker.says(), "waiting\n");
+    let mut giver = Example::start("container", &["give", &socket, &pid]);
+    assert_eq!(giver.says(), "1 of 1 have moved\n");
+    giver.ends();
+    says(&client, "without a number\n");
+    hears(&client, "without a number\n");
+    // The server has noticed that this client is gone, and serves the next one.
+    let next = connect("127.0.0.1:7");
+    says(&next, "hello\n");
+    hears(&next, "1: hello\n");
+    drop(client);
+    taker.ends();
 }
 
 fn a_chat_room_moves_while_everybody_talks() {

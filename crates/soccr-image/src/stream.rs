@@ -35,11 +35,13 @@
 //! |---|---|---|
 //! | 1 | CONNECTION | 1 name · 16 local, 17 remote address · 18 control block · 19 options · 20 window scale · 21 timestamp clock · 22 window · 23 urgent mark · 24 buffers · 25 path · 26 setting, each · 27 receive queue · 28 send queue · 40 tracked · 41 owner · 42 TLS |
 //! | 2 | HELD | 5 packet, each |
-//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 7 place · 8 packets are steered · 9 address of the source, each · 10 tunnel · 11 answers go back |
+//! | 3 | BEGIN | 3 count of connections · 4 answers are expected · 12 notes are passed on · 7 place · 8 packets are steered · 9 address of the source, each · 10 tunnel · 11 answers go back |
 //! | 4, 6, 8 | COMMIT, READY, TAKEN | |
 //! | 5, 7 | ABORT, REFUSED | 2 reason |
 //! | 9 | END | 3 count of records before it |
 //! | 10 | STATE | 6 state; critical where a target that cannot pass it on must refuse the connection |
+//! | 11 | HERE, not critical | 7 place |
+//! | 12 | NOTE, not critical | 13 text · 14 the target has failed |
 //!
 //! An address is `family` (u8: 4 or 6), `port` (u16), 4 or 16 bytes; IPv6 appends flow information and scope (u32 each). A
 //! control block is `state` (u8, the kernel's number), `fin_unsent` (u8), then `rcv_nxt`, `inq_len`, `write_seq`,
@@ -60,7 +62,7 @@
 //! the critical bit and is skipped by older readers, what cannot be ignored comes with it and is refused by them. A new
 //! major version is refused as a whole.
 //!
-//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, with 256 settings; a text 255 bytes, a state 16 MiB. A reader takes memory
+//! **Limits.** A queue is at most 64 MiB, everything else of a connection 1 MiB together, with 256 settings; a text 255 bytes, a note 2 KiB, a state 16 MiB. A reader takes memory
 //! as bytes arrive, never as a length promises.
 //!
 //! # Hand-over
@@ -113,6 +115,9 @@
 //! BEGIN tells the place of the source. Only at the same place the socket that is in the way of a new one can be the source's;
 //! elsewhere the target refuses what it finds in use before it locks anything.
 //!
+//! The target tells its place, too (HERE): at the place of the source, whose locks are those of the target, nothing has to stay silent
+//! about what has left. What the target has to tell people it tells the source (NOTE), where that passes it on: up to its END.
+//!
 //! Without a way back (BEGIN without answers) the source detaches and commits unasked; it cannot know what became of it.
 //!
 //! ```
@@ -152,6 +157,9 @@ use crate::error::{Error, Result};
 
 /// The longest name or reason, in bytes.
 pub const TEXT_LIMIT: usize = 255;
+
+/// The longest note, in bytes.
+pub const NOTE_LIMIT: usize = 2048;
 
 /// The longest state of an application that goes with a connection, in bytes.
 pub const STATE_LIMIT: usize = 16 << 20;

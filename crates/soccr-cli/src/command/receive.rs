@@ -2,7 +2,7 @@
 
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use crate::command::completions;
 use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Reports, Trust};
 use crate::give::parting::Parting;
+use crate::give::state;
 use crate::give::{Handover, Recipient};
 use crate::lifeline::{self, Claim};
 use crate::signals::Bell;
@@ -96,16 +97,17 @@ impl Receive {
         let recipient = self.handover.find()?;
         descriptors::raise_limit();
         let terms = self.terms(recipient.capacity());
+        exit::complain_by(&terms.notes);
+        let counts = Arc::new(Counts::default());
         let intake = Intake {
             recipient,
             reports: self.demands.reports(Trust::Safe),
             claim,
             is_here: self.netns.is_some(),
-            is_heard: false,
+            counts: Arc::clone(&counts),
         };
         let intake = Arc::new(Mutex::new(intake));
         let bell = Bell::hang()?;
-        let counts = Arc::new(Counts::default());
         let mover = self.mover(&counts)?;
         let (read, write) = (rustix::stdio::stdin(), rustix::stdio::stdout());
         let mut channel = Pair { read, write }.until(&bell, "this command has been asked to end");
@@ -116,17 +118,25 @@ impl Receive {
             exit::complain(&error.to_string());
         }
         let Some(intake) = Arc::into_inner(intake) else { bail!("the hand-over is not over") };
-        let Intake { recipient, reports, is_heard, .. } =
-            intake.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Intake { recipient, reports, .. } = intake.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = reports.tell() {
             exit::complain(&exit::line(&error));
         }
-        if is_heard {
+        if counts.is_heard.load(Ordering::Relaxed) {
             parting.leave_source(end)?;
         }
         let (failed, lost) = (counts.failed.load(Ordering::Relaxed), counts.lost.load(Ordering::Relaxed));
         if lost > 0 {
             exit::complain(&format!("{lost} of the connections are lost"));
+        }
+        let mut states = Vec::new();
+        for (number, arrived) in arrived.iter().enumerate().filter(|(_, arrived)| !arrived.state().is_empty())
+        {
+            match state::keep(arrived.state()) {
+                Ok(state) if recipient.takes_states() => states.push((number, state)),
+                Ok(_) => {}
+                Err(error) => exit::complain(&format!("{}: {}", arrived.name(), exit::line(&error))),
+            }
         }
         let streams: Vec<TcpStream> =
             arrived.into_iter().map(|arrived| arrived.into_stream()).collect::<Result<_, _>>()?;
@@ -134,7 +144,7 @@ impl Receive {
             0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if failed > 0 || outcome.is_err() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
-            _ => recipient.give(streams, deaf, parting),
+            _ => recipient.give(streams, &states, deaf, parting),
         }
     }
 
@@ -159,7 +169,10 @@ impl Receive {
         let listener = move |event: Event<'_>| match event {
             Event::Refused { number, reason } => {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
-                exit::complain(&format!("connection {number}: {reason}"));
+                // A source that listens tells why it stays.
+                if !counts.is_heard.load(Ordering::Relaxed) {
+                    exit::complain(&format!("connection {number}: {reason}"));
+                }
             }
             Event::Lost { number, reason } => {
                 counts.lost.fetch_add(1, Ordering::Relaxed);
@@ -175,6 +188,8 @@ impl Receive {
 /// How many connections have not arrived.
 #[derive(Default)]
 struct Counts {
+    /// The source listens.
+    is_heard: AtomicBool,
     failed: AtomicUsize,
     lost: AtomicUsize,
 }
@@ -186,8 +201,7 @@ struct Intake {
     claim: Claim,
     /// The network namespace is named: it is the one that is meant.
     is_here: bool,
-    /// The source listens.
-    is_heard: bool,
+    counts: Arc<Counts>,
 }
 
 impl soccr_handover::Recipient for Intake {
@@ -198,15 +212,17 @@ impl soccr_handover::Recipient for Intake {
                  by --netns",
             );
         }
-        self.is_heard = announced.answers;
+        self.counts.is_heard.store(announced.answers, Ordering::Relaxed);
         // One that does not listen may have let go of them already: they are rescued in the end.
         let room = if announced.answers { self.recipient.check_room(announced.connections) } else { Ok(()) };
         room.map_err(|error| exit::line(&error))
     }
 
     fn accept(&mut self, offer: &mut Offer<'_>) -> Result<(), String> {
-        if offer.is_state_critical {
-            return Err("it comes with a state of its application, which a program cannot be given".into());
+        if offer.is_state_critical && !self.recipient.takes_states() {
+            return Err(
+                "it comes with a state of its application, which this recipient cannot be given".into()
+            );
         }
         let accepted =
             self.reports.distrust(offer.connection).and_then(|()| self.recipient.check(offer.connection));

@@ -102,7 +102,7 @@ impl Restore {
                 Err(error) => return Err(error.into()),
             }
         }
-        recipient.give(streams, deaf, Parting::default())
+        recipient.give(streams, &[], deaf, Parting::default())
     }
 }
 

@@ -64,7 +64,7 @@ pub(crate) struct Save {
     silence: u64,
     /// The address of the peer, for a connection that both ends have closed
     #[arg(long, value_name = "ADDRESS:PORT")]
-    peer: Option<SocketAddr>,
+    forgotten_peer: Option<SocketAddr>,
 }
 
 /// How long the peers may take to acknowledge what the kernel has encrypted: the processes are stopped meanwhile.
@@ -97,7 +97,7 @@ impl Save {
         let mut keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
         namespace::enter_of(sockets[0]).with_context(|| captives[0].name().to_owned())?;
         let mut known = Vec::with_capacity(captives.len());
-        for captive in captives.into_iter().map(|captive| captive.with_peer(self.peer)) {
+        for captive in captives.into_iter().map(|captive| captive.with_peer(self.forgotten_peer)) {
             let name = captive.name().to_owned();
             match self.take(captive) {
                 Ok(seat) => known.push((name, seat)),

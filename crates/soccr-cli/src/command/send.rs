@@ -5,7 +5,8 @@ mod via;
 
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -35,6 +36,8 @@ use via::Via;
 /// connection leaves only when the target has said that it has it, or, in the same network, that it can have it;
 /// whatever breaks before leaves it where it is, and the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
 ///
+/// What the target has to tell is told here, also where it runs behind ssh(1).
+///
 /// The exit status is 0 only if the target, too, has not failed by then: one on this host that gives the connections to a
 /// server (--adopt, --send-fd) is waited for.
 ///
@@ -47,6 +50,7 @@ Examples:
   soccr send --pid 4711 --all --via 'soccr receive --netns /run/netns/blue -- ./server'
   soccr send --port 443 --via 'ssh host soccr receive --send-fd /run/proxy.sock'
   soccr send --pid 4711 --all --via 'ssh host soccr receive -- ./server' --steer 192.0.2.2
+  soccr send --name nginx --children --peer 192.0.2.0/24 --via 'ssh host soccr receive --adopt'
   soccr send --pid 4711 --all --idle 5 --via 'soccr receive --adopt'
   soccr send --pid 4711 --all --listener --via 'ssh host soccr receive --adopt'
   soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
@@ -103,10 +107,8 @@ impl Send {
             captives = only_idle(captives, time)?;
         }
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
-        let backlog = match self.selection.pid().filter(|_| self.listener) {
-            Some(pid) => Backlog::take(pid)?,
-            None => Backlog::default(),
-        };
+        let listening = if self.listener { self.selection.one_process("--listener")? } else { None };
+        let backlog = listening.map_or_else(|| Ok(Backlog::default()), Backlog::take)?;
         let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).chain(backlog.sockets()).collect();
         let Some(first) = sockets.first() else {
             bail!("no connection is there, and none waits to be accepted")
@@ -120,7 +122,8 @@ impl Send {
                 exit::complain(&format!("{}: {}", captive.name(), translated.warning()));
             }
         }
-        let mover = self.mover(sockets.len())?;
+        let target_failed = Arc::new(AtomicBool::new(false));
+        let mover = self.mover(sockets.len(), Arc::clone(&target_failed))?;
         let mut names: Vec<String> = captives.iter().map(|captive| captive.name().to_owned()).collect();
         let waiting = backlog.seats()?;
         let mut departing = Vec::with_capacity(sockets.len());
@@ -142,7 +145,8 @@ impl Send {
                 via.listen()?;
                 let outcomes = sending.through(&mut via);
                 report(&names, &outcomes);
-                failed += usize::from(!via.part(outcomes.iter().all(Outcome::is_moved)));
+                let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved));
+                failed += usize::from(has_failed || target_failed.load(Ordering::Relaxed));
                 outcomes
             }
             None => {
@@ -163,7 +167,7 @@ impl Send {
     }
 
     /// To be called in the network namespace of the connections.
-    fn mover(&self, count: usize) -> Result<Mover> {
+    fn mover(&self, count: usize, target_failed: Arc<AtomicBool>) -> Result<Mover> {
         let mut limits = Limits::default();
         limits.start = Duration::from_secs(self.timeout);
         limits.answer = limits.start;
@@ -176,6 +180,10 @@ impl Send {
             Event::Settled { .. } => progress.lock().unwrap_or_else(PoisonError::into_inner).step(),
             Event::Leaving => {
                 *deaf.lock().unwrap_or_else(PoisonError::into_inner) = Some(Deaf::begin());
+            }
+            Event::Note { text, failed } => {
+                exit::complain(text);
+                target_failed.fetch_or(failed, Ordering::Relaxed);
             }
             Event::Warning(what) => exit::complain(what),
             _ => {}

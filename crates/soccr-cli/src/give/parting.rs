@@ -12,6 +12,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal, setsid, waitpid,
 };
+use soccr_handover::LastWords;
 use soccr_handover::foreign::process::fork;
 
 use crate::exit::Exit;
@@ -24,7 +25,7 @@ const RUNS: &[u8] = b"+";
 #[derive(Debug, Default)]
 pub(crate) struct Parting {
     /// To the source, and the last word of the hand-over, for which that waits.
-    source: Option<(OwnedFd, Vec<u8>)>,
+    source: Option<(OwnedFd, LastWords)>,
     /// The process that has been started, whose child this one is, and the pipe to it.
     parent: Option<(Pid, OwnedFd)>,
     /// Where the program writes its messages.
@@ -90,7 +91,7 @@ impl Parting {
     }
 
     /// Standard input and output were the pipes to the source, which does not read what the program writes.
-    pub(crate) fn leave_source(&mut self, end: Vec<u8>) -> Result<()> {
+    pub(crate) fn leave_source(&mut self, end: LastWords) -> Result<()> {
         let source = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("fcntl(F_DUPFD_CLOEXEC)")?;
         self.source = Some((source, end));
         leave_pipe()?;
@@ -126,7 +127,7 @@ impl Parting {
         // One that does not read has ended, or does not care.
         let mut events = [PollFd::new(&source, PollFlags::OUT)];
         if poll(&mut events, Some(&Timespec::default())).is_ok_and(|count| count > 0) {
-            let _ = write(&source, &end);
+            let _ = write(&source, &end.into_bytes());
         }
     }
 

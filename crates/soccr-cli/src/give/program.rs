@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::net::TcpStream;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use crate::signals::Deaf;
 use crate::{descriptors, lifeline, sys};
 
 use super::parting::Parting;
+use super::state::State;
 
 /// The number of the first descriptor given (`SD_LISTEN_FDS_START`).
 const FIRST: RawFd = 3;
@@ -60,6 +61,7 @@ pub(super) fn execute(
     arguments: &[String],
     stdio: bool,
     connections: &mut [TcpStream],
+    states: &[State],
     deaf: Deaf,
     parting: &mut Parting,
 ) -> Result<Exit> {
@@ -67,15 +69,18 @@ pub(super) fn execute(
     lifeline::hide(&mut command);
     descriptors::keep_limit_from(&mut command);
     command.arg0(&arguments[0]).args(&arguments[1..]);
-    let end = FIRST + connections.len() as RawFd;
+    let end = FIRST + (connections.len() + states.len()) as RawFd;
     parting.leave(end)?;
     for connection in &mut *connections {
         // As systemd and inetd give them. A program that wants another mode sets it.
         let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
         fcntl_setfl(&*connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
         // Beyond the numbers that they will have, so that none is in the way of another.
-        let beyond = rustix::io::fcntl_dupfd_cloexec(&*connection, end);
-        *connection = beyond.context("fcntl(F_DUPFD_CLOEXEC): see RLIMIT_NOFILE (ulimit -n)")?.into();
+        *connection = beyond(connection.as_fd(), end)?.into();
+    }
+    let mut files = Vec::with_capacity(states.len());
+    for (_, state) in states {
+        files.push(beyond(state.as_fd(), end)?);
     }
     match stdio {
         true => {
@@ -84,11 +89,14 @@ pub(super) fn execute(
             rustix::stdio::dup2_stdout(connection).context("dup2")?;
         }
         false => {
-            sys::place(connections, FIRST).context("dup2")?;
+            let connections = connections.iter().map(AsRawFd::as_raw_fd);
+            let placed: Vec<RawFd> = connections.chain(files.iter().map(AsRawFd::as_raw_fd)).collect();
+            sys::place(&placed, FIRST).context("dup2")?;
+            let names = names(placed.len() - files.len(), states.iter().map(|(of, _)| *of));
             command
-                .env("LISTEN_FDS", connections.len().to_string())
+                .env("LISTEN_FDS", placed.len().to_string())
                 .env("LISTEN_PID", std::process::id().to_string())
-                .envs(names(connections.len()).map(|names| ("LISTEN_FDNAMES", names)));
+                .envs(names.map(|names| ("LISTEN_FDNAMES", names)));
         }
     }
     // The program inherits what is ignored.
@@ -99,12 +107,23 @@ pub(super) fn execute(
     bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
 }
 
+/// A duplicate with a number from `end` on.
+fn beyond(fd: BorrowedFd<'_>, end: RawFd) -> Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(fd, end).context("fcntl(F_DUPFD_CLOEXEC): see RLIMIT_NOFILE (ulimit -n)")
+}
+
 /// The most descriptors that have names.
 const MOST_NAMES: usize = 11_000;
 
-/// The names of the descriptors; none where they are longer than the kernel takes (`MAX_ARG_STRLEN`, 128 KiB).
-fn names(count: usize) -> Option<String> {
-    (count <= MOST_NAMES).then(|| vec!["connection"; count].join(":"))
+/// The names of the descriptors: of connections, and of the states of some; none where they are longer than the kernel takes
+/// (`MAX_ARG_STRLEN`, 128 KiB).
+fn names(connections: usize, states: impl ExactSizeIterator<Item = usize>) -> Option<String> {
+    if connections + states.len() > MOST_NAMES {
+        return None;
+    }
+    let states = states.map(|of| format!("state-{}", FIRST as usize + of));
+    let names = std::iter::repeat_n("connection".to_owned(), connections).chain(states);
+    Some(names.collect::<Vec<_>>().join(":"))
 }
 
 #[cfg(test)]
@@ -113,9 +132,9 @@ mod tests {
 
     #[test]
     fn a_program_starts_with_the_names_of_as_many_descriptors_as_have_some() {
-        assert_eq!(names(2).unwrap(), "connection:connection");
-        assert_eq!(names(MOST_NAMES + 1), None);
-        let longest = names(MOST_NAMES).unwrap();
+        assert_eq!(names(2, [1].into_iter()).unwrap(), "connection:connection:state-4");
+        assert_eq!(names(MOST_NAMES, [1].into_iter()), None);
+        let longest = names(MOST_NAMES / 2, 0..MOST_NAMES / 2).unwrap();
         assert!(Command::new("true").env("LISTEN_FDNAMES", longest).status().unwrap().success());
     }
 }

@@ -20,7 +20,7 @@ const SETTLING: Duration = Duration::from_secs(2);
 /// them, after the `reason`.
 pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyhow::Error {
     let _deaf = Deaf::begin();
-    let code = reason.downcast_ref::<Coded>().map_or(Exit::Failed, |coded| coded.0);
+    let code = exit::code(reason);
     let mut lost = 0;
     let mut boat = None;
     for connection in connections {

@@ -8,25 +8,42 @@ use std::os::unix::net::UnixStream;
 use anyhow::{Context, Result};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+use super::state::State;
+
 /// The kernel takes no more descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
 
 /// What has been sent is taken out of `connections`.
-pub(super) fn send(socket: &UnixStream, connections: &mut Vec<TcpStream>) -> Result<()> {
+pub(super) fn send(
+    socket: &UnixStream,
+    connections: &mut Vec<TcpStream>,
+    mut states: &[State],
+) -> Result<()> {
+    let all = connections.len();
     while !connections.is_empty() {
-        let batch = &connections[..connections.len().min(BATCH)];
-        let mut text = String::new();
-        for connection in batch {
-            text += &format!("{} {}\n", connection.local_addr()?, connection.peer_addr()?);
+        let (mut text, mut fds, mut batch) = (String::new(), Vec::new(), 0);
+        let mut number = all - connections.len();
+        for connection in &*connections {
+            let state = states.first().filter(|(of, _)| *of == number);
+            if fds.len() + 1 + usize::from(state.is_some()) > BATCH {
+                break;
+            }
+            text += &format!("{} {}", connection.local_addr()?, connection.peer_addr()?);
+            fds.push(connection.as_fd());
+            if let Some((_, state)) = state {
+                text += " state";
+                fds.push(state.as_fd());
+                states = &states[1..];
+            }
+            text += "\n";
+            (batch, number) = (batch + 1, number + 1);
         }
-        let fds: Vec<_> = batch.iter().map(AsFd::as_fd).collect();
         let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&fds));
         let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)
             .context("--send-fd: sendmsg(SCM_RIGHTS)")?;
         // The descriptors went with the first byte: they are the recipient's, whatever becomes of the rest of the text.
-        let batch = fds.len();
         connections.drain(..batch);
         let mut rest = &text.as_bytes()[sent..];
         while !rest.is_empty() {

@@ -235,7 +235,10 @@ fn children_that_have_the_connections_are_named() {
     let owner = &json(&["list", "--json", "--port", "7", "--state", "listen"])[0];
     let child = owner["processes"][0]["pid"].to_string();
     let complaint = fail(1, &["send", "--pid", &parent.pid(), "--all", "--via", "true"]);
-    assert!(complaint.contains(&format!("has started have connections: {child}")), "{complaint}");
+    assert!(
+        complaint.contains(&format!("has started have connections (--children takes them): {child}")),
+        "{complaint}"
+    );
 }
 
 /// Serves one connection.

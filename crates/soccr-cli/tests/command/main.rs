@@ -4,6 +4,7 @@ mod adopt;
 mod adopt_kill;
 mod backlog;
 mod check;
+mod chosen;
 mod completions;
 mod demo;
 mod documents;
@@ -20,6 +21,7 @@ mod relay;
 mod rescue;
 mod save;
 mod servers;
+mod states;
 mod steered;
 mod targets;
 mod tls;
@@ -32,12 +34,14 @@ fn main() -> std::process::ExitCode {
         adopt_kill::tests(),
         backlog::tests(),
         check::tests(),
+        chosen::tests(),
         completions::tests(),
         demo::tests(),
         documents::tests(),
         images::tests(),
         save::tests(),
         servers::tests(),
+        states::tests(),
         transfer::tests(),
         targets::tests(),
         idle::tests(),

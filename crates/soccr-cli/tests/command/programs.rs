@@ -11,7 +11,7 @@ use soccr_lab::wait_until;
 /// A server that accepts connections one after the other, as many as its second argument says, and answers everything with
 /// its first argument in front. What ends a connection it prints. With KTLS in its environment the kernel encrypts and decrypts
 /// with these keys.
-const SERVER: &str = r#"
+pub const SERVER: &str = r#"
 import os, socket, sys, threading
 address = sys.argv[3]
 family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -26,6 +26,7 @@ crate::tests![
     a_restored_connection_is_rescued_from_a_dead_recipient,
     a_received_connection_is_rescued_from_a_program_that_cannot_start,
     what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued,
+    the_source_tells_what_the_target_could_not_give_away,
     a_paused_socket_is_shown_and_resumed,
 ];
 
@@ -152,8 +153,13 @@ const BATCH: usize = 253;
 fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> {
     const WINDOW: usize = 256;
     let mut stream = Writer::new(Vec::new()).unwrap();
-    let begin =
-        Message::Begin { connections: ports.len() as u32, answers: false, place: None, steered: None };
+    let begin = Message::Begin {
+        connections: ports.len() as u32,
+        answers: false,
+        notes: false,
+        place: None,
+        steered: None,
+    };
     stream.send(&begin).unwrap();
     let mut connection = model.clone();
     let numbered: Vec<_> = (1..).zip(ports).collect();
@@ -243,6 +249,38 @@ sys.stdin.readline()
 while data := connection.recv(100):
     connection.sendall(b"again " + data)
 "#;
+
+/// The target is behind a relay, which passes on neither standard error nor how it has ended.
+fn the_source_tells_what_the_target_could_not_give_away() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let mut moving = Move::new(1);
+    let [socket, gone] = ["socket", "gone"].map(|name| directory.join(name));
+    let listener = UnixListener::bind(&socket).unwrap();
+    let via = format!(
+        "cd {}; {{ until [ -e {} ]; do sleep 0.01; done; cat; }} | env -u SOCCR_LIFELINE {SOCCR} receive --netns {} --send-fd {} \
+         2>/dev/null | cat",
+        directory.display(),
+        gone.display(),
+        moving.beside.pid(),
+        socket.display()
+    );
+    let recipient = std::thread::spawn(move || {
+        drop(listener.accept().unwrap());
+        fs::write(gone, "").unwrap();
+    });
+    let (code, complaint) = moving.try_send(&["--all", "--via", &via]);
+    recipient.join().unwrap();
+    assert_eq!(code, 3, "{complaint}");
+    assert_eq!(complaint.matches("soccr-rescued").count(), 1, "{complaint}");
+    assert_eq!(complaint.matches("no connection is lost").count(), 1, "{complaint}");
+    moving.lab.steer(Side::B).unwrap();
+    assert_open(&mut moving.clients[0]);
+    assert!(rescued(directory).is_some());
+}
 
 fn a_paused_socket_is_shown_and_resumed() {
     if !installed("python3") {

@@ -273,10 +273,11 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
         soccr(&["receive", "--netns", &pid, "--", "true"]).stdin(Stdio::piped()).stdout(Stdio::piped()),
     );
     let mut writer = Writer::new(receive.0.stdin.take().unwrap()).unwrap();
-    let begin = Message::Begin { connections: 1, answers: true, place, steered: None };
+    let begin = Message::Begin { connections: 1, answers: true, notes: false, place, steered: None };
     writer.send(&begin).unwrap();
     writer.connection(1, "one", &connection).unwrap();
     let mut reader = Reader::new(receive.0.stdout.take().unwrap()).unwrap();
+    assert!(matches!(reader.receive().unwrap(), Some(Message::Here { .. })));
     assert_eq!(reader.receive().unwrap(), Some(Message::Ready { connection: 1 }));
     drop(receive);
     exchange();

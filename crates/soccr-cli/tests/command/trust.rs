@@ -41,10 +41,13 @@ impl Victim {
         let (mut to, from) = (program.0.stdin.take().unwrap(), program.0.stdout.take().unwrap());
         let mut stream = Writer::new(Vec::new()).unwrap();
         let place = Some(Place { host: [7; 16], namespace: [1, 2] });
-        stream.send(&Message::Begin { connections: 1, answers: true, place, steered: None }).unwrap();
+        stream
+            .send(&Message::Begin { connections: 1, answers: true, notes: false, place, steered: None })
+            .unwrap();
         stream.connection(1, "victim", &connection).unwrap();
         to.write_all(&std::mem::take(stream.get_mut())).unwrap();
         let mut answers = Reader::new(BufReader::new(from)).unwrap();
+        assert!(matches!(answers.receive(), Ok(Some(Message::Here { .. }))));
         let answer = answers.receive().unwrap().unwrap();
         (Self { program, to: Some(to), answers }, stream, answer)
     }

@@ -58,6 +58,9 @@ impl Engine for Arrival {
             // The source need not wait for us to hear that it has nothing more to say.
             self.say_end();
         }
+        if !self.has_said_all {
+            self.terms.notes.take().iter().for_each(|note| self.say(note));
+        }
         match self.output().bytes().is_empty() {
             true => self.reading = None,
             false => drop(self.reading.get_or_insert_with(|| Instant::now() + self.shared.limits.answer)),
@@ -77,7 +80,7 @@ impl Engine for Arrival {
     }
 
     fn ended(&mut self, _: bool) {
-        self.output().cut();
+        self.is_unheard();
         match self.has_begun {
             true => self.give_up(Error::new(ErrorKind::Gone, "the source is gone")),
             // Between two streams.
@@ -90,7 +93,7 @@ impl Engine for Arrival {
     }
 
     fn broken(&mut self, error: std::io::Error) {
-        self.output().cut();
+        self.is_unheard();
         self.give_up(Error::of(ErrorKind::Gone, "the source is gone", error));
     }
 
@@ -109,7 +112,7 @@ impl Engine for Arrival {
             self.give_up(Error::new(ErrorKind::Late, what));
         }
         if self.reading.is_some_and(|until| until <= now) {
-            self.output().cut();
+            self.is_unheard();
         }
     }
 

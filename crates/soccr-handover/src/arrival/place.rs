@@ -167,6 +167,8 @@ impl Arrival {
         self.shared.end_silence(&flows);
         let mut outcomes = Vec::with_capacity(keyed.len());
         bulk::restore(keyed, |id, outcome| outcomes.push((id, outcome)));
+        // One that has not heard from us, and finds no socket yet, may have begun meanwhile.
+        self.shared.end_silence(&flows);
         for (id, outcome) in outcomes {
             let mut waiting = others.remove(&id).expect("each comes back once");
             match self.inspect(&waiting.name, outcome) {
@@ -190,7 +192,8 @@ impl Arrival {
     }
 }
 
-fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
+/// There is such a connection here.
+pub(crate) fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
     let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
     matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
 }

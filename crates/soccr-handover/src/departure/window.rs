@@ -89,6 +89,16 @@ impl Departure {
         if self.is_diverted {
             self.guide.end(&flows, &self.shared);
         }
+        if self.is_diverted {
+            let is_settled = |id: Id, item: &Item| match self.machine.fate(id) {
+                Some(Fate::Moved) => true,
+                fate => fate == Some(Fate::Stays) && !item.is_lost,
+            };
+            let all = (first..=last).zip(&self.items[first as usize - 1..]);
+            let open = all.filter(|(id, item)| !is_settled(*id, item));
+            let open: Vec<Flow> = open.map(|(_, item)| item.seat.flow()).collect();
+            self.guide.forget(&open, &self.shared);
+        }
         let replay = || staying.iter().for_each(|item| drop(item.held.replay(&item.seat)));
         replay();
         match self.is_one_way {

@@ -110,7 +110,7 @@ impl Captive {
         match remote {
             Some(remote) => Ok(Flow { local, remote }),
             None => {
-                let what = "it is not connected (where both ends have closed, and its peer is forgotten, name that by --peer)";
+                let what = "it is not connected (where both ends have closed, and its peer is forgotten, name that by --forgotten-peer)";
                 Err(Error::system(what))
             }
         }

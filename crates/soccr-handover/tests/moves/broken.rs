@@ -204,12 +204,14 @@ pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
             .send(&soccr_image::stream::Message::Begin {
                 connections: 1,
                 answers: true,
+                notes: false,
                 place: None,
                 steered: None,
             })
             .unwrap();
         writer.connection(1, "x", &saved).unwrap();
         let mut reader = soccr_image::stream::Reader::new(&mut there).unwrap();
+        assert!(matches!(reader.receive(), Ok(Some(soccr_image::stream::Message::Here { .. }))));
         let ready = reader.receive().unwrap();
         assert_eq!(ready, Some(soccr_image::stream::Message::Ready { connection: 1 }));
         drop(there);

@@ -255,7 +255,7 @@ impl Fields {
     fn field(&mut self, tag: u16, mut value: Value<'_>) -> Result<()> {
         let v = &mut value;
         match tag {
-            tag::NAME => self.name = text(v.rest())?,
+            tag::NAME => self.name = text(v.rest(), super::TEXT_LIMIT)?,
             tag::LOCAL => self.local = Some(address(v)?),
             tag::REMOTE => self.remote = Some(address(v)?),
             tag::CONTROL => self.control = Some(control(v)?),
@@ -371,8 +371,8 @@ pub(super) fn skip_unknown<R: Read>(payload: &mut Payload<'_, R>, tag: u16, leng
 }
 
 /// Text that people will see on their terminals: short, and without control characters.
-pub(super) fn text(bytes: &[u8]) -> Result<String> {
-    let text = std::str::from_utf8(bytes).ok().filter(|text| text.len() <= super::TEXT_LIMIT);
+pub(super) fn text(bytes: &[u8], limit: usize) -> Result<String> {
+    let text = std::str::from_utf8(bytes).ok().filter(|text| text.len() <= limit);
     match text {
         Some(text) if !text.chars().any(char::is_control) => Ok(text.to_owned()),
         _ => Err(Error::damaged("a text is no text, or too long")),

@@ -26,6 +26,9 @@ pub(super) mod tag {
     pub(in super::super) const SOURCE: u16 = 9;
     pub(in super::super) const TUNNEL: u16 = 10 | CRITICAL;
     pub(in super::super) const ANSWER_BACK: u16 = 11 | CRITICAL;
+    pub(in super::super) const NOTES: u16 = 12;
+    pub(in super::super) const NOTE: u16 = 13;
+    pub(in super::super) const FAILED: u16 = 14;
 
     pub(in super::super) const LOCAL: u16 = 16 | CRITICAL;
     pub(in super::super) const REMOTE: u16 = 17 | CRITICAL;

@@ -36,6 +36,8 @@ pub enum Message {
         connections: u32,
         /// There is a way back, and the source waits for what comes on it.
         answers: bool,
+        /// The source passes on what the target has to tell people: see [`Note`](Self::Note).
+        notes: bool,
         /// Where the connections are now, as far as the source can tell.
         place: Option<Place>,
         /// How packets follow the connections that leave the source, if they do.
@@ -94,5 +96,17 @@ pub enum Message {
     Taken {
         /// Which one.
         connection: u32,
+    },
+    /// Where the target is. At the place of the source a connection is never without a socket or a lock.
+    Here {
+        /// The place.
+        place: Place,
+    },
+    /// Something that the target has to tell people, who may only see what the source tells.
+    Note {
+        /// Up to [`NOTE_LIMIT`](super::NOTE_LIMIT), for people.
+        text: String,
+        /// The target has failed: what it was to do with the connections it has not done with all of them.
+        failed: bool,
     },
 }

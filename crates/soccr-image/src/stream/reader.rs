@@ -8,7 +8,7 @@ use soccr::steer::Tunnel;
 use super::connection::{Fields, address, skip_unknown, text};
 use super::field::{self, tag};
 use super::record::{self, Header, Payload, kind};
-use super::{Decoded, Message, Place, STATE_LIMIT, Steered};
+use super::{Decoded, Message, NOTE_LIMIT, Place, STATE_LIMIT, Steered, TEXT_LIMIT};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest record of held packets: closed behind the packet that made it large.
@@ -153,18 +153,22 @@ fn parse<R: Read>(
             fields.read(payload)?;
             return Ok(Parsed::Nothing);
         }
-        kind::BEGIN..=kind::STATE | kind::HELD => {}
+        kind::BEGIN..=kind::NOTE | kind::HELD => {}
         _ if header.critical => return Err(Error::newer(format_args!("a record of type {}", header.kind))),
         _ => return Ok(Parsed::Nothing),
     }
     let (mut reason, mut count, mut answers, mut packets) = (String::new(), 0, false, Vec::new());
+    let (mut notes, mut note, mut failed) = (false, String::new(), false);
     let (mut place, mut is_steered, mut steered) = (None, false, Steered::default());
     let mut state = Vec::new();
     while let Some((tag, length)) = payload.field()? {
         match tag {
-            tag::REASON => reason = text(payload.value(length)?.rest())?,
+            tag::REASON => reason = text(payload.value(length)?.rest(), TEXT_LIMIT)?,
             tag::COUNT => count = payload.value(length)?.u32()?,
             tag::ANSWERS => answers = payload.value(length)?.flag()?,
+            tag::NOTES => notes = payload.value(length)?.flag()?,
+            tag::NOTE => note = text(payload.value(length)?.rest(), NOTE_LIMIT)?,
+            tag::FAILED => failed = payload.value(length)?.flag()?,
             tag::PLACE => {
                 let mut value = payload.value(length)?;
                 place = Some(Place { host: value.array()?, namespace: [value.u64()?, value.u64()?] });
@@ -195,7 +199,7 @@ fn parse<R: Read>(
     Ok(Parsed::Message(match header.kind {
         kind::BEGIN => {
             let steered = is_steered.then_some(steered);
-            Message::Begin { connections: count, answers, place, steered }
+            Message::Begin { connections: count, answers, notes, place, steered }
         }
         kind::STATE => Message::State { connection: id, critical: header.critical, bytes: state },
         kind::HELD => Message::Held { connection: id, packets },
@@ -204,6 +208,11 @@ fn parse<R: Read>(
         kind::READY => Message::Ready { connection: id },
         kind::REFUSED => Message::Refused { connection: id, reason },
         kind::TAKEN => Message::Taken { connection: id },
+        kind::HERE => match place {
+            Some(place) => Message::Here { place },
+            None => return Ok(Parsed::Nothing),
+        },
+        kind::NOTE => Message::Note { text: note, failed },
         _ if count == before => return Ok(Parsed::End),
         _ => return Err(Error::damaged("records are missing before the end")),
     }))

@@ -44,6 +44,8 @@ pub(super) mod kind {
     pub(in super::super) const TAKEN: u16 = 8;
     pub(in super::super) const END: u16 = 9;
     pub(in super::super) const STATE: u16 = 10;
+    pub(in super::super) const HERE: u16 = 11;
+    pub(in super::super) const NOTE: u16 = 12;
 }
 
 /// What precedes a payload.

@@ -9,7 +9,7 @@ use soccr::Connection;
 use super::connection::{put_address, write_address};
 use super::field::{self, tag};
 use super::record::{self, kind};
-use super::{Message, STATE_LIMIT, Steered, TEXT_LIMIT, connection};
+use super::{Message, NOTE_LIMIT, Place, STATE_LIMIT, Steered, TEXT_LIMIT, connection};
 use crate::error::{Error, Result};
 
 /// Writes a stream, one record after the other.
@@ -45,7 +45,7 @@ impl<W: Write> Writer<W> {
         if id == 0 {
             return Err(Error::invalid("0 is no number of a connection"));
         }
-        connection::write(&mut self.writer, &mut self.small, id, &clean(name), connection)?;
+        connection::write(&mut self.writer, &mut self.small, id, &clean(name, TEXT_LIMIT), connection)?;
         self.records += 1;
         Ok(())
     }
@@ -106,21 +106,31 @@ impl<W: Write> Writer<W> {
                 return self.state(*connection, bytes, *critical);
             }
             Message::Held { connection, packets } => return self.held(*connection, packets),
-            Message::Begin { connections, answers, place, steered } => {
+            Message::Begin { connections, answers, notes, place, steered } => {
                 record::open(&mut self.small, kind::BEGIN, 0);
                 field::put(&mut self.small, tag::COUNT, |out| {
                     out.extend_from_slice(&connections.to_le_bytes());
                 });
                 field::put(&mut self.small, tag::ANSWERS, |out| out.push((*answers).into()));
+                field::put(&mut self.small, tag::NOTES, |out| out.push((*notes).into()));
                 if let Some(place) = place {
-                    field::put(&mut self.small, tag::PLACE, |out| {
-                        out.extend_from_slice(&place.host);
-                        place.namespace.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
-                    });
+                    self.place(place);
                 }
                 if let Some(steered) = steered {
                     self.steered(steered);
                 }
+                return self.seal();
+            }
+            Message::Here { place } => {
+                record::open_flagged(&mut self.small, kind::HERE, 0, 0);
+                self.place(place);
+                return self.seal();
+            }
+            Message::Note { text, failed } => {
+                record::open_flagged(&mut self.small, kind::NOTE, 0, 0);
+                let text = clean(text, NOTE_LIMIT);
+                field::put(&mut self.small, tag::NOTE, |out| out.extend_from_slice(text.as_bytes()));
+                field::put(&mut self.small, tag::FAILED, |out| out.push((*failed).into()));
                 return self.seal();
             }
             Message::Commit { connection } => (kind::COMMIT, connection, None),
@@ -131,9 +141,18 @@ impl<W: Write> Writer<W> {
         };
         record::open(&mut self.small, kind, *id);
         if let Some(reason) = reason {
-            field::put(&mut self.small, tag::REASON, |out| out.extend_from_slice(clean(reason).as_bytes()));
+            field::put(&mut self.small, tag::REASON, |out| {
+                out.extend_from_slice(clean(reason, TEXT_LIMIT).as_bytes())
+            });
         }
         self.seal()
+    }
+
+    fn place(&mut self, place: &Place) {
+        field::put(&mut self.small, tag::PLACE, |out| {
+            out.extend_from_slice(&place.host);
+            place.namespace.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+        });
     }
 
     fn steered(&mut self, steered: &Steered) {
@@ -196,8 +215,8 @@ impl<W: Write> Writer<W> {
 }
 
 /// Cut to the limit and without control characters: error messages may hold anything.
-fn clean(text: &str) -> Cow<'_, str> {
-    if text.len() <= TEXT_LIMIT && !text.chars().any(char::is_control) {
+fn clean(text: &str, limit: usize) -> Cow<'_, str> {
+    if text.len() <= limit && !text.chars().any(char::is_control) {
         return text.into();
     }
     let mut length = 0;
@@ -205,7 +224,7 @@ fn clean(text: &str) -> Cow<'_, str> {
         .map(|c| if c.is_control() { ' ' } else { c })
         .take_while(|c| {
             length += c.len_utf8();
-            length <= TEXT_LIMIT
+            length <= limit
         })
         .collect()
 }

@@ -1,0 +1,21 @@
+//! What a source has sent along with a connection, for the program that gets it: a memory file, sealed.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+/// The state of a connection, by the index of that.
+pub(crate) type State = (usize, OwnedFd);
+
+/// Puts it into a file that nobody can change, to be read from its beginning.
+pub(crate) fn keep(bytes: &[u8]) -> Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(memfd_create("soccr-state", flags).context("memfd_create")?);
+    file.write_all(bytes).and_then(|()| file.rewind()).context("a state")?;
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals).context("fcntl(F_ADD_SEALS)")?;
+    Ok(file.into())
+}
