@@ -76,7 +76,10 @@ fn hand_over(shards: &Move) -> Result<()> {
 fn send(ends: &mut Ends) -> Result<()> {
     let (mover, mut channel) =
         (ends.mover.as_ref().context("a mover")?, ends.channel.take().context("a channel")?);
-    let departing = ends.streams.drain(..).map(|stream| mover.take(stream)).collect::<Result<Vec<_>, _>>()?;
+    let mut departing = Vec::new();
+    for (number, stream) in ends.streams.drain(..).enumerate() {
+        departing.push(mover.take(stream)?.named(format!("{number:05}")));
+    }
     let outcomes = mover.send_all(departing, &mut channel);
     ensure!(outcomes.iter().all(Outcome::is_moved), "a connection has not moved");
     Ok(())
@@ -85,8 +88,13 @@ fn send(ends: &mut Ends) -> Result<()> {
 fn receive(ends: &mut Ends, count: usize) -> Result<()> {
     let channel = ends.channel.take().context("a channel")?;
     let mut arriving = ends.mover.as_ref().context("a mover")?.listen(channel);
-    while ends.streams.len() < count {
-        ends.streams.push(arriving.next()?.context("a connection is missing")?.into_stream()?);
+    let mut arrived = Vec::with_capacity(count);
+    while arrived.len() < count {
+        arrived.push(arriving.next()?.context("a connection is missing")?);
     }
+    // They arrive in any order, and their peers have one.
+    arrived.sort_by(|one, other| one.name().cmp(other.name()));
+    ends.streams =
+        arrived.into_iter().map(|arrived| arrived.into_stream()).collect::<std::io::Result<_>>()?;
     Ok(())
 }

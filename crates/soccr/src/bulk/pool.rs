@@ -42,6 +42,11 @@ pub(super) fn run<T: Send, R, Tools: Default>(
         let outcome = work(&mut tools, item);
         finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
     }
+    // The number of processors takes reading the files of cgroups: a few connections do without.
+    let mut items = items.peekable();
+    if items.peek().is_none() {
+        return;
+    }
     let most = thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
     thread::scope(|scope| {
         let _close = Close(&queue);
