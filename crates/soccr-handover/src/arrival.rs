@@ -323,10 +323,12 @@ impl Arrival {
                 self.say(&Message::Refused { connection: id, reason });
             }
             Deed::Forget(id) => {
-                if let Some(waiting) = self.remove(id) {
-                    self.held_bytes -= bytes_of_packets(&waiting.held);
+                if let Some(Waiting { batch, place, held, .. }) = self.remove(id) {
+                    // Before the unlock: what is held would go into this socket, be acknowledged, and end with it.
+                    drop(place);
+                    self.held_bytes -= bytes_of_packets(&held);
                     self.make_room();
-                    self.decided(waiting.batch);
+                    self.decided(batch);
                 }
             }
             Deed::Take(id) => match self.waiting.get(&id).map(|waiting| &waiting.place) {

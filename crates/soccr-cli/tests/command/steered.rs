@@ -3,13 +3,14 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
 use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, redirect};
 use soccr::{Flow, pause};
 use soccr_image::stream::{Message, Reader, Writer};
-use soccr_lab::{Call, Flags, Lan, Sniffer, run_and_kill, sysctl, wait_until};
+use soccr_lab::{Call, Flags, Lan, Sniffer, TcpInfo, run_and_kill, sysctl, wait_until};
 
 use crate::kill::{BOUNDARIES, Boundary, End, READY, hand_over_by};
 use crate::programs::{
@@ -257,32 +258,53 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
     home.run(|| redirect(&[flow], &NextHop::new(away.v4.into()).unwrap())).unwrap();
     paused.detach().unwrap();
     let mut stream: TcpStream = restored.resume().unwrap();
-    let mut exchange = || {
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let exchange = |peer: &mut TcpStream, stream: &mut TcpStream| {
         for _ in 0..2 {
             peer.write_all(b"x").unwrap();
             stream.read_exact(&mut [0]).unwrap();
         }
         stream.write_all(b"y").unwrap();
         peer.read_exact(&mut [0]).unwrap();
-        pause(&stream).unwrap().save().unwrap()
+        pause(&*stream).unwrap().save().unwrap()
     };
-    let connection = exchange();
 
     let (pid, place) = (steering.places[0].pid(), None);
-    let mut receive = Program::start(
-        soccr(&["receive", "--netns", &pid, "--", "true"]).stdin(Stdio::piped()).stdout(Stdio::piped()),
-    );
-    let mut writer = Writer::new(receive.0.stdin.take().unwrap()).unwrap();
-    let begin = Message::Begin { connections: 1, answers: true, notes: false, place, steered: None };
-    writer.send(&begin).unwrap();
-    writer.connection(1, "one", &connection).unwrap();
-    let mut reader = Reader::new(receive.0.stdout.take().unwrap()).unwrap();
-    assert!(matches!(reader.receive().unwrap(), Some(Message::Here { .. })));
-    assert_eq!(reader.receive().unwrap(), Some(Message::Ready { connection: 1 }));
-    drop(receive);
-    // Its child ends behind it, and puts everything back.
-    while let Ok(Some(_)) = reader.receive() {}
-    exchange();
+    // The target dies, the source takes back its offer, or goes away.
+    for end in ["dies", "aborts", "leaves"] {
+        let connection = exchange(&mut peer, &mut stream);
+        let mut receive = Program::start(
+            soccr(&["receive", "--netns", &pid, "--", "true"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::null()),
+        );
+        let mut writer = Writer::new(receive.0.stdin.take().unwrap()).unwrap();
+        let begin = Message::Begin { connections: 1, answers: true, notes: false, place, steered: None };
+        writer.send(&begin).unwrap();
+        writer.connection(1, "one", &connection).unwrap();
+        let mut reader = Reader::new(receive.0.stdout.take().unwrap()).unwrap();
+        assert!(matches!(reader.receive().unwrap(), Some(Message::Here { .. })));
+        assert_eq!(reader.receive().unwrap(), Some(Message::Ready { connection: 1 }));
+        // What comes now meets the socket that waits for the COMMIT.
+        let before = TcpInfo::of(&peer).unwrap().total_retrans;
+        peer.write_all(b"z").unwrap();
+        wait_until("it has come there", || TcpInfo::of(&peer).unwrap().total_retrans > before);
+        match end {
+            "dies" => drop(receive),
+            "aborts" => {
+                writer.send(&Message::Abort { connection: 1, reason: "changed".into() }).unwrap();
+                writer.finish().unwrap();
+                receive.0.wait().unwrap();
+            }
+            _ => {
+                drop(writer);
+                receive.0.wait().unwrap();
+            }
+        }
+        stream.read_exact(&mut [0]).unwrap_or_else(|error| panic!("{end}: {error}"));
+    }
+    exchange(&mut peer, &mut stream);
     assert_eq!(steering.resets.segments().unwrap().len(), 0);
 }
 
