@@ -291,7 +291,7 @@ impl Departure {
         match item.seat.take_back(&value) {
             Ok(()) => {
                 if item.seat.is_adrift() {
-                    let why = why(item, &self.reason);
+                    let why = item.why(&self.reason);
                     item.error =
                         Some(Error::new(ErrorKind::Adrift, format!("its process has lost it: {why}")));
                 }
@@ -307,7 +307,7 @@ impl Departure {
     fn lose(&mut self, number: usize, error: Error) {
         let item = &mut self.items[number];
         item.is_lost = true;
-        item.error = Some(Error::of(ErrorKind::Lost, why(item, &self.reason), error));
+        item.error = Some(Error::of(ErrorKind::Lost, item.why(&self.reason), error));
     }
 
     /// Nobody answers: what has been written counts as taken.
@@ -484,15 +484,6 @@ impl Drop for Departure {
                 Fate::Unknown => self.shared.warn(error),
             }
         }
-    }
-}
-
-/// Why it has come back.
-fn why(item: &Item, reason: &Option<(ErrorKind, String)>) -> String {
-    match (&item.error, reason) {
-        (Some(error), _) => error.to_string(),
-        (None, Some((_, text))) => text.clone(),
-        (None, None) => "it cannot be put back".into(),
     }
 }
 

@@ -6,7 +6,7 @@ use soccr::Connection;
 use soccr::connection::ControlBlock;
 use soccr::lock::Held;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::seat::Seat;
 
 /// A connection on its way.
@@ -47,6 +47,15 @@ impl Item {
             error: None,
             is_lost: false,
             is_told: false,
+        }
+    }
+
+    /// Why it has come back: for a reason of its own, or for that of all.
+    pub(super) fn why(&self, reason: &Option<(ErrorKind, String)>) -> String {
+        match (&self.error, reason) {
+            (Some(error), _) => error.to_string(),
+            (None, Some((_, text))) => text.clone(),
+            (None, None) => "it cannot be put back".into(),
         }
     }
 }

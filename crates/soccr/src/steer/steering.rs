@@ -24,6 +24,8 @@
 //! Rules change the sets and never the map: a packet that is under way while its connection is taken out may bring it
 //! back into `alive`, which has no effect by itself.
 
+mod rules;
+
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
@@ -32,22 +34,16 @@ use std::time::Duration;
 
 use soccr_netlink::{Batch, Message, Rtnetlink, Socket};
 
-use super::{homecoming, index, with_route, with_socket};
+use super::{index, with_route, with_socket};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
-use crate::nftables::rule::{Direction, Expressions};
-use crate::nftables::set::{self, CAPACITY, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT, Set};
-use crate::nftables::{self, Hook, Table, Transaction, milliseconds, value};
+use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
+use crate::nftables::{self, Table, Transaction, milliseconds, value};
+
+pub(super) use rules::ICMP_ERRORS;
+use rules::{ALIVE, END, Names, TO, create};
 
 const PREFIX: &str = "soccr-steer-";
-
-const FIN: u8 = 0x01;
-const SYN: u8 = 0x02;
-const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
-
-/// Destination unreachable ("fragmentation needed" is one of its codes), time exceeded.
-pub(super) const ICMP_ERRORS: [&[u8]; 2] = [&[3, 11], &[1, 2, 3]];
 
 /// After how long without a packet steering ends by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -395,112 +391,6 @@ impl Change<'_, '_> {
 
 fn of_family(flows: &[Flow], ipv6: bool) -> Vec<Flow> {
     flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect()
-}
-
-/// The parts of a table, of which there is one for each address family.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Names([&'static str; 2]);
-
-const TO: Names = Names(["to4", "to6"]);
-const ALIVE: Names = Names(["alive4", "alive6"]);
-const END: Names = Names(["end4", "end6"]);
-
-impl Names {
-    fn name(self, ipv6: bool) -> &'static str {
-        self.0[usize::from(ipv6)]
-    }
-}
-
-fn create(transaction: &mut Transaction<'_>, [ingress, back]: [&str; 2], egress: u32, times: Times) {
-    const CHAIN: &str = "in";
-    const BACK: &str = "back";
-    transaction.create_table(false);
-    for ipv6 in [false, true] {
-        let set = Set { name: "", ipv6, size: Some(CAPACITY), timeout: false, map: false, dynamic: None };
-        transaction.create_set(&Set { name: TO.name(ipv6), map: true, ..set });
-        transaction.create_set(&Set { name: ALIVE.name(ipv6), dynamic: Some(times.idle), ..set });
-        transaction.create_set(&Set { name: END.name(ipv6), dynamic: Some(times.closing), ..set });
-    }
-    let hook = |device, priority| Hook { number: Hook::INGRESS, priority, device: Some(device) };
-    transaction.create_chain(CHAIN, hook(ingress, Hook::RAW));
-    let back = if back == ingress {
-        CHAIN
-    } else {
-        // Before a table that forwards what comes from there.
-        transaction.create_chain(BACK, hook(back, Hook::RAW - 1));
-        BACK
-    };
-    for ipv6 in [false, true] {
-        transaction.rule(back, |rule| {
-            rule.carries_ipv6(ipv6);
-            rule.is_protocol(libc::IPPROTO_TCP);
-            rule.has_tcp_flags(RST, RST);
-            rule.load_key(ipv6, Direction::Out);
-            rule.look_up(TO.name(ipv6));
-            rule.has_key(ALIVE.name(ipv6));
-            rule.keep_in(END.name(ipv6), Some(times.reset));
-            rule.keep_in(ALIVE.name(ipv6), Some(times.reset));
-        });
-    }
-    transaction.rule(CHAIN, |rule| {
-        rule.has_mark(homecoming::MARK);
-        rule.mark(0);
-        rule.accept();
-    });
-    for ipv6 in [false, true] {
-        let mut rule = |write: &dyn Fn(&mut Expressions<'_, '_>)| {
-            transaction.rule(CHAIN, |rule| {
-                rule.carries_ipv6(ipv6);
-                write(rule);
-            });
-        };
-        let tcp = |rule: &mut Expressions<'_, '_>, mask, flags| {
-            rule.is_protocol(libc::IPPROTO_TCP);
-            if mask != 0 {
-                rule.has_tcp_flags(mask, flags);
-            }
-            rule.load_key(ipv6, Direction::In);
-        };
-        let forward = |rule: &mut Expressions<'_, '_>, ending, timeout| {
-            rule.look_up(TO.name(ipv6));
-            rule.has_key(ALIVE.name(ipv6));
-            if ending {
-                rule.keep_in(END.name(ipv6), timeout);
-            }
-            rule.keep_in(ALIVE.name(ipv6), timeout);
-            rule.forward(egress, ipv6);
-        };
-        for (flag, timeout) in [(FIN, times.closing), (RST, times.reset)] {
-            rule(&|rule| {
-                tcp(rule, flag, flag);
-                forward(rule, true, Some(timeout));
-            });
-        }
-        // A peer that has ended the connection begins another one: with this host.
-        rule(&|rule| {
-            tcp(rule, SYN | ACK, SYN);
-            rule.has_key(END.name(ipv6));
-            rule.take_out(END.name(ipv6));
-            rule.take_out(ALIVE.name(ipv6));
-            rule.accept();
-        });
-        rule(&|rule| {
-            tcp(rule, 0, 0);
-            rule.has_key(END.name(ipv6));
-            forward(rule, false, Some(times.closing));
-        });
-        rule(&|rule| {
-            tcp(rule, 0, 0);
-            forward(rule, false, None);
-        });
-        for kind in ICMP_ERRORS[usize::from(ipv6)] {
-            rule(&|rule| {
-                rule.is_icmp(ipv6, *kind);
-                rule.load_quoted_key(ipv6);
-                forward(rule, false, None);
-            });
-        }
-    }
 }
 
 fn time(element: &[u8], kind: u16) -> Option<Duration> {
