@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
+use soccr_lab::{TcpInfo, wait_until};
 
 use crate::ends::{LIMIT, leave, settle_and_lock};
 use crate::openssl::{Program, make_certificate, openssl, socket_of, wait_for_listener};
@@ -57,9 +58,14 @@ fn go_on(directory: &Path, port: u16, version: &str, decrypts: bool, file: &[u8]
     }
 
     let socket = socket_of(server.pid(), port);
+    // Nobody reads on: the client's window is closed, and more waits behind it.
+    wait_until("all buffers are full", || {
+        let info = TcpInfo::of(&socket).unwrap();
+        info.unsent > 0 && info.unacknowledged == 0
+    });
     kill_process(server.pid(), Signal::STOP).unwrap();
     if decrypts {
-        // Nobody reads on, so the send queue, which does not show itself, stays.
+        // The send queue does not show itself, and stays.
         let error = soccr::tls::settle(&socket, Duration::from_millis(100)).unwrap_err();
         assert!(error.to_string().contains("does not acknowledge"), "{error}");
     }
