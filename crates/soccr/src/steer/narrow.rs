@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, SendFlags, SocketType, ipproto, sendto, socket};
 
 use crate::connection::Flow;
@@ -55,7 +56,13 @@ pub fn narrow(flow: &Flow, rcv_nxt: u32, mtu: u32) -> Result<()> {
     let failed = |errno| Error::system("ICMP to the peer", errno).at("steer");
     let socket = socket(family, SocketType::RAW, Some::<Protocol>(protocol)).map_err(failed)?;
     let sent = sendto(&socket, &message, SendFlags::NOSIGNAL, &SocketAddr::new(remote.ip(), 0));
-    sent.map(drop).map_err(failed)
+    sent.map(drop).map_err(|errno| match errno {
+        Errno::PERM => failed(errno).advise(
+            "a firewall of this host drops it: let ICMP errors out (`ct state related accept`), or full packets of \
+             the peer are cut in two for the tunnel",
+        ),
+        _ => failed(errno),
+    })
 }
 
 const DESTINATION_UNREACHABLE: u8 = 3;

@@ -59,11 +59,15 @@ impl Steerer {
 
     fn begin(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
         let others = Steering::list_by(&mut self.netfilter)?;
-        let mut used = Vec::new();
+        let (mut used, mut are_new) = (Vec::new(), true);
         for (device, flows) in arrivals(&mut self.route, flows)? {
             let steering = self.open(&device, to.device())?;
-            steering.steer_by(&mut self.netfilter, &flows, to.address())?;
+            are_new &= steering.steer_by(&mut self.netfilter, &flows, to.address())?;
             used.push(steering);
+        }
+        if are_new && others.iter().all(|other| used.contains(other)) {
+            // Nor are their answers steered.
+            return Ok(());
         }
         let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
         for other in others {

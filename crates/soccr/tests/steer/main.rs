@@ -47,6 +47,8 @@ fn main() -> ExitCode {
         tunnels::a_connection_wanders_between_networks_ipv6,
         tunnels::answers_go_back_through_the_old_host_ipv4,
         tunnels::answers_go_back_through_the_old_host_ipv6,
+        tunnels::strict_firewalls_let_it_pass_between_networks,
+        tunnels::a_firewall_that_lets_no_message_out_is_named,
         tunnels::the_path_mtu_changes_behind_a_tunnel_ipv4,
         tunnels::the_path_mtu_changes_behind_a_tunnel_ipv6,
         tunnels::peers_send_what_fits_into_the_tunnel,

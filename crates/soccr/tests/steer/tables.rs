@@ -53,6 +53,10 @@ pub fn many_are_added_moved_and_removed() {
             redirect(&flows, &c).unwrap();
             assert_eq!((to(&b), to(&c)), (0, 10_000));
             assert!(contents().iter().all(|steered| flows.contains(&steered.flow)));
+            // The first are new, and the others are not.
+            assert_eq!(stop(&flows[..100]).unwrap(), 100);
+            redirect(&flows, &b).unwrap();
+            assert_eq!((to(&b), to(&c)), (10_000, 0));
             assert_eq!(stop(&flows).unwrap(), 10_000);
         }
         assert_eq!(contents(), []);

@@ -43,6 +43,44 @@ pub fn answers_go_back_through_the_old_host_ipv6() {
     }
 }
 
+/// No host takes or sends what is not of a connection that it has seen from its beginning.
+pub fn strict_firewalls_let_it_pass_between_networks() {
+    const RULES: &str = "table inet strict {
+        chain in { type filter hook input priority 0; policy drop; ct state established,related accept; meta l4proto icmpv6 accept;
+                   udp dport 4789 accept; tcp flags & (fin | syn | rst | ack) == syn accept; }
+        chain out { type filter hook output priority 0; policy drop; ct state established,related accept; meta l4proto icmpv6 accept;
+                    udp dport 4789 accept; }
+    }";
+    for (back, ipv6) in [(false, false), (false, true), (true, false), (true, true)] {
+        let net = Net::routed(back);
+        for host in &net.hosts {
+            let strict = host.run(|| {
+                say("nft", &[RULES]).ok_or("there is no nft(8)".to_owned())?;
+                sysctl("net/netfilter/nf_conntrack_tcp_loose", "0").map_err(|error| error.to_string())
+            });
+            if let Err(error) = strict {
+                eprintln!("skipped: connections cannot be tracked strictly: {error}");
+                return;
+            }
+        }
+        wander(&net, ipv6);
+    }
+}
+
+pub fn a_firewall_that_lets_no_message_out_is_named() {
+    const RULES: &str =
+        "table inet silent { chain out { type filter hook output priority 0; meta l4proto icmp drop; }\n }";
+    let net = Net::routed(false);
+    let (_peer, stream) = connect(&net, false);
+    let flow = Flow::of(&stream).unwrap();
+    if net.hosts[0].run(|| say("nft", &[RULES])).is_none() {
+        eprintln!("skipped: there is no nft(8)");
+        return;
+    }
+    let error = net.hosts[0].run(|| soccr::steer::narrow(&flow, 1, 1450)).unwrap_err().to_string();
+    assert!(error.contains("EPERM — a firewall of this host drops it"), "{error}");
+}
+
 pub fn the_path_mtu_changes_behind_a_tunnel_ipv4() {
     narrow(&Net::routed(true), false);
 }
