@@ -153,7 +153,7 @@ impl Arrival {
     pub(crate) fn new(shared: Arc<Shared>, terms: Terms) -> Self {
         Self {
             shared,
-            delivery: Delivery::new(terms.steered),
+            delivery: Delivery::new(terms.steered, terms.numbers),
             terms,
             machine: Target::new(),
             decoder: Decoder::new(),

@@ -14,6 +14,7 @@ use crate::listen::Steered;
 #[derive(Debug)]
 pub(crate) struct Delivery {
     when: Steered,
+    numbers: Numbers,
     /// How the source steers, if it does.
     path: Option<stream::Steered>,
     /// The source, as this host reaches it: for IPv4, and for IPv6.
@@ -26,9 +27,9 @@ pub(crate) struct Delivery {
 }
 
 impl Delivery {
-    pub(crate) fn new(when: Steered) -> Self {
+    pub(crate) fn new(when: Steered, numbers: Numbers) -> Self {
         let (arranged, made) = (HashMap::new(), Vec::new());
-        Self { when, path: None, hops: [None, None], arranged, tunnel: None, made }
+        Self { when, numbers, path: None, hops: [None, None], arranged, tunnel: None, made }
     }
 
     /// The source steers what it sends: makes this end of the tunnel, and looks for the source. What takes time happens here, when
@@ -66,11 +67,12 @@ impl Delivery {
             None => {
                 let mut foreign = None;
                 if is_foreign(address)? {
-                    let was_there = Foreign::list()?.iter().any(|foreign| foreign.address() == address);
-                    if !was_there {
+                    let there = Foreign::list()?.into_iter().find(|foreign| foreign.address() == address);
+                    if there.is_none() {
                         self.made.push(address);
                     }
-                    foreign = Some(self.deliver(address)?);
+                    let numbers = there.map_or(self.numbers, |foreign| foreign.numbers());
+                    foreign = Some(self.deliver(address, numbers)?);
                 }
                 *self.arranged.entry(address).or_insert(foreign)
             }
@@ -81,9 +83,9 @@ impl Delivery {
         }
     }
 
-    fn deliver(&self, address: IpAddr) -> soccr::Result<Foreign> {
+    fn deliver(&self, address: IpAddr, numbers: Numbers) -> soccr::Result<Foreign> {
         let hop = self.hop(address);
-        let made = Foreign::deliver_from(address, Numbers::default(), hop)?;
+        let made = Foreign::deliver_from(address, numbers, hop)?;
         if let Some(hop) = hop.filter(|_| self.path.as_ref().is_some_and(|path| path.answers)) {
             made.answer_through(hop)?;
         }
@@ -103,7 +105,7 @@ impl Drop for Delivery {
             let address = foreign.address();
             if !has_socket(address) && foreign.remove().is_ok() && has_socket(address) {
                 // Another hand-over has come in between.
-                let _ = self.deliver(address);
+                let _ = self.deliver(address, foreign.numbers());
             }
         }
         if let Some(tunnel) = self.tunnel {

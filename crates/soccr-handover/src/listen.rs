@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::sync::{Arc, Mutex};
 
 use soccr::Flow;
+use soccr::steer::Numbers;
 use soccr_image::AddressMap;
 
 use crate::arrival::{Arrival, Landed};
@@ -28,6 +29,8 @@ pub struct Terms {
     pub takes_loopback: bool,
     /// When packets for addresses of other hosts are delivered here.
     pub steered: Steered,
+    /// The mark, the routing table and the rules that this takes, where nothing delivers the address yet.
+    pub numbers: Numbers,
     /// What this end has to tell people: the source passes it on, where it says so.
     pub notes: Notes,
     pub(crate) recipient: Option<Arc<Mutex<dyn Recipient>>>,

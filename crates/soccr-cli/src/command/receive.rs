@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::value_parser;
 use soccr::Restored;
+use soccr::steer::Numbers;
 use soccr_handover::channel::Pair;
 use soccr_handover::{Announced, Event, Limits, Mover, Offer, Origin, Received, Terms};
 use soccr_image::AddressMap;
@@ -56,6 +57,10 @@ pub(crate) struct Receive {
     /// When packets for an address that this host does not have are delivered here, to what has been received
     #[arg(long, value_name = "WHEN", value_enum, default_value = "auto")]
     steered: Steered,
+    /// The numbers that this delivery takes, where others use these: the mark of its packets, its routing table, and the
+    /// priority of the first of its rules
+    #[arg(long, value_name = "MARK,TABLE,PRIORITY", value_parser = parse_numbers, default_value = "0x50cc,20684,1000")]
+    steered_numbers: Numbers,
     /// End when the program runs: without it, this command and ssh(1) stay as long as the program
     #[arg(long)]
     detach: bool,
@@ -77,6 +82,26 @@ enum Steered {
     Always,
     /// Not by this command
     Never,
+}
+
+fn parse_numbers(text: &str) -> Result<Numbers, String> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    let all: Option<Vec<u32>> = text.split(',').map(number).collect();
+    // Zero is no mark, 253 to 255 are the kernel's tables, and it has rules at both ends.
+    match all.as_deref() {
+        Some([mark @ 1..=u32::MAX, table @ (1..253 | 256..=u32::MAX), priority @ 1..32_764]) => {
+            let mut numbers = Numbers::default();
+            (numbers.mark, numbers.table, numbers.priority) = (*mark, *table, *priority);
+            Ok(numbers)
+        }
+        _ => {
+            Err("not MARK,TABLE,PRIORITY with a mark that is not 0, a free table and a priority under 32764"
+                .into())
+        }
+    }
 }
 
 impl Receive {
@@ -158,6 +183,7 @@ impl Receive {
             Steered::Always => soccr_handover::Steered::Always,
             Steered::Never => soccr_handover::Steered::Never,
         };
+        terms.numbers = self.steered_numbers;
         terms
     }
 

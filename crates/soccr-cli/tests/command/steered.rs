@@ -21,6 +21,7 @@ crate::tests![
     steered_connections_wander_and_come_home,
     what_is_steered_is_seen_and_removed,
     a_target_that_is_not_to_deliver_refuses,
+    numbers_that_others_use_are_replaced,
     a_next_hop_that_does_not_fit_is_refused_before_anything_stops,
     a_source_killed_before_it_lets_go_steers_nothing,
     a_connection_that_does_not_come_home_is_steered_again,
@@ -200,6 +201,32 @@ fn a_target_that_is_not_to_deliver_refuses() {
     }
     let list = steering.list(0);
     assert!(list["steered"].as_array().unwrap().is_empty(), "{list}");
+    steering.end();
+}
+
+fn numbers_that_others_use_are_replaced() {
+    if !installed("python3") || !installed("ip") {
+        return;
+    }
+    let mut steering = Steering::new(1, false);
+    let rule = ["rule", "add", "pref", "500", "fwmark", "0x50cc", "lookup", "77"];
+    assert!(steering.lan.hosts[1].run(|| Command::new("ip").args(rule).status()).unwrap().success());
+    let hop = steering.hop(1);
+    let hop: Vec<&str> = hop.iter().map(String::as_str).collect();
+    let refused =
+        steering.send(&steering.old.pid(), &steering.receive(1, "new ", ""), &hop).output().unwrap();
+    let complaint = String::from_utf8_lossy(&refused.stderr);
+    assert!(complaint.contains("0x50cc") && complaint.contains("other numbers"), "{complaint}");
+    steering.assert_lives("old ");
+    let receive = steering.receive(1, "new ", "--steered-numbers 0x51cc,2068,900");
+    assert!(steering.send(&steering.old.pid(), &receive, &hop).status().unwrap().success());
+    steering.assert_lives("new ");
+    let delivered = &steering.list(1)["delivered"][0];
+    assert_eq!((&delivered["mark"], &delivered["table"]), (&0x51cc.into(), &2068.into()));
+    assert_eq!(delivered["priority"], 900);
+    for wrong in ["1,2", "0,2068,900", "0x51cc,254,900", "0x51cc,2068,32766", "x,1,1"] {
+        assert!(fail(2, &["receive", "--steered-numbers", wrong, "--stdio"]).contains("MARK,TABLE,PRIORITY"));
+    }
     steering.end();
 }
 
