@@ -22,7 +22,7 @@ use crate::guide::{Hop, Made, parse_hop, path};
 use crate::nat::Nat;
 use crate::selection::Selection;
 use crate::show::progress::Progress;
-use crate::signals::Deaf;
+use crate::signals::{Bell, Deaf};
 use crate::traffic::Traffic;
 use crate::{descriptors, sys};
 
@@ -57,11 +57,12 @@ Examples:
 pub(crate) struct Send {
     #[command(flatten)]
     selection: Selection,
-    /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues. The others stay
+    /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues. The others stay.
+    /// What the program has read and not answered yet nobody sees: give it more time than an answer takes
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
     /// What waits in the accept queues of the process goes along, too, in its order. What stays returns to the queue, as root and
-    /// on Linux 6.9, or else is saved in an image
+    /// on Linux 6.9, or else is saved in an image; so does everything where this command is asked to end before something has left
     #[arg(long, requires = "pid", requires = "via", group = "which")]
     listener: bool,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
@@ -108,6 +109,8 @@ impl Send {
         }
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
         let listening = if self.listener { self.selection.one_process("--listener")? } else { None };
+        // What is accepted here would end with this process, which has to go on until it is in a queue again.
+        let bell = listening.map(|_| Bell::hang()).transpose()?;
         let backlog = listening.map_or_else(|| Ok(Backlog::default()), Backlog::take)?;
         let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).chain(backlog.sockets()).collect();
         let Some(first) = sockets.first() else {
@@ -115,7 +118,7 @@ impl Send {
         };
         let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
-        let via = self.via.as_deref().map(Via::start).transpose()?;
+        let via = self.via.as_deref().map(|line| Via::start(line, bell.as_ref())).transpose()?;
         let mut nat = Nat::around(|| Ok(namespace::enter_of(*first)?))?;
         for captive in &captives {
             if let Some(translated) = captive.flow().ok().and_then(|flow| nat.of(flow)) {

@@ -28,7 +28,7 @@ crate::tests![
 ];
 
 /// A plain server: epoll, accept in a loop. Closes its listener after as many connections as its second argument says.
-/// SIGUSR1 ends its work between two answers.
+/// SIGUSR1 ends its work between two answers. What it has not answered stays in the queue, where the kernel sees it.
 const EPOLL: &str = r#"
 import select, signal, socket, sys
 working = True
@@ -55,11 +55,12 @@ while working:
             continue
         data = b""
         try:
-            data = connections[fd].recv(65536)
+            data = connections[fd].recv(65536, socket.MSG_PEEK)
         except OSError:
             pass
         if data:
             connections[fd].sendall(prefix + data)
+            connections[fd].recv(len(data))
         else:
             poll.unregister(fd)
             connections.pop(fd).close()
@@ -327,7 +328,7 @@ fn servers_that_share_a_port_share_what_comes() {
 }
 
 /// Ends a conversation, also where an assertion fails.
-struct End<'a>(&'a AtomicBool);
+pub struct End<'a>(pub &'a AtomicBool);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
@@ -353,7 +354,7 @@ fn every_byte_arrives_while_an_ipv6_client_talks() {
 }
 
 /// How often a connection moves. `SOCCR_MOVES=1000` makes a test long.
-fn moves(few: usize) -> usize {
+pub fn moves(few: usize) -> usize {
     std::env::var("SOCCR_MOVES").map_or(few, |number| number.parse().unwrap())
 }
 

@@ -1,9 +1,11 @@
 //! `send --listener`: what a server has not accepted yet.
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::net::TcpStream;
-use std::process::{Command, Output, Stdio};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitStatus, Output, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
 use soccr_lab::{Lab, Side, wait_until};
@@ -16,6 +18,8 @@ crate::tests![
     what_waits_moves_alone,
     what_is_refused_returns_to_the_queue,
     a_target_that_does_not_start_leaves_the_queue_as_it_was,
+    a_request_to_end_leaves_the_queue_as_it_was,
+    clients_of_the_queue_see_that_soccr_was_killed,
     where_nothing_waits_there_is_nothing_to_send,
 ];
 
@@ -161,6 +165,58 @@ fn a_target_that_does_not_start_leaves_the_queue_as_it_was() {
     let complaint = text(&output);
     assert!(!output.status.success() && !complaint.contains("saved in"), "{}: {complaint}", output.status);
     queue.assert_answered_by_the_old_one();
+}
+
+impl Queue {
+    /// Sends a signal to soccr while what has waited is in its sockets; how it ends, and what it says.
+    fn send_and_signal(&self, signal: Signal) -> (ExitStatus, String) {
+        let directory = tempfile::tempdir().unwrap();
+        let accepted = directory.path().join("accepted");
+        // A target that is never ready.
+        let via = format!("touch {}; exec sleep 1000", accepted.display());
+        let mut send = soccr(&["send", "--pid", &self.server.pid(), "--listener", "--timeout", "500"]);
+        send.args(["--via", &via]);
+        // The target may outlive soccr, and has its standard error.
+        let mut complaints = tempfile::tempfile().unwrap();
+        send.stdout(Stdio::null()).stderr(complaints.try_clone().unwrap()).process_group(0);
+        let mut sending = self.lab.a.run(|| send.spawn()).unwrap();
+        let group = Pid::from_child(&sending);
+        wait_until("the target has started", || accepted.exists());
+        self.wait_for(0);
+        kill_process(group, signal).unwrap();
+        let status = sending.wait().unwrap();
+        let _ = kill_process_group(group, Signal::KILL);
+        let mut complaint = String::new();
+        complaints.rewind().unwrap();
+        complaints.read_to_string(&mut complaint).unwrap();
+        (status, complaint)
+    }
+}
+
+fn a_request_to_end_leaves_the_queue_as_it_was() {
+    if !adoption_works() {
+        return;
+    }
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let queue = Queue::new();
+        let (status, complaint) = queue.send_and_signal(signal);
+        assert_eq!(status.code(), Some(1), "{complaint}");
+        assert!(complaint.contains("asked to end") && !complaint.contains("saved in"), "{complaint}");
+        queue.assert_answered_by_the_old_one();
+    }
+}
+
+fn clients_of_the_queue_see_that_soccr_was_killed() {
+    if !installed("python3") {
+        return;
+    }
+    let mut queue = Queue::new();
+    queue.send_and_signal(Signal::KILL);
+    for mut client in queue.waiting {
+        let error = client.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    assert_eq!(ask(&mut queue.accepted, "two", "old "), "old two");
 }
 
 fn where_nothing_waits_there_is_nothing_to_send() {

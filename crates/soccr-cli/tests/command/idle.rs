@@ -1,14 +1,23 @@
 //! `send --idle`: what is in use stays.
 
 use std::io::{Read, Seek, Write};
+use std::net::TcpStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
-use soccr_lab::{Side, wait_until};
+use soccr_lab::{Lab, Side, wait_until};
 
-use crate::programs::{hear, installed, json};
+use crate::adopt::{End, adoption_works, epoll, moves, wait_for_listener};
+use crate::programs::{SOCCR, complaints, connect, descriptors, hear, installed, json, soccr};
 use crate::transfer::Move;
 
-crate::tests![only_idle_connections_leave, what_is_no_longer_idle_stays,];
+crate::tests![
+    only_idle_connections_leave,
+    what_is_no_longer_idle_stays,
+    every_byte_arrives_while_clients_that_pause_are_drained,
+];
 
 impl Move {
     fn signal(&self, signal: &str) {
@@ -92,4 +101,71 @@ fn what_is_no_longer_idle_stays() {
     assert_eq!(code, Some(3), "{complaint}");
     assert!(complaint.contains("stays: it is in use again (--idle)"), "{complaint}");
     moving.assert_first_stays();
+}
+
+/// Says something, hears it again and pauses, until it is told to stop. How often.
+fn converse(mut client: TcpStream, stop: &AtomicBool) -> usize {
+    for turn in 0_usize.. {
+        if stop.load(Ordering::Relaxed) {
+            return turn;
+        }
+        let said: Vec<u8> = (0..4096 - turn % 64).map(|place| (place ^ turn) as u8).collect();
+        client.write_all(&said).unwrap();
+        let mut heard = vec![0; said.len()];
+        client.read_exact(&mut heard).unwrap();
+        assert!(heard == said, "other bytes in turn {turn}");
+        // Without pauses no connection would ever be idle.
+        thread::sleep(Duration::from_millis(turn as u64 * 37 % 200));
+    }
+    unreachable!()
+}
+
+/// Sends what is idle until nothing is left, and returns how often something stayed.
+fn drain(pid: &str) -> usize {
+    let via = format!("{SOCCR} receive --adopt");
+    let mut stayed = 0;
+    while !descriptors(pid).is_empty() {
+        let output = soccr(&["send", "--pid", pid, "--all", "--idle", "0", "--via", &via]).output().unwrap();
+        let complaint = complaints(&output.stderr);
+        let reasons =
+            ["are in use, and stay", "it is in use again (--idle)", "no connection has been idle for 0 s"];
+        for line in complaint.lines() {
+            assert!(reasons.iter().any(|reason| line.contains(reason)), "{}: {line}", output.status);
+            stayed += 1;
+        }
+        assert!(output.status.success() || !complaint.is_empty(), "{}", output.status);
+    }
+    stayed
+}
+
+fn every_byte_arrives_while_clients_that_pause_are_drained() {
+    if !adoption_works() {
+        return;
+    }
+    let clients = 10;
+    let rounds = moves(40) / clients;
+    let lab = Lab::new().unwrap();
+    let mut server = lab.a.run(|| epoll("", "", clients));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let end = End(&stop);
+        let talk = |_| {
+            let client = lab.peer.run(|| connect((lab.a.v4, 7)));
+            scope.spawn(|| converse(client, &stop))
+        };
+        let talking: Vec<_> = (0..clients).map(talk).collect();
+        let mut stayed = 0;
+        for _ in 0..rounds {
+            server = lab.a.run(|| {
+                wait_for_listener(false);
+                let new = epoll("", "", clients);
+                wait_for_listener(true);
+                stayed += drain(&server.pid());
+                new
+            });
+        }
+        drop(end);
+        let turns: usize = talking.into_iter().map(|talk| talk.join().unwrap()).sum();
+        eprintln!("{} moves, {turns} turns, {stayed} times something stayed", rounds * clients);
+    });
 }

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{SocketFlags, accept_with, ipproto, sockopt};
 use rustix::process::Pid;
 use soccr::Flow;
@@ -15,6 +16,7 @@ use soccr_handover::foreign::{Process, Sharing, Stopped, namespace, process};
 
 use crate::exit;
 use crate::give::rescue::rescue;
+use crate::signals::Deaf;
 
 /// No accept queue is longer, as a rule: clients that connect meanwhile must not keep us here.
 const MOST: usize = 1 << 16;
@@ -63,7 +65,7 @@ impl Backlog {
     /// The listener may be a blocking one, but nobody else accepts.
     fn accept(&mut self, name: &str, listener: &OwnedFd) -> rustix::io::Result<()> {
         let waits = || poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&Timespec::default()));
-        while self.0.len() < MOST && waits()? > 0 {
+        while self.0.len() < MOST && retry_on_intr(waits)? > 0 {
             let socket = accept_with(listener, SocketFlags::CLOEXEC)?;
             // Some clients have given up.
             if Flow::of(&socket).is_ok() {
@@ -89,6 +91,7 @@ impl Backlog {
 
 impl Drop for Backlog {
     fn drop(&mut self) {
+        let _deaf = Deaf::begin();
         // What has left its socket has none.
         let stay = self.0.drain(..).map(|(_, socket)| socket).filter(|socket| Flow::of(socket).is_ok());
         let stay: Vec<OwnedFd> = stay.collect();

@@ -1,6 +1,6 @@
 //! The command at the other end of a hand-over (`--via`), and the pipes to it.
 
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
@@ -15,6 +15,7 @@ use soccr_handover::channel::{Channel, Exchanged, Pair};
 
 use crate::give::parting::is_pipe;
 use crate::lifeline::Lifeline;
+use crate::signals::Bell;
 use crate::{descriptors, exit};
 
 /// How much the pipe to the target holds, where that is allowed: a window of idle connections.
@@ -27,7 +28,7 @@ const GIVING: Duration = Duration::from_secs(60);
 
 /// A running command.
 #[derive(Debug)]
-pub(crate) struct Via {
+pub(crate) struct Via<'a> {
     lifeline: Lifeline,
     child: Child,
     /// `None` where nothing more is said to it.
@@ -35,11 +36,13 @@ pub(crate) struct Via {
     from: ChildStdout,
     /// Passed on by a thread, until the pipe is closed.
     messages: Option<(OwnedFd, JoinHandle<()>)>,
+    /// Heard once.
+    bell: Option<&'a Bell>,
 }
 
-impl Via {
-    /// Runs a command of the shell, in the network of the calling thread.
-    pub(crate) fn start(line: &str) -> Result<Self> {
+impl<'a> Via<'a> {
+    /// Runs a command of the shell, in the network of the calling thread. Nothing more is sent to it once the bell rings.
+    pub(crate) fn start(line: &str, bell: Option<&'a Bell>) -> Result<Self> {
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(line).stdin(Stdio::piped()).stdout(Stdio::piped());
         if is_pipe(rustix::stdio::stderr()) {
@@ -53,7 +56,7 @@ impl Via {
             // Fewer turns between the two; where so much is not allowed, it stays as it is.
             let _ = fcntl_setpipe_size(to, ROOM);
         }
-        Ok(Self { lifeline, child, to, from, messages: None })
+        Ok(Self { lifeline, child, to, from, messages: None, bell })
     }
 
     /// Passes on what the command writes on standard error, where ours is a pipe: who reads that to its end waits for us, and not for
@@ -110,7 +113,7 @@ fn pass_on(from: &mut ChildStderr, stopped: &OwnedFd) {
     }
 }
 
-impl Channel for Via {
+impl Channel for Via<'_> {
     fn exchange(
         &mut self,
         output: &[u8],
@@ -118,7 +121,14 @@ impl Channel for Via {
         deadline: Option<Instant>,
     ) -> io::Result<Exchanged> {
         let write = self.to.as_ref().map_or(self.from.as_fd(), AsFd::as_fd);
-        Pair { read: &self.from, write }.exchange(output, input, deadline)
+        let mut pair = Pair { read: &self.from, write };
+        let Some(bell) = self.bell else { return pair.exchange(output, input, deadline) };
+        let exchanged =
+            pair.until(bell, "this command has been asked to end").exchange(output, input, deadline);
+        if exchanged.as_ref().is_err_and(|error| error.kind() == ErrorKind::Interrupted) {
+            self.bell = None;
+        }
+        exchanged
     }
 
     fn has_said_all(&mut self) {
