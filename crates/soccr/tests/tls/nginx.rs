@@ -61,7 +61,7 @@ fn go_on(directory: &Path, port: u16, version: &str, decrypts: bool, file: &[u8]
     // Nobody reads on: the client's window is closed, and more waits behind it.
     wait_until("all buffers are full", || {
         let info = TcpInfo::of(&socket).unwrap();
-        info.unsent > 0 && info.unacknowledged == 0
+        info.unsent > 0 && info.unacknowledged == info.unsent && info.snd_wnd < info.snd_mss
     });
     kill_process(server.pid(), Signal::STOP).unwrap();
     if decrypts {
