@@ -11,6 +11,7 @@ mod nginx;
 mod openssl;
 mod queues;
 mod refused;
+mod sessions;
 mod sys;
 
 /// The named functions of a module as tests.
@@ -31,5 +32,5 @@ fn main() -> ExitCode {
         refused: a_send_queue_that_does_not_show_itself an_open_record a_caller_who_does_not_carry_it keys_that_nobody_set a_small_receive_buffer
             what_has_been_read_is_restored_from_the_value what_is_only_looked_at_stays what_nobody_can_look_at_is_refused_and_stays keys_are_not_printed a_restore_without_the_module;
     };
-    soccr_lab::harness(named.into_iter().chain(moves::tests()))
+    soccr_lab::harness(named.into_iter().chain(moves::tests()).chain(sessions::tests()))
 }

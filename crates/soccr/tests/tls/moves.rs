@@ -30,7 +30,7 @@ pub fn tests() -> impl Iterator<Item = Test> {
 }
 
 /// Of each connection: as many as MOVES in the environment says.
-fn moves() -> usize {
+pub fn moves() -> usize {
     let usual = if std::env::var_os("SOCCR_EMULATED").is_some() { 6 } else { 25 };
     std::env::var("MOVES").map_or(usual, |moves| moves.parse().expect("MOVES is a number"))
 }

@@ -18,14 +18,14 @@ use crate::ends::{LIMIT, leave, settle_and_lock};
 
 const MOVES: usize = 20;
 
-const CIPHERS: [(&str, Cipher); 4] = [
+pub const CIPHERS: [(&str, Cipher); 4] = [
     ("ECDHE-ECDSA-AES128-GCM-SHA256", Cipher::AesGcm128),
     ("ECDHE-ECDSA-AES256-GCM-SHA384", Cipher::AesGcm256),
     ("ECDHE-ECDSA-AES128-CCM", Cipher::AesCcm128),
     ("ECDHE-ECDSA-CHACHA20-POLY1305", Cipher::ChaCha20Poly1305),
 ];
 
-const CONFIGURATION: &str = "openssl_conf = init
+pub const CONFIGURATION: &str = "openssl_conf = init
 [init]
 ssl_conf = ssl
 [ssl]
