@@ -21,7 +21,7 @@ pub(crate) struct Man {
 }
 
 /// When the text of the pages has changed last.
-const DATE: &str = "2026-11-26";
+const DATE: &str = "2026-11-27";
 
 impl Man {
     pub(crate) fn run(&self) -> Result<Exit> {

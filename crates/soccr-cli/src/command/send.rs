@@ -38,6 +38,9 @@ use via::Via;
 ///
 /// What the target has to tell is told here, also where it runs behind ssh(1).
 ///
+/// A connection with kernel TLS (kTLS) takes its keys along, to a program that leaves TLS to the kernel as well. It cannot go back once it
+/// has left: if the target fails then, it is saved in an image.
+///
 /// The exit status is 0 only if the target, too, has not failed by then: one on this host that gives the connections to a
 /// server (--adopt, --send-fd) is waited for.
 ///
