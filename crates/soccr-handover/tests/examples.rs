@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use soccr::steer::Steering;
-use soccr_lab::{Flags, Lan, Sniffer};
+use soccr_lab::{Flags, Lab, Lan, Side, Sniffer};
 
 soccr_lab::tests![
     a_server_is_replaced_three_times,
@@ -100,7 +100,8 @@ fn a_server_is_replaced_three_times() {
     hears(&three, "1: new\n");
 }
 
-/// The client is openssl, and the kernel of this machine encrypts for the server.
+/// The clients are openssl and curl, and the kernel of this machine encrypts for the server, which moves between processes and
+/// between hosts.
 fn a_server_with_tls_is_replaced() {
     let (probe, directory) =
         (std::net::TcpListener::bind("127.0.0.1:0").unwrap(), tempfile::tempdir().unwrap());
@@ -109,52 +110,69 @@ fn a_server_with_tls_is_replaced() {
         eprintln!("\nSKIPPED: the kernel has no TLS (modprobe tls): {error}");
         return;
     }
+    let certificate = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost \
+                       -keyout key -out certificate";
     let mut openssl = Command::new("openssl");
-    openssl.current_dir(&directory).stderr(Stdio::null()).args([
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=localhost",
-        "-keyout",
-        "key",
-        "-out",
-        "certificate",
-    ]);
-    match openssl.status() {
+    match openssl.current_dir(&directory).stderr(Stdio::null()).args(certificate.split(' ')).status() {
         Ok(status) => assert!(status.success()),
         Err(error) => return eprintln!("\nSKIPPED: openssl: {error}"),
     }
+    let lab = Lab::new().unwrap();
+    let mut resets = Sniffer::flagged(&lab.peer.namespace, "eth0", Flags::RST).unwrap();
     let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
-    let (socket, certificate, key) = (path("socket"), path("certificate"), path("key"));
-    let arguments = ["127.0.0.1:7", &socket, &certificate, &key];
-    let mut server = Example::start("replace", &arguments);
+    let (address, socket) = (format!("{}:7", lab.a.v4), path("socket"));
+    let arguments = [&address[..], &socket, &path("certificate"), &path("key")];
+    let serve_on = |side: Side| lab.host(side).run(|| Example::start("replace", &arguments));
+    let mut server = serve_on(Side::A);
     assert_eq!(server.says(), "serving 0 clients\n");
-    let mut clients: Vec<Example> = ["-tls1_2", "-tls1_3"]
-        .map(|version| {
-            let mut client = Command::new("openssl");
-            client.args(["s_client", "-quiet", version, "-connect", "127.0.0.1:7"]);
-            Example(
-                client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap(),
-            )
-        })
-        .into();
-    for round in 1..5 {
-        for client in &mut clients {
-            writeln!(client.0.stdin.as_mut().unwrap(), "line {round}").unwrap();
-            assert_eq!(client.says(), format!("{round}: line {round}\n"));
+    let start = |command: &str| {
+        let mut words = command.split(' ');
+        let mut client = Command::new(words.next().unwrap());
+        client.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        match lab.peer.run(|| client.spawn()) {
+            Ok(client) => Some(Example(client)),
+            Err(error) => {
+                eprintln!("\nSKIPPED: {command}: {error}");
+                None
+            }
         }
-        let mut before = std::mem::replace(&mut server, Example::start("replace", &arguments));
-        assert_eq!(server.says(), "serving 2 clients\n");
+    };
+    // What curl uploads comes back in numbered lines, for which it needs to know no more of HTTP than that there is an answer.
+    let curl = format!("--http0.9 -sNk -H Expect: -T . https://{address}/");
+    let mut clients: Vec<Example> = [
+        format!("openssl s_client -quiet -tls1_2 -connect {address}"),
+        format!("openssl s_client -quiet -tls1_3 -connect {address}"),
+        format!("curl --tls-max 1.2 {curl}"),
+        format!("curl --tlsv1.3 {curl}"),
+    ]
+    .iter()
+    .filter_map(|command| start(command))
+    .collect();
+    let count = clients.len();
+    let mut lines = vec![0; count];
+    let mut talk = || {
+        for (client, lines) in clients.iter_mut().zip(&mut lines) {
+            writeln!(client.0.stdin.as_mut().unwrap(), "hello").unwrap();
+            loop {
+                *lines += 1;
+                let answer = client.says();
+                let line = answer.strip_prefix(&format!("{lines}: ")).expect("one line after the other");
+                if line == "hello\n" {
+                    break;
+                }
+            }
+        }
+    };
+    talk();
+    for side in [Side::A, Side::B, Side::B, Side::A] {
+        let mut before = std::mem::replace(&mut server, serve_on(side));
+        assert_eq!(server.says(), format!("serving {count} clients\n"));
         assert_eq!(before.says(), "given away\n");
         before.ends();
+        lab.steer(side).unwrap();
+        talk();
     }
+    assert_eq!(resets.segments().unwrap().len(), 0);
 }
 
 fn a_container_runtime_moves_what_its_process_has() {
