@@ -87,7 +87,8 @@ impl Lock {
     pub(crate) fn run(&self) -> Result<Exit> {
         let mut flows = self.connections.clone();
         if let Some(image) = &self.image {
-            flows.extend(restore::read(Some(image))?.iter().map(|(_, connection)| connection.flow()));
+            let (_, saved) = restore::read(Some(image))?;
+            flows.extend(saved.iter().map(|(_, connection)| connection.flow()));
         }
         network::enter(self.netns.as_deref())?;
         if !self.list {

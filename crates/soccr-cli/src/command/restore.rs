@@ -61,8 +61,8 @@ impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
-        let file = self.file.as_deref().filter(|file| *file != Path::new("-"));
-        let mut saved = read(file)?;
+        let (file, mut saved) = read(self.file.as_deref())?;
+        let file = file.as_deref();
         consumed::check(file, saved.iter().map(|(_, connection)| connection))?;
         if saved.len() > recipient.capacity() {
             bail!("{} connections: there is room for one", saved.len());
@@ -125,27 +125,32 @@ fn left_behind(path: &Path) -> Option<(PathBuf, Saved)> {
     (!connections.is_empty()).then(|| (left.path(), connections))
 }
 
-/// Reads an image from a file or, without a name, from standard input.
-pub(crate) fn read(path: Option<&Path>) -> Result<Saved> {
+/// Reads an image from a file or, without a name, from standard input. In which file it was.
+pub(crate) fn read(path: Option<&Path>) -> Result<(Option<PathBuf>, Saved)> {
     let mut connections = Vec::new();
-    match path.filter(|path| *path != Path::new("-")) {
+    let path = path.filter(|path| *path != Path::new("-"));
+    match path {
         Some(path) => {
             let at = || path.display().to_string();
             match File::open(path) {
                 Err(error) if !path.exists() => {
                     let Some((left, found)) = left_behind(path) else { return Err(error).with_context(at) };
-                    let (left, path) = (left.display(), path.display());
                     exit::complain(&format!(
-                        "{path}: a `soccr save` was killed before it was there; {left} is restored"
+                        "{}: a `soccr save` was killed before it was there; {} is restored",
+                        path.display(),
+                        left.display()
                     ));
-                    return Ok(found);
+                    return Ok((Some(left), found));
                 }
                 file => read_into(&mut connections, file.with_context(at)?).with_context(at)?,
             }
         }
         None => read_into(&mut connections, File::from(rustix::stdio::stdin().try_clone_to_owned()?))?,
     }
-    if connections.is_empty() { bail!("there is no connection in it") } else { Ok(connections) }
+    if connections.is_empty() {
+        bail!("there is no connection in it")
+    }
+    Ok((path.map(Path::to_owned), connections))
 }
 
 /// Reads an image to its end.

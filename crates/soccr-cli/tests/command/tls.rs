@@ -3,14 +3,15 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use soccr_lab::{Side, set_option, wait_until};
+use soccr_lab::{Call, Lab, Side, run_and_kill, set_option, wait_until};
 
 use crate::kill::{
-    BEGIN, BOUNDARIES, Boundary, COMMIT, CONNECTION, End, PREAMBLE, READY, assert_nobody_has_it, hand_over,
+    BEGIN, COMMIT, CONNECTION, END, End, PREAMBLE, READY, TAKEN, assert_nobody_has_it, hand_over, moves,
 };
 use crate::programs::{
     HEIR, Program, assert_runs, assert_unlocked, fail, hear, installed, json, run, server_command, soccr,
@@ -22,8 +23,11 @@ crate::tests![
     a_connection_leaves_its_process_with_its_keys,
     a_connection_moves_to_a_program_on_this_host,
     what_must_not_leave_stays,
+    a_session_of_openssl_moves_to_a_program,
     a_killed_source_leaves_one_connection_with_kernel_tls,
-    what_the_target_cannot_have_is_saved_in_an_image,
+    a_killed_target_leaves_one_connection_with_kernel_tls,
+    what_a_killed_save_leaves_is_restored_once,
+    a_killed_restore_leaves_an_image,
 ];
 
 /// TLS 1.2, AES-GCM-128: IV, key, salt, number of the next record.
@@ -122,11 +126,14 @@ fn assert_no_key(printed: &[u8]) {
     assert!(!printed.windows(6).any(|window| window == &KEY[..6]));
 }
 
+fn has_tls() -> bool {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    encrypt([&TcpStream::connect(listener.local_addr().unwrap()).unwrap()])
+}
+
 /// The same keys for all, as no handshake would; `None` where the kernel has no TLS.
 fn encrypted(goal: Side) -> Option<Move> {
-    let probe = TcpListener::bind("127.0.0.1:0").unwrap();
-    let probe = TcpStream::connect(probe.local_addr().unwrap()).unwrap();
-    if !installed("python3") || !encrypt([&probe]) {
+    if !installed("python3") || !has_tls() {
         return None;
     }
     let keys: String = CRYPTO.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -192,40 +199,191 @@ fn what_must_not_leave_stays() {
     assert_stays(&mut moving);
 }
 
+/// The old program is OpenSSL with its session, and so is the peer; the new one knows of no TLS.
+fn a_session_of_openssl_moves_to_a_program() {
+    if !installed("python3") || !installed("openssl") || !has_tls() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let openssl = |arguments: &str| {
+        let mut command = Command::new("openssl");
+        command.args(arguments.split(' ')).current_dir(&directory).env("OPENSSL_CONF", "configuration");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    std::fs::write(directory.path().join("configuration"), CONFIGURATION).unwrap();
+    let certificate = "req -x509 -config configuration -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \
+                       -keyout key -out certificate -days 1 -subj /CN=localhost";
+    let made = openssl(certificate).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    for (cipher, goal) in CIPHERS.into_iter().zip([Side::A, Side::B, Side::A, Side::B]) {
+        eprintln!("{cipher}, to {goal:?}");
+        let lab = Lab::new().unwrap();
+        let server = format!("s_server -quiet -tls1_2 -cipher {cipher} -cert certificate -key key -accept 7");
+        let mut old = lab.a.run(|| Program::start(&mut openssl(&server)));
+        // Whether it listens, without a connection that it would take for a client.
+        let listens =
+            || json(&["list", "--json", "--pid", &old.pid()]).iter().any(|s| s["state"] == "LISTEN");
+        wait_until("the server listens", || lab.a.run(listens));
+        let client = format!("s_client -quiet -tls1_2 -cipher {cipher} -connect {}:7", lab.a.v4);
+        let mut client = lab.peer.run(|| Program::start(&mut openssl(&client)));
+        say(&mut client, "hello\n");
+        assert_says(&mut old, "hello\n");
+        let beside = lab.host(goal).run(|| Program::start(Command::new("sleep").arg("1000")));
+        let moving = Move { lab, old, clients: Vec::new(), beside, goal, directory: ".".into() };
+        assert_eq!(moving.try_send(&["--all", "--via", &moving.receive()]), (0, String::new()));
+        moving.lab.steer(goal).unwrap();
+        for _ in 0..3 {
+            say(&mut client, "more\n");
+            assert_says(&mut client, "new more\n");
+        }
+        client.0.kill().unwrap();
+        let mut complaints = String::new();
+        client.0.stderr.take().unwrap().read_to_string(&mut complaints).unwrap();
+        assert!(!complaints.contains("alert") && !complaints.contains("bad record"), "{complaints}");
+    }
+}
+
+const CIPHERS: [&str; 4] = [
+    "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-AES128-CCM",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+];
+
+const CONFIGURATION: &str = "openssl_conf = init
+[init]
+ssl_conf = ssl
+[ssl]
+system_default = defaults
+[defaults]
+Options = KTLS
+";
+
+fn say(program: &mut Program, text: &str) {
+    program.0.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+}
+
+#[track_caller]
+fn assert_says(program: &mut Program, text: &str) {
+    let mut bytes = vec![0; text.len()];
+    program.0.stdout.as_mut().unwrap().read_exact(&mut bytes).unwrap();
+    assert_eq!(String::from_utf8_lossy(&bytes), text);
+}
+
 fn a_killed_source_leaves_one_connection_with_kernel_tls() {
-    for boundary in BOUNDARIES {
-        let Some(mut moving) = encrypted(Side::B) else { return };
-        eprintln!("the source dies at {boundary:?}");
+    for (goal, boundary) in moves() {
+        let Some(mut moving) = encrypted(goal) else { return };
+        eprintln!("the source dies at {boundary:?}, to {goal:?}");
         let status = hand_over(&moving, End::Source, boundary, Signal::KILL);
         assert_eq!(status.code(), None, "{boundary:?}: killed");
         if [PREAMBLE, BEGIN, CONNECTION, READY].contains(&boundary.1) {
             assert_stays(&mut moving);
             assert_nobody_has_it(&moving);
         } else {
-            moving.assert_lives_at(Side::B, "new ");
+            moving.assert_lives_at(goal, "new ");
             moving.clients.clear();
             assert_eq!(moving.old.output(), "errno 103\n", "{boundary:?}");
         }
     }
 }
 
-/// Its process has lost it by then, and cannot have it back.
-fn what_the_target_cannot_have_is_saved_in_an_image() {
-    let Some(mut moving) = encrypted(Side::B) else { return };
-    let directory = tempfile::tempdir().unwrap();
-    moving.directory = directory.path().into();
-    let status = hand_over(&moving, End::Target, Boundary(End::Source, COMMIT), Signal::KILL);
-    assert_eq!(status.code(), Some(1));
-    assert_nobody_has_it(&moving);
-    let image = std::fs::read_dir(directory.path()).unwrap().next().expect("an image").unwrap().path();
-    let here = moving.lab.a.run(|| Program::start(std::process::Command::new("sleep").arg("1000")));
+/// When the connection has left its process and the target does not have it, it cannot go back: an image has it.
+fn a_killed_target_leaves_one_connection_with_kernel_tls() {
+    for (goal, boundary) in moves() {
+        let Some(mut moving) = encrypted(goal) else { return };
+        eprintln!("the target dies at {boundary:?}, to {goal:?}");
+        let directory = tempfile::tempdir().unwrap();
+        moving.directory = directory.path().into();
+        let status = hand_over(&moving, End::Target, boundary, Signal::KILL);
+        let was_taken = [TAKEN, END].contains(&boundary.1);
+        assert_eq!(status.code(), Some(i32::from(!was_taken)), "{boundary:?}");
+        assert_nobody_has_it(&moving);
+        let image = std::fs::read_dir(directory.path()).unwrap().next().map(|entry| entry.unwrap().path());
+        if was_taken {
+            assert_eq!(image, None, "{boundary:?}");
+            // It ends with the target, like any connection of a process that is killed.
+            moving.lab.steer(goal).unwrap();
+            let mut client = moving.clients.remove(0);
+            let _ = client.write_all(b"more");
+            assert!(!matches!(client.read(&mut [0]), Ok(1..)), "{boundary:?}");
+            assert_eq!(moving.old.output(), "errno 103\n", "{boundary:?}");
+            continue;
+        }
+        // The READY of a target that is dead is as good as any.
+        assert!(boundary.1 == READY || image.is_some() == (boundary.1 == COMMIT), "{boundary:?}: {image:?}");
+        match image {
+            Some(image) => assert_image_lives(&mut moving, &image),
+            None => assert_stays(&mut moving),
+        }
+    }
+}
+
+#[track_caller]
+fn assert_image_lives(moving: &mut Move, image: &Path) {
+    let here = moving.lab.a.run(|| Program::start(Command::new("sleep").arg("1000")));
     let restore =
         ["restore", image.to_str().unwrap(), "--netns", &here.pid(), "--", "python3", "-c", HEIR, "new "];
-    let heir = Program::start(&mut soccr(&restore));
+    let _heir = Program::start(&mut soccr(&restore));
     let consumed = image.with_extension("soccr.consumed");
     wait_until("it is restored", || consumed.exists());
     moving.assert_lives_at(Side::A, "new ");
     moving.clients.clear();
-    assert_eq!(moving.old.output(), "errno 103\n");
+    wait_until("its process has noticed", || matches!(moving.old.0.try_wait(), Ok(Some(_))));
+    let mut said = String::new();
+    moving.old.0.stdout.as_mut().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "errno 103\n");
+}
+
+fn what_a_killed_save_leaves_is_restored_once() {
+    let Some(mut moving) = encrypted(Side::A) else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let image = image.to_str().unwrap();
+    let mut save = soccr(&["save", "--pid", &moving.old.pid(), "--all", "-o", image]);
+    assert!(run_and_kill(&mut save, renames), "it was killed");
+    let pid = moving.beside.pid();
+    let arguments = ["restore", image, "--netns", &pid, "--", "python3", "-c", HEIR, "new "];
+    let heir = Program::start(soccr(&arguments).stderr(Stdio::null()));
+    moving.assert_lives_at(Side::A, "new ");
+    fail(1, &arguments);
     drop(heir);
+}
+
+/// Before the image is marked the connection is silent, and can be restored again; after that it can not, unless somebody takes the
+/// mark away.
+fn a_killed_restore_leaves_an_image() {
+    let Some(mut moving) = encrypted(Side::A) else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
+    let (image, consumed) = (path("image"), path("image.consumed"));
+    let saved = run(&["save", "--pid", &moving.old.pid(), "--all", "-o", &image]);
+    assert!(saved.status.success(), "{saved:?}");
+    let pid = moving.beside.pid();
+    let restore = |image: &str| {
+        let mut command = soccr(&["restore", image, "--netns", &pid, "--", "python3", "-c", HEIR, "new "]);
+        command.stderr(Stdio::null());
+        command
+    };
+    assert!(run_and_kill(&mut restore(&image), renames), "it was killed");
+    let mut is_marked = false;
+    let killed = run_and_kill(&mut restore(&image), |call| {
+        let before = is_marked;
+        is_marked |= renames(call);
+        before
+    });
+    assert!(killed, "it was killed");
+    assert_nobody_has_it(&moving);
+    assert!(fail(1, &["restore", &consumed, "--", "cat"]).contains("it has been restored"));
+    std::fs::rename(&consumed, &image).unwrap();
+    let _heir = Program::start(&mut restore(&image));
+    moving.assert_lives_at(Side::A, "new ");
+}
+
+fn renames(call: &Call) -> bool {
+    #[cfg(not(target_arch = "aarch64"))]
+    use libc::SYS_rename as SYS_RENAME;
+    #[cfg(target_arch = "aarch64")]
+    use libc::SYS_renameat as SYS_RENAME;
+    call.number == SYS_RENAME
 }
