@@ -95,12 +95,21 @@ struct Batch {
 }
 
 /// A connection that has arrived and lives.
-#[derive(Debug)]
 pub(crate) struct Landed {
     pub(crate) number: Id,
     pub(crate) name: String,
     pub(crate) state: Vec<u8>,
     pub(crate) stream: TcpStream,
+}
+
+/// Without the state: there may be keys in it.
+impl std::fmt::Debug for Landed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Landed")
+            .field("name", &self.name)
+            .field("stream", &self.stream)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Connections on their way in: one stream of them.

@@ -71,7 +71,6 @@ impl Origin {
 }
 
 /// A connection that a source offers: nothing has been done about it.
-#[derive(Debug)]
 #[non_exhaustive]
 pub struct Offer<'a> {
     /// What people call it at the source.
@@ -82,6 +81,16 @@ pub struct Offer<'a> {
     pub is_state_critical: bool,
     /// The connection, under the addresses that it will have.
     pub connection: &'a mut Connection,
+}
+
+/// Without the state: there may be keys in it.
+impl std::fmt::Debug for Offer<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Offer")
+            .field("name", &self.name)
+            .field("connection", &self.connection)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A recipient that only looks at offers.

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
-use soccr_handover::{ErrorKind, Mover, Terms};
+use soccr_handover::{ErrorKind, Mover, Offer, Terms};
 
 use crate::{assert_alive, connect, listen, read, stays};
 
@@ -23,7 +23,7 @@ fn encrypt(ends: [&TcpStream; 2]) -> bool {
     true
 }
 
-/// The state stands for what a program knows of the session.
+/// The state stands for what a program knows of the session, and may have keys as well.
 pub fn with_kernel_tls_it_moves_with_its_session() {
     let (ours, peers) = connect(1);
     let (mut ours, mut peer) = (ours.into_iter().next().unwrap(), &peers[0]);
@@ -35,15 +35,19 @@ pub fn with_kernel_tls_it_moves_with_its_session() {
         assert_eq!(read(&ours, 3), [number; 3]);
         ours.write_all(b"to the peer").unwrap();
         let (mut here, there) = UnixStream::pair().unwrap();
-        let listening = listen(there, Terms::default());
+        let look = |offer: &Offer<'_>| match format!("{offer:?}").contains("7, 7, 7") {
+            true => Err("a key".into()),
+            false => Ok(()),
+        };
+        let listening = listen(there, Terms::default().accept_if(look));
         let mover = Mover::new().unwrap();
-        let departing = mover.take(ours).unwrap().unread(&[number; 3]).unwrap().with_critical_state([number]);
+        let departing = mover.take(ours).unwrap().unread(&[number; 3]).unwrap().with_critical_state([7; 4]);
         assert!(!format!("{departing:?}").contains("7, 7, 7"), "a key");
         let outcome = departing.send(&mut here);
         assert!(outcome.is_moved(), "{outcome:?}");
         drop(here);
         let arrived = listening.join().unwrap().pop().unwrap();
-        assert_eq!(arrived.state(), [number]);
+        assert_eq!(arrived.state(), [7; 4]);
         assert!(!format!("{arrived:?}").contains("7, 7, 7"), "a key");
         ours = arrived.into_stream().unwrap();
         assert_eq!(read(&ours, 20_000), [number; 20_000]);
