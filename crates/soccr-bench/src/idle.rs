@@ -69,10 +69,18 @@ impl Shard {
 
     /// Runs `job` there, and waits for it.
     pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce(&mut Ends) -> T + Send + 'static) -> T {
+        self.start(job).recv().expect("the thread does not panic")
+    }
+
+    /// Runs `job` there: its outcome comes.
+    pub(crate) fn start<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Ends) -> T + Send + 'static,
+    ) -> Receiver<T> {
         let (sender, receiver) = channel();
         let jobs = self.jobs.as_ref().expect("until the drop");
-        let sent = jobs.send(Box::new(move |ends| drop(sender.send(job(ends)))));
-        sent.ok().and_then(|()| receiver.recv().ok()).expect("the thread does not panic")
+        jobs.send(Box::new(move |ends| drop(sender.send(job(ends))))).expect("the thread does not panic");
+        receiver
     }
 }
 

@@ -13,7 +13,7 @@ use std::net::TcpStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use soccr::bulk::{self, Needs};
+use soccr::bulk::Needs;
 use soccr::lock::Held;
 use soccr::{Connection, Flow, Lock, Restored};
 use soccr_image::AddressMap;
@@ -431,7 +431,7 @@ impl Arrival {
             false => drop(lock),
         }
         let (landed, shared) = (&mut self.landed, &self.shared);
-        bulk::resume(restored, |(number, name, state), outcome| match outcome {
+        shared.kit.resume(restored, |(number, name, state), outcome| match outcome {
             Ok(stream) => landed.push_back(Landed { number, name, state, stream }),
             Err(error) => shared.tell(Event::Lost { number, reason: &error.to_string() }),
         });

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use soccr::Flow;
+use soccr::bulk::Kit;
+use soccr::diag::Diag;
 use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::steer::{Homecoming, Steerer};
 use soccr_image::stream::Place;
@@ -103,9 +105,11 @@ pub(crate) struct Shared {
     /// Before the locker: what comes home finds one of the two at any time.
     pub(crate) homecoming: Mutex<Homecoming>,
     pub(crate) locker: Locker,
-    /// Kept, as is the next: to close a socket of Netfilter takes milliseconds.
+    /// Kept, as are the next two: to close a socket of Netfilter takes milliseconds.
     steerer: Mutex<Steerer>,
     silencer: Mutex<Silencer>,
+    pub(crate) kit: Kit,
+    diag: Mutex<Option<Diag>>,
     pub(crate) limits: Limits,
     /// Where it moves connections from and to, as far as the kernel tells.
     pub(crate) place: Option<Place>,
@@ -134,6 +138,8 @@ impl Mover {
             locker: Locker::new(Mode::HOLD)?,
             steerer: Mutex::new(Steerer::new()?),
             silencer: Mutex::new(Silencer::new()?),
+            kit: Kit::default(),
+            diag: Mutex::default(),
             limits,
             place: place(),
             listener: None,
@@ -213,6 +219,17 @@ impl Shared {
 
     pub(crate) fn silencer(&self) -> MutexGuard<'_, Silencer> {
         self.silencer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks for sockets, where the kernel tells of them. It is opened when it is first needed.
+    pub(crate) fn with_diag<T>(&self, look: impl FnOnce(&mut Option<Diag>) -> T) -> T {
+        let mut kept = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut diag = kept.take().or_else(|| Diag::open().ok());
+        // Nobody waits for it meanwhile.
+        drop(kept);
+        let seen = look(&mut diag);
+        *self.diag.lock().unwrap_or_else(PoisonError::into_inner) = diag;
+        seen
     }
 
     /// Of these connections some have arrived; the others stay where they are.

@@ -139,7 +139,8 @@ impl Seat {
         Ok(())
     }
 
-    /// Reads the connection again, and takes it out of the socket, provided that it is still what it was.
+    /// Reads the connection again, and takes it out of the socket, provided that it is still what it was. What stays with the socket,
+    /// such as its options, is not read twice.
     ///
     /// # Errors
     /// [`Changed`](ErrorKind::Changed) where it is not, and those of saving. The connection goes on.
@@ -153,7 +154,7 @@ impl Seat {
             return Ok(*value);
         }
         let paused = self.pause()?;
-        let connection = paused.save()?;
+        let connection = paused.save_plain()?;
         if position(&connection.control) != position(saved) {
             let what = "it changed while it was locked: another process uses it";
             return Err(Error::new(ErrorKind::Changed, what));

@@ -40,7 +40,8 @@ mod room;
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::connection::Connection;
 use crate::error::Result;
@@ -90,19 +91,78 @@ pub fn save<'fd, Fd: AsFd + 'fd, E>(
 /// queues: then the next one is not asked for yet.
 pub fn restore<K: Send>(
     connections: impl IntoIterator<Item = (K, Connection)>,
-    mut each: impl FnMut(K, Result<Restored>) + Send,
+    each: impl FnMut(K, Result<Restored>) + Send,
 ) {
-    let cost = |(_, connection): &(K, Connection)| {
-        // Nothing is validated yet.
-        connection.receive_queue.len() + connection.send_queue.len()
-    };
-    let fresh: [OnceLock<Settings>; 2] = Default::default();
-    let work = |injectors: &mut Injectors, (key, mut connection): (K, Connection)| {
-        let family = &fresh[usize::from(connection.local.is_ipv4())];
-        connection.settings.forget_defaults(family.get_or_init(|| settings_of_new(connection.local)));
-        (key, connection.restore_with(injectors))
-    };
-    pool::run(connections, cost, work, |(key, restored)| each(key, restored));
+    Kit::default().restore(connections, each);
+}
+
+/// [Resumes](Restored::resume) restored connections on as many threads as there are processors: each sends packets, and
+/// the kernel takes in the answers. Gives each to `each` under its key, in any order.
+pub fn resume<K: Send>(
+    restored: impl IntoIterator<Item = (K, Restored)>,
+    each: impl FnMut(K, Result<TcpStream>) + Send,
+) {
+    Kit::default().resume(restored, each);
+}
+
+/// What is opened to restore and to resume, kept for the next call: raw sockets, and one that asks Netfilter, which the kernel
+/// takes milliseconds to close where rules or elements of sets were removed a moment ago. Whoever restores again and again has one.
+///
+/// Threads that use it are in one network namespace.
+#[derive(Debug, Default)]
+pub struct Kit {
+    rack: pool::Rack<Injectors>,
+    /// What new sockets of IPv6 and IPv4 had, and when.
+    fresh: Mutex<[Option<(Arc<Settings>, Instant)>; 2]>,
+}
+
+/// How long that holds: to ask takes as long as a restore.
+const FRESH: Duration = Duration::from_millis(10);
+
+impl Kit {
+    /// See [`restore`].
+    pub fn restore<K: Send>(
+        &self,
+        connections: impl IntoIterator<Item = (K, Connection)>,
+        mut each: impl FnMut(K, Result<Restored>) + Send,
+    ) {
+        let cost = |(_, connection): &(K, Connection)| {
+            // Nothing is validated yet.
+            connection.receive_queue.len() + connection.send_queue.len()
+        };
+        let fresh: [OnceLock<Arc<Settings>>; 2] = Default::default();
+        let work = |injectors: &mut Injectors, (key, mut connection): (K, Connection)| {
+            let family = &fresh[usize::from(connection.local.is_ipv4())];
+            connection.settings.forget_defaults(family.get_or_init(|| self.fresh(connection.local)));
+            (key, connection.restore_with(injectors))
+        };
+        pool::run(&self.rack, connections, cost, work, |(key, restored)| each(key, restored));
+    }
+
+    fn fresh(&self, local: SocketAddr) -> Arc<Settings> {
+        let mut fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner);
+        let family = &mut fresh[usize::from(local.is_ipv4())];
+        match family {
+            Some((settings, since)) if since.elapsed() < FRESH => Arc::clone(settings),
+            _ => {
+                let settings = Arc::new(settings_of_new(local));
+                *family = Some((Arc::clone(&settings), Instant::now()));
+                settings
+            }
+        }
+    }
+
+    /// See [`resume`].
+    pub fn resume<K: Send>(
+        &self,
+        restored: impl IntoIterator<Item = (K, Restored)>,
+        mut each: impl FnMut(K, Result<TcpStream>) + Send,
+    ) {
+        let work = |injectors: &mut Injectors, (key, restored): (K, Restored)| {
+            (key, restored.resume_with(injectors))
+        };
+        pool::run(&self.rack, restored, |_| 0, work, |(key, resumed)| each(key, resumed));
+    }
 }
 
 /// What a new socket has, as sysctls and the kernel decide now; nothing where none can be made.
@@ -112,15 +172,4 @@ fn settings_of_new(local: SocketAddr) -> Settings {
         settings.read_into(socket.as_fd(), local, 0);
     }
     settings
-}
-
-/// [Resumes](Restored::resume) restored connections on as many threads as there are processors: each sends packets, and
-/// the kernel takes in the answers. Gives each to `each` under its key, in any order.
-pub fn resume<K: Send>(
-    restored: impl IntoIterator<Item = (K, Restored)>,
-    mut each: impl FnMut(K, Result<TcpStream>) + Send,
-) {
-    let work =
-        |injectors: &mut Injectors, (key, restored): (K, Restored)| (key, restored.resume_with(injectors));
-    pool::run(restored, |_| 0, work, |(key, resumed)| each(key, resumed));
 }

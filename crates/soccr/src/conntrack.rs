@@ -11,7 +11,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -189,7 +189,13 @@ fn untranslated(wanted: Tracked, reason: &str) -> Error {
 
 /// As packets show them before they are translated: those of these connections for which that makes a difference.
 pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> Vec<(Flow, Flow)> {
-    if !is_loaded() || !translates(netlink).unwrap_or(true) {
+    /// Where nothing was translated a moment ago, nothing is that is worth a lock.
+    static PLAIN: Recently = Recently::within(Duration::from_millis(10));
+    if PLAIN.holds_at(netlink.as_fd()) || !is_loaded() {
+        return Vec::new();
+    }
+    if !translates(netlink).unwrap_or(true) {
+        PLAIN.note_at(netlink.as_fd());
         return Vec::new();
     }
     let wire = |flow: &Flow| {

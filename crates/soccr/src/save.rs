@@ -103,6 +103,35 @@ pub(crate) fn save(
     Ok(position)
 }
 
+/// Everything that moves with the traffic, and the sizes of the buffers.
+pub(crate) fn plain(
+    fd: BorrowedFd<'_>,
+    peer: Option<SocketAddr>,
+    connection: &mut Connection,
+) -> Result<Position> {
+    refuse_layer(fd)?;
+    (connection.local, connection.remote) = (local_address(fd)?, remote_address(fd, peer)?);
+    connection.buffers = Some(buffers::read(fd)?.buffers);
+    let (position, control, urgent, path, ()) = standing_still(fd, false, |control, marked| {
+        queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
+        queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, marked)
+    })?;
+    (connection.control, connection.urgent, connection.path) = (control, urgent, Some(path));
+    connection.validate()?;
+    Ok(position)
+}
+
+fn refuse_layer(fd: BorrowedFd<'_>) -> Result<()> {
+    if tls::has_layer(fd)? {
+        let what = "a socket with an upper layer protocol (kTLS)";
+        return Err(Error::refused(
+            what,
+            "its keys have no place in the plain structure: save it as a whole (C: libsoccr_write)",
+        ));
+    }
+    Ok(())
+}
+
 /// Everything that moves with the traffic, its queues in memory that `memory` gives.
 pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
     fd: BorrowedFd<'_>,
@@ -114,13 +143,7 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
         queue::peek_uninit(fd, queue, room.as_mut(), length, marked)?;
         Ok(room)
     };
-    if tls::has_layer(fd)? {
-        let what = "a socket with an upper layer protocol (kTLS)";
-        return Err(Error::refused(
-            what,
-            "its keys have no place in the plain structure: save it as a whole (C: libsoccr_write)",
-        ));
-    }
+    refuse_layer(fd)?;
     let (position, control, urgent, path, (send_queue, receive_queue)) =
         standing_still(fd, false, |control, marked| {
             Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))

@@ -5,7 +5,6 @@
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -18,7 +17,7 @@ use crate::idle::{Ends, Idle, Move};
 use crate::report::{Report, Row};
 use crate::statistics::{Samples, repeat};
 
-const COUNTS: [usize; 3] = [1, 100, 5_000];
+const COUNTS: [usize; 4] = [1, 100, 5_000, 10_000];
 
 pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     let budget = Duration::from_millis(if arguments.full { 10_000 } else { 1_500 });
@@ -66,11 +65,9 @@ fn connect(shards: &Move) -> Result<()> {
 fn hand_over(shards: &Move) -> Result<()> {
     let Move { source, target, .. } = shards;
     let count = source.run(|ends| ends.streams.len());
-    thread::scope(|scope| {
-        let sending = scope.spawn(|| source.run(send));
-        target.run(move |ends| receive(ends, count))?;
-        sending.join().expect("it does not panic")
-    })
+    let sending = source.start(send);
+    target.run(move |ends| receive(ends, count))?;
+    sending.recv().context("the source does not panic")?
 }
 
 fn send(ends: &mut Ends) -> Result<()> {

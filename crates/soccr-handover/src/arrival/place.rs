@@ -1,8 +1,8 @@
 //! Connections that arrive get their places: under a lock, restored and silent, or in memory until the old socket is out of the way.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use soccr::bulk;
 use soccr::connection::State;
 use soccr::diag::Diag;
 use soccr::lock::Held;
@@ -17,14 +17,20 @@ impl Arrival {
     /// Locks and restores what has arrived.
     pub(super) fn place(&mut self) {
         (self.patience, self.arriving_bytes) = (None, 0);
+        if !self.arriving.is_empty() {
+            let shared = Arc::clone(&self.shared);
+            shared.with_diag(|diag| self.place_with(diag));
+        }
+    }
+
+    /// `None`: what is in use here cannot be found out, and the restore tells.
+    fn place_with(&mut self, diag: &mut Option<Diag>) {
         let mut batch = Vec::new();
-        // Where that cannot be found out, the restore tells.
-        let mut diag = (!self.arriving.is_empty()).then(Diag::open).and_then(soccr::Result::ok);
         let mut crowd = (self.waiting.len(), self.waiting_bytes);
         for mut arriving in std::mem::take(&mut self.arriving) {
             let accepted = match crowd.0 >= WAITING || crowd.1 > WAITING_BYTES {
                 true => Err("more connections wait for the source than there is room for".into()),
-                false => self.accept(&mut arriving, &mut diag),
+                false => self.accept(&mut arriving, diag),
             };
             match accepted {
                 Ok(()) => {
@@ -39,12 +45,12 @@ impl Arrival {
         }
         let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
         match self.shared.locker.lock(&flows) {
-            Ok(lock) => self.place_locked(batch, lock, &mut diag),
+            Ok(lock) => self.place_locked(batch, lock, diag),
             // One of them is in the way of all.
             Err(_) => {
                 for arriving in batch {
                     match self.shared.locker.lock(&[arriving.connection.flow()]) {
-                        Ok(lock) => self.place_locked(vec![arriving], lock, &mut diag),
+                        Ok(lock) => self.place_locked(vec![arriving], lock, diag),
                         Err(error) => {
                             self.make_room();
                             self.placed(arriving.id, Err(error.to_string()));
@@ -111,7 +117,7 @@ impl Arrival {
             let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
             ((id, name, state, flow, bytes), connection)
         });
-        bulk::restore(keyed, |key, outcome| outcomes.push((key, outcome)));
+        self.shared.kit.restore(keyed, |key, outcome| outcomes.push((key, outcome)));
         for ((id, name, state, flow, bytes), outcome) in outcomes {
             match self.inspect(&name, outcome) {
                 Ok(restored) => {
@@ -162,12 +168,11 @@ impl Arrival {
             keyed.push((id, *connection));
             others.insert(id, waiting);
         }
-        // The source has begun to stay silent about what leaves it.
         let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
-        self.shared.end_silence(&flows);
         let mut outcomes = Vec::with_capacity(keyed.len());
-        bulk::restore(keyed, |id, outcome| outcomes.push((id, outcome)));
-        // One that has not heard from us, and finds no socket yet, may have begun meanwhile.
+        self.shared.kit.restore(keyed, |id, outcome| outcomes.push((id, outcome)));
+        // The source has begun to stay silent about what leaves it; one that has not heard from us, and found no socket, a moment
+        // ago. What is played to a socket that is restored passes such a lock.
         self.shared.end_silence(&flows);
         for (id, outcome) in outcomes {
             let mut waiting = others.remove(&id).expect("each comes back once");

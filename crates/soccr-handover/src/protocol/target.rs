@@ -57,6 +57,13 @@ enum Stage {
     Over,
 }
 
+impl Stage {
+    /// Something is still to happen.
+    fn is_open(self) -> bool {
+        !matches!(self, Self::Taken | Self::Over)
+    }
+}
+
 /// The machine of the target. See the [module](super).
 ///
 /// [`Place`](Deed::Place) and [`Take`](Deed::Take) may be done for many at once, and later: other news may come before their
@@ -66,6 +73,9 @@ pub struct Target {
     has_begun: bool,
     announced: u32,
     stages: BTreeMap<Id, Stage>,
+    /// How many are not settled, and how many of them wait for the source.
+    open: usize,
+    waiting: usize,
     deeds: VecDeque<Deed>,
     ended: bool,
 }
@@ -92,7 +102,7 @@ impl Target {
     }
 
     fn is_open(&self) -> bool {
-        self.stages.values().any(|stage| !matches!(stage, Stage::Taken | Stage::Over))
+        self.open > 0
     }
 
     /// How many connections are still to come, as the source has said.
@@ -102,7 +112,7 @@ impl Target {
 
     /// How many are ready, and wait for the source.
     pub fn waiting(&self) -> usize {
-        self.stages.values().filter(|stage| **stage == Stage::Waiting).count()
+        self.waiting
     }
 
     /// The connection waits for the source: what was held for it counts.
@@ -126,7 +136,7 @@ impl Target {
             News::Placed(id, is_placed) => match (self.stages.get(&id), is_placed) {
                 (Some(Stage::Arriving), true) if self.ended => self.forget(id),
                 (Some(Stage::Arriving), true) => {
-                    self.stages.insert(id, Stage::Waiting);
+                    self.set(id, Stage::Waiting);
                     self.deeds.push_back(Deed::Ready(id));
                 }
                 (Some(Stage::Unwanted), true) => {
@@ -138,7 +148,7 @@ impl Target {
             },
             News::Commit(id) => match self.stages.get(&id) {
                 Some(Stage::Waiting) => {
-                    self.stages.insert(id, Stage::Raising);
+                    self.set(id, Stage::Raising);
                     self.deeds.push_back(Deed::Take(id));
                 }
                 // Our REFUSED has crossed with it.
@@ -146,12 +156,12 @@ impl Target {
                 _ => return Err(Violation("the source lets go of what was not ready")),
             },
             News::Abort(id) => match self.stages.get(&id) {
-                Some(Stage::Arriving) => drop(self.stages.insert(id, Stage::Unwanted)),
+                Some(Stage::Arriving) => self.set(id, Stage::Unwanted),
                 Some(Stage::Waiting) => self.forget(id),
                 Some(Stage::Unwanted | Stage::Over) => {}
                 _ => return Err(Violation("the source keeps what it has let go of")),
             },
-            News::Taken(id, true) => drop(self.stages.insert(id, Stage::Taken)),
+            News::Taken(id, true) => self.set(id, Stage::Taken),
             News::Taken(id, false) => self.refuse(id),
             News::Late => {
                 for id in self.all(Stage::Waiting) {
@@ -173,7 +183,7 @@ impl Target {
                 self.appear(id, Stage::Over)?;
                 self.refuse(id);
             }
-            Some(Stage::Arriving) => drop(self.stages.insert(id, Stage::Unwanted)),
+            Some(Stage::Arriving) => self.set(id, Stage::Unwanted),
             Some(Stage::Waiting) => {
                 // In this order: the source may go on with it as soon as it hears.
                 self.forget(id);
@@ -190,17 +200,26 @@ impl Target {
         if self.ended || self.announced() == 0 || self.stages.contains_key(&id) {
             return Err(Violation("the source uses a number twice, or more of them than it has announced"));
         }
-        self.stages.insert(id, stage);
+        self.set(id, stage);
         Ok(())
     }
 
+    fn set(&mut self, id: Id, stage: Stage) {
+        if let Some(before) = self.stages.insert(id, stage) {
+            self.open -= usize::from(before.is_open());
+            self.waiting -= usize::from(before == Stage::Waiting);
+        }
+        self.open += usize::from(stage.is_open());
+        self.waiting += usize::from(stage == Stage::Waiting);
+    }
+
     fn forget(&mut self, id: Id) {
-        self.stages.insert(id, Stage::Over);
+        self.set(id, Stage::Over);
         self.deeds.push_back(Deed::Forget(id));
     }
 
     fn refuse(&mut self, id: Id) {
-        self.stages.insert(id, Stage::Over);
+        self.set(id, Stage::Over);
         self.deeds.push_back(Deed::Refuse(id));
     }
 

@@ -16,10 +16,28 @@ const WORTH_A_THREAD: usize = 32;
 /// More threads than this have not been seen to help.
 const MOST_THREADS: usize = 8;
 
+/// What threads need for their work, one of each for every thread at a time.
+#[derive(Debug, Default)]
+pub(super) struct Rack<Tools>(Mutex<Vec<Tools>>);
+
+impl<Tools: Default> Rack<Tools> {
+    fn take(&self) -> Tools {
+        self.tools().pop().unwrap_or_default()
+    }
+
+    fn put_back(&self, tools: Tools) {
+        self.tools().push(tools);
+    }
+
+    fn tools(&self) -> MutexGuard<'_, Vec<Tools>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Does `work` for every item, on other threads but for the first few, and hands the outcomes to `finish`, one at a time. An item is not asked
-/// for while others that `cost` much wait. What each thread needs for its work, `Tools`, is made once and lives as long
-/// as the thread.
-pub(super) fn run<T: Send, R, Tools: Default>(
+/// for while others that `cost` much wait. Each thread takes the tools for its work from the rack, and puts them back in the end.
+pub(super) fn run<T: Send, R, Tools: Default + Send>(
+    rack: &Rack<Tools>,
     items: impl IntoIterator<Item = T>,
     cost: impl Fn(&T) -> usize + Sync,
     work: impl Fn(&mut Tools, T) -> R + Sync,
@@ -28,16 +46,17 @@ pub(super) fn run<T: Send, R, Tools: Default>(
     let (queue, finish) = (Queue::new(), Mutex::new(finish));
     let serve = || {
         let _close = CloseOnPanic(&queue);
-        let mut tools = Tools::default();
+        let mut tools = rack.take();
         while let Some(handful) = queue.take(&cost) {
             for item in handful {
                 let outcome = work(&mut tools, item);
                 finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
             }
         }
+        rack.put_back(tools);
     };
     let mut items = items.into_iter();
-    let mut tools = Tools::default();
+    let mut tools = rack.take();
     for item in items.by_ref().take(FEW) {
         let outcome = work(&mut tools, item);
         finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
@@ -45,7 +64,7 @@ pub(super) fn run<T: Send, R, Tools: Default>(
     // The number of processors takes reading the files of cgroups: a few connections do without.
     let mut items = items.peekable();
     if items.peek().is_none() {
-        return;
+        return rack.put_back(tools);
     }
     let most = thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
     thread::scope(|scope| {
@@ -69,6 +88,7 @@ pub(super) fn run<T: Send, R, Tools: Default>(
             }
         }
     });
+    rack.put_back(tools);
 }
 
 struct Queue<T> {
@@ -160,7 +180,7 @@ mod tests {
 
     fn squares(count: u64) -> Vec<u64> {
         let mut sink = Vec::new();
-        run(0..count, |_| MOST_COST / 100, |(), n| n * n, |square| sink.push(square));
+        run(&Rack::default(), 0..count, |_| MOST_COST / 100, |(), n| n * n, |square| sink.push(square));
         sink.sort_unstable();
         sink
     }
@@ -177,22 +197,22 @@ mod tests {
         let (sender, receiver) = std::sync::mpsc::channel();
         // Each item is made only when the one before has come out.
         let items = (0..100).inspect(|n| assert!(*n == 0 || receiver.recv() == Ok(n - 1)));
-        run(items, |_| 0, |(), n| n, |n| sender.send(n).unwrap());
+        run(&Rack::default(), items, |_| 0, |(), n| n, |n| sender.send(n).unwrap());
     }
 
     #[test]
     fn an_item_that_costs_too_much_goes_alone() {
         let mut count = 0;
-        run(0..20, |_| 2 * MOST_COST, |(), _| (), |()| count += 1);
+        run(&Rack::default(), 0..20, |_| 2 * MOST_COST, |(), _| (), |()| count += 1);
         assert_eq!(count, 20);
     }
 
     #[test]
     fn a_panic_ends_it_wherever_it_comes_from() {
         let everywhere: [fn(); 3] = [
-            || run(0..10_000, |_| 0, |(), n| assert!(n < 500), |()| {}),
-            || run(0..10_000, |_| 0, |(), n| n, |n| assert!(n < 500)),
-            || run((0..10_000).inspect(|n| assert!(*n < 500)), |_| 0, |(), n| n, |_| {}),
+            || run(&Rack::default(), 0..10_000, |_| 0, |(), n| assert!(n < 500), |()| {}),
+            || run(&Rack::default(), 0..10_000, |_| 0, |(), n| n, |n| assert!(n < 500)),
+            || run(&Rack::default(), (0..10_000).inspect(|n| assert!(*n < 500)), |_| 0, |(), n| n, |_| {}),
         ];
         for run in everywhere {
             assert!(catch_unwind(AssertUnwindSafe(run)).is_err());

@@ -57,18 +57,22 @@ impl Needs {
     /// Refused: the first thing that is short, how much of it is left, and how to get more.
     pub fn check(&self) -> Result<()> {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let open = fs::read_dir(DESCRIPTORS).map_or(0, Iterator::count) as u64;
-        enough("descriptors", self.connections as u64, open, limit, "raise RLIMIT_NOFILE (`ulimit -n`)")?;
+        let wanted = self.connections as u64;
+        enough("descriptors", wanted, open_descriptors(), limit, "raise RLIMIT_NOFILE (`ulimit -n`)")?;
         if let [most, ..] = numbers(MOST_TRACKED)[..] {
             let tracked = numbers(TRACKED).first().copied().unwrap_or_default();
             let remedy = "raise net.netfilter.nf_conntrack_max";
-            enough("entries of the connection tracking", self.connections as u64, tracked, most, remedy)?;
+            enough("entries of the connection tracking", wanted, tracked, most, remedy)?;
         }
-        if let [.., most] = numbers(TCP_MEMORY)[..] {
+        if self.queue_bytes > 0
+            && let [.., most] = numbers(TCP_MEMORY)[..]
+        {
             let pages = self.queue_bytes.div_ceil(rustix::param::page_size() as u64);
             enough("pages of TCP memory", pages, pages_in_use(), most, "raise net.ipv4.tcp_mem")?;
         }
-        if let [first, last, ..] = numbers(PORT_RANGE)[..] {
+        if self.ports > 0
+            && let [first, last, ..] = numbers(PORT_RANGE)[..]
+        {
             // One must be left for the host itself.
             let (wanted, remedy) = (self.ports as u64 + 1, "widen net.ipv4.ip_local_port_range");
             enough("ephemeral ports towards one peer", wanted, 0, (last + 1).saturating_sub(first), remedy)?;
@@ -83,6 +87,14 @@ fn enough(what: &str, wanted: u64, used: u64, limit: u64, remedy: &'static str) 
     }
     let left = limit.saturating_sub(used);
     Err(Error::refused(format!("{wanted} {what}: {left} of {limit} are left"), remedy).at("check"))
+}
+
+/// How many descriptors this process has: the size of their directory (Linux 6.2), or what is in it.
+fn open_descriptors() -> u64 {
+    match fs::metadata(DESCRIPTORS) {
+        Ok(directory) if directory.len() > 0 => directory.len(),
+        _ => fs::read_dir(DESCRIPTORS).map_or(0, Iterator::count) as u64,
+    }
 }
 
 /// The numbers in a file of `/proc/sys`; none where it is not there.
@@ -113,6 +125,14 @@ mod tests {
         assert!(memory.to_string().contains("tcp_mem"), "{memory}");
         let ports = Needs { ports: 1 << 16, ..none }.check().unwrap_err();
         assert!(ports.to_string().contains("ip_local_port_range"), "{ports}");
+    }
+
+    #[test]
+    fn descriptors_are_counted() {
+        // Other tests open and close some meanwhile.
+        let open: Vec<_> = (0..1000).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        let (counted, listed) = (open_descriptors(), fs::read_dir(DESCRIPTORS).unwrap().count() as u64);
+        assert!(counted.abs_diff(listed) < 500 && counted >= open.len() as u64, "{counted}, {listed}");
     }
 
     #[test]
