@@ -155,6 +155,15 @@ func main() {
 }
 "#;
 
+/// Whether its programs listen by MPTCP unless something else is said.
+fn speaks_mptcp() -> bool {
+    let version = Command::new("go").args(["env", "GOVERSION"]).output().unwrap();
+    let version = String::from_utf8(version.stdout).unwrap();
+    let minor =
+        version.trim().strip_prefix("go1.").and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+    minor.and_then(|minor| minor.parse::<u32>().ok()).is_none_or(|minor| minor >= 24)
+}
+
 fn clients_of_a_go_program_get_another_unless_it_speaks_mptcp() {
     if !adoption_works() || !installed("go") {
         return;
@@ -176,6 +185,10 @@ fn clients_of_a_go_program_get_another_unless_it_speaks_mptcp() {
     };
     move_clients(10, |name| go("0", name), ask);
 
+    if !speaks_mptcp() {
+        eprintln!("\nSKIPPED: programs of this Go do not listen by MPTCP (Go 1.24)\n");
+        return;
+    }
     let lab = Lab::new().unwrap();
     if lab.a.run(|| sysctl("net/mptcp/enabled", "1")).is_err() {
         eprintln!("\nSKIPPED: this kernel has no MPTCP\n");
