@@ -132,3 +132,26 @@ impl From<Error> for io::Error {
         io::Error::new(kind, error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_reading_keeps_its_kind_and_its_source() {
+        let read = |kind: io::ErrorKind| Error::reading(kind.into());
+        assert_eq!(read(io::ErrorKind::UnexpectedEof).kind(), ErrorKind::Truncated);
+        let broken = read(io::ErrorKind::BrokenPipe);
+        assert_eq!(broken.kind(), ErrorKind::Io);
+        assert!(std::error::Error::source(&broken).is_some());
+        let kinds = [
+            (broken, io::ErrorKind::BrokenPipe),
+            (read(io::ErrorKind::UnexpectedEof), io::ErrorKind::UnexpectedEof),
+            (Error::newer("a field"), io::ErrorKind::Unsupported),
+            (Error::invalid("a field"), io::ErrorKind::InvalidData),
+        ];
+        for (error, kind) in kinds {
+            assert_eq!(io::Error::from(error).kind(), kind);
+        }
+    }
+}
