@@ -1,5 +1,6 @@
 //! How the command ends: exit codes, and one line for what went wrong.
 
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::OnceLock;
@@ -82,6 +83,27 @@ pub(crate) fn complain(line: &str) {
     }
     // Connections must not be lost because nobody reads it.
     let _ = writeln!(anstream::stderr(), "soccr: {line}");
+}
+
+/// Tells lines about many things: a text that is the same for more than a few once, with the first of them and how many more.
+pub(crate) fn complain_of_all(all: impl IntoIterator<Item = (String, String)>) {
+    /// So many are named one by one.
+    const FEW: usize = 3;
+    let mut texts: Vec<(String, Vec<String>)> = Vec::new();
+    let mut places = HashMap::new();
+    for (name, text) in all {
+        let place = *places.entry(text.clone()).or_insert_with(|| {
+            texts.push((text, Vec::new()));
+            texts.len() - 1
+        });
+        texts[place].1.push(name);
+    }
+    for (text, names) in texts {
+        match names.len() {
+            ..=FEW => names.iter().for_each(|name| complain(&format!("{name}: {text}"))),
+            count => complain(&format!("{} and {} more: {text}", names[0], count - 1)),
+        }
+    }
 }
 
 /// An error with everything that it is about. The errors of the libraries tell their cause themselves.

@@ -1,5 +1,6 @@
 //! Next hops and tunnels, as the command line names them.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use anyhow::{Result, bail};
@@ -30,6 +31,16 @@ pub(crate) fn parse_hop(text: &str) -> Result<Hop, String> {
         _ => return Err(wrong()),
     };
     Ok(Hop::Address { address: address(text)?, device })
+}
+
+impl fmt::Display for Hop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address { address, device: None } => address.fmt(f),
+            Self::Address { address, device: Some(device) } => write!(f, "{address} dev {device}"),
+            Self::Tunnel(remote) => write!(f, "vxlan:{remote}"),
+        }
+    }
 }
 
 impl Hop {

@@ -183,16 +183,16 @@ fn leave_out_local(captives: &mut Vec<Captive>) -> Result<()> {
     })
     .with_context(|| captives[0].name().to_owned())?;
     let mut local = local.into_iter().map(|local| local != 0);
+    let mut left_out = Vec::new();
     captives.retain(|captive| {
         let stays = local.next() == Some(true);
         if stays {
-            exit::complain(&format!(
-                "{}: left out: its peer is this host itself (--with-local takes it)",
-                captive.name()
-            ));
+            let why = "left out: its peer is this host itself (--with-local takes it)";
+            left_out.push((captive.name().to_owned(), why.to_owned()));
         }
         !stays
     });
+    exit::complain_of_all(left_out);
     match captives.is_empty() {
         true => bail!("there is no other connection"),
         false => Ok(()),

@@ -2,10 +2,12 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 
@@ -20,6 +22,18 @@ pub(crate) fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     check(result.into())?;
     info.truncate(length as usize);
     Ok(info)
+}
+
+/// The time of day where this command runs, such as 15:04:31.
+pub(crate) fn time_of_day(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = since.as_secs() as libc::time_t;
+    let mut parts = MaybeUninit::<libc::tm>::uninit();
+    // SAFETY: both pointers are valid for the call; where it says that it has succeeded, the parts are written.
+    match unsafe { libc::localtime_r(&seconds, parts.as_mut_ptr()).as_ref() } {
+        Some(tm) => format!("{:02}:{:02}:{:02}", tm.tm_hour, tm.tm_min, tm.tm_sec),
+        None => format!("{seconds} s after 1970"),
+    }
 }
 
 /// Gives descriptors the numbers from `first` on, where a program to be executed expects them; they are none of these

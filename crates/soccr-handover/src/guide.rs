@@ -7,7 +7,7 @@ use soccr_image::stream::{Place, Steered};
 
 use crate::arrival::is_in_use;
 use crate::error::Result;
-use crate::mover::Shared;
+use crate::mover::{Event, Shared};
 
 /// How packets follow connections to another host, see [`soccr::steer`].
 #[derive(Clone, Debug, Default)]
@@ -85,7 +85,11 @@ impl Guide {
             }
             let flows: Vec<Flow> = leaving.iter().map(|(flow, _)| *flow).collect();
             self.is_silent = true;
-            return Ok(shared.silencer().begin(&flows, shared.limits.silence)?);
+            shared.silencer().begin(&flows, shared.limits.silence)?;
+            if !shared.limits.silence.is_zero() {
+                shared.tell(Event::Silent(shared.limits.silence));
+            }
+            return Ok(());
         }
         for ipv6 in [false, true] {
             let flows: Vec<Flow> = of(ipv6).map(|(flow, _)| *flow).collect();

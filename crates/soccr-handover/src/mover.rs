@@ -67,6 +67,8 @@ pub enum Event<'a> {
     /// From here on connections are in the memory of this process alone, until the target has them: it must not be ended. Told once,
     /// before the first one leaves.
     Leaving,
+    /// From now on this host is silent about connections that leave, for so long: see [`Limits::silence`].
+    Silent(Duration),
     /// A connection has been restored here; it is not ours yet.
     Restored {
         /// Its name, as the source gave it.

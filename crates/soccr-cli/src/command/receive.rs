@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -139,6 +139,7 @@ impl Receive {
         let received = mover.receive_all(&mut channel, terms.for_recipient(Arc::clone(&intake) as _));
         let Received { arrived, outcome, end, .. } = received;
         let deaf = bell.deafen();
+        exit::complain_of_all(counts.complaints().drain(..));
         if let Err(error) = &outcome {
             exit::complain(&error.to_string());
         }
@@ -197,12 +198,12 @@ impl Receive {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
                 // A source that listens tells why it stays.
                 if !counts.is_heard.load(Ordering::Relaxed) {
-                    exit::complain(&format!("connection {number}: {reason}"));
+                    counts.complaints().push((format!("connection {number}"), reason.to_owned()));
                 }
             }
             Event::Lost { number, reason } => {
                 counts.lost.fetch_add(1, Ordering::Relaxed);
-                exit::complain(&format!("connection {number}: lost: {reason}"));
+                counts.complaints().push((format!("connection {number}"), format!("lost: {reason}")));
             }
             Event::Warning(what) => exit::complain(what),
             _ => {}
@@ -218,6 +219,14 @@ struct Counts {
     is_heard: AtomicBool,
     failed: AtomicUsize,
     lost: AtomicUsize,
+    complaints: Mutex<Vec<(String, String)>>,
+}
+
+impl Counts {
+    /// What people are told when it is over.
+    fn complaints(&self) -> MutexGuard<'_, Vec<(String, String)>> {
+        self.complaints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What is asked about each connection.

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::value_parser;
@@ -123,13 +123,12 @@ impl Send {
         // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
         let via = self.via.as_deref().map(|line| Via::start(line, bell.as_ref())).transpose()?;
         let mut nat = Nat::around(|| Ok(namespace::enter_of(*first)?))?;
-        for captive in &captives {
-            if let Some(translated) = captive.flow().ok().and_then(|flow| nat.of(flow)) {
-                exit::complain(&format!("{}: {}", captive.name(), translated.warning()));
-            }
-        }
-        let target_failed = Arc::new(AtomicBool::new(false));
-        let mover = self.mover(sockets.len(), Arc::clone(&target_failed))?;
+        exit::complain_of_all(captives.iter().filter_map(|captive| {
+            let translated = captive.flow().ok().and_then(|flow| nat.of(flow))?;
+            Some((captive.name().to_owned(), translated.warning()))
+        }));
+        let heard = Arc::new(Heard::default());
+        let mover = self.mover(sockets.len(), Arc::clone(&heard))?;
         let mut names: Vec<String> = captives.iter().map(|captive| captive.name().to_owned()).collect();
         let waiting = backlog.seats()?;
         let mut departing = Vec::with_capacity(sockets.len());
@@ -152,7 +151,7 @@ impl Send {
                 let outcomes = sending.through(&mut via);
                 report(&names, &outcomes);
                 let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved));
-                failed += usize::from(has_failed || target_failed.load(Ordering::Relaxed));
+                failed += usize::from(has_failed || heard.failed.load(Ordering::Relaxed));
                 outcomes
             }
             None => {
@@ -164,6 +163,12 @@ impl Send {
         let count = |which: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| which(outcome)).count();
         let lost = count(|outcome| matches!(outcome, Outcome::Unknown(_)));
         let gone = count(Outcome::is_moved);
+        // Of what went one way nobody knows whether it arrived.
+        if gone > 0 && self.via.is_some() {
+            let text = self.summary([gone, outcomes.len() - lost - gone, lost], heard.silent_until());
+            // It has happened, whether somebody reads that or not.
+            let _ = exit::print(&format!("{text}\n"));
+        }
         Ok(match (lost, outcomes.len() - lost - gone + failed, gone) {
             (1.., _, _) => Exit::Lost,
             (0, 0, _) => Exit::Done,
@@ -173,7 +178,7 @@ impl Send {
     }
 
     /// To be called in the network namespace of the connections.
-    fn mover(&self, count: usize, target_failed: Arc<AtomicBool>) -> Result<Mover> {
+    fn mover(&self, count: usize, heard: Arc<Heard>) -> Result<Mover> {
         let mut limits = Limits::default();
         limits.start = Duration::from_secs(self.timeout);
         limits.answer = limits.start;
@@ -187,14 +192,38 @@ impl Send {
             Event::Leaving => {
                 *deaf.lock().unwrap_or_else(PoisonError::into_inner) = Some(Deaf::begin());
             }
+            Event::Silent(time) => {
+                let until = SystemTime::now() + time;
+                *heard.silent_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+            }
             Event::Note { text, failed } => {
                 exit::complain(text);
-                target_failed.fetch_or(failed, Ordering::Relaxed);
+                heard.failed.fetch_or(failed, Ordering::Relaxed);
             }
             Event::Warning(what) => exit::complain(what),
             _ => {}
         };
         Ok(Mover::with(limits)?.on_event(listener))
+    }
+
+    /// What has become of the connections: how many left, stay, and are lost.
+    fn summary(&self, [gone, stay, lost]: [usize; 3], silent_until: Option<SystemTime>) -> String {
+        let mut text = format!("{gone} left");
+        let mut more = |count, what: &str| {
+            if count > 0 {
+                text += &format!(", {count} {what}");
+            }
+        };
+        more(stay, if stay == 1 { "stays" } else { "stay" });
+        more(lost, "in doubt");
+        if let Some(time) = silent_until {
+            text += &format!("; silent about what left until {}", sys::time_of_day(time));
+        }
+        if !self.steer.is_empty() {
+            let hops: Vec<String> = self.steer.iter().map(Hop::to_string).collect();
+            text += &format!("; steered to {}", hops.join(", "));
+        }
+        text
     }
 
     /// How packets for these connections follow them. To be called in their network namespace.
@@ -207,24 +236,34 @@ impl Send {
     }
 }
 
+/// What the hand-over has told, other than at once.
+#[derive(Default)]
+struct Heard {
+    /// The target has not done what it was to do with all connections.
+    failed: AtomicBool,
+    silent_until: Mutex<Option<SystemTime>>,
+}
+
+impl Heard {
+    fn silent_until(&self) -> Option<SystemTime> {
+        *self.silent_until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Says what has not moved.
 fn report(names: &[String], outcomes: &[Outcome]) {
-    for (name, outcome) in names.iter().zip(outcomes) {
-        match outcome {
-            Outcome::Moved => {}
+    exit::complain_of_all(names.iter().zip(outcomes).filter_map(|(name, outcome)| {
+        let text = match outcome {
+            Outcome::Moved => return None,
             Outcome::Stays(stream, error) if error.kind() == ErrorKind::Adrift => {
-                let why = rescue(std::slice::from_ref(stream), &anyhow!("{error}"));
-                exit::complain(&format!("{name}: {}", exit::line(&why)));
+                exit::line(&rescue(std::slice::from_ref(stream), &anyhow!("{error}")))
             }
-            Outcome::Stays(_, error) => exit::complain(&format!("{name}: stays: {error}")),
-            Outcome::Unknown(error) if error.kind() == ErrorKind::Lost => {
-                exit::complain(&format!("{name}: lost: {error}"));
-            }
-            Outcome::Unknown(error) => {
-                exit::complain(&format!("{name}: the target has it, or it is lost: {error}"));
-            }
-        }
-    }
+            Outcome::Stays(_, error) => format!("stays: {error}"),
+            Outcome::Unknown(error) if error.kind() == ErrorKind::Lost => format!("lost: {error}"),
+            Outcome::Unknown(error) => format!("the target has it, or it is lost: {error}"),
+        };
+        Some((name.clone(), text))
+    }));
 }
 
 /// Those that are idle.

@@ -70,9 +70,9 @@ impl Server {
         // Where some stay, nothing is gained by waiting for others: what follows saves them.
         let limit = if reasons.is_empty() { ACCEPT } else { Duration::ZERO };
         let waiting = wait_for_accept(&mut adopter, adopted, limit)?;
-        for there in &waiting {
-            exit::complain(&format!("{there}: it stays there, alive, until the server accepts it"));
-        }
+        exit::complain_of_all(waiting.iter().map(|there| {
+            (there.to_string(), "it stays there, alive, until the server accepts it".to_owned())
+        }));
         match reasons.first() {
             None => Ok(()),
             Some(reason) => Err(anyhow!("{} of the connections were not adopted: {reason}", reasons.len())),
