@@ -113,8 +113,11 @@ pub fn resume<K: Send>(
 pub struct Kit {
     rack: pool::Rack<Injectors>,
     /// What new sockets of IPv6 and IPv4 had, and when.
-    fresh: Mutex<[Option<(Arc<Settings>, Instant)>; 2]>,
+    fresh: Mutex<[Option<Fresh>; 2]>,
 }
+
+/// The settings of a new socket, and when they were read.
+type Fresh = (Arc<Settings>, Instant);
 
 /// How long that holds: to ask takes as long as a restore.
 const FRESH: Duration = Duration::from_millis(10);
