@@ -63,7 +63,15 @@ fn read_tls(fd: BorrowedFd<'_>) -> Result<Tls> {
         return Err(refused("kernel TLS without keys", "save it before or after its handshake"));
     };
     let (Some(version), Some(cipher)) = (Version::from_wire(kind.0), Cipher::from_kernel(kind.1)) else {
-        let what = format!("kernel TLS of version {:#06x} with cipher {}", kind.0, kind.1);
+        // linux/tls.h: ciphers that are not carried.
+        let cipher = match kind.1 {
+            55 => "sm4-gcm".to_owned(),
+            56 => "sm4-ccm".to_owned(),
+            57 => "aria-gcm-128".to_owned(),
+            58 => "aria-gcm-256".to_owned(),
+            number => format!("cipher {number}"),
+        };
+        let what = format!("kernel TLS of version {:#06x} with {cipher}", kind.0);
         return Err(refused(
             what,
             "AES-GCM, AES-CCM-128 and ChaCha20-Poly1305 of TLS 1.2 and 1.3 are carried",

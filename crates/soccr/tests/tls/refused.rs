@@ -7,7 +7,7 @@ use rustix::net::{SendFlags, send, sockopt};
 use soccr::connection::Tls;
 use soccr::tls::{Cipher, Secrets, Version};
 use soccr::{Connection, Error, Flow, Lock};
-use soccr_lab::{TcpInfo, wait_until};
+use soccr_lab::{TcpInfo, set_option, wait_until};
 
 use crate::ends::{Ends, Kind, OURS, assert_reads, keys, leave, records, set_layer, settle_and_lock};
 use crate::sys::{receive_record, send_record};
@@ -71,6 +71,24 @@ pub fn keys_that_nobody_set() {
     set_layer(&ends.ours).unwrap();
     assert_says(&refused(&ends), "without keys");
     ends.assert_alive();
+}
+
+pub fn ciphers_that_are_not_carried() {
+    for (version, number, name) in [(Version::Tls13, 55_u16, "sm4-gcm"), (Version::Tls12, 57, "aria-gcm-128")]
+    {
+        let Some(mut ends) = Ends::plain() else { return };
+        set_layer(&ends.ours).unwrap();
+        // Its parts are as long as those of AES-GCM-128.
+        let key = keys(Cipher::AesGcm128, OURS);
+        let whole = [&(version as u16).to_ne_bytes()[..], &number.to_ne_bytes(), &key].concat();
+        if let Err(error) = set_option(&ends.ours, 282, 1, &whole) {
+            eprintln!("\nSKIPPED: the kernel has no {name}: {error}");
+            continue;
+        }
+        assert_says(&refused(&ends), name);
+        ends.ours.write_all(b"alive").unwrap();
+        assert_eq!(ends.peer.peek(&mut [0; 5]).unwrap(), 5);
+    }
 }
 
 pub fn a_small_receive_buffer() {
