@@ -66,15 +66,17 @@ pub fn a_full_flight_stays_in_order() {
     };
     receive(10_000_000);
     let out_of_order = || counter(&pair.a.namespace, "TCPSACKReorder");
-    let before = out_of_order();
+    let mut overtaken = 0;
     for _ in 0..30 {
+        let before = out_of_order();
         let lock = locker.lock(&[flow]).unwrap();
         wait_until("packets are held", || lock.held() > 0);
         lock.release().unwrap();
         receive(500_000);
+        // One release can count many times.
+        overtaken += u32::from(out_of_order() > before);
     }
     // Where other work of this machine comes between, one may be overtaken after all; without an order nearly all are.
-    let overtaken = out_of_order() - before;
     if overtaken >= 10 && std::env::var_os("SOCCR_EMULATED").is_some() {
         eprintln!(
             "\nSKIPPED: an emulated processor is too slow to be as fast as the peer's ({overtaken} of 30)\n"
