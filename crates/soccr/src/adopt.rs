@@ -238,8 +238,7 @@ impl Adopter {
                 "restore the connection and give its socket away: that waits until they are",
             ));
         }
-        // Where it is 0 the kernel would not look at what the program says, and reset the peer.
-        self.sysctls.check_cookies()?;
+        self.sysctls.check_silent(connection)?;
         let flow = connection.flow();
         let mut interface = obstacle::scope(flow);
         let mut there = self.look(flow, interface)?;

@@ -42,6 +42,12 @@ pub(super) fn in_connection(connection: &Connection) -> Result<()> {
             "a server accepts only those that can be written to: ESTABLISHED and CLOSE_WAIT",
         );
     }
+    if control.reset {
+        return refuse(
+            "a connection that its peer has reset",
+            "its peer is gone: let the old server read of it",
+        );
+    }
     if connection.urgent.is_some() {
         return refuse("urgent data", "let the old server read it first");
     }
@@ -191,6 +197,15 @@ impl Sysctls {
         })
     }
 
+    /// What the kernel would not refuse itself: without cookies it resets the peer, and without ECN it forgets ECN.
+    pub(super) fn check_silent(&self, connection: &Connection) -> Result<()> {
+        self.check_cookies()?;
+        match connection.control.options.ecn {
+            true => insist(&self.ecn, "tcp_ecn", "a connection with ECN"),
+            false => Ok(()),
+        }
+    }
+
     pub(super) fn check_cookies(&self) -> Result<()> {
         insist(&self.cookies, "tcp_syncookies", "a kernel that takes no SYN cookies")
     }
@@ -198,7 +213,7 @@ impl Sysctls {
     /// What was negotiated must be allowed here.
     pub(super) fn check(&self, connection: &Connection) -> Result<()> {
         let options = &connection.control.options;
-        self.check_cookies()?;
+        self.check_silent(connection)?;
         if options.window_scale.is_some() {
             insist(&self.scaling, "tcp_window_scaling", "a connection with window scaling")?;
         }
@@ -207,9 +222,6 @@ impl Sysctls {
         }
         if options.timestamps.is_some() {
             insist(&self.timestamps, "tcp_timestamps", "a connection with timestamps")?;
-        }
-        if options.ecn {
-            insist(&self.ecn, "tcp_ecn", "a connection with ECN")?;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ pub(super) fn room_for(connection: &Connection) -> u32 {
     const REST: u32 = 16 << 10;
     let queue = connection.control.inq_len;
     // A segment of ours takes 33,024 bytes for 32,000.
-    let room = queue + queue / 32 + REST;
+    let room = queue + queue / 31 + REST;
     let fixed = connection.buffers.filter(|buffers| buffers.lock & buffers::RECEIVE_LOCK != 0);
     room.max(fixed.map_or(0, |buffers| buffers.receive))
 }

@@ -9,7 +9,7 @@ use std::net::Shutdown;
 
 use ends::{Ends, On, accept, adopter, connect, pattern, read};
 use soccr::connection::{ControlBlock, State};
-use soccr::pause;
+use soccr::{Fidelity, pause};
 use soccr_lab::{Family, TcpInfo, set_option, sysctl, wait_until};
 
 macro_rules! tests {
@@ -22,6 +22,7 @@ fn main() -> std::process::ExitCode {
     soccr_lab::harness(tests! {
         adopted: every_kind_of_listener_accepts_it
             what_was_negotiated_comes_back
+            the_options_of_the_listener_count
             a_listener_that_is_bound_to_a_device_accepts_it
             a_long_queue_enters_before_the_server_reads
             what_arrives_meanwhile_follows
@@ -37,6 +38,7 @@ fn main() -> std::process::ExitCode {
             what_does_not_enter_as_a_whole_is_taken_back
             a_kernel_without_cookies
             a_kernel_without_an_option
+            a_loopback_that_is_down
             a_listener_that_speaks_mptcp
             a_listener_that_is_bound_to_another_device
             nobody_listens
@@ -138,6 +140,24 @@ mod adopted {
         }
     }
 
+    pub fn the_options_of_the_listener_count() {
+        let mut ends = Ends::new(Family::V4);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        ends.ours.set_nodelay(true).unwrap();
+        let listener = ends.listen(Family::V4, On::Address);
+        let (lock, connection) = ends.leave();
+        let connections = [connection];
+        let adopted = ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0).unwrap();
+        let nodelay = adopted.report().get("TCP_NODELAY").expect("it is listed");
+        assert_eq!(nodelay.fidelity(), Fidelity::Missing);
+        assert!(nodelay.reason().contains("options of its listener"), "{nodelay}");
+        lock.release().unwrap();
+        adopter.announce(&connections[0]).unwrap();
+        let server = accept(&listener);
+        assert!(!server.nodelay().unwrap());
+        ends.talk(&server);
+    }
+
     /// What must not differ.
     fn fixed(control: &ControlBlock) -> (State, [u32; 4], u16, [Option<u8>; 2], [bool; 3]) {
         let ControlBlock { state, rcv_nxt, inq_len, write_seq, outq_len, options, .. } = control;
@@ -172,8 +192,7 @@ mod adopted {
     }
 
     pub fn a_long_queue_enters_before_the_server_reads() {
-        for family in [Family::V4, Family::V6] {
-            let length = 8 << 20;
+        for (family, length) in [(Family::V4, 64 << 20), (Family::V6, 8 << 20)] {
             let mut ends = Ends::prepared(family, |host| {
                 let sizes = format!("4096 {0} {0}", length * 4);
                 host.run(|| sysctl("net/ipv4/tcp_rmem", &sizes).and(sysctl("net/ipv4/tcp_wmem", &sizes)))

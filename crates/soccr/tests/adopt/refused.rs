@@ -3,9 +3,12 @@
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::num::NonZeroU32;
+use std::process::Command;
 
 use rustix::net::{AddressFamily, Protocol, SocketType, bind, listen, socket, sockopt};
 use soccr::adopt::Adopter;
+use soccr::connection::State;
+use soccr::settings::Value;
 use soccr::{Connection, Lock};
 use soccr_lab::{Family, attach_filter, set_option, sysctl, wait_until};
 
@@ -41,6 +44,17 @@ pub fn what_no_server_can_have_stays() {
     other.control.inq_len = 1;
     other.receive_queue = vec![0];
     assert_refused(&ends, &mut adopter, &lock, &other, "urgent data");
+    for state in [State::FinWait1, State::FinWait2, State::Closing, State::LastAck, State::SynSent] {
+        other = connection.clone();
+        other.control.state = state;
+        assert_refused(&ends, &mut adopter, &lock, &other, &format!("a connection in {state}"));
+    }
+    other = connection.clone();
+    other.control.reset = true;
+    assert_refused(&ends, &mut adopter, &lock, &other, "its peer has reset");
+    other = connection.clone();
+    other.settings.set("TCP_MD5SIG", Value::Bytes(vec![0; 216]));
+    assert_refused(&ends, &mut adopter, &lock, &other, "TCP MD5");
     other = connection.clone();
     other.control.options.mss_clamp = 500;
     assert_refused(&ends, &mut adopter, &lock, &other, "an MSS of 500");
@@ -108,13 +122,31 @@ pub fn a_kernel_without_cookies() {
 }
 
 pub fn a_kernel_without_an_option() {
-    for name in ["tcp_sack", "tcp_timestamps", "tcp_window_scaling"] {
-        let mut ends = Ends::new(Family::V4);
+    for name in ["tcp_sack", "tcp_timestamps", "tcp_window_scaling", "tcp_ecn"] {
+        let mut ends = Ends::prepared(Family::V4, |host| {
+            host.run(|| sysctl("net/ipv4/tcp_ecn", "1")).unwrap();
+        });
         let Some(mut adopter) = adopter(&ends.pair) else { return };
         let _listener = ends.listen(Family::V4, On::Wildcard);
         ends.pair.a.run(|| sysctl(&format!("net/ipv4/{name}"), "0")).unwrap();
         assert_stays(&mut ends, &mut adopter, name);
     }
+}
+
+pub fn a_loopback_that_is_down() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let _listener = ends.listen(Family::V4, On::Wildcard);
+    let set =
+        |state: &str| ends.pair.a.run(|| Command::new("ip").args(["link", "set", "lo", state]).status());
+    if !set("down").is_ok_and(|status| status.success()) {
+        eprintln!("\nSKIPPED: there is no ip(8)\n");
+        return;
+    }
+    let (lock, connection) = ends.leave();
+    assert_refused(&ends, &mut adopter, &lock, &connection, "bring `lo` up");
+    assert!(set("up").unwrap().success());
+    go_on(&mut ends, lock, &connection);
 }
 
 pub fn a_listener_that_speaks_mptcp() {
