@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use soccr::adopt::Adopter;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
@@ -18,6 +19,8 @@ use crate::programs::{Program, SOCCR, ask, connect, descriptors, fail, installed
 crate::tests![
     connections_enter_another_server_on_the_same_port,
     a_saved_connection_enters_a_server,
+    a_server_at_another_address_gets_what_is_mapped,
+    what_the_server_does_not_accept_is_told_and_lives,
     without_a_server_they_stay,
     what_a_full_queue_does_not_take_is_saved_and_told,
     servers_that_share_a_port_share_what_comes,
@@ -153,6 +156,69 @@ fn a_saved_connection_enters_a_server() {
         succeed(&["restore", image, "--adopt"]);
         assert_eq!(ask(&mut client, "two", "new "), "new two");
     });
+}
+
+fn a_server_at_another_address_gets_what_is_mapped() {
+    if !adoption_works() {
+        return;
+    }
+    let (lab, client, old, directory) = saved_unread();
+    let image = directory.path().join("image");
+    let listener = lab.a.run(|| TcpListener::bind((lab.a.v4, 8))).unwrap();
+    let accepting = thread::spawn(move || listener.accept().unwrap());
+    // Nothing translates here, so the peer is one that nobody is.
+    let client = client.local_addr().unwrap();
+    let nobody = SocketAddr::new([198, 51, 100, 77].into(), client.port());
+    let maps = [format!("{0}:7={0}:8", lab.a.v4), format!("{client}={nobody}")];
+    let command = ["restore", image.to_str().unwrap(), "--adopt", "--map", &maps[0], "--map", &maps[1]];
+    lab.a.run(|| succeed(&command));
+    let (mut there, peer) = accepting.join().unwrap();
+    assert_eq!((there.local_addr().unwrap(), peer), ((lab.a.v4, 8).into(), nobody));
+    let mut unread = [0; 6];
+    there.read_exact(&mut unread).unwrap();
+    assert_eq!(&unread, b"unread");
+    drop(old);
+}
+
+fn what_the_server_does_not_accept_is_told_and_lives() {
+    if !adoption_works() {
+        return;
+    }
+    let (lab, mut client, old, directory) = saved_unread();
+    let image = directory.path().join("image");
+    let listener = lab.a.run(|| TcpListener::bind((lab.a.v4, 7))).unwrap();
+    let output = lab.a.run(|| soccr(&["restore", image.to_str().unwrap(), "--adopt"]).output()).unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{complaint}");
+    assert!(complaint.contains("it stays there, alive, until the server accepts it"), "{complaint}");
+    client.write_all(b", more").unwrap();
+    let (mut there, _) = listener.accept().unwrap();
+    let mut read = [0; 12];
+    there.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"unread, more");
+    there.write_all(b"answer").unwrap();
+    client.read_exact(&mut read[..6]).unwrap();
+    assert_eq!(&read[..6], b"answer");
+    drop(old);
+}
+
+/// A connection with bytes that its server had not read, in a file; its server, stopped.
+fn saved_unread() -> (Lab, TcpStream, Program, tempfile::TempDir) {
+    let lab = Lab::new().unwrap();
+    let old = lab.a.run(|| epoll("", "old ", 1));
+    let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
+    wait_until("it is accepted", || !descriptors(&old.pid()).is_empty());
+    let pid = Pid::from_raw(old.pid().parse().unwrap()).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    client.write_all(b"unread").unwrap();
+    wait_until("it has arrived", || TcpInfo::of(&client).unwrap().unacknowledged == 0);
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    lab.a.run(|| {
+        let fd = descriptors(&old.pid()).remove(0);
+        succeed(&["save", "--pid", &old.pid(), "--fd", &fd, "-o", image.to_str().unwrap()]);
+    });
+    (lab, client, old, directory)
 }
 
 fn without_a_server_they_stay() {

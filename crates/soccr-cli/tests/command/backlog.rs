@@ -174,8 +174,10 @@ impl Queue {
         let accepted = directory.path().join("accepted");
         // A target that is never ready.
         let via = format!("touch {}; exec sleep 1000", accepted.display());
-        let mut send = soccr(&["send", "--pid", &self.server.pid(), "--listener", "--timeout", "500"]);
-        send.args(["--via", &via]);
+        // What runs in the background of a shell ignores SIGINT, and soccr would, too.
+        let mut send = Command::new("env");
+        send.args(["--default-signal=INT,HUP,TERM", SOCCR, "send", "--pid", &self.server.pid()]);
+        send.args(["--listener", "--timeout", "500", "--via", &via]);
         // The target may outlive soccr, and has its standard error.
         let mut complaints = tempfile::tempfile().unwrap();
         send.stdout(Stdio::null()).stderr(complaints.try_clone().unwrap()).process_group(0);
