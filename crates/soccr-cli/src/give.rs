@@ -35,6 +35,10 @@ pub(crate) struct Handover {
     ///
     /// The server is any program, unmodified, in this network namespace. It gets the unread bytes, and nothing of what
     /// the old server knew. Needs root and Linux 6.9.
+    ///
+    /// What moves is bytes. TLS, the streams of HTTP/2, a login, a database that was SELECTed, a transaction are state of the old
+    /// server and stay with it: move only between two requests that stand alone, as of HTTP/1.1 or memcached, and what is
+    /// in use not at all (`soccr send --idle`).
     #[arg(long, conflicts_with_all = ["stdio", "send_fd", "program"])]
     adopt: bool,
     /// With --adopt: how long a peer may take to acknowledge what was sent to it, before its connection moves on
