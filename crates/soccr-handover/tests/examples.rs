@@ -5,10 +5,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
 
 use soccr::steer::Steering;
-use soccr_lab::{Flags, Lab, Lan, Side, Sniffer};
+use soccr_lab::{Flags, LIMIT, Lab, Lan, Side, Sniffer};
 
 soccr_lab::tests![
     a_server_is_replaced_three_times,
@@ -59,7 +58,7 @@ impl Drop for Example {
 
 fn connect(address: &str) -> TcpStream {
     let stream = TcpStream::connect(address.parse::<SocketAddr>().unwrap()).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream
 }
 

@@ -23,7 +23,7 @@ fn run<T>(work: impl Future<Output = T>) -> T {
 async fn connect() -> (TcpStream, std::net::TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:8080").unwrap();
     let peer = std::net::TcpStream::connect("127.0.0.1:8080").unwrap();
-    peer.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    peer.set_read_timeout(Some(soccr_lab::LIMIT)).unwrap();
     let stream = listener.accept().unwrap().0;
     stream.set_nonblocking(true).unwrap();
     (TcpStream::from_std(stream).unwrap(), peer)

@@ -61,4 +61,4 @@ pub use sys::{Call, let_fail, run_and_kill, run_and_watch};
 pub use sys::{as_owner, attach_filter, programs_on_lo, set_option};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
-pub use wait::wait_until;
+pub use wait::{LIMIT, wait_until};

@@ -17,7 +17,6 @@ use crate::{Host, Made, Peer, State, TcpInfo};
 pub(crate) type Outcome<T> = Result<T, String>;
 
 /// How long a step may take before the connection is given up.
-const LIMIT: Duration = Duration::from_secs(20);
 const NAP: Duration = Duration::from_micros(200);
 
 /// A connection that is not yet as wanted.
@@ -78,7 +77,7 @@ impl Making {
                     set_tcp_quickack(&self.peer, true).map_err(failed("TCP_QUICKACK"))?;
                     self.write(window as usize)?;
                 }
-                _ if start.elapsed() > LIMIT => {
+                _ if start.elapsed() > crate::LIMIT => {
                     return Err(format!("the peer's window stays open: {info:?}"));
                 }
                 _ => thread::sleep(NAP),
@@ -102,7 +101,7 @@ impl Making {
             }
             // A timer that has run leaves a congestion window of one segment.
             let is_too_late = ours.total_retrans > 0 && ours.unacknowledged > 0;
-            if is_too_late || start.elapsed() > LIMIT {
+            if is_too_late || start.elapsed() > crate::LIMIT {
                 return Err(format!(
                     "not reached after {:?}: {what}: ours {ours:?}, peer {peer:?}",
                     start.elapsed()
@@ -172,7 +171,7 @@ fn write_all(mut stream: &TcpStream, mut bytes: &[u8]) -> Outcome<()> {
     while !bytes.is_empty() {
         match stream.write(bytes) {
             Ok(written) => (bytes, progress) = (&bytes[written..], Instant::now()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && progress.elapsed() < LIMIT => {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && progress.elapsed() < crate::LIMIT => {
                 thread::sleep(NAP);
             }
             Err(error) => return Err(format!("write with {} bytes to go: {error}", bytes.len())),

@@ -3,13 +3,14 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long a test waits for what must come, also on a busy machine in emulation: a minute.
+pub const LIMIT: Duration = Duration::from_secs(60);
 const NAP: Duration = Duration::from_micros(200);
 
 /// Waits until `condition` holds.
 ///
 /// # Panics
-/// Naming `what`, if that takes more than a minute.
+/// Naming `what`, if that takes longer than [`LIMIT`].
 #[track_caller]
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();

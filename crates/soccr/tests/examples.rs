@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 soccr_lab::tests![a_restarted_server_goes_on];
 
@@ -45,7 +44,7 @@ impl Drop for Example {
 
 fn connect(address: &str) -> TcpStream {
     let stream = TcpStream::connect(address.parse::<SocketAddr>().unwrap()).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(soccr_lab::LIMIT)).unwrap();
     stream
 }
 

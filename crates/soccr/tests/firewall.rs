@@ -4,12 +4,11 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
 
 use soccr::lock::PersistentLock;
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
-    Family, Flags, Host, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, sysctl,
+    Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, sysctl,
     wait_until,
 };
 
@@ -356,7 +355,7 @@ fn flush(host: &Host) -> bool {
 #[track_caller]
 fn expect(stream: &mut TcpStream, bytes: &[u8]) {
     let mut read = vec![0; bytes.len()];
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.read_exact(&mut read).unwrap();
     assert_eq!(read, bytes);
 }

@@ -5,11 +5,10 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use soccr::lock::{Locker, Mode};
 use soccr::{ErrorKind, Flow, Restored, pause};
-use soccr_lab::{Flags, Lab, Pair, Sniffer, State, TcpInfo, Test, harness, wait_until};
+use soccr_lab::{Flags, LIMIT, Lab, Pair, Sniffer, State, TcpInfo, Test, harness, wait_until};
 use soccr_netlink::{ACK, Batch, CREATE, EXCLUSIVE, Family, Message, REQUEST, Socket};
 use socket2::{Domain, SockRef, Type};
 
@@ -218,7 +217,7 @@ fn exchange(a: &mut TcpStream, b: &mut TcpStream) {
 #[track_caller]
 fn expect(stream: &mut TcpStream, bytes: &[u8]) {
     let mut read = vec![0; bytes.len()];
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.read_exact(&mut read).unwrap();
     assert_eq!(read, bytes);
 }

@@ -3,10 +3,9 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 use serde_json::Value;
-use soccr_lab::wait_until;
+use soccr_lab::{LIMIT, wait_until};
 
 /// A server that accepts connections one after the other, as many as its second argument says, and answers everything with
 /// its first argument in front. What ends a connection it prints. With KTLS in its environment the kernel encrypts and decrypts
@@ -117,7 +116,7 @@ pub fn connect(address: impl Into<SocketAddr>) -> TcpStream {
         stream.is_some()
     });
     let stream = stream.unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream
 }
 

@@ -3,14 +3,13 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
 use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, redirect};
 use soccr::{Flow, pause};
 use soccr_image::stream::{Message, Reader, Writer};
-use soccr_lab::{Call, Flags, Lan, Sniffer, TcpInfo, run_and_kill, sysctl, wait_until};
+use soccr_lab::{Call, Flags, LIMIT, Lan, Sniffer, TcpInfo, run_and_kill, sysctl, wait_until};
 
 use crate::kill::{BOUNDARIES, Boundary, End, READY, hand_over_by};
 use crate::programs::{
@@ -285,7 +284,7 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
     home.run(|| redirect(&[flow], &NextHop::new(away.v4.into()).unwrap())).unwrap();
     paused.detach().unwrap();
     let mut stream: TcpStream = restored.resume().unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     let exchange = |peer: &mut TcpStream, stream: &mut TcpStream| {
         for _ in 0..2 {
             peer.write_all(b"x").unwrap();

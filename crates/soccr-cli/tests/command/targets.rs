@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::Command;
 
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{Side, wait_until};
+use soccr_lab::{LIMIT, Side, wait_until};
 
 use crate::programs::{
     Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, python,
@@ -95,7 +95,7 @@ fn a_connection_comes_back_however_it_was_bound() {
                 let old = run();
                 (old, listener.accept().unwrap().0)
             };
-            client.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+            client.set_read_timeout(Some(LIMIT)).unwrap();
             assert_eq!(ask(&mut client, "one", ""), "one", "{case}");
             let fd = descriptors(&old.pid()).remove(0);
             let target = Answers::refusing_behind_the_commit();

@@ -5,10 +5,9 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use rustix::process::Signal;
-use soccr_lab::{Call, Lab, Side, run_and_kill, set_option, wait_until};
+use soccr_lab::{Call, LIMIT, Lab, Side, run_and_kill, set_option, wait_until};
 
 use crate::kill::{
     BEGIN, COMMIT, CONNECTION, END, End, PREAMBLE, READY, TAKEN, assert_nobody_has_it, hand_over, moves,
@@ -64,7 +63,7 @@ fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
     if !encrypt([&ours, &peer]) {
         return;
     }
-    peer.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    peer.set_read_timeout(Some(LIMIT)).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
     let (image, consumed) = (path("image"), path("image.consumed"));
@@ -79,8 +78,8 @@ fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
     let sockets = show(&["list"]);
     assert_eq!(sockets.matches("(tls 1.2 aes-gcm-128 tx+rx)").count(), 2, "{sockets}");
     peer.write_all(b"unread").unwrap();
-    soccr::tls::settle(&ours, Duration::from_secs(20)).unwrap();
-    soccr::tls::settle(&peer, Duration::from_secs(20)).unwrap();
+    soccr::tls::settle(&ours, LIMIT).unwrap();
+    soccr::tls::settle(&peer, LIMIT).unwrap();
     let paused = soccr::pause(&ours).unwrap().with_tls();
     soccr_image::save_file(&image, &paused.save().unwrap()).unwrap();
     paused.detach().unwrap();

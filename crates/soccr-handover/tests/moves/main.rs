@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use soccr_handover::channel::{Channel, Exchanged, Pair, Threads};
 use soccr_handover::protocol::Fate;
 use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
-use soccr_lab::{Flags, Lab, Namespace, Side, Sniffer};
+use soccr_lab::{Flags, LIMIT, Lab, Namespace, Side, Sniffer};
 
 use broken::{
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
@@ -43,8 +43,6 @@ soccr_lab::tests![
 ];
 
 /// How long a read may take before its test fails.
-const LIMIT: Duration = Duration::from_secs(20);
-
 /// Connections over `lo`: our ends, and the peers'.
 fn connect(count: usize) -> (Vec<TcpStream>, Vec<TcpStream>) {
     let listener = TcpListener::bind("127.0.0.1:8080").unwrap();

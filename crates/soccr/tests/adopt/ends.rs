@@ -2,16 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::Duration;
 
 use soccr::adopt::Adopter;
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Flow, Lock, pause};
-use soccr_lab::{Family, Flags, Host, Pair, Sniffer, TcpInfo, wait_until};
+use soccr_lab::{Family, Flags, Host, LIMIT, Pair, Sniffer, TcpInfo, wait_until};
 
 /// How long a read may take before its test fails.
-const LIMIT: Duration = Duration::from_secs(20);
-
 /// The port of both servers.
 pub const PORT: u16 = 80;
 

@@ -10,14 +10,13 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
 use std::{env, fs, iter, thread};
 
 use soccr::ErrorKind::Refused;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::{Lock, pause};
-use soccr_lab::{Family, Lab, Namespace, OnCpu, Pair, Side, Test, harness, wait_until};
+use soccr_lab::{Family, LIMIT, Lab, Namespace, OnCpu, Pair, Side, Test, harness, wait_until};
 
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
 const VICTIM: &str = "LOCK_AND_WAIT";
@@ -123,7 +122,7 @@ fn transfer(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
 #[track_caller]
 fn expect(stream: &mut TcpStream, bytes: &[u8]) {
     let mut read = vec![0; bytes.len()];
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.read_exact(&mut read).unwrap();
     assert!(read == bytes, "other bytes than were sent");
 }

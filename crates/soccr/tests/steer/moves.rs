@@ -2,13 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::time::Duration;
 
 use soccr::lock::{Locker, Mode};
 use soccr::settings::Value;
 use soccr::steer::{Foreign, adopt_address};
 use soccr::{Flow, Lock, pause};
-use soccr_lab::{Flags, Sniffer, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Flags, LIMIT, Sniffer, TcpInfo, sysctl, wait_until};
 
 use super::traffic::{End, Peer};
 use super::{Net, address, connect, deliver, firewall, say, steer};
@@ -71,7 +70,7 @@ pub fn exchange(peer: &mut TcpStream, ours: &mut TcpStream) {
     let transmit = |from: &mut TcpStream, to: &mut TcpStream| {
         from.write_all(b"question").unwrap();
         let mut read = [0; 8];
-        to.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        to.set_read_timeout(Some(LIMIT)).unwrap();
         to.read_exact(&mut read).unwrap();
         assert_eq!(&read, b"question");
     };

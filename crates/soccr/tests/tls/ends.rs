@@ -3,15 +3,13 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use soccr::tls::{Cipher, Version};
 use soccr::{Connection, Flow, Lock};
+pub use soccr_lab::LIMIT;
 use soccr_lab::{Pair, set_option};
 
 /// How long a peer may take to acknowledge.
-pub const LIMIT: Duration = Duration::from_secs(20);
-
 /// Version and cipher.
 pub type Kind = (Version, Cipher);
 

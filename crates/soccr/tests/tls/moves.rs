@@ -68,7 +68,7 @@ fn under_traffic(mut ends: Ends) {
     }
     ends.ours.set_nonblocking(false).unwrap();
     stop.store(true, Ordering::Relaxed);
-    soccr::tls::settle(&ends.ours, std::time::Duration::from_secs(20)).unwrap();
+    soccr::tls::settle(&ends.ours, crate::ends::LIMIT).unwrap();
     ends.ours.shutdown(Shutdown::Write).unwrap();
     let mut bytes = vec![0; 1 << 16];
     loop {
