@@ -102,21 +102,24 @@ impl<'m, 'b> Expressions<'m, 'b> {
 
     /// Goes on for connections in a set, whose key is loaded.
     pub(crate) fn has_key(&mut self, set: &str) {
-        self.lookup(set, None);
+        self.lookup(set, |_| {});
+    }
+
+    /// Goes on for connections that are not in a set, and whose key is loaded.
+    pub(crate) fn lacks_key(&mut self, set: &str) {
+        self.lookup(set, |data| data.be32(LOOKUP_FLAGS, INVERTED));
     }
 
     /// Goes on for connections in a map, whose key is loaded. Loads the address that belongs to it.
     pub(crate) fn look_up(&mut self, map: &str) {
-        self.lookup(map, Some(ADDRESS_REGISTERS));
+        self.lookup(map, |data| data.be32(LOOKUP_DESTINATION, ADDRESS_REGISTERS));
     }
 
-    fn lookup(&mut self, set: &str, register: Option<u32>) {
+    fn lookup(&mut self, set: &str, more: impl FnOnce(&mut Message<'_>)) {
         self.expression("lookup", |data| {
             data.string(LOOKUP_SET, set);
             data.be32(LOOKUP_REGISTER, FIRST_REGISTER);
-            if let Some(register) = register {
-                data.be32(LOOKUP_DESTINATION, register);
-            }
+            more(data);
         });
     }
 
@@ -369,6 +372,8 @@ const TRANSPORT_HEADER: u32 = 2;
 const LOOKUP_SET: u16 = 1;
 const LOOKUP_REGISTER: u16 = 2;
 const LOOKUP_DESTINATION: u16 = 3;
+const LOOKUP_FLAGS: u16 = 5;
+const INVERTED: u32 = 1;
 const DYNAMIC_SET: u16 = 1;
 const DYNAMIC_OPERATION: u16 = 3;
 const DYNAMIC_KEY: u16 = 4;

@@ -7,11 +7,12 @@
 //!   set end4   { …; flags dynamic,timeout }                        # the peer has sent a FIN or an RST
 //!   chain in { type filter hook ingress device eth0 priority -300
 //!     meta mark 0x50cd       meta mark set 0                                               accept     # see homecoming.rs
+//!     no fin, syn, rst       KEY not @end4, KEY @to4, @alive4   update @alive4                fwd        # nearly all packets
 //!     tcp flags fin          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1h }  fwd
 //!     tcp flags rst          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1m }  fwd
 //!     tcp flags syn, not ack KEY @end4           delete @end4, @alive4                     accept
 //!     KEY @end4              KEY @to4, @alive4   update @alive4 { KEY timeout 1h }         fwd
-//!                            KEY @to4, @alive4   update @alive4                            fwd
+//!     tcp flags syn          KEY @to4, @alive4   update @alive4                            fwd
 //!     icmp errors            KEY of the packet that they quote, the same
 //!   }
 //!   chain back { type filter hook ingress device eth1 priority -301     # part of the other, where there is one device

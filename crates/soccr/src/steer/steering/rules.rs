@@ -52,6 +52,34 @@ pub(super) fn create(
         transaction.create_chain(BACK, hook(back, Hook::RAW - 1));
         BACK
     };
+    transaction.rule(CHAIN, |rule| {
+        rule.has_mark(homecoming::MARK);
+        rule.mark(0);
+        rule.accept();
+    });
+    let tcp = |rule: &mut Expressions<'_, '_>, ipv6, mask, flags| {
+        rule.carries_ipv6(ipv6);
+        rule.is_protocol(libc::IPPROTO_TCP);
+        rule.has_tcp_flags(mask, flags);
+        rule.load_key(ipv6, Direction::In);
+    };
+    let forward = |rule: &mut Expressions<'_, '_>, ipv6, ending, timeout| {
+        rule.look_up(TO.name(ipv6));
+        rule.has_key(ALIVE.name(ipv6));
+        if ending {
+            rule.keep_in(END.name(ipv6), timeout);
+        }
+        rule.keep_in(ALIVE.name(ipv6), timeout);
+        rule.forward(egress, ipv6);
+    };
+    // Nearly all packets, so they pass as few rules as can be.
+    for ipv6 in [false, true] {
+        transaction.rule(CHAIN, |rule| {
+            tcp(rule, ipv6, FIN | SYN | RST, 0);
+            rule.lacks_key(END.name(ipv6));
+            forward(rule, ipv6, false, None);
+        });
+    }
     for ipv6 in [false, true] {
         transaction.rule(back, |rule| {
             rule.carries_ipv6(ipv6);
@@ -64,62 +92,38 @@ pub(super) fn create(
             rule.keep_in(ALIVE.name(ipv6), Some(times.reset));
         });
     }
-    transaction.rule(CHAIN, |rule| {
-        rule.has_mark(homecoming::MARK);
-        rule.mark(0);
-        rule.accept();
-    });
     for ipv6 in [false, true] {
-        let mut rule = |write: &dyn Fn(&mut Expressions<'_, '_>)| {
-            transaction.rule(CHAIN, |rule| {
-                rule.carries_ipv6(ipv6);
-                write(rule);
-            });
-        };
-        let tcp = |rule: &mut Expressions<'_, '_>, mask, flags| {
-            rule.is_protocol(libc::IPPROTO_TCP);
-            if mask != 0 {
-                rule.has_tcp_flags(mask, flags);
-            }
-            rule.load_key(ipv6, Direction::In);
-        };
-        let forward = |rule: &mut Expressions<'_, '_>, ending, timeout| {
-            rule.look_up(TO.name(ipv6));
-            rule.has_key(ALIVE.name(ipv6));
-            if ending {
-                rule.keep_in(END.name(ipv6), timeout);
-            }
-            rule.keep_in(ALIVE.name(ipv6), timeout);
-            rule.forward(egress, ipv6);
-        };
         for (flag, timeout) in [(FIN, times.closing), (RST, times.reset)] {
-            rule(&|rule| {
-                tcp(rule, flag, flag);
-                forward(rule, true, Some(timeout));
+            transaction.rule(CHAIN, |rule| {
+                tcp(rule, ipv6, flag, flag);
+                forward(rule, ipv6, true, Some(timeout));
             });
         }
         // A peer that has ended the connection begins another one: with this host.
-        rule(&|rule| {
-            tcp(rule, SYN | ACK, SYN);
+        transaction.rule(CHAIN, |rule| {
+            tcp(rule, ipv6, SYN | ACK, SYN);
             rule.has_key(END.name(ipv6));
             rule.take_out(END.name(ipv6));
             rule.take_out(ALIVE.name(ipv6));
             rule.accept();
         });
-        rule(&|rule| {
-            tcp(rule, 0, 0);
+        transaction.rule(CHAIN, |rule| {
+            const ANY: u8 = 0;
+            tcp(rule, ipv6, ANY, ANY);
             rule.has_key(END.name(ipv6));
-            forward(rule, false, Some(times.closing));
+            forward(rule, ipv6, false, Some(times.closing));
         });
-        rule(&|rule| {
-            tcp(rule, 0, 0);
-            forward(rule, false, None);
+        // The socket answers it.
+        transaction.rule(CHAIN, |rule| {
+            tcp(rule, ipv6, SYN, SYN);
+            forward(rule, ipv6, false, None);
         });
         for kind in ICMP_ERRORS[usize::from(ipv6)] {
-            rule(&|rule| {
+            transaction.rule(CHAIN, |rule| {
+                rule.carries_ipv6(ipv6);
                 rule.is_icmp(ipv6, *kind);
                 rule.load_quoted_key(ipv6);
-                forward(rule, false, None);
+                forward(rule, ipv6, false, None);
             });
         }
     }
