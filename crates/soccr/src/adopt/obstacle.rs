@@ -93,14 +93,15 @@ fn find(diag: &mut Diag, flow: Flow) -> Result<Vec<Listener>> {
 
 /// Why no connection came into being. Returns the interface to which the listener is bound, or 0.
 pub(super) fn in_listener(diag: &mut Diag, ways: &mut Ways, flow: Flow) -> Result<u32> {
-    // Which one of several the kernel chooses is not known, but they are alike.
-    let Some(listener) = find(diag, flow)?.into_iter().next() else { return Err(no_listener(flow)) };
-    if listener.is_mptcp {
+    let listeners = find(diag, flow)?;
+    if let Some(listener) = listeners.iter().find(|listener| listener.is_mptcp) {
         return Err(Error::refused(
             format!("the listener on {} speaks MPTCP", listener.local),
             "open it with IPPROTO_TCP (Go: GODEBUG=multipathtcp=0)",
         ));
     }
+    // Which one of several the kernel chooses is not known, but in the rest they are alike.
+    let Some(listener) = listeners.into_iter().next() else { return Err(no_listener(flow)) };
     if listener.interface != 0 && scope(flow) == 0 {
         let peer = flow.on_the_wire().remote.ip();
         let way = ways.interface_to(peer).map_err(|error| Error::system("RTM_GETROUTE", error))?;

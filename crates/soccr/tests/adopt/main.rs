@@ -40,6 +40,7 @@ fn main() -> std::process::ExitCode {
             a_kernel_without_an_option
             a_loopback_that_is_down
             a_listener_that_speaks_mptcp
+            listeners_one_of_which_speaks_mptcp
             a_listener_that_is_bound_to_another_device
             nobody_listens
             a_socket_is_in_the_way;

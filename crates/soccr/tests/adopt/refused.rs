@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
 use std::process::Command;
 
 use rustix::net::{AddressFamily, Protocol, SocketType, bind, listen, socket, sockopt};
@@ -149,21 +150,38 @@ pub fn a_loopback_that_is_down() {
     go_on(&mut ends, lock, &connection);
 }
 
-pub fn a_listener_that_speaks_mptcp() {
-    let mut ends = Ends::new(Family::V4);
-    let Some(mut adopter) = adopter(&ends.pair) else { return };
-    let mptcp = Protocol::from_raw(NonZeroU32::new(262).unwrap());
+/// Listens on the port of the servers, beside others; 0 is TCP. `None` where this kernel has no MPTCP.
+fn listen_beside(ends: &Ends, protocol: i32) -> Option<OwnedFd> {
+    let protocol = NonZeroU32::new(protocol as u32).map(Protocol::from_raw);
     let listener = ends.pair.a.run(|| {
-        let listener = socket(AddressFamily::INET, SocketType::STREAM, Some(mptcp))?;
+        let listener = socket(AddressFamily::INET, SocketType::STREAM, protocol)?;
         sockopt::set_socket_reuseaddr(&listener, true)?;
+        sockopt::set_socket_reuseport(&listener, true)?;
         bind(&listener, &ends.pair.a.address(Family::V4, PORT))?;
         listen(&listener, 10).map(|()| listener)
     });
-    let Ok(_listener) = listener else {
-        eprintln!("\nSKIPPED: this kernel has no MPTCP: {listener:?}\n");
-        return;
-    };
+    listener.inspect_err(|error| eprintln!("\nSKIPPED: this kernel has no MPTCP: {error}\n")).ok()
+}
+
+pub fn a_listener_that_speaks_mptcp() {
+    let mut ends = Ends::new(Family::V4);
+    let Some(mut adopter) = adopter(&ends.pair) else { return };
+    let Some(_listener) = listen_beside(&ends, libc::IPPROTO_MPTCP) else { return };
     assert_stays(&mut ends, &mut adopter, "speaks MPTCP");
+}
+
+pub fn listeners_one_of_which_speaks_mptcp() {
+    for protocols in [[0, libc::IPPROTO_MPTCP], [libc::IPPROTO_MPTCP, 0]] {
+        let mut ends = Ends::new(Family::V4);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let [Some(_one), Some(_other)] = protocols.map(|protocol| listen_beside(&ends, protocol)) else {
+            return;
+        };
+        let (lock, connection) = ends.leave();
+        let error = ends.pair.a.run(|| adopter.check(&connection)).unwrap_err();
+        assert!(error.to_string().contains("speaks MPTCP"), "{error}");
+        go_on(&mut ends, lock, &connection);
+    }
 }
 
 pub fn a_listener_that_is_bound_to_another_device() {
