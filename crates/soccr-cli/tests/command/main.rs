@@ -5,6 +5,7 @@ mod adopt_kill;
 mod backlog;
 mod check;
 mod chosen;
+mod clients;
 mod completions;
 mod demo;
 mod documents;
@@ -35,6 +36,7 @@ fn main() -> std::process::ExitCode {
         backlog::tests(),
         check::tests(),
         chosen::tests(),
+        clients::tests(),
         completions::tests(),
         demo::tests(),
         documents::tests(),
