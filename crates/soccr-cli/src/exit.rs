@@ -78,6 +78,7 @@ pub(crate) fn fail_by_source(error: &Error) -> bool {
 
 /// Tells people one line: on standard error, or by the source of a hand-over.
 pub(crate) fn complain(line: &str) {
+    let line = &printable(line);
     if NOTES.get().is_some_and(|notes| notes.say(line)) {
         return;
     }

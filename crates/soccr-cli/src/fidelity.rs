@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value as Json, json};
 use soccr::connection::State;
-use soccr::settings::Value;
 use soccr::{Connection, Entry, Fidelity, Restored};
 use soccr_image::AtomicFile;
 
@@ -102,8 +101,6 @@ impl Demands {
 impl Reports {
     /// Leaves out of a connection what is not to be believed.
     pub(crate) fn distrust(&mut self, connection: &mut Connection) -> Result<()> {
-        /// By this mark our own packets pass every lock.
-        const OURS: Value = Value::Number(0xc114);
         const RESERVED: u16 = 1024;
         if self.trust != Trust::All
             && connection.control.state == State::SynSent
@@ -111,8 +108,8 @@ impl Reports {
         {
             bail!("it begins at a port that services trust: --settings all takes it");
         }
-        connection.settings.retain(|name, value| {
-            let takes = self.trust.takes(name) && !(name == "SO_MARK" && *value == OURS);
+        connection.settings.retain(|name, _| {
+            let takes = self.trust.takes(name);
             if !takes {
                 let reason = "it is not taken from an image (see --settings)";
                 let what = [name, reason].map(str::to_owned);

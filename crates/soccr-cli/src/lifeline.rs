@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{FdFlags, fcntl_setfd, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg, socketpair,
@@ -61,7 +61,7 @@ impl Lifeline {
         let gives = words[..said].contains(&GIVES[0]);
         if gives {
             let limit = limit.try_into().expect("a time limit fits");
-            let _ = poll(&mut [PollFd::new(target, PollFlags::IN)], Some(&limit));
+            let _ = retry_on_intr(|| poll(&mut [PollFd::new(target, PollFlags::IN)], Some(&limit)));
         }
         gives
     }
@@ -78,7 +78,7 @@ impl Lifeline {
         let Some(target) = &self.target else { return false };
         let limit = LIMIT.min(remaining).try_into().expect("seconds fit");
         let mut ended = [PollFd::new(target, PollFlags::IN)];
-        poll(&mut ended, Some(&limit)).is_ok_and(|count| count > 0) && !self.has_taken()
+        retry_on_intr(|| poll(&mut ended, Some(&limit))).is_ok_and(|count| count > 0) && !self.has_taken()
     }
 
     fn has_taken(&self) -> bool {

@@ -88,8 +88,8 @@ impl AtomicFile {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
         // The name is durable when its directory is; not every filesystem can say so.
-        let directory = self.path.parent().filter(|path| !path.as_os_str().is_empty());
-        let synced = File::open(directory.unwrap_or(Path::new("."))).and_then(|file| file.sync_all());
+        let directory = Path::new(".").join(self.path.parent().unwrap_or("".as_ref()));
+        let synced = File::open(directory).and_then(|file| file.sync_all());
         let denied = [io::ErrorKind::InvalidInput, io::ErrorKind::PermissionDenied];
         Ok(synced.err().filter(|error| !denied.contains(&error.kind())))
     }
@@ -104,7 +104,7 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
         )),
         Ok(_) if path.is_symlink() => {
             let owner = path.symlink_metadata()?.uid();
-            if owner != 0 && owner != std::fs::metadata("/proc/self")?.uid() {
+            if ![0, std::fs::metadata("/proc/self")?.uid()].contains(&owner) {
                 let message = format!("a symbolic link that belongs to user {owner} is not followed");
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
             }
@@ -125,7 +125,8 @@ impl Write for AtomicFile {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        // Nothing waits in this process.
+        Ok(())
     }
 }
 
@@ -204,6 +205,17 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
         assert!(error.to_string().contains("user 65533"), "{error}");
         assert_eq!(std::fs::read(path("file")).unwrap(), b"old");
+        // A file of theirs is replaced like any other.
+        std::os::unix::fs::lchown(path("file"), Some(65533), None).unwrap();
+        AtomicFile::create(path("file")).unwrap().commit().unwrap();
+        assert_eq!(std::fs::read(path("file")).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_made_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = AtomicFile::create(directory.path().join("none/image")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound, "{error}");
     }
 
     #[test]

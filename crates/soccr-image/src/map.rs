@@ -56,16 +56,14 @@ impl AddressMap {
         maps.iter().find_map(|map| map.apply(address)).unwrap_or(address)
     }
 
-    /// Changes both addresses of a connection, each by the first of `maps` that concerns it. Whether any did.
-    pub fn apply_to_connection(maps: &[Self], connection: &mut Connection) -> bool {
-        let (local, remote) = (connection.local, connection.remote);
-        connection.local = Self::apply_first(maps, local);
-        connection.remote = Self::apply_first(maps, remote);
+    /// Changes both addresses of a connection, each by the first of `maps` that concerns it.
+    pub fn apply_to_connection(maps: &[Self], connection: &mut Connection) {
+        connection.local = Self::apply_first(maps, connection.local);
+        connection.remote = Self::apply_first(maps, connection.remote);
         if let Some(tracked) = &mut connection.tracked {
             tracked.wire.local = Self::apply_first(maps, tracked.wire.local);
             tracked.wire.remote = Self::apply_first(maps, tracked.wire.remote);
         }
-        (connection.local, connection.remote) != (local, remote)
     }
 }
 

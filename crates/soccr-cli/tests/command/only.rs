@@ -1,10 +1,13 @@
 //! What is the only copy of a connection is not lost, and there is never a second one; and a process that is stopped notices nothing.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use soccr::Connection;
 use soccr::settings::Value;
+use soccr_image::stream::{Message, Writer};
 use soccr_lab::{run_and_kill, wait_until};
 
 use crate::programs::{
@@ -147,6 +150,18 @@ fn a_stopped_process_waits_on() {
     }
 }
 
+/// A file with a stream that does not listen.
+fn given_away(connection: &Connection) -> File {
+    let mut stream = Writer::new(tempfile::tempfile().unwrap()).unwrap();
+    let begin = Message::Begin { connections: 1, answers: false, notes: false, place: None, steered: None };
+    stream.send(&begin).unwrap();
+    stream.connection(1, "", connection).unwrap();
+    stream.send(&Message::Commit { connection: 1 }).unwrap();
+    let mut file = stream.finish().unwrap();
+    file.rewind().unwrap();
+    file
+}
+
 fn options_that_concern_more_than_the_connection_are_left_out() {
     if !installed("python3") {
         return;
@@ -156,12 +171,16 @@ import socket
 connection = socket.socket(fileno=3)
 connection.sendall(b"mark %d nodelay %d" % (connection.getsockopt(1, 36), connection.getsockopt(6, 1)))
 "#;
-    for (arguments, mark, answer) in [
-        (&["--settings", "all"][..], 7, "mark 7 nodelay 1"),
-        (&[], 7, "mark 7 nodelay 1"),
-        (&[], 0xc114, "mark 0 nodelay 1"),
-        (&["--settings", "safe"], 7, "mark 0 nodelay 1"),
-        (&["--settings", "none"], 7, "mark 0 nodelay 0"),
+    for (command, arguments, mark, answer) in [
+        ("restore", &["--settings", "all"][..], 7, "mark 7 nodelay 1"),
+        ("restore", &[], 7, "mark 7 nodelay 1"),
+        ("restore", &[], 0xc114, "mark 0 nodelay 1"),
+        ("restore", &["--settings", "safe"], 7, "mark 0 nodelay 1"),
+        ("receive", &["--settings", "all"], 7, "mark 7 nodelay 1"),
+        ("receive", &["--settings", "all"], 0xc114, "mark 0 nodelay 1"),
+        ("receive", &[], 7, "mark 0 nodelay 1"),
+        // Without SO_REUSEADDR nobody listens behind it for a while.
+        ("restore", &["--settings", "none"], 7, "mark 0 nodelay 0"),
     ] {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image").display().to_string();
@@ -173,11 +192,16 @@ connection.sendall(b"mark %d nodelay %d" % (connection.getsockopt(1, 36), connec
         let mut connection = soccr_image::load_file(&image).unwrap();
         connection.settings.set("SO_MARK", Value::Number(mark));
         connection.settings.set("TCP_NODELAY", Value::Number(1));
-        soccr_image::save_file(&image, &connection).unwrap();
-        let mut restore = soccr(&["restore", &image]);
+        let mut restore = soccr(&[command]);
+        if command == "restore" {
+            soccr_image::save_file(&image, &connection).unwrap();
+            restore.arg(image);
+        } else {
+            restore.stdin(given_away(&connection));
+        }
         restore.args(arguments).args(["--", "python3", "-c", MARK]).stderr(Stdio::piped());
         let output = restore.spawn().unwrap();
-        assert_eq!(hear(&mut client, answer.len()), answer, "{arguments:?}");
+        assert_eq!(hear(&mut client, answer.len()), answer, "{command} {arguments:?}");
         let output = output.wait_with_output().unwrap();
         let complaint = String::from_utf8_lossy(&output.stderr);
         assert_eq!(complaint.contains("SO_MARK"), answer.contains("mark 0"), "{arguments:?}: {complaint}");

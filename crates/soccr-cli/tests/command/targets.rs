@@ -7,7 +7,7 @@ use soccr_image::stream::{Message, Writer};
 use soccr_lab::{LIMIT, Side, wait_until};
 
 use crate::programs::{
-    Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, python,
+    Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, python, succeed,
 };
 use crate::transfer::Move;
 
@@ -15,6 +15,7 @@ crate::tests![
     a_connection_comes_back_however_it_was_bound,
     what_cannot_be_restored_behind_the_commit_comes_back,
     what_the_target_refuses_stays,
+    text_from_elsewhere_does_not_turn,
     a_target_without_room_for_all_takes_none,
     one_that_fails_does_not_hurt_the_others,
     a_target_that_is_silent_changes_nothing,
@@ -197,6 +198,12 @@ fn a_target_that_says_too_much_is_not_listened_to() {
     let (code, complaint) = moving.try_send(&["--all", "--via", &via]);
     assert_eq!(code, 1, "{complaint}");
     assert!(complaint.contains("stays: the target says more than there is to say"), "{complaint}");
+    // Nor to a word that would be longer than any: its end is not waited for.
+    let long = Answers::new(&[Message::Held { connection: 1, packets: vec![vec![0; 5000]] }]);
+    let via = format!("head -c 100 {}; cat > /dev/null", long.path());
+    let (code, complaint) = moving.try_send(&["--all", "--via", &via]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(!complaint.contains("too late"), "{complaint}");
     moving.assert_lives_at(Side::A, "old ");
 }
 
@@ -270,6 +277,27 @@ fn what_the_target_refuses_stays() {
     );
     assert_runs(&moving.old.pid());
     moving.assert_lives_at(Side::A, "old ");
+}
+
+/// Characters that turn the direction of text make a terminal show something else than what is said.
+fn text_from_elsewhere_does_not_turn() {
+    if !installed("python3") {
+        return;
+    }
+    let moving = Move::new(1);
+    let reason = "no \u{202e}moor".to_owned();
+    let target = Answers::new(&[Message::Refused { connection: 1, reason }]);
+    let (code, complaint) = moving.try_send(&["--all", "--via", &target.command()]);
+    assert_eq!(code, 1, "{complaint}");
+    assert!(complaint.contains("the target refuses it: no ?moor"), "{complaint}");
+
+    let connection = moving.saved();
+    let mut image = Writer::new(tempfile::NamedTempFile::new().unwrap()).unwrap();
+    image.connection(1, "\u{2066}pid 1 fd 3", &connection).unwrap();
+    let image = image.finish().unwrap();
+    let shown = succeed(&["inspect", image.path().to_str().unwrap()]);
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.contains("?pid 1 fd 3") && !shown.contains('\u{2066}'), "{shown}");
 }
 
 fn a_target_without_room_for_all_takes_none() {

@@ -6,11 +6,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use soccr::Connection;
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, complaints, connect, descriptors, installed, json, python, server_command,
-    soccr,
+    soccr, succeed,
 };
 
 crate::tests![
@@ -88,6 +89,13 @@ impl Move {
         stderr.rewind().unwrap();
         stderr.read_to_end(&mut text).unwrap();
         (status.code().unwrap(), complaints(&text))
+    }
+
+    /// The first connection of the old server, which keeps it.
+    pub fn saved(&self) -> Connection {
+        let fd = self.lab.a.run(|| descriptors(&self.old.pid())).remove(0);
+        let image = succeed(&["save", "--keep", "--pid", &self.old.pid(), "--fd", &fd]);
+        soccr_image::read(&image[..]).unwrap()
     }
 
     /// Everything goes on at the host.

@@ -3,11 +3,15 @@
 use std::io::{BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
+use soccr::Connection;
+use soccr::connection::State;
 use soccr_image::stream::{Message, Place, Reader, Writer};
 use soccr_lab::Side;
 
+use crate::kill::children;
 use crate::programs::{
-    Program, SOCCR, ask, assert_runs, connect, descriptors, fail, installed, server, soccr, succeed,
+    Program, SOCCR, ask, assert_runs, connect, descriptors, fail, installed, server, soccr,
 };
 use crate::transfer::Move;
 
@@ -16,7 +20,10 @@ crate::tests![
     a_connection_with_a_critical_field_of_a_newer_version_is_not_committed,
     what_is_in_use_here_is_refused_before_it_is_locked,
     a_source_that_never_commits_is_refused,
+    a_target_that_is_asked_to_end_refuses_what_is_not_committed,
     held_packets_take_limited_memory,
+    more_than_may_wait_is_refused,
+    a_handshake_from_a_port_that_services_trust_is_refused,
     a_connection_to_the_host_itself_does_not_leave_its_network,
     connections_to_the_host_itself_are_left_out,
 ];
@@ -31,25 +38,38 @@ struct Victim {
 impl Victim {
     /// Says BEGIN and CONNECTION 1, and hears whether that is ready.
     fn new(moving: &Move, netns: &str, arguments: &[&str]) -> (Self, Writer<Vec<u8>>, Message) {
-        let fd = moving.lab.a.run(|| descriptors(&moving.old.pid())).remove(0);
-        let image = succeed(&["save", "--keep", "--pid", &moving.old.pid(), "--fd", &fd]);
-        let connection = soccr_image::read(&image[..]).unwrap();
-        let mut command = soccr(&["receive", "--netns", netns]);
+        let (mut victim, stream) = Self::offered(netns, arguments, &[moving.saved()]);
+        let answer = victim.hear().unwrap();
+        (victim, stream, answer)
+    }
+
+    /// Says BEGIN and these connections, from 1 on.
+    fn offered(netns: &str, arguments: &[&str], connections: &[Connection]) -> (Self, Writer<Vec<u8>>) {
+        // What runs in the background of a shell ignores SIGINT.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=INT,HUP,TERM", SOCCR, "receive", "--netns", netns]);
         command.args(arguments).args(["--", "sleep", "1000"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut program = Program::start(&mut command);
         let (mut to, from) = (program.0.stdin.take().unwrap(), program.0.stdout.take().unwrap());
         let mut stream = Writer::new(Vec::new()).unwrap();
         let place = Some(Place { host: [7; 16], namespace: [1, 2] });
+        let count = connections.len() as u32;
         stream
-            .send(&Message::Begin { connections: 1, answers: true, notes: false, place, steered: None })
+            .send(&Message::Begin { connections: count, answers: true, notes: false, place, steered: None })
             .unwrap();
-        stream.connection(1, "victim", &connection).unwrap();
+        for (number, connection) in (1..).zip(connections) {
+            stream.connection(number, "victim", connection).unwrap();
+        }
         to.write_all(&std::mem::take(stream.get_mut())).unwrap();
         let mut answers = Reader::new(BufReader::new(from)).unwrap();
         assert!(matches!(answers.receive(), Ok(Some(Message::Here { .. }))));
-        let answer = answers.receive().unwrap().unwrap();
-        (Self { program, to: Some(to), answers }, stream, answer)
+        (Self { program, to: Some(to), answers }, stream)
+    }
+
+    /// The process that receives: the one that was started waits for it.
+    fn target(&self) -> u32 {
+        children(self.program.0.id())[0]
     }
 
     fn hear(&mut self) -> Option<Message> {
@@ -154,6 +174,83 @@ fn a_source_that_never_commits_is_refused() {
     moving.assert_lives_at(Side::A, "old ");
 }
 
+fn a_target_that_is_asked_to_end_refuses_what_is_not_committed() {
+    if !installed("python3") {
+        return;
+    }
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let mut moving = Move::new(1);
+        let (mut victim, _stream, answer) = Victim::new(&moving, &moving.beside.pid(), &[]);
+        assert_eq!(answer, Message::Ready { connection: 1 });
+        kill_process(Pid::from_raw(victim.target() as i32).unwrap(), signal).unwrap();
+        match victim.hear() {
+            Some(Message::Refused { connection: 1, reason }) => {
+                assert!(reason.contains("asked to end"), "{reason}")
+            }
+            other => panic!("{other:?}"),
+        }
+        // The pipe is still open.
+        assert_eq!(victim.program.0.wait().unwrap().code(), Some(1));
+        moving.assert_lives_at(Side::A, "old ");
+    }
+}
+
+fn more_than_may_wait_is_refused() {
+    if !installed("python3") {
+        return;
+    }
+    const MOST: usize = 1024;
+    const MORE: usize = 6;
+    if getrlimit(Resource::Nofile).maximum.is_some_and(|limit| limit < 4 * MOST as u64) {
+        eprintln!("\nSKIPPED: {} descriptors in one process\n", 4 * MOST);
+        return;
+    }
+    let moving = Move::new(1);
+    let mut connection = moving.saved();
+    let all: Vec<Connection> = (0..MOST + MORE)
+        .map(|number| {
+            connection.remote.set_port(10_000 + number as u16);
+            connection.clone()
+        })
+        .collect();
+    let (mut victim, _stream) = Victim::offered(&moving.beside.pid(), &[], &all);
+    let (mut ready, mut refused) = (0, 0);
+    while ready + refused < all.len() {
+        match victim.hear().unwrap() {
+            Message::Ready { .. } => ready += 1,
+            Message::Refused { reason, .. } => {
+                assert!(reason.contains("than there is room for"), "{reason}");
+                refused += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((ready, refused), (MOST, MORE));
+}
+
+fn a_handshake_from_a_port_that_services_trust_is_refused() {
+    if !installed("python3") {
+        return;
+    }
+    let moving = Move::new(1);
+    let mut connection = moving.saved();
+    connection.control.state = State::SynSent;
+    for (port, settings, is_taken) in
+        [(1023, &[][..], false), (1023, &["--settings", "all"], true), (1024, &[], true)]
+    {
+        connection.local.set_port(port);
+        let netns = moving.beside.pid();
+        let (mut victim, _stream) = Victim::offered(&netns, settings, std::slice::from_ref(&connection));
+        match victim.hear() {
+            Some(Message::Ready { .. }) if is_taken => {}
+            Some(Message::Refused { reason, .. }) if !is_taken => {
+                assert!(reason.contains("a port that services trust"), "{reason}")
+            }
+            other => panic!("port {port} {settings:?}: {other:?}"),
+        }
+    }
+}
+
 fn held_packets_take_limited_memory() {
     if !installed("python3") {
         return;
@@ -170,7 +267,7 @@ fn held_packets_take_limited_memory() {
     stream.send(&Message::Commit { connection: 1 }).unwrap();
     victim.say(&mut stream);
     assert_eq!(victim.hear(), Some(Message::Taken { connection: 1 }));
-    let status = format!("/proc/{}/status", victim.program.pid());
+    let status = format!("/proc/{}/status", victim.target());
     let peak = || -> u64 {
         let status = std::fs::read_to_string(&status).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();

@@ -7,7 +7,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use soccr::Connection;
-use soccr::connection::QUEUE_LIMIT;
 
 use super::network::{Dump, first_of};
 use super::{Socket, Stream, container, rewrite, sockets};
@@ -17,8 +16,8 @@ use crate::{AddressMap, AtomicFile};
 /// The largest `files.img` that is read: half a million files.
 const FILES_LIMIT: u64 = 64 << 20;
 
-/// The largest `tcp-stream` image: two full queues, and what is before them.
-const STREAM_LIMIT: u64 = 2 * QUEUE_LIMIT as u64 + (64 << 10);
+/// The largest `tcp-stream` image: two full queues of 64 MiB, and what is before them.
+const STREAM_LIMIT: u64 = 129 << 20;
 
 /// A directory of CRIU images.
 #[derive(Debug)]

@@ -47,12 +47,14 @@ struct Plan {
     /// Calls that still go on.
     left: Option<usize>,
     errno: i32,
+    /// The only calls that count, or all.
+    only: Option<&'static [i64]>,
     failed: Option<Call>,
 }
 
 impl Plan {
     fn decide(&mut self, call: Call) -> Option<i32> {
-        if self.errno == libc::EINTR && !INTERRUPTIBLE.contains(&call.number) {
+        if self.only.is_some_and(|only| !only.contains(&call.number)) {
             return None;
         }
         match self.left.take() {
@@ -73,7 +75,17 @@ pub struct Faults(Arc<Mutex<Plan>>);
 
 impl Faults {
     pub fn arm(&self, left: usize, errno: i32) {
-        *self.0.lock().unwrap() = Plan { left: Some(left), errno, failed: None };
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: None, failed: None };
+    }
+
+    /// The same, of these calls alone.
+    pub fn arm_among(&self, calls: &'static [i64], left: usize, errno: i32) {
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: Some(calls), failed: None };
+    }
+
+    /// It has come to that.
+    pub fn has_failed(&self) -> bool {
+        self.0.lock().unwrap().failed.is_some()
     }
 
     /// The call that has failed, if it has come to that.
@@ -448,7 +460,7 @@ pub fn an_interrupted_call_is_made_again() {
         supervised(move |faults| {
             let reference = pause(&ends.ours).unwrap().save().unwrap();
             for left in 0.. {
-                faults.arm(left, libc::EINTR);
+                faults.arm_among(&INTERRUPTIBLE, left, libc::EINTR);
                 let (saved, failed) = save_with(faults, &ends.ours);
                 let saved = saved.unwrap_or_else(|error| panic!("{text}: {error}, for {failed:?}"));
                 assert_same(&reference, &saved);
@@ -458,7 +470,7 @@ pub fn an_interrupted_call_is_made_again() {
             }
             let connection = ends.take();
             for left in 0.. {
-                faults.arm(left, libc::EINTR);
+                faults.arm_among(&INTERRUPTIBLE, left, libc::EINTR);
                 let restored = ends.pair.a.run(|| connection.restore());
                 let failed = faults.disarm();
                 let restored = restored.unwrap_or_else(|error| panic!("{text}: {error}, for {failed:?}"));

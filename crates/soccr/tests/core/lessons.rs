@@ -10,7 +10,7 @@ use rustix::net::sockopt::{
     set_socket_recv_buffer_size, set_socket_reuseaddr, set_socket_send_buffer_size, socket_reuseaddr,
 };
 use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
-use soccr::connection::{Buffers, Connection, Urgent, Window};
+use soccr::connection::{Buffers, Connection, QUEUE_LIMIT, Urgent, Window};
 use soccr::settings::Value;
 use soccr::{Error, ErrorKind, Fidelity, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
@@ -47,12 +47,20 @@ type Damage = fn(&mut Connection);
 pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call() {
     let ends = busy();
     let connection = ends.take();
-    let damage: [(&str, Damage); 23] = [
+    let damage: [(&str, Damage); 26] = [
         ("unsq_len", |connection| connection.control.unsq_len = connection.control.outq_len + 1),
         ("outq_len", |connection| connection.control.outq_len += 1),
         ("outq_len", |connection| connection.control.outq_len = u32::MAX),
         ("inq_len", |connection| connection.control.inq_len += 1),
         ("inq_len", |connection| connection.receive_queue.clear()),
+        ("inq_len is over 64 MiB", |connection| {
+            connection.receive_queue = vec![0; QUEUE_LIMIT as usize + 1];
+            connection.control.inq_len = QUEUE_LIMIT + 1;
+        }),
+        ("outq_len is over 64 MiB", |connection| {
+            connection.send_queue = vec![0; QUEUE_LIMIT as usize + 1];
+            connection.control.outq_len = QUEUE_LIMIT + 1;
+        }),
         ("outq_len", |connection| connection.send_queue.clear()),
         ("fin_unsent", |connection| connection.control.fin_unsent = true),
         ("urgent", |connection| connection.urgent = Some(Urgent { offset: 5000, consumed: false })),
@@ -67,6 +75,7 @@ pub fn a_length_that_contradicts_another_is_refused_before_the_first_system_call
         ("max_window", |connection| edit(connection, |window, _| window.max_window = 1 << 30)),
         ("SO_SNDBUF", |connection| connection.buffers.as_mut().unwrap().send = u32::MAX),
         ("SO_RCVBUF", |connection| connection.buffers.as_mut().unwrap().receive = 1 << 31),
+        ("SO_BUF_LOCK", |connection| connection.buffers.as_mut().unwrap().lock = 4),
         ("rtt ", |connection| connection.path.as_mut().unwrap().rtt = Duration::MAX),
         ("rttvar", |connection| connection.path.as_mut().unwrap().rttvar = Duration::from_secs(3601)),
         ("rto", |connection| connection.path.as_mut().unwrap().rto = Duration::MAX),

@@ -173,6 +173,44 @@ pub fn nothing_is_put_behind_what_did_not_arrive() {
     });
 }
 
+/// The thread that reads what is held fails in one of its calls. Whoever takes is told, and reads alone from then on.
+pub fn a_reader_that_fails_is_told_of_and_done_without() {
+    const CALLS: [&[i64]; 2] = [&[libc::SYS_recvfrom], &[libc::SYS_poll, libc::SYS_ppoll]];
+    for calls in CALLS {
+        supervised(move |faults| {
+            // This thread makes none of these calls while a fault is armed.
+            let (ends, flow, locker) = connection();
+            ends.peer.set_nodelay(true).unwrap();
+            let lock = locker.lock(&[flow]).unwrap();
+            let send = |text| rustix::io::write(&ends.peer, text).unwrap();
+            let fail = |errno, text| {
+                faults.arm_among(calls, 0, errno);
+                send(text);
+                wait_until("a call fails", || faults.has_failed());
+            };
+            // A signal is no reason to end.
+            fail(libc::EINTR, b"held");
+            wait_until("it is held", || lock.held() > 0);
+            fail(libc::EINVAL, b"more");
+            let mut told = None;
+            wait_until("it is told", || {
+                told = lock.take().err();
+                told.is_some()
+            });
+            let told = told.unwrap();
+            assert_eq!((told.step(), told.errno()), ("take", Some(libc::EINVAL)), "{told}");
+            send(b"last");
+            wait_until("it is taken", || {
+                lock.take().unwrap()[0].packets.iter().any(|packet| packet.ends_with(b"last"))
+            });
+            lock.release().unwrap();
+            let mut read = [0; 12];
+            (&ends.ours).read_exact(&mut read).unwrap();
+            assert_eq!(&read, b"heldmorelast");
+        });
+    }
+}
+
 pub fn a_lock_that_does_not_persist_stays() {
     let (ends, flow, locker) = connection();
     let host = &ends.pair.a;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use soccr_handover::channel::{Channel, Exchanged, Pair};
@@ -79,7 +79,7 @@ impl<'a> Via<'a> {
             && let Ok(ended) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())
         {
             let limit = PARTING.try_into().expect("a time limit fits");
-            let _ = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit));
+            let _ = retry_on_intr(|| poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)));
         }
         if let Some((stop, thread)) = self.messages.take() {
             drop(stop);
