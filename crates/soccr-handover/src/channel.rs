@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+use rustix::net::{SendFlags, send};
 
 /// Both directions between the two ends of a hand-over.
 ///
@@ -149,6 +150,12 @@ fn exchange(
     input: &mut [u8],
     deadline: Option<Instant>,
 ) -> io::Result<Option<Exchanged>> {
+    if bell.is_none()
+        && !output.is_empty()
+        && let Ok(written @ 1..) = send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+    {
+        return Ok(Some(Exchanged { written, read: None }));
+    }
     loop {
         let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let timeout = timeout.map(|timeout| timeout.try_into().expect("a time limit fits"));
@@ -190,7 +197,6 @@ fn exchange(
 
 /// Writes without waiting for the reader.
 fn write_some(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
-    use rustix::net::{SendFlags, send};
     match send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
         Err(Errno::NOTSOCK) => {}
         sent => return sent,

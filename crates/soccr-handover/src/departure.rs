@@ -3,13 +3,14 @@
 mod item;
 mod window;
 
+use std::borrow::Cow;
 use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use soccr::{Connection, Lock};
+use soccr::Lock;
 use soccr_image::stream::{Decoded, Decoder, Message, STATE_LIMIT, Writer};
 
 use crate::departing::{Departing, Stream};
@@ -66,8 +67,6 @@ pub(crate) struct Departure {
     is_one_way: bool,
     /// END is written.
     is_finished: bool,
-    /// The memory of the last connection that was saved.
-    scratch: Connection,
     writer: Writer<Outbox>,
     /// Where in the stream each COMMIT ends.
     commits: Vec<(u64, Id)>,
@@ -117,7 +116,6 @@ impl Departure {
             has_begun: false,
             is_one_way,
             is_finished: false,
-            scratch: Connection::empty(),
             writer,
             commits: Vec::new(),
             decoder: Decoder::with_limit(LONGEST_ANSWER),
@@ -242,7 +240,7 @@ impl Departure {
     }
 
     fn offer(&mut self, id: Id) -> Result<()> {
-        let Self { items, scratch, writer, broken, .. } = self;
+        let Self { items, writer, broken, .. } = self;
         let item = &mut items[id as usize - 1];
         match (item.error.take(), broken) {
             (Some(not_locked), _) => return Err(not_locked),
@@ -252,16 +250,19 @@ impl Departure {
         if let Some(Condition(check)) = &item.condition {
             check(item.seat.as_fd()).map_err(|why| Error::new(ErrorKind::Changed, why))?;
         }
-        item.seat.save_into(scratch)?;
-        item.saved = Some(scratch.control.clone());
-        scratch.unread(&item.unread).map_err(|error| Error::of(ErrorKind::TooMuch, "", error))?;
+        let Item { seat, unread, .. } = item;
+        let mut connection = Cow::Borrowed(seat.save()?);
+        if !unread.is_empty() {
+            let unread = connection.to_mut().unread(unread);
+            unread.map_err(|error| Error::of(ErrorKind::TooMuch, "", error))?;
+        }
         if let Some(state) = &item.state {
             if state.len() > STATE_LIMIT {
                 return Err(Error::new(ErrorKind::TooMuch, "a state of over 16 MiB"));
             }
             writer.state(id, state, item.critical).map_err(invalid)?;
         }
-        writer.connection(id, &item.name, scratch).map_err(invalid)
+        writer.connection(id, &item.name, &connection).map_err(invalid)
     }
 
     /// Takes the connection out of its socket, and says that it is the target's.
@@ -272,8 +273,7 @@ impl Departure {
         let Self { items, writer, commits, .. } = self;
         let item = &mut items[id as usize - 1];
         writer.held(id, &item.held.packets).map_err(invalid)?;
-        let saved = item.saved.as_ref().expect("what leaves has been saved");
-        item.value = Some(Box::new(item.seat.let_go(saved)?));
+        item.seat.let_go()?;
         item.held.packets.clear();
         writer.send(&Message::Commit { connection: id }).expect("memory takes every byte");
         commits.push((writer.get_mut().end(), id));
@@ -283,12 +283,11 @@ impl Departure {
     fn take_back(&mut self, id: Id) {
         let number = id as usize - 1;
         let item = &mut self.items[number];
-        let value = item.value.take().expect("what has left is here as a value");
         if let Some(users) = &mut self.users {
             // Users that cannot be stopped any more must not cost the connection: it is in this memory alone.
             let _ = users.stop().and_then(|()| users.filling(number));
         }
-        match item.seat.take_back(&value) {
+        match item.seat.come_back() {
             Ok(()) => {
                 if item.seat.is_adrift() {
                     let why = item.why(&self.reason);
@@ -357,7 +356,7 @@ impl Departure {
             Message::Refused { connection, reason } => {
                 if let Some(item) = (connection as usize).checked_sub(1).and_then(|at| self.items.get_mut(at))
                 {
-                    let verb = if item.value.is_some() { "cannot restore" } else { "refuses" };
+                    let verb = if item.seat.has_left() { "cannot restore" } else { "refuses" };
                     let what = format!("the target {verb} it: {reason}");
                     item.error.get_or_insert(Error::new(ErrorKind::Refused, what));
                 }
@@ -424,7 +423,7 @@ impl Engine for Departure {
     }
 
     fn wants_proof(&self) -> bool {
-        let mut left = self.items.iter().zip(1..).filter(|(item, _)| item.value.is_some());
+        let mut left = self.items.iter().zip(1..).filter(|(item, _)| item.seat.has_left());
         left.any(|(_, id)| self.machine.fate(id).is_none())
     }
 

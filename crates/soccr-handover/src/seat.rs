@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
-use soccr::connection::{ControlBlock, State};
 use soccr::settings::{Settings, Value};
-use soccr::{Connection, Flow};
+use soccr::{Connection, Flow, Position};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -23,8 +22,12 @@ pub struct Seat {
     is_own: bool,
     /// The connection is in a new socket, of which those who used the old one know nothing.
     is_adrift: bool,
-    /// A connection with kernel TLS that has been read: its socket is in repair mode.
+    /// What was read, until the connection is known to be here or elsewhere.
     value: Option<Box<Connection>>,
+    /// Where it stood then; nothing where the socket has been in repair mode since, with kernel TLS.
+    position: Option<Position>,
+    /// It was let go, and is in no socket of ours.
+    has_left: bool,
     /// What the socket has of its process.
     process: Settings,
 }
@@ -38,7 +41,16 @@ impl AsFd for Seat {
 impl Seat {
     /// A socket whose connection has these addresses.
     pub fn new(socket: OwnedFd, flow: Flow) -> Self {
-        Self { socket, flow, is_own: false, is_adrift: false, value: None, process: Settings::default() }
+        Self {
+            socket,
+            flow,
+            is_own: false,
+            is_adrift: false,
+            value: None,
+            position: None,
+            has_left: false,
+            process: Settings::default(),
+        }
     }
 
     /// The same, where no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS, whose
@@ -86,13 +98,14 @@ impl Seat {
         Ok(soccr::tls::settle(&self.socket, limit)?)
     }
 
-    /// Reads the connection, into memory that may have been used before. It goes on: only a lock around this call keeps that off the
-    /// wire. One with kernel TLS is silent from here on, until it [comes back](Self::come_back) or [is let go](Self::let_go).
+    /// Reads the connection. It goes on: only a lock around this call keeps that off the wire. One with kernel TLS is silent from here
+    /// on, until it [comes back](Self::come_back) or [is let go](Self::let_go).
     ///
     /// # Errors
     /// Those of [`soccr::pause`] and of saving.
-    pub fn save_into(&mut self, connection: &mut Connection) -> Result<()> {
+    pub fn save(&mut self) -> Result<&Connection> {
         let encrypts = self.has_kernel_tls()?;
+        let mut connection = Box::new(Connection::empty());
         let paused = self.pause()?;
         let paused = match (encrypts, self.is_own) {
             (false, _) => paused,
@@ -100,32 +113,59 @@ impl Seat {
             (true, true) => paused.with_tls(),
             (true, false) => paused.with_tls_in_place(),
         };
-        paused.save_into(connection)?;
+        paused.save_into(&mut connection)?;
         for (name, value) in self.process.iter() {
             connection.settings.set(name, value.clone());
         }
-        if !encrypts {
-            return Ok(paused.resume()?);
-        }
-        // It cannot be read a second time.
-        paused.detach()?;
-        self.value = Some(Box::new(connection.clone()));
-        Ok(())
+        self.position = if encrypts {
+            // It cannot be read a second time.
+            paused.detach()?;
+            None
+        } else {
+            let position = paused.position();
+            paused.resume_silently()?;
+            position
+        };
+        Ok(self.value.insert(connection))
     }
 
-    /// A connection with kernel TLS that was read and not let go lives on: in a new socket, or in the old one where others use it.
-    /// Connections without have lived on.
+    /// What [was read](Self::save), until the connection [comes back](Self::come_back) or [is given up](Self::give_up).
+    pub fn connection(&self) -> Option<&Connection> {
+        self.value.as_deref()
+    }
+
+    /// It was [let go](Self::let_go), and nothing else is known yet.
+    pub fn has_left(&self) -> bool {
+        self.has_left
+    }
+
+    /// Nobody else has the connection: it lives on here. One that was [let go](Self::let_go) goes back into the socket that it came from.
+    /// One with kernel TLS that was read comes back to life: in a new socket, or in the old one where others use it and it was not let go;
+    /// where others use it and it was, it [is adrift](Self::is_adrift).
     ///
     /// # Errors
     /// Those of restoring and resuming. The connection is in no socket then, or frozen in the old one.
     pub fn come_back(&mut self) -> Result<()> {
-        let Some(value) = self.value.take() else { return Ok(()) };
-        if self.is_own {
-            self.close()?;
-            return self.take_back(&value);
+        let (value, position, has_left) = (self.value.take(), self.position.take(), self.has_left);
+        self.has_left = false;
+        let Some(value) = value else { return Ok(()) };
+        match (has_left, position) {
+            (true, _) => self.put_back(&value),
+            (false, Some(_)) => Ok(()),
+            (false, None) if self.is_own => {
+                self.close()?;
+                self.put_back(&value)
+            }
+            (false, None) => {
+                soccr::Paused::take_over(self.socket.as_fd())?.resume()?;
+                self.set_reuse(&value)
+            }
         }
-        soccr::Paused::take_over(self.socket.as_fd())?.resume()?;
-        self.set_reuse(&value)
+    }
+
+    /// Somebody else has the connection, or nobody: what is known of it here is thrown away.
+    pub fn give_up(&mut self) {
+        (self.value, self.position, self.has_left) = (None, None, false);
     }
 
     /// Closes the socket, which is silent in repair mode, and frees its addresses: at once, though a child that is just being forked
@@ -139,36 +179,27 @@ impl Seat {
         Ok(())
     }
 
-    /// Reads the connection again, and takes it out of the socket, provided that it is still what it was. What stays with the socket,
-    /// such as its options, is not read twice.
+    /// Takes the connection that [was read](Self::save) out of the socket, provided that it is still what it was.
     ///
     /// # Errors
-    /// [`Changed`](ErrorKind::Changed) where it is not, and those of saving. The connection goes on.
-    pub fn let_go(&mut self, saved: &ControlBlock) -> Result<Connection> {
-        match (&self.value, self.is_own) {
-            (None, _) => {}
-            (Some(_), true) => self.close()?,
-            (Some(_), false) => soccr::tls::discard(&self.socket, self.flow)?,
+    /// [`Changed`](ErrorKind::Changed) where it is not, and those of [`soccr::Paused::detach_at`]. The connection goes on.
+    pub fn let_go(&mut self) -> Result<()> {
+        match (self.position, self.is_own) {
+            _ if self.value.is_none() => return Err(Error::new(ErrorKind::Changed, "it has not been read")),
+            (Some(position), _) => self.pause()?.detach_at(position).map_err(|error| match error.kind() {
+                soccr::ErrorKind::Changed => {
+                    Error::new(ErrorKind::Changed, "it changed while it was locked: another process uses it")
+                }
+                _ => error.into(),
+            })?,
+            (None, true) => self.close()?,
+            (None, false) => soccr::tls::discard(&self.socket, self.flow)?,
         }
-        if let Some(value) = self.value.take() {
-            return Ok(*value);
-        }
-        let paused = self.pause()?;
-        let connection = paused.save_plain()?;
-        if position(&connection.control) != position(saved) {
-            let what = "it changed while it was locked: another process uses it";
-            return Err(Error::new(ErrorKind::Changed, what));
-        }
-        paused.detach()?;
-        Ok(connection)
+        self.has_left = true;
+        Ok(())
     }
 
-    /// Puts the connection back into the socket that it came from: nobody has it elsewhere. One with kernel TLS gets a new socket, and
-    /// where others have used the old one it [is adrift](Self::is_adrift).
-    ///
-    /// # Errors
-    /// Those of restoring. The connection is in no socket then.
-    pub fn take_back(&mut self, connection: &Connection) -> Result<()> {
+    fn put_back(&mut self, connection: &Connection) -> Result<()> {
         if connection.tls.is_some() {
             self.socket = connection.restore()?.resume()?.into();
             self.is_adrift |= !self.is_own;
@@ -204,10 +235,4 @@ impl Seat {
         // In CLOSE the kernel has forgotten the peer.
         Ok(soccr::pause(&self.socket)?.with_peer(self.flow.remote))
     }
-}
-
-/// What only traffic and the application change. The windows move by themselves, and the clock runs.
-fn position(control: &ControlBlock) -> (State, [u32; 5], bool) {
-    let ControlBlock { state, rcv_nxt, inq_len, write_seq, outq_len, unsq_len, fin_unsent, .. } = *control;
-    (state, [rcv_nxt, inq_len, write_seq, outq_len, unsq_len], fin_unsent)
 }

@@ -40,8 +40,7 @@ mod room;
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
 
 use crate::connection::Connection;
 use crate::error::Result;
@@ -112,15 +111,7 @@ pub fn resume<K: Send>(
 #[derive(Debug, Default)]
 pub struct Kit {
     rack: pool::Rack<Injectors>,
-    /// What new sockets of IPv6 and IPv4 had, and when.
-    fresh: Mutex<[Option<Fresh>; 2]>,
 }
-
-/// The settings of a new socket, and when they were read.
-type Fresh = (Arc<Settings>, Instant);
-
-/// How long that holds: to ask takes as long as a restore.
-const FRESH: Duration = Duration::from_millis(10);
 
 impl Kit {
     /// See [`restore`].
@@ -133,26 +124,13 @@ impl Kit {
             // Nothing is validated yet.
             connection.receive_queue.len() + connection.send_queue.len()
         };
-        let fresh: [OnceLock<Arc<Settings>>; 2] = Default::default();
+        let fresh: [OnceLock<Settings>; 2] = Default::default();
         let work = |injectors: &mut Injectors, (key, mut connection): (K, Connection)| {
             let family = &fresh[usize::from(connection.local.is_ipv4())];
-            connection.settings.forget_defaults(family.get_or_init(|| self.fresh(connection.local)));
+            connection.settings.forget_defaults(family.get_or_init(|| settings_of_new(connection.local)));
             (key, connection.restore_with(injectors))
         };
         pool::run(&self.rack, connections, cost, work, |(key, restored)| each(key, restored));
-    }
-
-    fn fresh(&self, local: SocketAddr) -> Arc<Settings> {
-        let mut fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner);
-        let family = &mut fresh[usize::from(local.is_ipv4())];
-        match family {
-            Some((settings, since)) if since.elapsed() < FRESH => Arc::clone(settings),
-            _ => {
-                let settings = Arc::new(settings_of_new(local));
-                *family = Some((Arc::clone(&settings), Instant::now()));
-                settings
-            }
-        }
     }
 
     /// See [`resume`].
@@ -168,11 +146,8 @@ impl Kit {
     }
 }
 
-/// What a new socket has, as sysctls and the kernel decide now; nothing where none can be made.
+/// What a new socket has, as sysctls decide now; nothing where none can be made.
 fn settings_of_new(local: SocketAddr) -> Settings {
-    let mut settings = Settings::default();
-    if let Ok(socket) = restore::open(local) {
-        settings.read_into(socket.as_fd(), local, 0);
-    }
-    settings
+    restore::open(local)
+        .map_or_else(|_| Settings::default(), |socket| Settings::of_new(socket.as_fd(), local))
 }

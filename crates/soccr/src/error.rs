@@ -33,6 +33,8 @@ pub enum ErrorKind {
     /// It cannot be done with this connection, or did not come out as it should; the text says which. What was saved
     /// goes on, what was half restored is silent.
     Refused,
+    /// The connection changed while it was looked at, and goes on: its traffic was not locked, or another process used it.
+    Changed,
     /// The values given contradict each other.
     Invalid,
     /// The kernel refused: see [`Error::errno`].
@@ -85,7 +87,8 @@ impl Error {
     /// What kind of failure it is.
     pub fn kind(&self) -> ErrorKind {
         match self.kind {
-            Kind::Refused | Kind::Changed => ErrorKind::Refused,
+            Kind::Refused => ErrorKind::Refused,
+            Kind::Changed => ErrorKind::Changed,
             Kind::Invalid => ErrorKind::Invalid,
             Kind::System(_) => ErrorKind::System,
         }

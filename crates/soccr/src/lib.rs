@@ -105,4 +105,5 @@ pub use pause::{Paused, pause};
 pub use report::{Entry, Fidelity, Report};
 pub use restore::Restore;
 pub use resume::Restored;
+pub use save::Position;
 pub use sys::tcp::Queue;

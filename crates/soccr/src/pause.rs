@@ -174,18 +174,9 @@ impl<'fd> Paused<'fd> {
         Ok(connection)
     }
 
-    /// Like [`save`](Self::save), without what stays with the socket when its connection leaves it: of the options `SO_REUSEADDR`
-    /// alone, which repair mode overwrites, and neither owner nor NAT. A quarter of the system calls, for whoever has read them before
-    /// and looks again.
-    ///
-    /// # Errors
-    /// The errors of [`save`](Self::save); kernel TLS is refused.
-    pub fn save_plain(&self) -> Result<Connection> {
-        let mut connection = Connection::empty();
-        let position = save::plain(self.fd, self.peer, &mut connection).map_err(|error| error.at("save"))?;
-        save::reuse_address(&mut connection, self.reuse_address);
-        self.saved.set(Some(position));
-        Ok(connection)
+    /// Where the connection stood when this guard saved it; nothing before that.
+    pub fn position(&self) -> Option<Position> {
+        self.saved.get()
     }
 
     /// Like [`save`](Self::save), into the memory of a connection saved before.
@@ -289,6 +280,16 @@ impl<'fd> Paused<'fd> {
         std::mem::ManuallyDrop::new(self).turn_off().map_err(|error| error.at("resume"))
     }
 
+    /// Like [`resume`](Self::resume), without the window probe: for a connection that a lock keeps silent, of which nothing would
+    /// come through.
+    ///
+    /// # Errors
+    /// The option that failed; the guard is gone nevertheless.
+    pub fn resume_silently(self) -> Result<()> {
+        let paused = std::mem::ManuallyDrop::new(self);
+        paused.leave_repair(Repair::OffNoProbe).map_err(|error| error.at("resume"))
+    }
+
     /// Leaves the socket in repair mode, and gives up the guard. Closing the socket is silent then.
     pub fn release(self) {
         std::mem::forget(self);
@@ -314,27 +315,50 @@ impl<'fd> Paused<'fd> {
         Ok(())
     }
 
+    /// The same for a connection that an earlier guard has saved, when it stood there: a sixth of the system calls of saving it once more.
+    /// In between it may have been [resumed](Self::resume_silently).
+    ///
+    /// # Errors
+    /// Those of [`detach`](Self::detach), also where the application has read something since. Refused: a socket with kernel TLS.
+    pub fn detach_at(self, position: Position) -> Result<()> {
+        let check = || {
+            save::refuse_layer(self.fd)?;
+            if position.is_kept(self.fd)? { Ok(()) } else { Err(queue::changed()) }
+        };
+        check().and_then(|()| self.disconnect()).map_err(|error| error.at("detach"))?;
+        let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
+        self.release();
+        Ok(())
+    }
+
     /// False where it can only be closed.
     fn forget_connection(&self) -> Result<bool> {
         // What has been acknowledged since would be in no image, and the peer would never send it again.
         if let Some(saved) = self.saved.get()
-            && Position::now(self.fd)? != saved
+            && !saved.has_kept_traffic(self.fd)?
         {
             return Err(queue::changed());
         }
         if tls::has_layer(self.fd)? {
             return Ok(false);
         }
-        rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
-        Ok(true)
+        self.disconnect().map(|()| true)
+    }
+
+    fn disconnect(&self) -> Result<()> {
+        rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))
     }
 
     fn turn_off(&self) -> Result<()> {
+        self.leave_repair(Repair::Off)
+    }
+
+    fn leave_repair(&self, how: Repair) -> Result<()> {
         if self.arrived.borrow().is_taken() {
             let remedy = "close the socket, and restore the connection that was saved: it has them";
             return Err(Error::refused("a connection whose TLS records have been read", remedy));
         }
-        tcp::set_repair(self.fd, Repair::Off)?;
+        tcp::set_repair(self.fd, how)?;
         set_reuse_address(self.fd, self.reuse_address)
     }
 }

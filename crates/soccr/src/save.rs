@@ -103,25 +103,7 @@ pub(crate) fn save(
     Ok(position)
 }
 
-/// Everything that moves with the traffic, and the sizes of the buffers.
-pub(crate) fn plain(
-    fd: BorrowedFd<'_>,
-    peer: Option<SocketAddr>,
-    connection: &mut Connection,
-) -> Result<Position> {
-    refuse_layer(fd)?;
-    (connection.local, connection.remote) = (local_address(fd)?, remote_address(fd, peer)?);
-    connection.buffers = Some(buffers::read(fd)?.buffers);
-    let (position, control, urgent, path, ()) = standing_still(fd, false, |control, marked| {
-        queue::peek(fd, Queue::Send, &mut connection.send_queue, control.outq_len, false)?;
-        queue::peek(fd, Queue::Receive, &mut connection.receive_queue, control.inq_len, marked)
-    })?;
-    (connection.control, connection.urgent, connection.path) = (control, urgent, Some(path));
-    connection.validate()?;
-    Ok(position)
-}
-
-fn refuse_layer(fd: BorrowedFd<'_>) -> Result<()> {
+pub(crate) fn refuse_layer(fd: BorrowedFd<'_>) -> Result<()> {
     if tls::has_layer(fd)? {
         let what = "a socket with an upper layer protocol (kTLS)";
         return Err(Error::refused(
@@ -164,10 +146,11 @@ fn standing_still<T>(
         let queues = read_queues(&control, urgent.is_some())?;
         let end = tcp::info(fd)?;
         tcp::select_queue(fd, None)?;
-        if Position::of(&info) != Position::of(&end) {
+        let position = Position { unread: (control.inq_len, urgent), ..Position::of(&info) };
+        if !position.has_same_traffic(&end) {
             return Err(changed());
         }
-        Ok((Position::of(&info), control, urgent, path(&info), queues))
+        Ok((position, control, urgent, path(&info), queues))
     };
     for _ in 1..ATTEMPTS {
         match read() {
@@ -217,28 +200,43 @@ fn control_block(
     Ok((control, urgent))
 }
 
-/// Where a connection stands: what every segment that is received, acknowledged or sent moves, and every write.
+/// Where a connection stood when it was saved: whatever moves it, moves this. See [`Paused::detach_at`](crate::Paused::detach_at).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Position {
+pub struct Position {
+    state: u8,
+    /// What every segment that is received, acknowledged or sent moves, and every write.
     received: u64,
     acknowledged: u64,
     unacknowledged: u32,
     unsent: u32,
+    /// What every read moves.
+    unread: (u32, Option<Urgent>),
 }
 
 impl Position {
     fn of(info: &TcpInfo) -> Self {
         Self {
+            state: info.state,
             received: info.bytes_received,
             acknowledged: info.bytes_acked,
             unacknowledged: info.unacked,
             unsent: info.notsent_bytes,
+            unread: (0, None),
         }
     }
 
-    /// That of a socket now.
-    pub(crate) fn now(fd: BorrowedFd<'_>) -> Result<Self> {
-        tcp::info(fd).map(|info| Self::of(&info))
+    fn has_same_traffic(&self, now: &TcpInfo) -> bool {
+        Self { unread: self.unread, ..Self::of(now) } == *self
+    }
+
+    /// Nothing was received, acknowledged or written since.
+    pub(crate) fn has_kept_traffic(&self, fd: BorrowedFd<'_>) -> Result<bool> {
+        tcp::info(fd).map(|info| self.has_same_traffic(&info))
+    }
+
+    /// Nor was anything read. To be asked in repair mode, without kernel TLS.
+    pub(crate) fn is_kept(&self, fd: BorrowedFd<'_>) -> Result<bool> {
+        Ok(self.has_kept_traffic(fd)? && queue::receive_queue_extent(fd)? == self.unread)
     }
 }
 

@@ -148,6 +148,16 @@ impl Settings {
         }
     }
 
+    /// What a new socket has, of what not all kernels agree on and a sysctl may change at any time.
+    pub(crate) fn of_new(fd: BorrowedFd<'_>, local: SocketAddr) -> Self {
+        let mut buffer = [0; table::LONGEST];
+        let is_read = |row: &Row| row.applies(local) && row.is_tuned() && row.stands_alone();
+        let rows = TABLE.iter().enumerate().filter(|(_, row)| is_read(row));
+        let values = rows
+            .filter_map(|(place, row)| Some((Name::Known(place as u8), row.read(fd, &mut buffer).ok()??)));
+        Self(values.collect())
+    }
+
     /// Forgets what a new socket has anyway, with the options `fresh`: it need not be set.
     pub(crate) fn forget_defaults(&mut self, fresh: &Self) {
         self.0.retain(|setting| {

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::value_parser;
-use soccr::connection::{ControlBlock, Flow};
+use soccr::Lock;
+use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode};
-use soccr::{Connection, Lock};
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{Seat, Users, silence};
 use soccr_image::AtomicFile;
@@ -74,7 +74,6 @@ const SETTLING: Duration = Duration::from_secs(1);
 struct Saved {
     name: String,
     seat: Seat,
-    control: ControlBlock,
     /// Dropped, it delivers what was held where the connection is still there.
     _lock: Lock,
 }
@@ -125,19 +124,11 @@ impl Save {
         silence::begin(&flows, Duration::from_secs(self.silence))?;
         // Until the image has its end and its name, it is none.
         let _deaf = Deaf::begin();
-        let mut gone = Vec::with_capacity(saved.len());
-        let taken = saved.iter_mut().try_for_each(|saved| {
-            gone.push(saved.seat.let_go(&saved.control).with_context(|| saved.name.clone())?);
-            Ok(())
-        });
+        let taken =
+            saved.iter_mut().try_for_each(|saved| saved.seat.let_go().with_context(|| saved.name.clone()));
         if let Err(error) = taken.and_then(|()| self.finish(image)) {
-            let mut gone = gone.iter();
             for Saved { name, mut seat, .. } in saved {
-                let back = match gone.next() {
-                    Some(connection) => seat.take_back(connection),
-                    None => seat.come_back(),
-                };
-                if let Err(error) = back {
+                if let Err(error) = seat.come_back() {
                     exit::complain(&format!("{name}: {error}"));
                 } else if seat.is_adrift() {
                     let why = rescue(&[seat.into_socket().into()], &anyhow!("its process has lost it"));
@@ -187,16 +178,17 @@ impl Save {
         fail: &mut impl FnMut(anyhow::Error),
     ) -> Result<(Writer<Sink>, Vec<Saved>)> {
         let mut all: Vec<Saved> = Vec::with_capacity(seats.len());
-        let mut connection = Connection::empty();
         let write = || {
             let mut writer = Writer::new(sink)?;
             for (name, mut seat) in seats {
                 let lock = locker.lock(&[seat.flow()])?;
-                match seat.save_into(&mut connection) {
-                    Ok(()) => {
-                        writer.connection(all.len() as u32 + 1, &name, &connection)?;
-                        let control = connection.control.clone();
-                        all.push(Saved { name, seat, control, _lock: lock });
+                match seat.save() {
+                    Ok(connection) => {
+                        writer.connection(all.len() as u32 + 1, &name, connection)?;
+                        if self.keep {
+                            seat.come_back()?;
+                        }
+                        all.push(Saved { name, seat, _lock: lock });
                     }
                     Err(error) => fail(anyhow::Error::new(error).context(name)),
                 }

@@ -45,12 +45,12 @@ impl Arrival {
         }
         let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
         match self.shared.locker.lock(&flows) {
-            Ok(lock) => self.place_locked(batch, lock, diag),
+            Ok(lock) => self.place_locked(batch, lock),
             // One of them is in the way of all.
             Err(_) => {
                 for arriving in batch {
                     match self.shared.locker.lock(&[arriving.connection.flow()]) {
-                        Ok(lock) => self.place_locked(vec![arriving], lock, diag),
+                        Ok(lock) => self.place_locked(vec![arriving], lock),
                         Err(error) => {
                             self.make_room();
                             self.placed(arriving.id, Err(error.to_string()));
@@ -93,14 +93,14 @@ impl Arrival {
         self.terms.room = self.terms.room.map(|room| room + 1);
     }
 
-    fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock, diag: &mut Option<Diag>) {
+    fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock) {
         let number = self.next_batch;
         self.next_batch += 1;
         self.batches
             .insert(number, Batch { lock, size: batch.len(), undecided: batch.len(), taken: Vec::new() });
-        let (behind, free): (Vec<_>, Vec<_>) = batch
-            .into_iter()
-            .partition(|arriving| self.origin == Origin::Here && is_in_use(diag, arriving.connection.flow()));
+        // In the network of the source the old sockets are in the way.
+        let (behind, free) =
+            if self.origin == Origin::Here { (batch, Vec::new()) } else { (Vec::new(), batch) };
         // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
         self.shared.end_silence(&flows);

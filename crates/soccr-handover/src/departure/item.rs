@@ -2,8 +2,6 @@
 
 use std::os::fd::BorrowedFd;
 
-use soccr::Connection;
-use soccr::connection::ControlBlock;
 use soccr::lock::Held;
 
 use crate::error::{Error, ErrorKind};
@@ -19,10 +17,6 @@ pub(crate) struct Item {
     pub(crate) condition: Option<Condition>,
     /// What the lock has held for it.
     pub(super) held: Held,
-    /// What was sent, but for the bytes.
-    pub(super) saved: Option<ControlBlock>,
-    /// All that is left of it here, since it was detached.
-    pub(super) value: Option<Box<Connection>>,
     pub(super) error: Option<Error>,
     /// It could not be put back.
     pub(super) is_lost: bool,
@@ -41,8 +35,6 @@ impl Item {
             state: None,
             critical: false,
             condition: None,
-            saved: None,
-            value: None,
             error: None,
             is_lost: false,
             is_told: false,

@@ -50,7 +50,7 @@ impl Departure {
         }
         let leaving = self.machine.leaving().map(|id| {
             let item = &self.items[id as usize - 1];
-            (item.seat.flow(), item.saved.as_ref().map_or(0, |saved| saved.rcv_nxt))
+            (item.seat.flow(), item.seat.connection().map_or(0, |saved| saved.control.rcv_nxt))
         });
         let leaving: Vec<(Flow, u32)> = leaving.collect();
         self.is_diverted = true;
@@ -115,7 +115,8 @@ impl Departure {
         for id in first..=last {
             if self.machine.fate(id).is_some() {
                 let item = self.item(id);
-                (item.value, item.held.packets) = (None, Vec::new());
+                item.seat.give_up();
+                item.held.packets = Vec::new();
                 if !self.is_one_way {
                     self.tell(id);
                 }

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::Read;
 use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit};
@@ -99,7 +100,10 @@ fn open_descriptors() -> u64 {
 
 /// The numbers in a file of `/proc/sys`; none where it is not there.
 fn numbers(path: &str) -> Vec<u64> {
-    let text = fs::read_to_string(path).unwrap_or_default();
+    let mut text = [0; 128];
+    // Such a file is read at once.
+    let length = fs::File::open(path).and_then(|mut file| file.read(&mut text)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text[..length]);
     text.split_whitespace().map_while(|word| word.parse().ok()).collect()
 }
 

@@ -222,6 +222,11 @@ impl Row {
         matches!(self.kind, Kind::Number { .. }) && !depends
     }
 
+    /// A sysctl, a route or another option decides about new sockets.
+    pub(crate) fn is_tuned(&self) -> bool {
+        self.kind == TUNED
+    }
+
     /// It is this option of sockets.
     pub(crate) fn is_socket_option(&self, number: i32) -> bool {
         (self.level, self.number) == (SOL_SOCKET, number)
