@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use soccr::bulk::{self, Needs, Saved};
+use soccr::bulk::{self, Kit, Needs, Saved};
 use soccr::lock::{Locker, Mode};
 use soccr::settings::Value;
 use soccr::{Connection, ErrorKind, Flow};
@@ -22,6 +22,7 @@ soccr_lab::tests![
     a_slow_source_gets_its_answers,
     queues_travel_in_reused_memory,
     options_come_back_whatever_new_sockets_have,
+    what_new_sockets_have_is_asked_for_each_time,
 ];
 
 /// Connections over `lo`, our ends and the peers'. What each peer has written is its number.
@@ -202,4 +203,27 @@ fn options_come_back_whatever_new_sockets_have() {
         }
         assert_alive(number, &streams[&number], peer);
     }
+}
+
+/// A sysctl that is changed between two calls decides about the second, however soon that comes.
+fn what_new_sockets_have_is_asked_for_each_time() {
+    let (ours, peers) = connect(2);
+    let lock = Locker::new(Mode::HOLD).unwrap().lock(&flows(&ours)).unwrap();
+    let connections = save_all(&ours);
+    let idle = connections[0].1.settings.get("TCP_KEEPIDLE").cloned();
+    assert!(idle.is_some());
+    let (kit, mut restored) = (Kit::default(), Vec::new());
+    for connection in connections {
+        kit.restore([connection], |index, socket| restored.push((index, socket.unwrap())));
+        soccr_lab::sysctl("net/ipv4/tcp_keepalive_time", "600").unwrap();
+    }
+    lock.release().unwrap();
+    kit.resume(restored, |number, stream| {
+        let stream = stream.unwrap();
+        // The first one goes on to follow the sysctl, as it did in its old socket.
+        let wanted = if number == 0 { Some(Value::Number(600)) } else { idle.clone() };
+        let settings = soccr::pause(&stream).unwrap().save().unwrap().settings;
+        assert_eq!(settings.get("TCP_KEEPIDLE"), wanted.as_ref(), "connection {number}");
+        assert_alive(number, &stream, &peers[number]);
+    });
 }

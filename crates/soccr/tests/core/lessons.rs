@@ -459,7 +459,9 @@ pub fn what_has_arrived_since_the_save_stops_the_detach() {
     paused.save().unwrap();
     (&ends.peer).write_all(b"late").unwrap();
     wait_until("it has been acknowledged", || info(&ends.peer).unacknowledged == 0);
-    assert_refused(paused.detach(), "detach", "changes while it is read", "lock");
+    let error = paused.detach().unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Changed, "detach"), "{error}");
+    assert!(error.what().contains("changes while it is read") && error.remedy().contains("lock"), "{error}");
     ends.to_us.extend_from_slice(b"late");
     ends.finish();
 }

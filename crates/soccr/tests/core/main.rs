@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use soccr_lab::Test;
 
+mod detach;
 mod ends;
 mod errors;
 mod faults;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     // Not in the middle of a test, whose peers would repeat segments meanwhile.
     soccr::prepare();
     let mut tests = tests! {
+        detach: what_moves_between_two_guards_stops_the_detach a_connection_that_stands_still_between_two_guards_leaves;
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
             a_restore_where_the_old_socket_lives
