@@ -16,21 +16,17 @@ use crate::servers::{memcached, move_clients, nginx, redis};
 
 crate::tests![curl_uses_its_connection_again, redis_cli_goes_on, the_memcached_client_of_python_goes_on,];
 
-/// What a program writes next of a name of three letters.
-fn name(program: &mut Program) -> String {
-    let output = program.0.stdout.as_mut().unwrap();
-    output
-        .bytes()
-        .map(|byte| char::from(byte.unwrap()))
-        .filter(|letter| letter.is_alphabetic())
-        .take(3)
-        .collect()
+/// What a program writes next.
+fn hear(program: &mut Program, length: usize) -> String {
+    let mut bytes = vec![0; length];
+    program.0.stdout.as_mut().unwrap().read_exact(&mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
 }
 
-/// Asks by a line for its standard input.
+/// Asks by a line for its standard input; it answers with a name in a line.
 fn ask(program: &mut Program, line: &str) -> String {
     program.0.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
-    name(program)
+    hear(program, "old\n".len()).trim_end().to_owned()
 }
 
 fn curl_uses_its_connection_again() {
@@ -52,7 +48,7 @@ fn curl_uses_its_connection_again() {
         let mut open = OpenOptions::new();
         open.write(true).custom_flags(libc::O_NONBLOCK);
         wait_until("curl reads its cookies", || open.open(&cookies).is_ok());
-        name(curl)
+        hear(curl, "old".len())
     };
     move_clients(1, nginx, curl, get);
 }
