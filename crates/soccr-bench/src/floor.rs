@@ -14,6 +14,7 @@
 //!           for FINs TCP_REPAIR_WINDOW, then shutdown in queue SEND, one raw segment for the peer's FIN and
 //!           one for its ACK, in the order that the state asks for
 //!           TCP_REPAIR_WINDOW, queue NONE
+//! adopt     one raw segment, made before the clock runs; the kernel's part, a connection in the listener's queue, is in it
 //! ```
 //!
 //! IPv4 only.
@@ -146,7 +147,7 @@ impl<'a> Restorer<'a> {
             options.extend([8, 0]);
         }
         options.extend([2, control.options.mss_clamp.into()]);
-        let segment = |seq, ack, flags| segment(connection, [remote, local], seq, ack, flags);
+        let segment = |seq, ack, flags| segment(connection, [remote, local], seq, ack, flags, &[]);
         Self {
             connection,
             local,
@@ -229,6 +230,26 @@ impl<'a> Restorer<'a> {
     }
 }
 
+/// The segment that adopts a connection without unread bytes.
+pub(crate) fn adopting(connection: &Connection) -> Vec<u8> {
+    let (SocketAddr::V4(local), SocketAddr::V4(remote)) = (connection.local, connection.remote) else {
+        panic!("IPv4 only");
+    };
+    let control = &connection.control;
+    let options = &control.options;
+    let scale = options.window_scale;
+    // Kind 254, length, a number; struct bpf_tcp_req_attrs.
+    let mut attributes = vec![254, 24, 0xad, 7, 0, 0, 0, 0];
+    attributes.extend(options.timestamps.unwrap_or(0).to_ne_bytes());
+    attributes.extend(options.mss_clamp.to_ne_bytes());
+    attributes.extend(scale.map_or([0; 2], |scale| [scale.rcv, scale.snd]));
+    let flags =
+        [options.ecn, scale.is_some(), options.sack, options.timestamps.is_some(), options.microseconds];
+    attributes.extend(flags.map(u8::from));
+    attributes.extend([0; 3]);
+    segment(connection, [remote, local], control.rcv_nxt, control.write_seq, 0x10, &attributes)
+}
+
 fn first_unacknowledged(connection: &Connection) -> u32 {
     let control = &connection.control;
     control.write_seq.wrapping_sub(control.outq_len).wrapping_sub(control.state.fin_queued().into())
@@ -240,27 +261,35 @@ fn set_window(fd: BorrowedFd<'_>, window: Window) {
 }
 
 /// An IPv4 packet without data.
-fn segment(connection: &Connection, [from, to]: [SocketAddrV4; 2], seq: u32, ack: u32, flags: u8) -> Vec<u8> {
+fn segment(
+    connection: &Connection,
+    [from, to]: [SocketAddrV4; 2],
+    seq: u32,
+    ack: u32,
+    flags: u8,
+    options: &[u8],
+) -> Vec<u8> {
     let scale = connection.control.options.window_scale.map_or(0, |scale| scale.snd);
     let window = connection.control.window.map_or(65535, |window| window.snd_wnd >> scale).min(65535) as u16;
-    let mut tcp = Vec::with_capacity(20);
+    let length = 20 + options.len() as u8;
+    let mut tcp = Vec::with_capacity(length.into());
     tcp.extend(from.port().to_be_bytes());
     tcp.extend(to.port().to_be_bytes());
     tcp.extend(seq.to_be_bytes());
     tcp.extend(ack.to_be_bytes());
-    tcp.extend([5 << 4, flags]);
+    tcp.extend([(length / 4) << 4, flags]);
     tcp.extend(window.to_be_bytes());
     tcp.extend([0; 4]);
-    let pseudo = [&from.ip().octets()[..], &to.ip().octets(), &[0, 6, 0, 20], &tcp].concat();
+    tcp.extend(options);
+    let pseudo = [&from.ip().octets()[..], &to.ip().octets(), &[0, 6, 0, length], &tcp].concat();
     let mut sum: u32 = pseudo.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     tcp[16..18].copy_from_slice(&(!sum as u16).to_be_bytes());
     // The kernel fills in what is zero: identification and checksum.
-    let ip =
-        [&[0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0][..], &from.ip().octets(), &to.ip().octets()].concat();
-    [ip, tcp].concat()
+    let head = [0x45, 0, 0, 20 + length, 0, 0, 0x40, 0, 64, 6, 0, 0];
+    [&head[..], &from.ip().octets(), &to.ip().octets(), &tcp].concat()
 }
 
 /// What is peeked from now on is the receive queue.
