@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use soccr::Flow;
 use soccr::diag::Diag;
-use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, is_foreign};
+use soccr::steer::{Foreign, NextHop, Numbers, Steerer, Tunnel, is_foreign};
 use soccr_image::stream;
 
 use crate::listen::Steered;
@@ -51,7 +51,7 @@ impl Delivery {
     }
 
     /// Has packets for the local address delivered here, where it is another host's and that is wanted. This stays.
-    pub(crate) fn arrange(&mut self, flow: &Flow) -> soccr::Result<()> {
+    pub(crate) fn arrange(&mut self, steerer: &mut Steerer, flow: &Flow) -> soccr::Result<()> {
         let wanted = match self.when {
             Steered::Auto => self.path.is_some(),
             Steered::Always => true,
@@ -72,7 +72,7 @@ impl Delivery {
                         self.made.push(address);
                     }
                     let numbers = there.map_or(self.numbers, |foreign| foreign.numbers());
-                    foreign = Some(self.deliver(address, numbers)?);
+                    foreign = Some(self.deliver(steerer, address, numbers)?);
                 }
                 *self.arranged.entry(address).or_insert(foreign)
             }
@@ -83,9 +83,9 @@ impl Delivery {
         }
     }
 
-    fn deliver(&self, address: IpAddr, numbers: Numbers) -> soccr::Result<Foreign> {
+    fn deliver(&self, steerer: &mut Steerer, address: IpAddr, numbers: Numbers) -> soccr::Result<Foreign> {
         let hop = self.hop(address);
-        let made = Foreign::deliver_from(address, numbers, hop)?;
+        let made = steerer.deliver(address, numbers, hop)?;
         if let Some(hop) = hop.filter(|_| self.path.as_ref().is_some_and(|path| path.answers)) {
             made.answer_through(hop)?;
         }
@@ -105,7 +105,8 @@ impl Drop for Delivery {
             let address = foreign.address();
             if !has_socket(address) && foreign.remove().is_ok() && has_socket(address) {
                 // Another hand-over has come in between.
-                let _ = self.deliver(address, foreign.numbers());
+                let _ = Steerer::new()
+                    .and_then(|mut steerer| self.deliver(&mut steerer, address, foreign.numbers()));
             }
         }
         if let Some(tunnel) = self.tunnel {

@@ -83,7 +83,7 @@ impl Arrival {
         }
         let mut offer = Offer { name, state, is_state_critical: *is_critical, connection };
         self.ask(|recipient| recipient.accept(&mut offer)).unwrap_or(Ok(()))?;
-        self.delivery.arrange(&flow).map_err(|error| error.to_string())?;
+        self.delivery.arrange(&mut self.shared.steerer(), &flow).map_err(|error| error.to_string())?;
         self.terms.room = self.terms.room.map(|room| room - 1);
         Ok(())
     }

@@ -25,7 +25,7 @@ use std::os::fd::BorrowedFd;
 
 use soccr_netlink::{Batch, Family, Link, Packet, Policy, Rtnetlink, Socket};
 
-use super::{NextHop, absent, index, number_of, present, system, with_route};
+use super::{NextHop, Steerer, absent, index, number_of, present, system, with_route};
 use crate::error::{Error, Result};
 use crate::nftables::{self, Hook, Table, Transaction};
 use crate::segment::flags;
@@ -90,15 +90,23 @@ impl Foreign {
     /// # Errors
     /// The errors of [`deliver`](Self::deliver); `ENODEV` where there is no such device.
     pub fn deliver_from(address: IpAddr, numbers: Numbers, from: Option<&NextHop>) -> Result<Self> {
+        Steerer::new()?.deliver(address, numbers, from)
+    }
+
+    pub(super) fn deliver_by(
+        socket: &mut Socket,
+        route: &mut Rtnetlink,
+        address: IpAddr,
+        numbers: Numbers,
+        from: Option<&NextHop>,
+    ) -> Result<Self> {
         let foreign = Self { address: address.to_canonical(), numbers };
-        with_route(|route| {
-            let known = foreign.check(route)?;
-            let made = foreign.route(route).and_then(|()| foreign.filter(route, from));
-            if made.is_err() && !known {
-                let _ = foreign.withdraw(route);
-            }
-            made.map(|()| foreign)
-        })
+        let known = foreign.check(route)?;
+        let made = foreign.route(route).and_then(|()| foreign.filter(socket, route, from));
+        if made.is_err() && !known {
+            let _ = foreign.withdraw(route);
+        }
+        made.map(|()| foreign)
     }
 
     /// Looks whether packets of a peer that arrive by a device would be delivered.
@@ -278,19 +286,18 @@ impl Foreign {
         present("ip route", route.add_local_table(self.numbers.table, self.ipv6(), OURS))
     }
 
-    fn filter(&self, route: &Rtnetlink, from: Option<&NextHop>) -> Result<()> {
+    fn filter(&self, socket: &mut Socket, route: &Rtnetlink, from: Option<&NextHop>) -> Result<()> {
         let name = self.table();
         let table = Table::ip(&name, self.ipv6());
         let hop = from.map(|hop| Ok((hop, index(route, hop.device())?))).transpose()?;
-        let mut socket = system("netfilter socket", Socket::open(Family::Netfilter))?;
         let out = hop.map_or(CHAIN.to_owned(), |(hop, _)| resets(hop));
-        if system("nft list", nftables::has_chain(&mut socket, table, &out))? {
+        if system("nft list", nftables::has_chain(socket, table, &out))? {
             return Ok(());
         }
-        let mut made = self.create(&mut socket, table, hop);
+        let mut made = self.create(socket, table, hop);
         // Not every kernel can copy packets.
         if hop.is_some() && matches!(&made, Err(error) if is_missing(error)) {
-            made = self.create(&mut socket, table, None);
+            made = self.create(socket, table, None);
         }
         let needs = "needs nftables with CONFIG_NFT_SOCKET; CAP_NET_ADMIN, as root or under `unshare -Urn`";
         made.map_err(|error| Error::system("nft add table", error).advise(needs))

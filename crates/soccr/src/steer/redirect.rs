@@ -5,11 +5,11 @@ use std::net::IpAddr;
 
 use soccr_netlink::{Family, Packet, Rtnetlink, Socket};
 
-use super::{NextHop, Steering, Times, Tunnel, foreign, index, system};
+use super::{Foreign, NextHop, Numbers, Steering, Times, Tunnel, foreign, index, system};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 
-/// Steers connections, again and again.
+/// Steers connections, and has them delivered, again and again.
 ///
 /// It keeps its sockets: the kernel takes its time to close one of Netfilter, and lets nobody change a table meanwhile (it waits
 /// until what was deleted before is free). Connections would be silent for as long.
@@ -55,6 +55,15 @@ impl Steerer {
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn stop(&mut self, flows: &[Flow]) -> Result<usize> {
         stop_by(&mut self.netfilter, flows).map_err(|error| error.at("steer"))
+    }
+
+    /// [`Foreign::deliver_from`], on the other side.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn deliver(&mut self, address: IpAddr, numbers: Numbers, from: Option<&NextHop>) -> Result<Foreign> {
+        Foreign::deliver_by(&mut self.netfilter, &mut self.route, address, numbers, from)
+            .map_err(|error| error.at("steer"))
     }
 
     fn begin(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
