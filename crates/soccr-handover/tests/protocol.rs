@@ -520,3 +520,49 @@ fn every_schedule_of_few_connections() {
         assert!(seen.len() > least, "{} states of {count} connections are too few to be all", seen.len());
     }
 }
+
+/// Two connections, offered to a target that says nothing more.
+fn offered() -> Source {
+    let mut source = Source::new(2, 2);
+    source.handle(Event::Hello).unwrap();
+    assert_eq!(source.action(), Some(Action::Lock(1, 2)));
+    source.handle(Event::Locked).unwrap();
+    for id in [1, 2] {
+        assert_eq!(source.action(), Some(Action::Offer(id)));
+        source.handle(Event::Offered(id, true)).unwrap();
+    }
+    source
+}
+
+fn actions(source: &mut Source) -> Vec<Action> {
+    std::iter::from_fn(|| source.action()).collect()
+}
+
+/// A second limit would be waited for in vain.
+#[test]
+fn nobody_waits_for_a_late_target_that_has_nothing() {
+    let mut source = offered();
+    source.handle(Event::Late).unwrap();
+    let last = [Action::Abort(1), Action::Abort(2), Action::Unlock(1, 2), Action::Finish];
+    assert_eq!(actions(&mut source), last);
+    assert!(source.is_over());
+}
+
+/// It is still to say whether it has taken what was let go of. Everybody else goes on meanwhile.
+#[test]
+fn a_late_target_is_heard_about_what_has_left() {
+    let mut source = offered();
+    source.handle(Event::Heard(1, Answer::Ready)).unwrap();
+    source.handle(Event::Heard(2, Answer::Ready)).unwrap();
+    assert_eq!(source.action(), Some(Action::Divert));
+    source.handle(Event::Diverted(true)).unwrap();
+    assert_eq!(source.action(), Some(Action::Commit(1)));
+    source.handle(Event::Committed(1, true)).unwrap();
+    source.handle(Event::Late).unwrap();
+    assert_eq!(actions(&mut source), [Action::Abort(2), Action::Unlock(1, 2), Action::Finish]);
+    assert!(!source.is_over());
+    source.handle(Event::Heard(1, Answer::Taken)).unwrap();
+    source.handle(Event::End).unwrap();
+    assert!(source.is_over());
+    assert_eq!([1, 2].map(|id| source.fate(id)), [Some(Fate::Moved), Some(Fate::Stays)]);
+}

@@ -420,6 +420,29 @@ static void the_log_may_call_the_library(void)
 	kit_talk(&pair);
 }
 
+static void log_and_end(unsigned int level, const char *format, ...)
+{
+	struct libsoccr_sk *sk = held;
+
+	(void)format;
+	held = NULL;
+	CHECK(sk && level == SOCCR_LOG_ERR);
+	kit_error_has(sk, "neither TCP_RECV_QUEUE");
+	libsoccr_resume(sk);
+}
+
+static void memory_of_a_handle_that_the_log_ends(void)
+{
+	struct pair pair;
+
+	held = pause_one(&pair);
+	libsoccr_set_log(SOCCR_LOG_ERR, log_and_end);
+	CHECK(!libsoccr_get_queue_bytes(held, 9, 0));
+	CHECK(!held);
+	libsoccr_set_log(0, NULL);
+	kit_talk(&pair);
+}
+
 static void the_version_is_that_of_the_header(void)
 {
 	char text[32];
@@ -446,6 +469,7 @@ static const struct test tests[] = {
 	TEST(the_log_is_variadic_and_has_levels),
 	TEST(the_log_may_be_used_by_all_threads),
 	TEST(the_log_may_call_the_library),
+	TEST(memory_of_a_handle_that_the_log_ends),
 	TEST(the_version_is_that_of_the_header),
 };
 

@@ -21,6 +21,7 @@ use crate::programs::{
     Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, json, python, server,
     soccr,
 };
+use crate::targets::Answers;
 use crate::transfer::Move;
 
 crate::tests![
@@ -33,6 +34,7 @@ crate::tests![
     a_killed_starter_costs_no_connection,
     a_socket_does_not_stay_in_repair,
     a_killed_keeper_costs_no_connection,
+    what_is_half_put_back_does_not_come_to_life,
     a_lock_that_somebody_else_removes_is_no_error,
 ];
 
@@ -287,6 +289,36 @@ fn a_killed_keeper_costs_no_connection() {
         writeln!(tell).unwrap();
         moving.assert_lives_at(Side::A, "old ");
     }
+}
+
+/// The source dies while it puts a connection back, before that has its unread bytes again: without them it must not go on.
+fn what_is_half_put_back_does_not_come_to_life() {
+    if !installed("python3") {
+        return;
+    }
+    let lab = Lab::new().unwrap();
+    let mut old = lab.a.run(|| Program::start(python(BUSY, &[]).stdin(Stdio::piped()).stderr(Stdio::null())));
+    let mut tell = old.0.stdin.take().unwrap();
+    let mut client = lab.peer.run(|| connect((lab.a.v4, 7)));
+    wait_until("it is accepted", || lab.a.run(|| descriptors(&old.pid()).len() == 1));
+    client.write_all(b"first").unwrap();
+    let target = Answers::refusing_behind_the_commit();
+    let mut send = soccr(&["send", "--pid", &old.pid(), "--all", "--via", &target.command()]);
+    // It is taken from its socket by connecting that to nowhere, and put back by connecting it to its peer.
+    let (mut connects, mut is_back) = (0, false);
+    let killed = run_and_kill(send.stderr(Stdio::null()), |call| {
+        let now = is_back;
+        connects += u32::from(call.number == libc::SYS_connect);
+        is_back = connects == 2;
+        now
+    });
+    assert!(killed);
+    client.write_all(b"second").unwrap();
+    writeln!(tell).unwrap();
+    wait_until("the server has an error", || old.0.try_wait().unwrap().is_some());
+    client.set_nonblocking(true).unwrap();
+    let silence = client.read(&mut [0]).unwrap_err();
+    assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock);
 }
 
 /// Two remove all locks at the same time, at every moment of one of them.

@@ -342,20 +342,27 @@ fn an_image_whose_name_may_not_last_is_there() {
     }
 }
 
-/// Answers, and starts processes all the time that end at once.
+/// Answers, and starts processes all the time, of which four run. They send nothing, which is an error while the connection is read.
 const FORKING: &str = r#"
-import os, select, socket
+import os, select, socket, time
 connection = socket.create_server(("127.0.0.1", 7)).accept()[0]
+children = 0
 while True:
-    pid = os.fork()
-    if pid == 0:
+    if os.fork() == 0:
+        end = time.monotonic() + 0.01
+        while time.monotonic() < end:
+            connection.send(b"")
         os._exit(0)
+    children += 1
     if select.select([connection], [], [], 0)[0]:
         data = connection.recv(65536)
         if not data:
             break
         connection.sendall(data)
-    os.waitpid(pid, 0)
+    if children == 4:
+        if os.wait()[1] != 0:
+            break
+        children -= 1
 "#;
 
 fn a_server_that_forks_is_saved() {
