@@ -8,8 +8,10 @@ use soccr_lab::{Family, State, wait_until};
 
 use crate::ends::{Ends, info, set_option};
 
+type Act = fn(&mut Ends);
+
 /// What moves a connection: each must be found out.
-const MOVES: [(&str, fn(&mut Ends)); 7] = [
+const MOVES: [(&str, Act); 7] = [
     ("the peer has written", |ends| ends.receive(3)),
     ("an urgent byte has come", |ends| ends.receive_urgent()),
     ("we have written", |ends| {
