@@ -12,6 +12,7 @@ mod documents;
 mod idle;
 mod images;
 mod kill;
+mod kill_any;
 mod list;
 mod nat;
 mod only;
@@ -48,6 +49,7 @@ fn main() -> std::process::ExitCode {
         targets::tests(),
         idle::tests(),
         kill::tests(),
+        kill_any::tests(),
         list::tests(),
         nat::tests(),
         real::tests(),
