@@ -5,6 +5,7 @@
 
 mod engine;
 mod place;
+mod trial;
 
 pub(crate) use place::is_in_use;
 
@@ -147,6 +148,8 @@ pub(crate) struct Arrival {
     decision: Option<Instant>,
     /// Until when it may read what we have said.
     reading: Option<Instant>,
+    /// The source has only asked.
+    was_trial: bool,
     /// We have said END.
     has_said_all: bool,
     /// Bytes have come.
@@ -185,6 +188,7 @@ impl Arrival {
             patience: None,
             decision: None,
             reading: None,
+            was_trial: false,
             has_said_all: false,
             has_begun: false,
             is_complete: false,
@@ -271,6 +275,7 @@ impl Arrival {
                 waiting.held.packets.extend(packets);
             }
             Message::Commit { connection } => self.handle(News::Commit(connection)),
+            Message::Trial { connection, name, flow } => self.try_out(connection, name, flow),
             Message::Abort { connection, .. } => self.handle(News::Abort(connection)),
             _ => self.give_up(violation("the source does not know its part")),
         }

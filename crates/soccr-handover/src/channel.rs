@@ -152,7 +152,7 @@ fn exchange(
 ) -> io::Result<Option<Exchanged>> {
     if bell.is_none()
         && !output.is_empty()
-        && let Ok(written @ 1..) = send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+        && let Ok(written @ 1..) = write_at_once(write, output)
     {
         return Ok(Some(Exchanged { written, read: None }));
     }
@@ -195,16 +195,19 @@ fn exchange(
     }
 }
 
-/// Writes without waiting for the reader.
+/// Writes without waiting for the reader, where there is room as `poll(2)` says.
 fn write_some(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
-    match send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-        Err(Errno::NOTSOCK) => {}
-        sent => return sent,
-    }
-    // A pipe takes what there is room for (Linux 6.4); others do not know the flag, and take this much without waiting.
-    match pwritev2(write, &[IoSlice::new(output)], u64::MAX, ReadWriteFlags::NOWAIT) {
+    match write_at_once(write, output) {
         Err(Errno::OPNOTSUPP) => rustix::io::write(write, &output[..output.len().min(PIECE)]),
         written => written,
+    }
+}
+
+/// Writes what there is room for. Before Linux 6.4 a pipe cannot do that, and others never can.
+fn write_at_once(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
+    match send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        Err(Errno::NOTSOCK) => pwritev2(write, &[IoSlice::new(output)], u64::MAX, ReadWriteFlags::NOWAIT),
+        sent => sent,
     }
 }
 

@@ -127,6 +127,7 @@ pub mod protocol;
 mod recipient;
 mod seat;
 pub mod silence;
+mod trial;
 mod users;
 
 #[cfg(feature = "tokio")]
@@ -139,6 +140,7 @@ pub use mover::{Event, Limits, Mover};
 pub use notes::{LastWords, Notes};
 pub use recipient::{Announced, Offer, Origin, Recipient};
 pub use seat::Seat;
+pub use trial::try_out;
 pub use users::Users;
 
 #[cfg(not(target_os = "linux"))]

@@ -47,6 +47,8 @@ pub struct Received {
     pub arrived: Vec<Arrived>,
     /// How the stream has ended.
     pub outcome: Result<()>,
+    /// The source has only asked: see [`try_out`](crate::try_out).
+    pub was_trial: bool,
     /// What is to be said when the connections are where they are to be: then the source ends.
     pub end: LastWords,
 }
@@ -161,7 +163,8 @@ impl Mover {
         landed.sort_by_key(|landed| landed.number);
         let end = engine.last_words();
         let outcome = engine.next_stream(false).map(drop);
-        Received { arrived: landed.into_iter().map(Arrived::new).collect(), outcome, end }
+        let was_trial = engine.was_trial();
+        Received { was_trial, arrived: landed.into_iter().map(Arrived::new).collect(), outcome, end }
     }
 }
 

@@ -261,7 +261,7 @@ impl Shared {
 }
 
 /// The host, and the network namespace of the calling thread.
-fn place() -> Option<Place> {
+pub(crate) fn place() -> Option<Place> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let boot = u128::from_str_radix(&boot.trim().replace('-', ""), 16).ok()?;
     let namespace = fs::metadata("/proc/thread-self/ns/net").ok()?;

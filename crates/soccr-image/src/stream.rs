@@ -42,6 +42,7 @@
 //! | 10 | STATE | 6 state; critical where a target that cannot pass it on must refuse the connection |
 //! | 11 | HERE, not critical | 7 place |
 //! | 12 | NOTE, not critical | 13 text · 14 the target has failed |
+//! | 13 | TRIAL, not critical | 1 name · 16 local, 17 remote address |
 //!
 //! An address is `family` (u8: 4 or 6), `port` (u16), 4 or 16 bytes; IPv6 appends flow information and scope (u32 each). A
 //! control block is `state` (u8, the kernel's number), `fin_unsent` (u8), then `rcv_nxt`, `inq_len`, `write_seq`,
@@ -117,6 +118,8 @@
 //!
 //! The target tells its place, too (HERE): at the place of the source, whose locks are those of the target, nothing has to stay silent
 //! about what has left. What the target has to tell people it tells the source (NOTE), where that passes it on: up to its END.
+//!
+//! A source that only asks sends TRIAL instead of CONNECTION: the target says READY or REFUSED, and nothing has happened.
 //!
 //! Without a way back (BEGIN without answers) the source detaches and commits unasked; it cannot know what became of it.
 //!

@@ -137,7 +137,7 @@ impl Receive {
         let (read, write) = (rustix::stdio::stdin(), rustix::stdio::stdout());
         let mut channel = Pair { read, write }.until(&bell, "this command has been asked to end");
         let received = mover.receive_all(&mut channel, terms.for_recipient(Arc::clone(&intake) as _));
-        let Received { arrived, outcome, end, .. } = received;
+        let Received { arrived, outcome, end, was_trial, .. } = received;
         let deaf = bell.deafen();
         exit::complain_of_all(counts.complaints().drain(..));
         if let Err(error) = &outcome {
@@ -150,6 +150,10 @@ impl Receive {
         }
         if counts.is_heard.load(Ordering::Relaxed) {
             parting.leave_source(end)?;
+        }
+        if was_trial && outcome.is_ok() {
+            parting.end();
+            return Ok(Exit::Done);
         }
         let (failed, lost) = (counts.failed.load(Ordering::Relaxed), counts.lost.load(Ordering::Relaxed));
         if lost > 0 {

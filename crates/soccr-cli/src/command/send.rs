@@ -1,6 +1,7 @@
 //! `soccr send`: connections of running processes, into a pipe.
 
 mod backlog;
+mod dry_run;
 mod via;
 
 use std::io::IsTerminal;
@@ -56,6 +57,7 @@ Examples:
   soccr send --name nginx --children --peer 192.0.2.0/24 --via 'ssh host soccr receive --adopt'
   soccr send --pid 4711 --all --idle 5 --via 'soccr receive --adopt'
   soccr send --pid 4711 --all --listener --via 'ssh host soccr receive --adopt'
+  soccr send --pid 4711 --all --dry-run --via 'ssh host soccr receive -- ./server'
   soccr send --pid 4711 --fd 5 | ssh host soccr receive -- ./server")]
 pub(crate) struct Send {
     #[command(flatten)]
@@ -88,6 +90,13 @@ pub(crate) struct Send {
     /// pass
     #[arg(long, requires = "steer")]
     return_via_source: bool,
+    /// Only ask the target whether it would have the connections: their addresses, a route, room, the rights and its program. Nothing is
+    /// stopped, locked or moved; what can only be seen by reading a connection is not looked at
+    #[arg(long, requires = "via", conflicts_with_all = ["listener", "steer"])]
+    dry_run: bool,
+    /// One JSON array, an object for each connection
+    #[arg(long, requires = "dry_run")]
+    json: bool,
 }
 
 impl Send {
@@ -109,6 +118,9 @@ impl Send {
         let idle = self.idle.map(|seconds| Duration::from_secs(seconds.into()));
         if let Some(time) = idle.filter(|_| !captives.is_empty()) {
             captives = only_idle(captives, time)?;
+        }
+        if let (true, Some(line)) = (self.dry_run, &self.via) {
+            return self.ask(line, captives, failed);
         }
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
         let listening = if self.listener { self.selection.one_process("--listener")? } else { None };

@@ -122,7 +122,7 @@ impl Parting {
     }
 
     /// The connections are where they are to be.
-    fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         let Some((source, end)) = self.source.take() else { return };
         // One that does not read has ended, or does not care.
         let mut events = [PollFd::new(&source, PollFlags::OUT)];

@@ -35,13 +35,13 @@ fn whoever_is_killed_whenever() {
     if !installed("python3") {
         return;
     }
-    let (mut killed, mut lost, mut longest) = (0, 0, Duration::from_millis(100));
+    let (mut killed, mut lost, mut lasts) = (0, 0, Duration::from_millis(100));
     for run in 0..runs() {
         let goal = if run % 2 == 0 { Side::B } else { Side::A };
         let victim = VICTIMS[run / 2 % VICTIMS.len()];
         let random = RandomState::new().hash_one(run);
         // From before the target starts until after everything has moved.
-        let delay = Duration::from_micros(random % longest.as_micros() as u64);
+        let delay = Duration::from_micros(random % lasts.as_micros() as u64);
         let moving = Move::to(goal, CONNECTIONS);
         let mark = format!("{MARK}={}-{random}", std::process::id());
         let begin = Instant::now();
@@ -50,7 +50,7 @@ fn whoever_is_killed_whenever() {
         let is_killed = kill(&mut source.0, victim);
         let status = source.0.wait().unwrap();
         if !is_killed {
-            longest = longest.max(begin.elapsed()).min(Duration::from_secs(1));
+            lasts = begin.elapsed().mul_f32(0.9);
         }
         wait_until("all of it has ended", || processes(&mark).is_empty());
         killed += usize::from(is_killed);

@@ -9,6 +9,7 @@ mod clients;
 mod completions;
 mod demo;
 mod documents;
+mod dry_run;
 mod idle;
 mod images;
 mod kill;
@@ -41,6 +42,7 @@ fn main() -> std::process::ExitCode {
         completions::tests(),
         demo::tests(),
         documents::tests(),
+        dry_run::tests(),
         images::tests(),
         save::tests(),
         servers::tests(),

@@ -80,6 +80,10 @@ impl Engine for Arrival {
     }
 
     fn ended(&mut self, _: bool) {
+        if self.is_complete {
+            // It has said its last word, and still hears ours.
+            return;
+        }
         self.is_unheard();
         match self.has_begun {
             true => self.give_up(Error::new(ErrorKind::Gone, "the source is gone")),

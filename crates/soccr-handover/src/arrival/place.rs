@@ -62,7 +62,7 @@ impl Arrival {
     }
 
     /// Whether the application wants the connection, and this host has room for it.
-    fn accept(
+    pub(super) fn accept(
         &mut self,
         arriving: &mut Arriving,
         diag: &mut Option<Diag>,

@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 
-use soccr::Connection;
 use soccr::steer::Tunnel;
+use soccr::{Connection, Flow};
 
 /// Where connections are. Two ends that are at one place find there the sockets of each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,5 +108,15 @@ pub enum Message {
         text: String,
         /// The target has failed: what it was to do with the connections it has not done with all of them.
         failed: bool,
+    },
+    /// Would the target have this connection? It answers as if it had come, and nothing happens. Targets that do not know the question do
+    /// not answer.
+    Trial {
+        /// Which one.
+        connection: u32,
+        /// What people call it.
+        name: String,
+        /// The addresses that it has at the source.
+        flow: Flow,
     },
 }

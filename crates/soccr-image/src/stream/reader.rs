@@ -2,8 +2,8 @@
 
 use std::io::Read;
 
-use soccr::Connection;
 use soccr::steer::Tunnel;
+use soccr::{Connection, Flow};
 
 use super::connection::{Fields, address, skip_unknown, text};
 use super::field::{self, tag};
@@ -146,20 +146,29 @@ fn parse<R: Read>(
 ) -> Result<Parsed> {
     let id = header.connection;
     match header.kind {
-        kind::CONNECTION | kind::HELD | kind::COMMIT | kind::READY | kind::TAKEN | kind::STATE if id == 0 => {
+        kind::CONNECTION
+        | kind::HELD
+        | kind::COMMIT
+        | kind::READY
+        | kind::TAKEN
+        | kind::STATE
+        | kind::TRIAL
+            if id == 0 =>
+        {
             return Err(Error::damaged("a record belongs to no connection"));
         }
         kind::CONNECTION => {
             fields.read(payload)?;
             return Ok(Parsed::Nothing);
         }
-        kind::BEGIN..=kind::NOTE | kind::HELD => {}
+        kind::BEGIN..=kind::TRIAL | kind::HELD => {}
         _ if header.critical => return Err(Error::newer(format_args!("a record of type {}", header.kind))),
         _ => return Ok(Parsed::Nothing),
     }
     let (mut reason, mut count, mut answers, mut packets) = (String::new(), 0, false, Vec::new());
     let (mut notes, mut note, mut failed) = (false, String::new(), false);
     let (mut place, mut is_steered, mut steered) = (None, false, Steered::default());
+    let (mut name, mut local, mut remote) = (String::new(), None, None);
     let mut state = Vec::new();
     while let Some((tag, length)) = payload.field()? {
         match tag {
@@ -187,6 +196,11 @@ fn parse<R: Read>(
                 }
                 packets.push(payload.value(length)?.rest().to_vec());
             }
+            tag::NAME if header.kind == kind::TRIAL => {
+                name = text(payload.value(length)?.rest(), TEXT_LIMIT)?
+            }
+            tag::LOCAL if header.kind == kind::TRIAL => local = Some(address(&mut payload.value(length)?)?),
+            tag::REMOTE if header.kind == kind::TRIAL => remote = Some(address(&mut payload.value(length)?)?),
             tag::STATE if header.kind == kind::STATE => {
                 if length as usize > STATE_LIMIT {
                     return Err(Error::damaged("a state is over 16 MiB"));
@@ -213,6 +227,12 @@ fn parse<R: Read>(
             None => return Ok(Parsed::Nothing),
         },
         kind::NOTE => Message::Note { text: note, failed },
+        kind::TRIAL => match (local, remote) {
+            (Some(local), Some(remote)) => {
+                Message::Trial { connection: id, name, flow: Flow { local, remote } }
+            }
+            _ => return Err(Error::damaged("a trial has no addresses")),
+        },
         _ if count == before => return Ok(Parsed::End),
         _ => return Err(Error::damaged("records are missing before the end")),
     }))

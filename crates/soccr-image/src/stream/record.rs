@@ -46,6 +46,7 @@ pub(super) mod kind {
     pub(in super::super) const STATE: u16 = 10;
     pub(in super::super) const HERE: u16 = 11;
     pub(in super::super) const NOTE: u16 = 12;
+    pub(in super::super) const TRIAL: u16 = 13;
 }
 
 /// What precedes a payload.

@@ -133,6 +133,14 @@ impl<W: Write> Writer<W> {
                 field::put(&mut self.small, tag::FAILED, |out| out.push((*failed).into()));
                 return self.seal();
             }
+            Message::Trial { connection: id, name, flow } => {
+                record::open_flagged(&mut self.small, kind::TRIAL, 0, *id);
+                let name = clean(name, TEXT_LIMIT);
+                field::put(&mut self.small, tag::NAME, |out| out.extend_from_slice(name.as_bytes()));
+                put_address(&mut self.small, tag::LOCAL, &flow.local);
+                put_address(&mut self.small, tag::REMOTE, &flow.remote);
+                return self.seal();
+            }
             Message::Commit { connection } => (kind::COMMIT, connection, None),
             Message::Abort { connection, reason } => (kind::ABORT, connection, Some(reason)),
             Message::Ready { connection } => (kind::READY, connection, None),

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 
+use soccr::Flow;
 use soccr::steer::Tunnel;
 use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Steered, Writer};
 use soccr_image::{ErrorKind, read, write};
@@ -46,6 +47,11 @@ const PREAMBLE_AND_HEADER: usize = 32;
 /// A reader that gives one byte at a time, and is interrupted in between.
 struct Dribble<'a>(&'a [u8], bool);
 
+fn flow(ends: &str) -> Flow {
+    let (local, remote) = ends.split_once(' ').unwrap();
+    Flow { local: local.parse().unwrap(), remote: remote.parse().unwrap() }
+}
+
 #[test]
 fn every_message_comes_through() {
     let messages = [
@@ -81,6 +87,12 @@ fn every_message_comes_through() {
         Message::Here { place: Place { host: [9; 16], namespace: [4, 1 << 40] } },
         Message::Note { text: "ein längerer Text: ".repeat(100), failed: false },
         Message::Note { text: String::new(), failed: true },
+        Message::Trial { connection: 2, name: "one".into(), flow: flow("192.0.2.1:80 192.0.2.2:1") },
+        Message::Trial {
+            connection: 3,
+            name: String::new(),
+            flow: flow("[fe80::1%3]:80 [2001:db8::2]:65535"),
+        },
         Message::Commit { connection: 1 },
         Message::Abort { connection: 2, reason: "changed my mind".into() },
         Message::Ready { connection: 1 },

@@ -1,0 +1,64 @@
+//! What would become of a connection if it came: everything is looked at, and nothing kept.
+
+use std::net::SocketAddr;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
+use soccr::connection::State;
+use soccr::{Connection, Flow, Restore};
+use soccr_image::AddressMap;
+use soccr_image::stream::Message;
+
+use super::{Arrival, Arriving};
+use crate::recipient::Origin;
+
+/// Any that both ends may have agreed upon.
+const MSS: u16 = 1460;
+
+impl Arrival {
+    /// The source has only asked.
+    pub(crate) fn was_trial(&self) -> bool {
+        self.was_trial
+    }
+
+    pub(super) fn try_out(&mut self, id: u32, name: String, flow: Flow) {
+        self.was_trial = true;
+        let mut connection = Connection::empty();
+        (connection.local, connection.remote) = (flow.local, flow.remote);
+        connection.control.state = State::Established;
+        connection.control.options.mss_clamp = MSS;
+        AddressMap::apply_to_connection(&self.terms.map, &mut connection);
+        let mut arriving = Arriving { id, name, state: Vec::new(), is_critical: false, connection };
+        let shared = std::sync::Arc::clone(&self.shared);
+        let accepted = shared.with_diag(|diag| self.accept(&mut arriving, diag));
+        let outcome = accepted.and_then(|()| {
+            // There the old socket is in the way.
+            match self.origin {
+                Origin::Here => has_address(flow.local),
+                _ => has_place(&arriving.connection),
+            }
+        });
+        self.say(&match outcome {
+            Ok(()) => Message::Ready { connection: id },
+            Err(reason) => Message::Refused { connection: id, reason },
+        });
+    }
+}
+
+fn has_address(local: SocketAddr) -> Result<(), String> {
+    let failed = |errno: rustix::io::Errno| format!("bind to {}: {errno}", local.ip());
+    let family = if local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+    let mut any_port = local;
+    any_port.set_port(0);
+    bind(&socket, &any_port).map_err(failed)
+}
+
+/// Makes a socket for it, in repair mode: it says nothing, and is closed in silence.
+fn has_place(connection: &Connection) -> Result<(), String> {
+    let family = if connection.local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let socket = socket.map_err(|errno| format!("socket: {errno}"))?;
+    let connected = Restore::unbound(&socket, &connection.control, None)
+        .and_then(|mut steps| steps.connect(connection.flow()));
+    connected.map_err(|error| error.to_string())
+}
