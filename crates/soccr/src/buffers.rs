@@ -84,6 +84,13 @@ fn sizes(fd: BorrowedFd<'_>) -> Result<[u32; 9]> {
     sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO).map_err(|error| Error::system("SO_MEMINFO", error))
 }
 
+/// Whether there is anything in the receive queue, and in the send queue: all of it takes memory, and so does what is in the
+/// error queue or out of order.
+pub(crate) fn in_use(fd: BorrowedFd<'_>) -> Result<(bool, bool)> {
+    let [receive_queue, _, _, _, _, send_queue, ..] = sizes(fd)?;
+    Ok((receive_queue > 0, send_queue > 0))
+}
+
 /// Sizes, then the locks: setting a size locks it. Returns what has come of it.
 pub(crate) fn write(fd: BorrowedFd<'_>, current: Buffers, wanted: Buffers) -> Result<Buffers> {
     if wanted == current {

@@ -50,33 +50,32 @@ enum Abandoned {
 
 fn pause_fd(fd: BorrowedFd<'_>, abandoned: Abandoned) -> Result<Paused<'_>> {
     let refuse = |what, remedy| Err(Error::refused(what, remedy));
-    match tcp::in_repair(fd) {
-        Ok(true) if abandoned == Abandoned::TakeOver => return Ok(Paused::of(fd, false)),
-        Ok(true) => {
-            return refuse(
+    // Repair mode overwrites it, so it is read before and written back after; and it shows repair mode.
+    let reuse_address = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR")?;
+    if reuse_address == tcp::REUSE_IN_REPAIR {
+        return match abandoned {
+            Abandoned::TakeOver => Ok(Paused::of(fd, false)),
+            Abandoned::Refuse => refuse(
                 "a socket that is in repair mode already",
                 "another guard or process has paused it: resume that one first, or take the socket over (`soccr resume`)",
-            );
-        }
-        Ok(false) => {}
+            ),
+        };
+    }
+    match tcp::set_repair(fd, Repair::On) {
+        Ok(()) => {}
         Err(_) if save::is_mptcp(fd) => {
             return refuse(
                 "an MPTCP socket",
                 "the kernel cannot repair it: open it with IPPROTO_TCP (Go: GODEBUG=multipathtcp=0)",
             );
         }
-        Err(error) => return Err(error),
-    }
-    // Repair mode overwrites it, so it is read before and written back after.
-    let reuse_address = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR")?;
-    if let Err(error) = tcp::set_repair(fd, Repair::On) {
-        if error.errno() == Some(libc::EPERM) && save::is_listener(fd) {
+        Err(error) if error.errno() == Some(libc::EPERM) && save::is_listener(fd) => {
             return refuse(
                 "a listening socket",
                 "it holds no connection: accept() its queue and save each, then listen anew",
             );
         }
-        return Err(error);
+        Err(error) => return Err(error),
     }
     Ok(Paused::of(fd, reuse_address != 0))
 }

@@ -306,13 +306,15 @@ impl<'fd> Restore<'fd> {
             // As saved, even if it is closed: the kernel tells the peer of a new window only where it is twice what it
             // believes to have told.
             tcp::set_window(self.fd, &window)?;
-            if self.speed.window_clamp.is_none() {
-                derived::widen_receive_window(self.fd, &self.control.options, &window)?;
-            }
         }
-        tcp::select_queue(self.fd, None)?;
         self.restore_buffers()?;
-        let info = self.verify()?;
+        let mut info = self.verify()?;
+        if let Some(window) = self.control.window.filter(|_| self.speed.window_clamp.is_none())
+            && derived::widen_receive_window(self.fd, &self.control.options, &window, &info)?
+        {
+            // The slow start of the window has gone further by that.
+            info = tcp::info(self.fd)?;
+        }
         if self.control.reset {
             fin::inject_reset(injectors, self.fd, self.flow()?, &self.control)?;
         }

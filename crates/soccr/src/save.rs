@@ -171,9 +171,12 @@ fn control_block(
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let mut state = kernel_state(info)?;
     let reset = check_savable(fd, state, decrypts)?;
+    // One call instead of three for a connection that rests. A reset empties the send queue, but not its length.
+    let (receives, sends) = if state == State::Close { (true, true) } else { buffers::in_use(fd)? };
     // The TLS layer answers in the place of TCP to whoever looks into the queue.
-    let (inq_len, urgent) = if decrypts { (0, None) } else { queue::receive_queue_extent(fd)? };
-    let (mut unacknowledged, mut unsent) = (tcp::unacknowledged(fd)?, info.notsent_bytes);
+    let (inq_len, urgent) = if decrypts || !receives { (0, None) } else { queue::receive_queue_extent(fd)? };
+    let (mut unacknowledged, mut unsent) =
+        (if sends { tcp::unacknowledged(fd)? } else { 0 }, info.notsent_bytes);
     if reset {
         // The kernel has emptied the send queue.
         write_seq = write_seq.wrapping_sub(unacknowledged);

@@ -74,14 +74,22 @@ pub(super) fn derive_segment_size(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> 
         .map_err(|error| Error::system("IPV6_2292PKTOPTIONS", error))
 }
 
-/// Where the local sysctl allows no scaling, or the route no such window, connect() has limited the receive window for good.
-pub(super) fn widen_receive_window(fd: BorrowedFd<'_>, options: &Options, window: &Window) -> Result<()> {
-    let (level, name, text) = (tcp::SOL_TCP, libc::TCP_WINDOW_CLAMP, "TCP_WINDOW_CLAMP");
-    if tcp::get_int(fd, level, name, text)? as u32 >= window.rcv_wnd {
-        return Ok(());
-    }
+/// Where the local sysctl allows no scaling, or the route no such window, connect() has limited the receive window for good. The
+/// limit is never below `rcv_ssthresh`, and the kernel rounds a window up to what its shift count can tell. True where that was to
+/// be changed.
+pub(super) fn widen_receive_window(
+    fd: BorrowedFd<'_>,
+    options: &Options,
+    window: &Window,
+    info: &TcpInfo,
+) -> Result<bool> {
     let shift = options.window_scale.unwrap_or_default().rcv;
-    tcp::set_int(fd, level, name, text, (LARGEST_UNSCALED << shift) as i32)
+    let is_within = |limit: u32| u64::from(window.rcv_wnd) <= u64::from(limit).next_multiple_of(1 << shift);
+    let (level, name, text) = (tcp::SOL_TCP, libc::TCP_WINDOW_CLAMP, "TCP_WINDOW_CLAMP");
+    if is_within(info.rcv_ssthresh) || is_within(tcp::get_int(fd, level, name, text)? as u32) {
+        return Ok(false);
+    }
+    tcp::set_int(fd, level, name, text, (LARGEST_UNSCALED << shift) as i32).map(|()| true)
 }
 
 /// The socket has these addresses, whatever the kernel has made of what bind() and connect() were told.

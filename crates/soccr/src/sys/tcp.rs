@@ -31,6 +31,9 @@ pub(crate) enum Repair {
     OffNoProbe = -1,
 }
 
+/// What `SO_REUSEADDR` reads while a socket is in repair mode (`SK_FORCE_REUSE`): no application can set it.
+pub(crate) const REUSE_IN_REPAIR: i32 = 2;
+
 /// The queues of a socket, numbered as `TCP_REPAIR_QUEUE` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]

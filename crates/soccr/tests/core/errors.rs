@@ -95,5 +95,5 @@ pub fn a_restore_where_the_address_stays_tentative() {
 
 pub fn what_is_no_socket() {
     let file = std::fs::File::open("/dev/null").unwrap();
-    assert_line(pause(&file), "pause: TCP_REPAIR: ENOTSOCK", "no socket");
+    assert_line(pause(&file), "pause: SO_REUSEADDR: ENOTSOCK", "no socket");
 }
