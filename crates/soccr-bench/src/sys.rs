@@ -62,7 +62,7 @@ pub(crate) fn peek(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> usize {
     usize::try_from(read).expect("recv")
 }
 
-/// Fresh memory, filled by a peek: what `malloc` does for so much, when it has nothing left over.
+/// Fresh memory, filled by a peek: what `malloc` does for a large block, when it has nothing left over.
 pub(crate) fn peek_fresh(fd: BorrowedFd<'_>, length: usize) {
     // SAFETY: a new mapping of that length, which nothing else knows of and which ends here.
     unsafe {

@@ -125,7 +125,7 @@ impl Recipient {
         matches!(self, Self::Program { stdio: false, .. } | Self::Socket(_))
     }
 
-    /// Checks that so many connections can be given away, before the first is taken from where it is.
+    /// Checks that this number of connections can be given away, before the first is taken from where it is.
     pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
         /// What else this process has open, and more.
         const OTHERS: u64 = 64;

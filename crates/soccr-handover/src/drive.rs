@@ -48,7 +48,7 @@ pub(crate) struct Outbox {
     doubtful: usize,
     /// How many were written before them.
     before: u64,
-    /// Nothing more is taken, and so much the other end may have read.
+    /// Nothing more is taken; the other end may have read this much.
     cut: Option<u64>,
 }
 

@@ -34,7 +34,7 @@ impl Family {
     }
 }
 
-/// The kernel fills at most so much with what is dumped, and with a packet that is copied to us.
+/// The most that the kernel fills with what is dumped, or with a packet that is copied to us.
 const LONGEST: usize = 256 << 10;
 /// What it says of one thing, such as a route, or an entry of connection tracking.
 const ANSWER: usize = 8 << 10;

@@ -236,8 +236,8 @@ pub(crate) fn fill_receive(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     fill(fd, bytes, RECEIVE_CHUNK, Buffer::Receive, "the receive queue")
 }
 
-/// The same in so many pieces that they take as much memory as the buffer may, as they did before: each piece takes a
-/// block of its own. What would be free otherwise, the kernel counts as told to the peer, who does not hear of it.
+/// The same in pieces, each of which takes a block of memory of its own, until the buffer is as full as it was before. The kernel
+/// counts free memory as a window that the peer knows of, but nobody has told the peer.
 pub(crate) fn fill_receive_buffer(fd: BorrowedFd<'_>, mut bytes: &[u8], size: u32) -> Result<()> {
     /// More than half of what fits into the smallest block, so that two pieces never share one.
     const PIECE: usize = 193;

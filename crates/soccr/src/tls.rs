@@ -188,7 +188,7 @@ impl Secrets {
         self.0.last_chunk().map_or(0, |number| u64::from_be_bytes(*number))
     }
 
-    /// The same keys, so many records earlier.
+    /// The same keys, a number of `records` earlier.
     fn before(&self, records: u64) -> Self {
         let mut earlier = self.clone();
         let number = self.record_number().wrapping_sub(records);

@@ -145,7 +145,7 @@ pub(super) unsafe fn read_data(data: *const Data, size: c_uint) -> Result<Data> 
     check_data(data, size)?;
     let (mut known, size) = (Data::default(), size as usize);
     let length = size.min(size_of::<Data>());
-    // SAFETY: both have so many bytes, and the structure has no invalid values.
+    // SAFETY: both have `length` bytes or more, and the structure has no invalid values.
     unsafe { ptr::copy_nonoverlapping(data.cast::<u8>(), (&raw mut known).cast(), length) };
     Ok(known.within(size))
 }
@@ -161,11 +161,11 @@ pub(super) unsafe fn write_data(
 ) -> Result<c_int> {
     check_data(out, size)?;
     let size = size as usize;
-    // SAFETY: it has so many bytes.
+    // SAFETY: `out` has `size` bytes.
     unsafe { out.cast::<u8>().write_bytes(0, size) };
     let data = data()?.within(size);
     let length = size.min(size_of::<Data>());
-    // SAFETY: both have so many bytes.
+    // SAFETY: both have `length` bytes or more.
     unsafe { ptr::copy_nonoverlapping((&raw const data).cast(), out.cast::<u8>(), length) };
     Ok(length as c_int)
 }

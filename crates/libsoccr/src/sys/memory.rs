@@ -73,7 +73,7 @@ impl Memory {
 
 impl AsMut<[MaybeUninit<u8>]> for Memory {
     fn as_mut(&mut self) -> &mut [MaybeUninit<u8>] {
-        // SAFETY: so many bytes were allocated; nobody else has them while `self` is borrowed.
+        // SAFETY: `length` bytes were allocated; nobody else has them while `self` is borrowed.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.length) }
     }
 }
@@ -102,7 +102,7 @@ impl Given {
     }
 
     /// # Safety
-    /// The queue must have so many bytes, and outlive the slice.
+    /// The queue must have `length` bytes, and outlive the slice.
     pub(crate) unsafe fn bytes<'a>(&self, length: u32) -> &'a [u8] {
         // SAFETY: the caller's promise.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), length as usize) }

@@ -8,7 +8,7 @@ use super::{Id, Violation};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum News {
-    /// BEGIN: so many connections are to come.
+    /// BEGIN: the number of connections that are to come.
     Begin(u32),
     /// CONNECTION.
     Offer(Id),

@@ -8,7 +8,7 @@ pub(super) const CRITICAL: u16 = 0x8000;
 /// Bytes of a field before its value: tag and length.
 pub(super) const HEADER: usize = 6;
 
-/// The largest value but a queue: 1 MiB; so much memory a lying length can take at most.
+/// The largest value but a queue: 1 MiB. A lying length cannot take more memory.
 pub(super) const LIMIT: u32 = 1 << 20;
 
 /// Tags: one number means the same in every record, and is never given away again.

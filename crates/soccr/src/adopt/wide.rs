@@ -26,7 +26,7 @@ pub(super) fn room_for(connection: &Connection) -> u32 {
 pub(super) struct Wide(Vec<(OwnedFd, Buffers)>);
 
 impl Wide {
-    /// Gives the sockets with these inode numbers, in whatever processes have them, receive buffers of so many bytes at least. What
+    /// Gives the sockets with these inode numbers, in whatever processes have them, receive buffers of at least `receive` bytes. What
     /// belongs to nobody whom we may look at stays as it is: the queue then enters as the server reads.
     pub(super) fn new(inodes: &[u32], receive: u32) -> Self {
         let widen = |listener: OwnedFd| -> Result<(OwnedFd, Buffers)> {

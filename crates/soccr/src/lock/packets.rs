@@ -431,7 +431,7 @@ pub(super) mod tests {
         }
     }
 
-    /// What the peer of that connection might send, so many bytes further on.
+    /// What the peer of the connection might send `offset` bytes further on.
     pub(in crate::lock) fn next(
         ours: &TcpStream,
         control: &ControlBlock,

@@ -4,10 +4,10 @@ use super::transaction::Set;
 use crate::nftables::rule::{Direction, Expressions, Load};
 use crate::sys::raw::MARK;
 
-/// The kernel copies at most so much of a packet to a log group.
+/// The most that the kernel copies of a packet to a log group.
 pub(super) const LOG_LIMIT: usize = 65531;
 
-/// The longest packets that exist otherwise, those on `lo`, have so much more (IPv4, IPv6).
+/// What the longest packets, those on `lo`, have beyond that (IPv4, IPv6).
 pub(super) const TAIL: [usize; 2] = [4, 5];
 
 /// Marks the copies of packets whose tail is in the place of their Ethernet address. Before Linux 6.18 a copy without

@@ -9,7 +9,7 @@ use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Segment, checksum, flags};
 
-/// Tells the peer of a connection that packets to this host may have so many bytes at most, from the network namespace of the calling thread:
+/// Tells the peer of a connection that packets to this host may have `mtu` bytes at most, from the network namespace of the calling thread:
 /// it sends smaller segments then. Without that, full ones would be cut in two for a [`Tunnel`](super::Tunnel).
 ///
 /// The peer believes it where `rcv_nxt` is the next sequence number that is expected from it. After ten minutes without another

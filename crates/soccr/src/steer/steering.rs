@@ -90,7 +90,7 @@ pub struct Steered {
     pub bytes: u64,
     /// For how long none has come.
     pub idle: Duration,
-    /// The steering ends when none comes for so much longer.
+    /// The steering ends when none comes for this time.
     pub remaining: Duration,
     /// The peer has sent a FIN, or one of the two an RST.
     pub closing: bool,

@@ -53,7 +53,7 @@ impl<'a> Via<'a> {
             Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
         let (to, from) = (child.stdin.take(), child.stdout.take().context("--via: no pipes")?);
         if let Some(to) = &to {
-            // Fewer turns between the two; where so much is not allowed, it stays as it is.
+            // Fewer turns between the two. Where the user may not have a pipe of that size, it stays as it is.
             let _ = fcntl_setpipe_size(to, ROOM);
         }
         Ok(Self { lifeline, child, to, from, messages: None, bell })
