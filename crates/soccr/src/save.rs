@@ -146,7 +146,8 @@ fn standing_still<T>(
         let queues = read_queues(&control, urgent.is_some())?;
         let end = tcp::info(fd)?;
         tcp::select_queue(fd, None)?;
-        let position = Position { unread: (control.inq_len, urgent), ..Position::of(&info) };
+        let unread = (control.inq_len, urgent);
+        let position = Position { unread, queued: queued(fd, &info)?, ..Position::of(&info) };
         if !position.has_same_traffic(&end) {
             return Err(changed());
         }
@@ -214,6 +215,8 @@ pub struct Position {
     unsent: u32,
     /// What every read moves.
     unread: (u32, Option<Urgent>),
+    /// In bytes what was sent and not acknowledged, and what is unsent: segments can be joined while others come to them.
+    queued: u32,
 }
 
 impl Position {
@@ -225,11 +228,12 @@ impl Position {
             unacknowledged: info.unacked,
             unsent: info.notsent_bytes,
             unread: (0, None),
+            queued: 0,
         }
     }
 
     fn has_same_traffic(&self, now: &TcpInfo) -> bool {
-        Self { unread: self.unread, ..Self::of(now) } == *self
+        Self { unread: self.unread, queued: self.queued, ..Self::of(now) } == *self
     }
 
     /// Nothing was received, acknowledged or written since.
@@ -239,8 +243,15 @@ impl Position {
 
     /// Nor was anything read. To be asked in repair mode, without kernel TLS.
     pub(crate) fn is_kept(&self, fd: BorrowedFd<'_>) -> Result<bool> {
-        Ok(self.has_kept_traffic(fd)? && queue::receive_queue_extent(fd)? == self.unread)
+        let now = tcp::info(fd)?;
+        Ok(self.has_same_traffic(&now)
+            && queue::receive_queue_extent(fd)? == self.unread
+            && queued(fd, &now)? == self.queued)
     }
+}
+
+fn queued(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<u32> {
+    if info.unacked == 0 { Ok(0) } else { tcp::unacknowledged(fd) }
 }
 
 fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
