@@ -6,6 +6,7 @@ use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use soccr::Connection;
 use soccr::connection::State;
+use soccr::settings::Value;
 use soccr_image::stream::{Message, Place, Reader, Writer};
 use soccr_lab::Side;
 
@@ -24,6 +25,7 @@ crate::tests![
     held_packets_take_limited_memory,
     more_than_may_wait_is_refused,
     a_handshake_from_a_port_that_services_trust_is_refused,
+    the_address_of_another_host_is_refused,
     a_connection_to_the_host_itself_does_not_leave_its_network,
     connections_to_the_host_itself_are_left_out,
 ];
@@ -247,6 +249,29 @@ fn a_handshake_from_a_port_that_services_trust_is_refused() {
                 assert!(reason.contains("a port that services trust"), "{reason}")
             }
             other => panic!("port {port} {settings:?}: {other:?}"),
+        }
+    }
+}
+
+fn the_address_of_another_host_is_refused() {
+    if !installed("python3") {
+        return;
+    }
+    let moving = Move::new(1);
+    let mut connection = moving.saved();
+    connection.local = "203.0.113.66:22".parse().unwrap();
+    for name in ["IP_TRANSPARENT", "IP_FREEBIND"] {
+        connection.settings.set(name, Value::Number(1));
+    }
+    let offer = [connection];
+    for (settings, is_taken) in [(&[][..], false), (&["--settings", "all"], true)] {
+        let (mut victim, _stream) = Victim::offered(&moving.beside.pid(), settings, &offer);
+        match victim.hear() {
+            Some(Message::Ready { .. }) if is_taken => {}
+            Some(Message::Refused { reason, .. }) if !is_taken => {
+                assert!(reason.contains("EADDRNOTAVAIL"), "{reason}")
+            }
+            other => panic!("{settings:?}: {other:?}"),
         }
     }
 }

@@ -171,6 +171,7 @@ mod tests {
     use crate::fin::wait_for;
     use crate::lock::packets::tests::{connection, next};
     use crate::segment::Parsed;
+    use crate::sys::filter;
     use crate::sys::raw::Ways;
 
     /// In the queue beside it, nothing would join the two.
@@ -188,5 +189,24 @@ mod tests {
         Replay::new(flow, flow).packets(&way, runs, Some(ours.as_fd())).unwrap();
         let all = || Ok((tcp::unread(ours.as_fd())? == 300).then_some(()));
         assert_eq!(wait_for(Duration::from_secs(20), all).unwrap(), Some(()));
+    }
+
+    /// That `rcv_nxt` is behind it does not show that it has arrived now, and that packets like it are taken.
+    #[test]
+    fn nothing_is_put_behind_what_is_sent_again() {
+        let Some((_peer, ours, control)) = connection() else { return };
+        // struct sock_filter: BPF_RET | BPF_K, with 0 as the bytes that are kept.
+        let [low, high] = 6u16.to_ne_bytes();
+        filter::attach(ours.as_fd(), &[low, high, 0, 0, 0, 0, 0, 0]).unwrap();
+        let _paused = crate::pause(&ours).unwrap();
+        let flow = Flow::of(&ours).unwrap();
+        let mut ways = Ways::open().unwrap();
+        let way = ways.inward(flow.remote, flow.local, 0).unwrap();
+        let runs = [0u32.wrapping_sub(100), 0].map(|offset| {
+            let packet = next(&ours, &control, offset, &[1; 100]);
+            Run::new(&packet, Parsed::new(&packet).unwrap())
+        });
+        Replay::new(flow, flow).packets(&way, runs, Some(ours.as_fd())).unwrap();
+        assert_eq!(tcp::unread(ours.as_fd()).unwrap(), 0);
     }
 }
