@@ -6,7 +6,6 @@ command -v soccr >/dev/null || { echo "soccr is not in PATH" >&2; exit 1; }
 ip link set lo up
 directory=$(mktemp -d)
 mkfifo "$directory/requests"
-: > "$directory/answers"
 programs=
 end() {
     for program in $programs; do
@@ -35,7 +34,7 @@ connection = socket.create_connection(("127.0.0.1", 7000)).makefile("rw", buffer
 for line in sys.stdin:
     print(line.rstrip(), file=connection)
     print(connection.readline(), end="")
-' < "$directory/requests" > "$directory/answers" &
+' > "$directory/answers" < "$directory/requests" &
 programs="$programs $!"
 exec 3> "$directory/requests"
 echo hello >&3
