@@ -54,7 +54,7 @@ impl Trust {
             "IPV6_MINHOPCOUNT",
         ];
         /// Nothing is set by these: they are compared, and told.
-        const TOLD: [&str; 5] = ["O_ASYNC", "F_SETOWN", "F_SETSIG", "cgroup", "label"];
+        const TOLD: [&str; 6] = ["O_ASYNC", "F_SETOWN", "F_SETSIG", "MSG_ZEROCOPY", "cgroup", "label"];
         const FAMILIES: [&str; 4] = ["TCP_", "IP_RECV", "IPV6_RECV", "SO_TIMESTAMP"];
         match self {
             _ if TOLD.contains(&name) => true,

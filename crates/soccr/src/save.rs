@@ -92,6 +92,7 @@ pub(crate) fn save(
     connection.urgent = urgent;
     connection.path = Some(path);
     connection.control = control;
+    connection.settings.note_notices(memory.options, connection.control.outq_len);
     connection.remote = remote_address(fd, peer)?;
     connection.owner = rustix::fs::fstat(fd).ok().map(|stat| Owner { user: stat.st_uid, group: stat.st_gid });
     connection.tracked = conntrack::read(injectors, fd, connection.flow());

@@ -30,7 +30,7 @@ impl Connection {
     ///
     /// The socket belongs to its [`owner`](Self::owner), where this process may give it away. Its control group and its security
     /// label are those of this process, and the report tells where they [were](settings::Settings::note_process) others. That nobody
-    /// gets its signals any more (`O_ASYNC`, `F_SETOWN`, `F_SETSIG`) is told, too. Its `SO_COOKIE` is a new one, as that of every socket.
+    /// gets its signals any more (`O_ASYNC`, `F_SETOWN`, `F_SETSIG`) is told, too, and that notices of `MSG_ZEROCOPY` never come. Its `SO_COOKIE` is a new one, as that of every socket.
     ///
     /// What the connection had learned about its path comes back as well, as far as this kernel and this user can do
     /// that, and [`Restored::report`] tells how far. Without a [`path`](Self::path), without ECN and without

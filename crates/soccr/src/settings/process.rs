@@ -19,6 +19,7 @@ const FIOGETOWN: u32 = 0x8903;
 /// Names that are noted beside the options, and the files of a process that tell them.
 const FILES: [(&str, &str); 2] = [("cgroup", "cgroup"), ("label", "attr/current")];
 const SIGNALS: [&str; 3] = ["O_ASYNC", "F_SETOWN", "F_SETSIG"];
+const NOTICES: &str = "MSG_ZEROCOPY";
 
 impl Settings {
     /// Notes the control group and the security label of the process that has the socket: `"self"`, or the number of another.
@@ -45,6 +46,15 @@ impl Settings {
         }
         Ok(())
     }
+
+    /// Notes that the application waits for notices about bytes that were not acknowledged (`MSG_ZEROCOPY`): they stay with the
+    /// old socket. `option_memory` is what they take, as keys and filters do.
+    pub(crate) fn note_notices(&mut self, option_memory: u32, unacknowledged: u32) {
+        let asked_for = self.get("SO_ZEROCOPY") == Some(&Value::Number(1));
+        if asked_for && option_memory > 0 && unacknowledged > 0 {
+            self.0.push((Name::Unknown(NOTICES.into()), Value::Number(1)));
+        }
+    }
 }
 
 /// What there is to say of a name that no row of the table has.
@@ -52,6 +62,10 @@ pub(super) fn compare(name: &str, value: &Value) -> Option<Skipped> {
     let told = |error, fidelity| Some(Skipped { name: name.to_owned().into(), error, fidelity });
     if SIGNALS.contains(&name) {
         let reason = "signals belong to a process: the new one must ask for them itself";
+        return told(io::Error::other(reason), Fidelity::Missing);
+    }
+    if name == NOTICES {
+        let reason = "notices about what was not acknowledged yet never come: its buffers are free now";
         return told(io::Error::other(reason), Fidelity::Missing);
     }
     match (FILES.iter().find(|(known, _)| *known == name), value) {

@@ -81,7 +81,8 @@ fn main() -> ExitCode {
             queues_of_64_mib;
         orphans: an_orphan_does_not_hold_its_link;
         property: every_connection_comes_back;
-        reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused;
+        reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused
+            notices_that_never_come_are_told;
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
             a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;

@@ -103,6 +103,28 @@ fn read_notice(ours: &TcpStream) {
     recvmsg(ours, &mut [], &mut notice, RecvFlags::ERRQUEUE | RecvFlags::DONTWAIT).unwrap();
 }
 
+/// Who waits for a notice of what was not acknowledged must hear that none comes; else nothing is said.
+pub fn notices_that_never_come_are_told() {
+    const MSG_ZEROCOPY: SendFlags = SendFlags::from_bits_retain(0x400_0000);
+    for family in [Family::V4, Family::V6] {
+        for (flags, is_told) in [(MSG_ZEROCOPY, true), (SendFlags::empty(), false)] {
+            let mut ends = noticed(Notices::Zerocopy, family);
+            ends.deafen();
+            assert_eq!(send(&ends.ours, b"noticed", flags), Ok(7));
+            ends.to_peer.extend(b"noticed");
+            let connection = through_bytes(ends.take(), true);
+            let restored = ends.restore(&connection).unwrap();
+            let told =
+                restored.report().get("MSG_ZEROCOPY").map(|entry| entry.reason().contains("never come"));
+            assert_eq!(told, is_told.then_some(true), "{}", restored.report());
+            assert!(!is_told || restored.report().strict().is_err());
+            ends.undeafen();
+            ends.resume(restored);
+            ends.finish();
+        }
+    }
+}
+
 /// That it is sent notices does not matter, where none is waiting.
 pub fn one_of_a_socket_that_is_sent_notices_is_carried() {
     for kind in KINDS {
