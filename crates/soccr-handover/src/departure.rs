@@ -29,6 +29,9 @@ const WINDOW: usize = 256;
 /// The longest thing that a target says: a refusal with its reason.
 const LONGEST_ANSWER: u32 = 4096;
 
+/// The most notes of a target, besides three about each connection.
+const NOTES: usize = 1000;
+
 /// How connections leave.
 #[derive(Default)]
 pub(crate) struct Manner {
@@ -71,6 +74,8 @@ pub(crate) struct Departure {
     /// Where in the stream each COMMIT ends.
     commits: Vec<(u64, Id)>,
     decoder: Decoder,
+    /// How many notes have come.
+    notes: usize,
     /// Nothing more is heard.
     is_deaf: bool,
     deadline: Option<Instant>,
@@ -119,6 +124,7 @@ impl Departure {
             writer,
             commits: Vec::new(),
             decoder: Decoder::with_limit(LONGEST_ANSWER),
+            notes: 0,
             is_deaf: false,
             broken: None,
             reason: None,
@@ -362,7 +368,10 @@ impl Departure {
                 }
                 (connection, Answer::Refused)
             }
-            Message::Note { text, failed } => return self.shared.tell(Told::Note { text: &text, failed }),
+            Message::Note { text, failed } if self.notes < NOTES + 3 * self.items.len() => {
+                self.notes += 1;
+                return self.shared.tell(Told::Note { text: &text, failed });
+            }
             Message::Here { place } => return self.guide.target_is_at(place, &self.shared),
             _ => {
                 return self

@@ -210,15 +210,17 @@ fn a_target_that_says_too_much_is_not_listened_to() {
         return;
     }
     let mut moving = Move::new(2);
-    let (hello, answers) = (
-        Answers::new(&[]),
-        Answers::new(&vec![Message::Refused { connection: 1, reason: "no".into() }; 100_000]),
-    );
-    let record = format!("tail -c +17 {}", answers.path());
-    let via = format!("cat {}; while {record}; do :; done", hello.path());
-    let (code, complaint) = moving.try_send(&["--all", "--via", &via]);
-    assert_eq!(code, 1, "{complaint}");
-    assert!(complaint.contains("stays: the target says more than there is to say"), "{complaint}");
+    let refused = Message::Refused { connection: 1, reason: "no".into() };
+    let note = Message::Note { text: "no".into(), failed: false };
+    for (word, told) in [(refused, "says more than there is to say"), (note, "does not know its part")] {
+        let (hello, answers) = (Answers::new(&[]), Answers::new(&vec![word; 100_000]));
+        let record = format!("tail -c +17 {}", answers.path());
+        let via = format!("cat {}; while {record}; do :; done", hello.path());
+        let (code, complaint) = moving.try_send(&["--all", "--via", &via]);
+        let last = complaint.lines().last();
+        assert_eq!(code, 1, "{last:?}");
+        assert!(complaint.contains(told) && complaint.lines().count() < 2000, "{last:?}");
+    }
     // Nor to a word that would be longer than any: its end is not waited for.
     let long = Answers::new(&[Message::Held { connection: 1, packets: vec![vec![0; 5000]] }]);
     let via = format!("head -c 100 {}; cat > /dev/null", long.path());
