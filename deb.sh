@@ -4,7 +4,8 @@ set -eu
 cd "$(dirname "$0")"
 
 out=$CARGO_TARGET_DIR/deb
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' crates/libsoccr/Cargo.toml)
+version_of() { sed -n 's/^version = "\(.*\)"/\1/p' "$1"; }
+version=$(version_of crates/libsoccr/Cargo.toml) command_version=$(version_of Cargo.toml)
 architecture=$(dpkg --print-architecture)
 library=/usr/lib/$(${CC:-cc} -print-multiarch 2>/dev/null || true)
 maintainer="${DEBFULLNAME:-$(id -un)} <${DEBEMAIL:-$(id -un)@localhost}>"
@@ -57,6 +58,7 @@ package libsoccr1 libs "$(libc "$all$library/libsoccr.so.$version")" \
 package libsoccr-dev libdevel "libsoccr1 (= $version), libc6-dev" \
     "checkpoint and restore live TCP connections: for C programs" /usr/include "$library/libsoccr.so" "$library/libsoccr.a" \
     "$library/pkgconfig" /usr/share/man/man3 /usr/share/man/man7
+version=$command_version
 package soccr net "$(libc "$all/usr/bin/soccr"), libgcc-s1" \
     "checkpoint, restore and move live TCP connections" /usr/bin /usr/share/man/man1 /usr/share/bash-completion \
     /usr/share/zsh /usr/share/fish

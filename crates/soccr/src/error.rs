@@ -168,9 +168,8 @@ fn remedy(what: &str, errno: i32) -> &'static str {
         ("TCP_REPAIR", libc::ENOPROTOOPT) => {
             "the kernel has no TCP_REPAIR (CONFIG_CHECKPOINT_RESTORE), or this is no plain TCP socket"
         }
-        ("bind" | "connect", libc::EADDRNOTAVAIL) => {
-            "the address is not configured here, or another socket has the same pair of addresses: \
-             close or detach the old one first; for an address of another host see `soccr::steer`"
+        ("connect", libc::EADDRNOTAVAIL) => {
+            "another socket has the same pair of addresses: close or detach the old one first"
         }
         ("bind", libc::EADDRINUSE) => "another socket holds this port without SO_REUSEADDR",
         ("connect", libc::ENETUNREACH | libc::EHOSTUNREACH) => "there is no route to the peer from here",

@@ -98,8 +98,14 @@ fn word(finding: Option<&Finding>) -> String {
 
 fn print(findings: &[Finding]) -> std::io::Result<()> {
     let mut table = Table::new([("CAN", Align::Left), ("", Align::Left), ("DETAIL", Align::Left)]);
-    for finding in findings {
-        table.row([finding.name.clone(), word(Some(finding)), finding.detail.clone()]);
+    for (number, finding) in findings.iter().enumerate() {
+        // One cause, such as a missing right, often shows several times.
+        let cause = findings[..number].iter().find(|earlier| earlier.detail == finding.detail);
+        let detail = match cause {
+            Some(cause) if !finding.works => format!("see {}", cause.name),
+            _ => finding.detail.clone(),
+        };
+        table.row([finding.name.clone(), word(Some(finding)), detail]);
     }
     table.print()
 }

@@ -22,9 +22,10 @@ pub(crate) mod servers;
 mod wire;
 pub(crate) mod worker;
 
+use std::fs::File;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use soccr_lab::sysctl;
 
 use crate::exit::Exit;
@@ -58,6 +59,11 @@ pub(crate) struct Demo {
 impl Demo {
     /// Runs the demonstration. Fails where a byte was lost or a reset was seen.
     pub(crate) fn run(self) -> Result<Exit> {
+        // What cannot be written is found out before the moves.
+        let file = self.picture.as_ref().map(|path| {
+            File::create(path).map(|file| (path, file)).with_context(|| path.display().to_string())
+        });
+        let mut file = file.transpose()?;
         // Before any thread starts, and before the report looks at the terminal.
         soccr_lab::enter()?;
         if self.servers {
@@ -76,7 +82,7 @@ impl Demo {
         let mut pictures = Vec::new();
         for number in 1..=self.moves {
             report.rested(peer.wait_for_traffic()?);
-            let mut camera = self.picture.as_ref().map(|_| Camera::at(network.peer())).transpose()?;
+            let mut camera = file.as_ref().map(|_| Camera::at(network.peer())).transpose()?;
             let moved = mover.move_once(&peer)?;
             report.moved(number, &moved);
             if let Some(camera) = &mut camera {
@@ -90,8 +96,8 @@ impl Demo {
         let summary = Summary::new(&network, &report, &ends);
         report.summary(&summary);
         pictures.sort_by_key(|picture| picture.moved().silence);
-        if let (Some(path), Some(picture)) = (&self.picture, pictures.get(pictures.len() / 2)) {
-            picture.write(path)?;
+        if let (Some((path, file)), Some(picture)) = (&mut file, pictures.get(pictures.len() / 2)) {
+            picture.write(file).with_context(|| path.display().to_string())?;
         }
         Ok(if summary.is_clean() { Exit::Done } else { Exit::Lost })
     }

@@ -1,7 +1,6 @@
 //! One move as a time–sequence diagram: every segment that the peer saw around it, as SVG.
 
 use std::fmt::Write;
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -115,9 +114,9 @@ impl Picture {
         (self.locked() * 2.0).max(4.0)
     }
 
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+    pub(crate) fn write(&self, file: &mut impl std::io::Write) -> Result<()> {
         let svg = self.svg().context("writing to a string")?;
-        std::fs::write(path, svg).with_context(|| path.display().to_string())
+        Ok(file.write_all(svg.as_bytes())?)
     }
 
     fn svg(&self) -> Result<String, std::fmt::Error> {

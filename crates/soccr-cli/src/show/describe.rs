@@ -50,7 +50,12 @@ pub(crate) fn text(connection: &Connection, data: Data) -> String {
         let _ = writeln!(
             out,
             "path        rtt {:?} ± {:?}, rto {:?}, cwnd {}, ssthresh {}, segments of {}",
-            path.rtt, path.rttvar, path.rto, path.snd_cwnd, path.snd_ssthresh, path.snd_mss
+            path.rtt,
+            path.rttvar,
+            path.rto,
+            path.snd_cwnd,
+            threshold(path.snd_ssthresh),
+            path.snd_mss
         );
     }
     if let Some(buffers) = connection.buffers {
@@ -68,6 +73,11 @@ pub(crate) fn text(connection: &Connection, data: Data) -> String {
         }
     }
     out
+}
+
+/// The slow start threshold: the kernel's largest one means that no segment has been lost yet.
+fn threshold(segments: u32) -> String {
+    if segments == i32::MAX as u32 { "∞".into() } else { segments.to_string() }
 }
 
 /// Everything about a connection as a JSON object.
@@ -195,4 +205,14 @@ fn dump(bytes: &[u8]) -> String {
         let _ = writeln!(out, "  {:08x}  {:<47}  {text}", i * 16, hex.join(" "));
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::threshold;
+
+    #[test]
+    fn a_threshold_that_nothing_has_lowered_is_infinite() {
+        assert_eq!((threshold(0x7fff_ffff), threshold(10)), ("∞".into(), "10".into()));
+    }
 }

@@ -32,6 +32,9 @@ fn without_lo_it_says_what_to_do() {
     let findings: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
     let (works, detail) = works(&findings, "move");
     assert!(works == false && detail.contains("ip link set lo up"), "{detail}");
+    let text = String::from_utf8(bare.run(|| run(&["check"])).stdout).unwrap();
+    assert_eq!(text.matches("ip link set lo up").count(), 1, "a cause is told once: {text}");
+    assert!(text.contains("see connections over lo"), "{text}");
 }
 
 fn two_machines_are_compared() {

@@ -2,9 +2,16 @@
 
 use serde_json::Value;
 
-use crate::programs::succeed;
+use crate::programs::{run, succeed};
 
-crate::tests![a_move_is_drawn_as_the_peer_saw_it];
+crate::tests![a_move_is_drawn_as_the_peer_saw_it, a_picture_that_cannot_be_written_is_told_at_once];
+
+fn a_picture_that_cannot_be_written_is_told_at_once() {
+    let output = run(&["demo", "--picture", "/proc/nowhere/move.svg"]);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(complaint.contains("/proc/nowhere/move.svg: No such file"), "{complaint}");
+    assert!(output.status.code() == Some(1) && output.stdout.is_empty(), "nothing has moved");
+}
 
 fn a_move_is_drawn_as_the_peer_saw_it() {
     let directory = tempfile::tempdir().unwrap();

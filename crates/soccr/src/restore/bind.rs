@@ -1,7 +1,7 @@
 //! `bind(2)`, which waits until an IPv6 address that has just come to this host is known to be unique (RFC 4862 §5.4).
 
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -33,8 +33,23 @@ pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
     }
 }
 
+fn missing(address: IpAddr) -> String {
+    let (length, device) = match address {
+        IpAddr::V4(_) => (32, "lo"),
+        IpAddr::V6(address) => (128, if address.is_unicast_link_local() { "DEVICE" } else { "lo" }),
+    };
+    format!("the address is not configured here: `ip addr add {address}/{length} dev {device}`")
+}
+
 fn bind_own(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
-    let try_it = || rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error));
+    let try_it = || {
+        rustix::net::bind(fd, &address).map_err(|errno| match errno {
+            rustix::io::Errno::ADDRNOTAVAIL => {
+                Error::system("bind", errno).advise(missing(address.ip().to_canonical()))
+            }
+            _ => Error::system("bind", errno),
+        })
+    };
     let deadline = Instant::now() + LIMIT;
     loop {
         let error = match (try_it(), address) {
