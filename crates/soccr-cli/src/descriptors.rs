@@ -1,4 +1,4 @@
-//! The limit on descriptors: every connection takes one here, and programs get the limit that this command was given.
+//! The limit on descriptors: every connection takes one in this process, but the programs that it starts get the limit from before.
 
 use std::process::Command;
 use std::sync::OnceLock;
@@ -7,18 +7,18 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::sys;
 
-/// As it was before.
+/// The limit from before.
 static GIVEN: OnceLock<Rlimit> = OnceLock::new();
 
-/// As many as this process may have.
+/// Raises the soft limit to the hard one.
 pub(crate) fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     let _ = GIVEN.set(limit);
-    // Where it stays, the call that needs more says so.
+    // If this fails, the call that needs more descriptors reports it.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-/// A program that uses select(2) does not survive descriptors beyond 1023.
+/// Restores the limit for a program: select(2) does not work with descriptors beyond 1023.
 pub(crate) fn keep_limit_from(command: &mut Command) {
     if let Some(limit) = GIVEN.get() {
         sys::limit_descriptors(command, *limit);

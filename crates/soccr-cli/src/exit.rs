@@ -21,7 +21,7 @@ Exit codes:
   126  the program was found but could not be started
   127  the program was not found";
 
-/// An outcome that is not an error without exception.
+/// How the command ended, by exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
     Done = 0,
@@ -48,7 +48,7 @@ impl std::error::Error for Coded {}
 pub(crate) fn report(outcome: Result<Exit>) -> ExitCode {
     let exit = match outcome {
         Ok(exit) => exit,
-        // Whoever read our output has seen enough.
+        // The reader of our output, such as head(1), has closed the pipe.
         Err(error) if error.is::<OutputClosed>() => Exit::Done,
         Err(error) => {
             complain(&line(&error));
@@ -63,32 +63,32 @@ pub(crate) fn code(error: &Error) -> Exit {
     error.downcast_ref::<Coded>().map_or(Exit::Failed, |coded| coded.0)
 }
 
-/// Who tells people instead of this process, as long as somebody does.
+/// The source of a hand-over, which prints our messages as long as its stream is open.
 static NOTES: OnceLock<Notes> = OnceLock::new();
 
-/// From here on complaints go to the source of a hand-over, as long as it passes them on.
+/// Sends complaints to the source of a hand-over from now on, as long as it passes them on.
 pub(crate) fn complain_by(notes: &Notes) {
     let _ = NOTES.set(notes.clone());
 }
 
-/// Has the source of a hand-over tell that this command has failed. Whether it does.
+/// Lets the source of a hand-over print that this command has failed; returns whether it does.
 pub(crate) fn fail_by_source(error: &Error) -> bool {
     NOTES.get().is_some_and(|notes| notes.fail(line(error)))
 }
 
-/// Tells people one line: on standard error, or by the source of a hand-over.
+/// Prints one line: on standard error, or through the source of a hand-over.
 pub(crate) fn complain(line: &str) {
     let line = &printable(line);
     if NOTES.get().is_some_and(|notes| notes.say(line)) {
         return;
     }
-    // Connections must not be lost because nobody reads it.
+    // A closed standard error must not cost connections.
     let _ = writeln!(anstream::stderr(), "soccr: {line}");
 }
 
-/// Tells lines about many things: a text that is the same for more than a few once, with the first of them and how many more.
+/// Prints a line for each name. Where more than a few names share a text, it prints the text once, with the first name and a count.
 pub(crate) fn complain_of_all(all: impl IntoIterator<Item = (String, String)>) {
-    /// So many are named one by one.
+    /// Up to this number, each has a line of its own.
     const FEW: usize = 3;
     let mut texts: Vec<(String, Vec<String>)> = Vec::new();
     let mut places = HashMap::new();
@@ -107,7 +107,7 @@ pub(crate) fn complain_of_all(all: impl IntoIterator<Item = (String, String)>) {
     }
 }
 
-/// An error with everything that it is about. The errors of the libraries tell their cause themselves.
+/// An error with all its contexts. The errors of the libraries include their causes already.
 pub(crate) fn line(error: &Error) -> String {
     let mut parts = Vec::new();
     for cause in error.chain() {

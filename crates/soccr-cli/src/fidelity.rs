@@ -1,4 +1,4 @@
-//! What came back of a connection, and what did not: told, written down, or insisted on.
+//! How well connections came back: the reports are summed up on standard error, written to a file, or turned into a failure.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -53,7 +53,7 @@ impl Trust {
             "IPV6_AUTOFLOWLABEL",
             "IPV6_MINHOPCOUNT",
         ];
-        /// Nothing is set by these: they are compared, and told.
+        /// These are only compared and reported, never set.
         const TOLD: [&str; 6] = ["O_ASYNC", "F_SETOWN", "F_SETSIG", "MSG_ZEROCOPY", "cgroup", "label"];
         const FAMILIES: [&str; 4] = ["TCP_", "IP_RECV", "IPV6_RECV", "SO_TIMESTAMP"];
         match self {
@@ -86,12 +86,12 @@ pub(crate) struct Reports {
     demands: Demands,
     trust: Trust,
     all: Vec<Json>,
-    /// What is missing and why: the first time in words, and how often.
+    /// What is missing and why: the first message, and how often.
     missing: BTreeMap<[String; 2], (String, usize)>,
 }
 
 impl Demands {
-    /// Where nothing is said, options are taken as far as this `trust` goes.
+    /// `trust` decides which options are set, unless the command line does.
     pub(crate) fn reports(&self, trust: Trust) -> Reports {
         let trust = self.settings.unwrap_or(trust);
         Reports { demands: self.clone(), trust, all: Vec::new(), missing: BTreeMap::new() }
@@ -99,7 +99,7 @@ impl Demands {
 }
 
 impl Reports {
-    /// Leaves out of a connection what is not to be believed.
+    /// Removes the options of a connection that are not trusted.
     pub(crate) fn distrust(&mut self, connection: &mut Connection) -> Result<()> {
         const RESERVED: u16 = 1024;
         if self.trust != Trust::All
@@ -120,7 +120,7 @@ impl Reports {
         Ok(())
     }
 
-    /// Takes in the report of a restored connection, which `name` tells from others.
+    /// Adds the report of the restored connection `name`.
     pub(crate) fn add(&mut self, name: &str, restored: &Restored) -> Result<()> {
         if self.demands.strict {
             restored.report().strict()?;
@@ -136,7 +136,7 @@ impl Reports {
         Ok(())
     }
 
-    /// Says what is missing, and writes the file, where one is asked for.
+    /// Prints what is missing, and writes the file if one was asked for.
     pub(crate) fn tell(&self) -> Result<()> {
         for (first, count) in self.missing.values() {
             let more = if *count > 1 { format!(" ({count} connections)") } else { String::new() };

@@ -68,7 +68,7 @@ pub(crate) struct Handover {
     program: Vec<String>,
 }
 
-/// How long a recipient may take to read on. What it has not got by then is saved in images.
+/// How long a recipient may stop reading. Connections that it has not got by then are saved in images.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whoever will get the connections, known to be there.
@@ -115,26 +115,26 @@ impl Recipient {
         }
     }
 
-    /// Giving to it is over in a moment, and then so is this command.
+    /// This command ends as soon as the connections are given.
     pub(crate) fn is_soon_over(&self) -> bool {
         matches!(self, Self::Server(_) | Self::Socket(_))
     }
 
-    /// It is given what the source sends along with a connection.
+    /// It also gets the state that the source sends along with a connection.
     pub(crate) fn takes_states(&self) -> bool {
         matches!(self, Self::Program { stdio: false, .. } | Self::Socket(_))
     }
 
     /// Checks that this number of connections can be given away, before the first is taken from where it is.
     pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
-        /// What else this process has open, and more.
+        /// Room for everything else that this process has open.
         const OTHERS: u64 = 64;
         let wanted = OTHERS
             + connections as u64
                 * match self {
-                    // For a moment they have two numbers each.
+                    // Each has two descriptors for a moment.
                     Self::Program { stdio: false, .. } => 2,
-                    // That to the server, and at worst two full pipes.
+                    // The connection to the server, and at worst two full pipes.
                     Self::Relay(_) => 6,
                     _ => return Ok(()),
                 };
@@ -156,8 +156,8 @@ impl Recipient {
         }
     }
 
-    /// Gives the connections away. Where that is a program, this one becomes it, and heeds signals again. What cannot be
-    /// given is [rescued](rescue).
+    /// Gives the connections away; for a program, this process executes it, with signals enabled again. Connections that
+    /// cannot be given are [rescued](rescue).
     pub(crate) fn give(
         self,
         mut connections: Vec<TcpStream>,

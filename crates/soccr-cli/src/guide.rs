@@ -76,7 +76,7 @@ fn find_hops(hops: &[Hop], flows: &[Flow]) -> Result<Vec<NextHop>> {
     Ok(found)
 }
 
-/// A tunnel that was made for a hand-over, and goes with it where nothing is steered through it in the end.
+/// A tunnel that was made for a hand-over. It is removed again if nothing is steered through it in the end.
 #[derive(Debug)]
 pub(crate) struct Made(Tunnel);
 
@@ -88,8 +88,8 @@ impl Drop for Made {
     }
 }
 
-/// How packets for connections follow them, where the target makes its end of a tunnel. To be called in the network of the
-/// connections, and what it has made to be dropped there.
+/// How packets for connections follow them, where the target makes its end of a tunnel. Call this, and drop the result, in the
+/// network of the connections.
 pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<(Path, Option<Made>)> {
     match hops {
         [Hop::Tunnel(remote)] => {

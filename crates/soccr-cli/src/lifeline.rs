@@ -21,7 +21,7 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use crate::sys;
 
-/// The target gives away what it has taken, and ends.
+/// Sent by a target that ends as soon as it has given its connections away.
 const GIVES: &[u8; 1] = b"=";
 
 const VARIABLE: &str = "SOCCR_LIFELINE";
@@ -31,7 +31,7 @@ const LIMIT: Duration = Duration::from_secs(2);
 
 /// The end of the source.
 ///
-/// A target that has ended may have given its connections away before: only one that has not taken any has none.
+/// Only a target that ended before it took any connection certainly has none: after that it may have given them away.
 #[derive(Debug)]
 pub(crate) struct Lifeline {
     socket: OwnedFd,
@@ -52,7 +52,7 @@ impl Lifeline {
         Ok((Self { socket: ours, target: None }, started))
     }
 
-    /// Waits for the end of a target that has said that it gives the connections away itself, and ends then. Whether it has.
+    /// Waits until a target ends that has announced to do so once its connections are given; returns whether it did.
     pub(crate) fn wait_while_giving(&mut self, limit: Duration) -> bool {
         self.look_for_target();
         let Some(target) = &self.target else { return false };
@@ -72,7 +72,7 @@ impl Lifeline {
         }
     }
 
-    /// Whether the target is known to have ended without a connection. Waits a moment for it, and not beyond `remaining`.
+    /// Whether the target is known to have ended without a connection. Waits for its end up to [`LIMIT`], and at most `remaining`.
     pub(crate) fn is_cut(&mut self, remaining: Duration) -> bool {
         self.look_for_target();
         let Some(target) = &self.target else { return false };
@@ -104,8 +104,7 @@ impl Lifeline {
 pub(crate) struct Claim(Option<OwnedFd>);
 
 impl Claim {
-    /// Tells the source that connections are here, before the first one is; and whether this process ends when it has given
-    /// them away.
+    /// Tells the source that connections are about to be here, and whether this process ends when it has given them away.
     pub(crate) fn has_taken(&mut self, gives: bool) {
         let Some(socket) = self.0.take() else { return };
         for word in [Some(b"+"), gives.then_some(GIVES)].into_iter().flatten() {
@@ -114,7 +113,7 @@ impl Claim {
     }
 }
 
-/// Tells the source who its target is, where there is a lifeline to it. To be called once, before the first thread.
+/// Tells the source who its target is, if there is a lifeline. Call it once, before the first thread starts.
 pub(crate) fn claim() -> Result<Claim> {
     let Some(number) = std::env::var(VARIABLE).ok().and_then(|number| number.parse().ok()) else {
         return Ok(Claim(None));
@@ -125,12 +124,12 @@ pub(crate) fn claim() -> Result<Claim> {
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = [pidfd.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&fds));
-    // Where it is something else altogether, there simply is no lifeline.
+    // If the descriptor is something else, there is no lifeline.
     let _ = sendmsg(&socket, &[IoSlice::new(b"!")], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     Ok(Claim(Some(socket)))
 }
 
-/// The program that gets the connections has no use for it.
+/// Keeps the variable from the program that gets the connections.
 pub(crate) fn hide(command: &mut Command) {
     command.env_remove(VARIABLE);
 }

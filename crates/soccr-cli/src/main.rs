@@ -1,7 +1,7 @@
 //! The `soccr` command.
 //!
-//! [`command`] has one file per subcommand, [`give`] one per way to give connections to a program, [`show`] what people see. What several
-//! subcommands need has a file of its own here. How connections are handed over is the affair of `soccr-handover`.
+//! [`command`] has one file per subcommand, [`give`] one per way to give connections to a program, [`show`] the output for people.
+//! Code that several subcommands share lies beside them. `soccr-handover` hands connections over.
 
 mod cli;
 mod command;

@@ -1,4 +1,4 @@
-//! NAT on the way of a connection: where that goes, the same has to be, or its peer does not know it again.
+//! NAT on the way of a connection: its new home must translate in the same way, or the peer sees another address.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use soccr::Flow;
 use soccr::conntrack::Tracking;
 use soccr_handover::foreign::namespace::Identity;
 
-/// Who knows what is translated.
+/// The connection tracking tables that may know a connection.
 #[derive(Debug)]
 pub(crate) struct Nat {
     /// The network namespace of the connections.
@@ -27,7 +27,7 @@ pub(crate) struct Translated {
 }
 
 impl Nat {
-    /// Looks into this network namespace and into the one that is entered. Where the kernel tells nothing, nothing is known.
+    /// Opens the table of this network namespace, and that of the one which `enter` enters. A table that cannot be opened counts as empty.
     pub(crate) fn around(enter: impl FnOnce() -> Result<()>) -> Result<Self> {
         let look = || Tracking::open().ok().flatten();
         let (here, outside) = (Identity::here()?, look());
@@ -38,7 +38,7 @@ impl Nat {
         })
     }
 
-    /// What becomes of the addresses of a connection, where anything does.
+    /// What NAT makes of the addresses of a connection; `None` if they stay.
     pub(crate) fn of(&mut self, flow: Flow) -> Option<Translated> {
         let find = |tracking: &mut Option<Tracking>, outside| {
             let tracked = tracking.as_mut()?.find(flow).ok()??;

@@ -23,21 +23,21 @@ use matching::Matching;
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port", "peer"]))]
 #[command(group = clap::ArgGroup::new("whose").multiple(true).args(["pid", "name"]))]
 pub(crate) struct Selection {
-    /// A process that has connections; may be repeated. Else all processes that can be seen
+    /// A process that has connections; may be repeated. Without it, all processes that can be seen
     #[arg(long, value_name = "PID", value_parser = parse_pid, add = completions::processes())]
     pid: Vec<Pid>,
-    /// The processes that those have started, too, and what these have started
+    /// Also the descendants of these processes
     #[arg(long, requires = "whose", conflicts_with = "fd")]
     children: bool,
     /// The number of a descriptor of the one process (see `soccr list`); may be repeated
     #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port", "peer", "name"], add = completions::descriptors())]
     fd: Vec<RawFd>,
-    /// All connections of the processes, but for those to this host itself
+    /// All connections of the processes, except those to this host itself
     #[arg(long, requires = "whose")]
     all: bool,
     #[command(flatten)]
     matching: Matching,
-    /// But for --fd: those to this host itself, too. Their peers cannot follow them to another host
+    /// Also connections to this host itself, whose peers cannot follow them to another host; --fd takes those anyway
     #[arg(long, conflicts_with = "fd")]
     with_local: bool,
 }
@@ -55,13 +55,13 @@ impl Selection {
         }
     }
 
-    /// Connections are asked for, not only a process.
+    /// Whether connections are named, not only a process.
     pub(crate) fn is_any(&self) -> bool {
         self.all || !self.fd.is_empty() || self.matching.is_any()
     }
 
-    /// The connections that are asked for, all in the network namespace of the first. Each that cannot be had is reported by
-    /// itself.
+    /// The connections that are asked for, all in the network namespace of the first. A connection that cannot be taken is
+    /// reported by itself.
     ///
     /// # Errors
     /// There is none.
@@ -119,7 +119,7 @@ impl Selection {
                     Ok(Some(captive)) if self.wants(&captive) => captives.push(captive),
                     Ok(_) => {}
                     Err(error) if is_named => fail(error.into()),
-                    // Of a process that is none of our business, as far as we know.
+                    // Nobody has named this process.
                     Err(_) => {}
                 }
             }
@@ -127,7 +127,7 @@ impl Selection {
         Ok(captives)
     }
 
-    /// Whose connections are meant.
+    /// The processes whose connections are meant.
     fn processes(&self) -> Result<Vec<Pid>> {
         let mut processes = if self.pid.is_empty() { process::all()? } else { self.pid.clone() };
         if !self.matching.wants_all_names() {
@@ -175,7 +175,7 @@ impl Selection {
     }
 }
 
-/// The peers of these would stay here, and find nobody.
+/// Leaves out connections whose peers stay on this host and would not find them elsewhere.
 fn leave_out_local(captives: &mut Vec<Captive>) -> Result<()> {
     let remotes = || captives.iter().map(|captive| captive.flow().map(|flow| flow.remote));
     let local = namespace::ask_beside(captives[0].as_fd(), || {

@@ -1,4 +1,4 @@
-//! The signals by which people and service managers end a command, while that would destroy connections.
+//! SIGHUP, SIGINT and SIGTERM, which must not end a command while connections are in its memory only.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -16,7 +16,7 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    /// Hung up once in the life of a process.
+    /// Set once in the life of a process.
     pub(crate) fn hang() -> Result<Self> {
         let (bell, rope) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).context("pipe2")?;
         let before = sys::ENDING.map(|signal| sys::catch(signal, rope.as_fd()));

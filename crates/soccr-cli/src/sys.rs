@@ -36,8 +36,8 @@ pub(crate) fn time_of_day(time: SystemTime) -> String {
     }
 }
 
-/// Gives descriptors the numbers from `first` on, where a program to be executed expects them; they are none of these
-/// numbers themselves. To be called when this thread has nothing left to do but to execute it.
+/// Gives descriptors the numbers from `first` on, where the program expects them; none of them may have such a number yet. Call
+/// it right before the program is executed.
 pub(crate) fn place(fds: &[impl AsRawFd], first: RawFd) -> io::Result<()> {
     // SAFETY: this thread gets numbers of its own, so that other threads, which may still use or close whatever had the
     // numbers in question, are not concerned; the caller uses none of them any longer.
@@ -66,13 +66,13 @@ pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
     unsafe { command.pre_exec(move || Ok(setrlimit(Resource::Nofile, limit)?)) };
 }
 
-/// Signals that end a process, sent on behalf of people.
+/// Signals by which people and service managers end a process.
 pub(crate) const ENDING: [libc::c_int; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
 
 /// What a signal does: the default, nothing, or the address of a handler.
 pub(crate) type Disposition = libc::sighandler_t;
 
-/// Ignores a signal from now on; what it did before.
+/// Ignores a signal from now on; returns what it did before.
 pub(crate) fn ignore(signal: libc::c_int) -> Disposition {
     // SAFETY: no handler is installed.
     unsafe { libc::signal(signal, libc::SIG_IGN) }
@@ -90,7 +90,7 @@ extern "C" fn ring(_: libc::c_int) {
     }
 }
 
-/// Has a signal write a byte to this descriptor from now on, unless it is ignored; what it did before.
+/// Makes a signal write a byte to this descriptor from now on, unless it is ignored; returns what it did before.
 pub(crate) fn catch(signal: libc::c_int, bell: BorrowedFd<'_>) -> Disposition {
     BELL.store(bell.as_raw_fd(), Ordering::Relaxed);
     // SAFETY: the handler makes one system call that signal handlers may make.
@@ -101,7 +101,7 @@ pub(crate) fn catch(signal: libc::c_int, bell: BorrowedFd<'_>) -> Disposition {
     before
 }
 
-/// Gives a signal back what it did before.
+/// Restores what a signal did before.
 pub(crate) fn heed(signal: libc::c_int, before: Disposition) {
     // SAFETY: the disposition is one that the signal had.
     unsafe { libc::signal(signal, before) };

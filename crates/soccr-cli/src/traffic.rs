@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-/// Of `struct tcp_info`, what people choose connections by.
+/// The fields of `struct tcp_info` by which people choose connections.
 #[derive(Debug, Serialize)]
 pub(crate) struct Traffic {
     rtt_us: u32,
@@ -14,14 +14,14 @@ pub(crate) struct Traffic {
     retransmissions: u32,
     bytes_acked: u64,
     bytes_received: u64,
-    /// Since data were sent or received, whichever was later.
+    /// Time since data were last sent or received.
     idle_ms: u32,
     #[serde(skip)]
     under_way: bool,
 }
 
 impl Traffic {
-    /// `None` where the kernel tells less. Offsets of `linux/tcp.h`.
+    /// `None` where the kernel's structure is shorter. The offsets are those of `linux/tcp.h`.
     pub(crate) fn read(info: &[u8]) -> Option<Self> {
         let word = |at: usize| info.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
         let long = |at: usize| info.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes));
@@ -56,7 +56,7 @@ impl Traffic {
         Duration::from_millis(self.idle_ms.into())
     }
 
-    /// Nothing has moved for this time, and nothing waits for the peer.
+    /// Whether no data moved for this time, and none wait for the peer.
     pub(crate) fn is_idle(&self, time: Duration) -> bool {
         !self.under_way && self.idle() >= time
     }

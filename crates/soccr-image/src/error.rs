@@ -1,4 +1,4 @@
-//! What is wrong with bytes, and whose they are.
+//! What is wrong with an image, and which connection it concerns.
 
 use std::borrow::Cow;
 use std::{fmt, io};
@@ -88,8 +88,8 @@ impl Error {
         self.kind
     }
 
-    /// The one connection of a stream that this is about, by number: the others are unharmed, and the
-    /// [`Reader`](crate::stream::Reader) or [`Writer`](crate::stream::Writer) can go on. `None`: all of it has failed.
+    /// The number of the only connection that failed: the others are unharmed, and the
+    /// [`Reader`](crate::stream::Reader) or [`Writer`](crate::stream::Writer) can go on. `None`: the whole stream has failed.
     pub fn connection(&self) -> Option<u32> {
         self.connection
     }

@@ -125,7 +125,7 @@ impl Write for AtomicFile {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // Nothing waits in this process.
+        // Nothing is buffered in this process.
         Ok(())
     }
 }
@@ -190,7 +190,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
-    /// Whoever may write in the same folder could have any file replaced.
+    /// Others who may write in the folder could otherwise have any file replaced, through a link.
     #[test]
     fn the_link_of_another_user_is_not_followed() {
         let directory = tempfile::tempdir().unwrap();
@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
         assert!(error.to_string().contains("user 65533"), "{error}");
         assert_eq!(std::fs::read(path("file")).unwrap(), b"old");
-        // A file of theirs is replaced like any other.
+        // A regular file of another user is replaced like any other.
         std::os::unix::fs::lchown(path("file"), Some(65533), None).unwrap();
         AtomicFile::create(path("file")).unwrap().commit().unwrap();
         assert_eq!(std::fs::read(path("file")).unwrap(), b"");

@@ -1,4 +1,4 @@
-//! `OLD=NEW`: an address that is another one where the connection comes back.
+//! `OLD=NEW`: an address that changes where the connection comes back.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};

@@ -104,7 +104,7 @@ impl AsFd for Peer {
 const SMALL: usize = 16 << 10;
 /// The receive buffer of a peer that shall close its window soon.
 const SMALL_WINDOW: usize = 16 << 10;
-/// On a busy machine the retransmission timer may run while we are at it; then the connection is not as wanted.
+/// On a busy machine the retransmission timer may expire meanwhile, and the connection is not as wanted: it is made anew.
 const ATTEMPTS: usize = 50;
 
 impl Case {
@@ -145,7 +145,7 @@ impl Case {
             }
         }
         if self.sent > 0 && self.unsent > 0 {
-            // Of a busy machine the kernel would join what is written in pieces to fewer segments.
+            // On a busy machine the kernel would join several writes into one segment.
             ours.run(|| {
                 sysctl("net/ipv4/tcp_early_retrans", "0").and(sysctl("net/ipv4/tcp_autocorking", "0"))
             })?;

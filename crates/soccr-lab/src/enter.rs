@@ -1,4 +1,4 @@
-//! The way into a private world.
+//! How a process gets a private network.
 
 use std::{fmt, fs, io};
 

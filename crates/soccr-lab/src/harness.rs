@@ -56,7 +56,7 @@ pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
         })
     };
     let trials = tests.into_iter().map(trial).collect();
-    // Where that fails, what is left lives on.
+    // Where that fails, programs of failed tests live on.
     let _ = orphans::adopt();
     let conclusion = libtest_mimic::run(&arguments, trials);
     orphans::end();

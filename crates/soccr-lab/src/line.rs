@@ -138,7 +138,7 @@ impl Drop for Line {
     fn drop(&mut self) {
         rustix::io::write(&*self.stop, &1u64.to_ne_bytes()).expect("an event counter takes a one");
         for thread in self.threads.drain(..) {
-            // Only a condition of the user can panic there, and has told so.
+            // Only the user's condition can panic in the thread, and has printed its message.
             let _ = thread.join();
         }
     }

@@ -53,7 +53,7 @@ impl Making {
         for number in 0..segments {
             let at = |number: usize| length * number / segments;
             write_all(&self.socket, &bytes[at(number)..at(number + 1)])?;
-            // Data that wait for the device would be joined by the next piece.
+            // The next piece would be appended to a segment that still waits for the device.
             self.reach("everything sent", |ours, _| ours.unsent == 0)?;
         }
         self.socket.set_nodelay(false).map_err(failed("TCP_NODELAY"))
@@ -73,7 +73,7 @@ impl Making {
             match (info.unacknowledged, info.snd_wnd) {
                 (0, 0) => return Ok(()),
                 (0, window) => {
-                    // Else it would wait for more before it answers.
+                    // Without this the peer delays its acknowledgement, and the window with it.
                     set_tcp_quickack(&self.peer, true).map_err(failed("TCP_QUICKACK"))?;
                     self.write(window as usize)?;
                 }
@@ -111,10 +111,10 @@ impl Making {
         }
     }
 
-    /// Neither end says anything when it is closed.
+    /// Closes both ends without a packet.
     pub(crate) fn forget(self) {
         for end in [&self.socket, &self.peer] {
-            // Without that privilege a reset is seen.
+            // Without the privilege, the close sends a reset.
             let _ = silence(end);
         }
     }

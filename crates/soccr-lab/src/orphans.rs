@@ -1,4 +1,4 @@
-//! The programs that tests have started, and that nobody waits for any more.
+//! Programs that tests have started and no longer wait for.
 
 use std::fs;
 use std::io;
@@ -13,8 +13,8 @@ pub(crate) fn adopt() -> io::Result<()> {
     set_child_subreaper(Some(getpid())).map_err(Into::into)
 }
 
-/// Ends all children, those too that become children meanwhile. Another one is left where a test has failed, or where a
-/// program waits for a peer that has gone with its network.
+/// Ends all children, including those that become children meanwhile. Some are left where a test has failed, or where a
+/// program waits for a peer whose network has gone.
 pub(crate) fn end() {
     loop {
         for child in children() {

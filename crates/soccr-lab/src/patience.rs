@@ -1,4 +1,4 @@
-//! Hosts that repeat a segment only after a minute, so that none is repeated because this machine is busy.
+//! Hosts that retransmit only after a minute, so that a busy machine causes no retransmission.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! Veth pairs, and what else only a laboratory asks of `rtnetlink(7)`.
+//! Veth pairs, bridges and settings of links that only tests need, by `rtnetlink(7)`.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};

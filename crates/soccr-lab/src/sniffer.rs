@@ -46,7 +46,7 @@ impl Sniffer {
     /// Fetches what has passed since the last call, in order, without waiting.
     ///
     /// # Errors
-    /// Where more passed than there was room for: then nobody can say what was not there.
+    /// Where more passed than there was room for, so that the record has gaps.
     pub fn segments(&mut self) -> io::Result<Vec<Segment>> {
         Ok(self.timed_segments()?.into_iter().map(|(_, segment)| segment).collect())
     }

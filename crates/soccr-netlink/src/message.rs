@@ -66,12 +66,12 @@ impl Batch {
         &self.bytes
     }
 
-    /// An attribute is longer than its length of 16 bits can tell: the kernel would take its end for something else.
+    /// Whether an attribute exceeds its 16-bit length: the kernel would read its tail as further attributes.
     pub(crate) fn is_too_long(&self) -> bool {
         self.too_long
     }
 
-    /// It asks for as many answers as there are of something.
+    /// Whether the batch holds a dump request.
     pub(crate) fn dumps(&self) -> bool {
         self.dumps
     }

@@ -90,7 +90,7 @@ impl Rtnetlink {
         index_to_name(self.socket.as_fd(), index).map_err(Into::into)
     }
 
-    /// Whether the link is up and its other end, too: packets pass. The kernel takes its time to notice after a change.
+    /// Whether the link and its other end are up, so that packets pass. The kernel notices a change with a delay.
     ///
     /// # Errors
     /// `ENODEV` where there is no such link.
@@ -158,11 +158,11 @@ impl Rtnetlink {
     /// # Errors
     /// `ENODEV` where there is no such link, `EEXIST` where it has the address.
     pub fn add_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
-        /// The thread of the kernel that makes the route comes earlier, unless the link is down.
+        /// The kernel makes the route in a thread of its own, sooner than this unless the link is down.
         const LIMIT: Duration = Duration::from_secs(5);
         self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, IFA_F_NODAD)?;
         let (index, start) = (self.index(link)?, Instant::now());
-        // Until then packets to an IPv6 address leave the host.
+        // Without the local route, packets to an IPv6 address leave the host.
         while address.is_ipv6() && !self.is_local(address, index)? && start.elapsed() < LIMIT {
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -265,7 +265,7 @@ impl Rtnetlink {
         prefix: u8,
         of_address: u32,
     ) -> io::Result<()> {
-        // No such address of IPv4 is ever chosen as the source of packets to other networks.
+        // With scope `link`, the kernel never chooses the address as source of packets to other networks.
         let scope = if matches!(address, IpAddr::V4(v4) if v4.is_link_local()) { RT_SCOPE_LINK } else { 0 };
         let mut header = vec![family(address), prefix, 0, scope];
         header.extend(self.index(link)?.to_ne_bytes());

@@ -36,14 +36,14 @@ impl Family {
 
 /// The most that the kernel fills with what is dumped, or with a packet that is copied to us.
 const LONGEST: usize = 256 << 10;
-/// What it says of one thing, such as a route, or an entry of connection tracking.
+/// The most that an answer about one thing takes, such as a route, or an entry of connection tracking.
 const ANSWER: usize = 8 << 10;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
 const NO_ROOM: i32 = Errno::NOBUFS.raw_os_error();
 /// Where `struct nfgenmsg` has its `res_id`.
 const RESOURCE: std::ops::Range<usize> = 2..4;
-/// What is dumped has changed since the dump began (`NLM_F_DUMP_INTR`).
+/// The flag of a dump during which the dumped table changed (`NLM_F_DUMP_INTR`).
 const DUMP_INTERRUPTED: u16 = 0x10;
 
 /// One netlink socket, in the network namespace of the thread that opened it.
@@ -70,8 +70,8 @@ impl Socket {
 
     /// Opens a socket with a port of the caller's choice; zero leaves the choice to the kernel.
     ///
-    /// What the kernel removes when a socket is closed, it removes by port, and a moment after the port can be used
-    /// again: who owns such things chooses a port that nobody else has had.
+    /// When a socket is closed, the kernel removes what it owned by its port, a moment after the port is free again. So owners of
+    /// such things choose a port that nobody else has had.
     ///
     /// # Errors
     /// `EADDRINUSE` where another socket has the port; those of [`open`](Self::open).
@@ -102,7 +102,7 @@ impl Socket {
         while missing > 0 {
             match self.receive(flags) {
                 Ok(()) => {}
-                // There was no room for all answers, but the first ones are there.
+                // The buffer overflowed, but the first answers are in it.
                 Err(error) if error.raw_os_error() == Some(NO_ROOM) && flags.is_empty() => {
                     flags = RecvFlags::DONTWAIT;
                     continue;
@@ -140,12 +140,12 @@ impl Socket {
                 self.answered = matches!(message.kind, ERROR | DONE);
                 match message.kind {
                     ERROR => return error_of(message.payload),
-                    // Kernels before 3.19 say nothing here.
+                    // Kernels before 3.19 send no error code.
                     DONE if message.payload.is_empty() => return complete(interrupted),
                     DONE => return error_of(message.payload).and_then(|()| complete(interrupted)),
                     kind => {
                         if self.family == Family::Netfilter {
-                            // The flag says nothing about the elements of a set, but each part tells the generation of the rules.
+                            // The flag does not cover elements of a set, but each part carries the generation of the rules.
                             let now =
                                 message.payload.get(RESOURCE).and_then(<[u8]>::first_chunk::<2>).copied();
                             interrupted |= *generation.get_or_insert(now) != now;
@@ -176,8 +176,8 @@ impl Socket {
         }
     }
 
-    /// Like [`dump`](Self::dump), for answers that must be complete: `each` adds what it finds in one to the list, which
-    /// begins anew where something has changed meanwhile.
+    /// Like [`dump`](Self::dump), for answers that must be complete: `each` adds to the list what one answer holds. If something
+    /// changed meanwhile, the dump starts over with an empty list.
     ///
     /// # Errors
     /// The errors of `dump`: `EINTR` where it changes every time.
@@ -186,7 +186,7 @@ impl Socket {
         batch: &Batch,
         mut each: impl FnMut(&mut Vec<T>, &[u8]),
     ) -> io::Result<Vec<T>> {
-        /// Something that changes without end must not keep us here.
+        /// A table that changes all the time must not keep us in the loop.
         const ATTEMPTS: usize = 100;
         let mut outcome = Ok(Vec::new());
         for _ in 0..ATTEMPTS {
@@ -244,7 +244,7 @@ impl Socket {
             self.forget_answers();
         }
         self.answered = false;
-        // An answer repeats its question at most, and tells of one thing; to take more memory than that takes longer than to ask.
+        // An answer holds at most the request and one thing. Allocating the room of a dump would take longer than the request.
         let room = if batch.dumps() { LONGEST } else { batch.as_bytes().len() + ANSWER };
         self.buffer.reserve(room.saturating_sub(self.buffer.len()));
         let ours = Numbers { base: self.sequence, count: batch.messages() };
@@ -255,8 +255,8 @@ impl Socket {
         Ok(ours)
     }
 
-    /// Makes room for the next answers. Where there was none for the last ones, the kernel says so only once, and drops
-    /// further ones silently until all that it has kept has been read.
+    /// Drains the socket. After an overflow the kernel reports ENOBUFS once and drops further answers silently, until everything
+    /// that it has queued is read.
     fn forget_answers(&mut self) {
         while match self.receive(RecvFlags::DONTWAIT) {
             Ok(()) => true,
@@ -264,7 +264,7 @@ impl Socket {
         } {}
     }
 
-    /// Fills the buffer anew.
+    /// Receives into the empty buffer.
     fn receive(&mut self, flags: RecvFlags) -> io::Result<()> {
         self.buffer.clear();
         retry_on_intr(|| recv(&self.fd, spare_capacity(&mut self.buffer), flags))?;
@@ -321,7 +321,7 @@ mod tests {
     fn more_answers_than_there_is_room_for_do_no_harm() {
         let mut many = Batch::new();
         for _ in 0..45 {
-            // An error comes back with all that it is about.
+            // An error comes back with the whole request.
             many.message(0xfff, REQUEST | ACK, |m| m.bytes(&[0; 4000]));
         }
         let mut socket = Socket::open(Family::Route).unwrap();

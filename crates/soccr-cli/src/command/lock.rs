@@ -18,9 +18,9 @@ use crate::show::table::{Align, Table};
 /// Keep connections silent on this host: their packets are dropped, in both directions
 ///
 /// The lock stays when the command has ended, until its time is over or `soccr unlock` removes it. It is a table of its own
-/// (nft list table inet soccr-persistent-NAME); the rules of others are not touched. `soccr restore` and `soccr receive` leave it
-/// alone, and only say that a connection is still locked by it. A lock without a name ends when the connection is restored: so a
-/// host that starts again keeps silent about the connections of an image until `soccr restore` has brought them back.
+/// (nft list table inet soccr-persistent-NAME); other rules are not touched. `soccr restore` and `soccr receive` leave a lock with a
+/// name alone, and report that it still locks the connection. A lock without a name ends when the connection is restored: after a
+/// reboot it keeps a host silent about the connections of an image until `soccr restore` has brought them back.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -112,7 +112,7 @@ impl Unlock {
         }
         for lock in locks.iter().filter(|lock| self.all || self.names.contains(&lock.name)) {
             match lock.remove() {
-                // Somebody else was faster.
+                // Somebody else has removed it meanwhile.
                 Err(error) if error.errno() == Some(libc::ENOENT) => {}
                 removed => removed?,
             }

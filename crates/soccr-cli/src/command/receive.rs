@@ -27,8 +27,9 @@ use crate::{descriptors, exit, network};
 /// Receive connections from `soccr send`, and give them to a program
 ///
 /// Reads standard input, and answers on standard output where the source listens (`soccr send --via`); the program then finds
-/// /dev/null as both, and as standard error where that is a pipe. It starts when the source has sent everything, or is gone, provided that a connection has arrived.
-/// It runs in a session of its own, where a relay does not reach it that kills what it has started, as socat(1) does at the end of a stream.
+/// /dev/null as both, and as standard error where that is a pipe. It starts when the source has sent everything, or is gone, provided
+/// that a connection has arrived. It runs in a session of its own, because relays such as socat(1) kill what they have started when
+/// the stream ends.
 #[derive(clap::Args, Debug)]
 #[command(
     override_usage = "\
@@ -57,14 +58,14 @@ pub(crate) struct Receive {
     /// When packets for an address that this host does not have are delivered here, to what has been received
     #[arg(long, value_name = "WHEN", value_enum, default_value = "auto")]
     steered: Steered,
-    /// The numbers that this delivery takes, where others use these: the mark of its packets, its routing table, and the
-    /// priority of the first of its rules
+    /// Other numbers for this delivery, where the usual ones are taken: the mark of its packets, its routing table, and the
+    /// priority of its first rule
     #[arg(long, value_name = "MARK,TABLE,PRIORITY", value_parser = parse_numbers, default_value = "0x50cc,20684,1000")]
     steered_numbers: Numbers,
     /// End when the program runs: without it, this command and ssh(1) stay as long as the program
     #[arg(long)]
     detach: bool,
-    /// Add to this file what the program writes on standard error. Else nothing keeps it where standard error is a pipe
+    /// Append the program's standard error to this file. Without it, and where standard error is a pipe, it is lost
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
     #[command(flatten)]
@@ -200,7 +201,7 @@ impl Receive {
         let listener = move |event: Event<'_>| match event {
             Event::Refused { number, reason } => {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
-                // A source that listens tells why it stays.
+                // A source that reads answers prints the reason itself.
                 if !counts.is_heard.load(Ordering::Relaxed) {
                     counts.complaints().push((format!("connection {number}"), reason.to_owned()));
                 }
@@ -219,7 +220,7 @@ impl Receive {
 /// How many connections have not arrived.
 #[derive(Default)]
 struct Counts {
-    /// The source listens.
+    /// The source reads answers.
     is_heard: AtomicBool,
     failed: AtomicUsize,
     lost: AtomicUsize,
@@ -227,18 +228,18 @@ struct Counts {
 }
 
 impl Counts {
-    /// What people are told when it is over.
+    /// Messages for people, printed in the end.
     fn complaints(&self) -> MutexGuard<'_, Vec<(String, String)>> {
         self.complaints.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What is asked about each connection.
+/// Decides about each connection that arrives.
 struct Intake {
     recipient: Recipient,
     reports: Reports,
     claim: Claim,
-    /// The network namespace is named: it is the one that is meant.
+    /// `--netns` names the network namespace.
     is_here: bool,
     counts: Arc<Counts>,
 }
@@ -252,7 +253,7 @@ impl soccr_handover::Recipient for Intake {
             );
         }
         self.counts.is_heard.store(announced.answers, Ordering::Relaxed);
-        // One that does not listen may have let go of them already: they are rescued in the end.
+        // A source that reads no answers may have let go of them already: they are rescued in the end.
         let room = if announced.answers { self.recipient.check_room(announced.connections) } else { Ok(()) };
         room.map_err(|error| exit::line(&error))
     }

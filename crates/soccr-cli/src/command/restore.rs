@@ -95,7 +95,7 @@ impl Restore {
         for (restored, flow) in restored.into_iter().zip(&flows) {
             match restored.resume() {
                 Ok(stream) => streams.push(stream),
-                // The others live already.
+                // The other connections are alive already.
                 Err(error) if flows.len() > 1 => {
                     exit::complain(&format!("{} {}: {error}", flow.local, flow.remote));
                 }

@@ -1,4 +1,4 @@
-//! `soccr resume`: a socket that somebody has paused and left goes on.
+//! `soccr resume`: ends the repair mode of a socket that was left paused.
 
 use std::os::fd::{AsFd, RawFd};
 

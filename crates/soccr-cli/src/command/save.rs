@@ -122,7 +122,7 @@ impl Save {
         }
         let flows: Vec<Flow> = saved.iter().map(|saved| saved.seat.flow()).collect();
         silence::begin(&flows, Duration::from_secs(self.silence))?;
-        // Until the image has its end and its name, it is none.
+        // An image without its end and its name is not valid.
         let _deaf = Deaf::begin();
         let taken =
             saved.iter_mut().try_for_each(|saved| saved.seat.let_go().with_context(|| saved.name.clone()));
@@ -141,7 +141,7 @@ impl Save {
         Ok(exit)
     }
 
-    /// Refuses what must not be in two places.
+    /// Refuses --keep for connections that must not exist twice.
     fn take(&self, captive: Captive) -> Result<Seat> {
         let name = captive.name().to_owned();
         let seat = captive.into_seat()?;
@@ -169,7 +169,7 @@ impl Save {
         Ok(Sink::File(AtomicFile::create(path).with_context(|| path.display().to_string())?))
     }
 
-    /// Locks the connections and writes the image but for its end, without which it is none: the processes still have them.
+    /// Locks the connections and writes the image without its end, so that it is not valid yet: the processes still have them.
     fn write(
         &self,
         sink: Sink,
@@ -204,7 +204,7 @@ impl Save {
     fn finish(&self, image: Writer<Sink>) -> Result<()> {
         let finish = || match image.finish()? {
             Sink::File(file) => Ok(file.commit()?),
-            // A slow reader still finds all of it.
+            // A slow reader can still read all of it.
             Sink::Output(output) if output.read() == Reading::Closed => bail!("it is not read to its end"),
             Sink::Output(_) => Ok(None),
         };

@@ -32,21 +32,21 @@ use via::Via;
 
 /// Move connections of running processes through a pipe
 ///
-/// A process is stopped only while connections of it are on their way, not before the target has started, and what the peers send
-/// meanwhile is held and sent along. With --via a
-/// connection leaves only when the target has said that it has it, or, in the same network, that it can have it;
-/// whatever breaks before leaves it where it is, and the process notices nothing. Once it has left, this host stays silent about it for the time of --silence.
+/// The target starts first. Then a process is stopped while its connections are on their way, and what the peers send meanwhile is
+/// held and sent along. With --via a connection leaves only when the target has restored it, or, in the same network, has agreed to
+/// take it. If anything breaks before, the connection stays where it is, and the process notices nothing. Once it has left, this host
+/// stays silent about it for the time of --silence.
 ///
-/// What the target has to tell is told here, also where it runs behind ssh(1).
+/// Messages of the target appear here, also through ssh(1).
 ///
 /// A connection with kernel TLS (kTLS) takes its keys along, to a program that leaves TLS to the kernel as well. It cannot go back once it
 /// has left: if the target fails then, it is saved in an image.
 ///
-/// The exit status is 0 only if the target, too, has not failed by then: one on this host that gives the connections to a
-/// server (--adopt, --send-fd) is waited for.
+/// The exit status is 0 only if the target has not failed either. A target on this host that gives the connections to a server
+/// (--adopt, --send-fd) is waited for.
 ///
 /// Without --via the stream goes to standard output. There is no way back then: a connection leaves as soon as it has been
-/// written, and whether it arrived nobody can know here.
+/// written, and this command cannot know whether it arrived.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -63,11 +63,11 @@ pub(crate) struct Send {
     #[command(flatten)]
     selection: Selection,
     /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues. The others stay.
-    /// What the program has read and not answered yet nobody sees: give it more time than an answer takes
+    /// A request that the program has read and not yet answered cannot be seen: give more seconds than an answer takes
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
-    /// What waits in the accept queues of the process goes along, too, in its order. What stays returns to the queue, as root and
-    /// on Linux 6.9, or else is saved in an image; so does everything where this command is asked to end before something has left
+    /// Also move the connections that wait in the accept queues of the process, in order. Those that stay return to the queue (root,
+    /// Linux 6.9), or else are saved in images; so do all of them if this command is asked to end before one has left
     #[arg(long, requires = "pid", requires = "via", group = "which")]
     listener: bool,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
@@ -124,7 +124,7 @@ impl Send {
         }
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
         let listening = if self.listener { self.selection.one_process("--listener")? } else { None };
-        // What is accepted here would end with this process, which has to go on until it is in a queue again.
+        // Connections that this process accepts would end with it, so it must live until they are back in a queue.
         let bell = listening.map(|_| Bell::hang()).transpose()?;
         let backlog = listening.map_or_else(|| Ok(Backlog::default()), Backlog::take)?;
         let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).chain(backlog.sockets()).collect();
@@ -132,7 +132,7 @@ impl Send {
             bail!("no connection is there, and none waits to be accepted")
         };
         let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, None)?;
-        // The command belongs to the network of whoever calls us: from that of a container ssh(1) would reach nobody.
+        // The command runs in the caller's network: from a container's, ssh(1) might reach nobody.
         let via = self.via.as_deref().map(|line| Via::start(line, bell.as_ref())).transpose()?;
         let mut nat = Nat::around(|| Ok(namespace::enter_of(*first)?))?;
         exit::complain_of_all(captives.iter().filter_map(|captive| {
@@ -175,10 +175,10 @@ impl Send {
         let count = |which: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| which(outcome)).count();
         let lost = count(|outcome| matches!(outcome, Outcome::Unknown(_)));
         let gone = count(Outcome::is_moved);
-        // Of what went one way nobody knows whether it arrived.
+        // Without answers, nobody knows whether a connection arrived.
         if gone > 0 && self.via.is_some() {
             let text = self.summary([gone, outcomes.len() - lost - gone, lost], heard.silent_until());
-            // It has happened, whether somebody reads that or not.
+            // The moves are done, even if nobody reads the report.
             let _ = exit::print(&format!("{text}\n"));
         }
         Ok(match (lost, outcomes.len() - lost - gone + failed, gone) {
@@ -197,7 +197,7 @@ impl Send {
         limits.silence = Duration::from_secs(self.silence);
         let what = if self.via.is_some() { "handed over" } else { "sent" };
         let progress = Mutex::new(Progress::new(what, count));
-        // What has left lives in this process until the target has it.
+        // A connection that has left is only in this process until the target has it.
         let deaf = Mutex::new(None);
         let listener = move |event: Event<'_>| match event {
             Event::Settled { .. } => progress.lock().unwrap_or_else(PoisonError::into_inner).step(),
@@ -248,7 +248,7 @@ impl Send {
     }
 }
 
-/// What the hand-over has told, other than at once.
+/// What the hand-over reported, for the summary.
 #[derive(Default)]
 struct Heard {
     /// The target has not done what it was to do with all connections.
@@ -262,7 +262,7 @@ impl Heard {
     }
 }
 
-/// Says what has not moved.
+/// Prints which connections have not moved, and why.
 fn report(names: &[String], outcomes: &[Outcome]) {
     exit::complain_of_all(names.iter().zip(outcomes).filter_map(|(name, outcome)| {
         let text = match outcome {
@@ -304,7 +304,7 @@ fn is_still_idle(socket: BorrowedFd<'_>, time: Duration) -> Result<(), String> {
     }
 }
 
-/// No data have been sent or received for so long, and none wait in its queues.
+/// Whether no data were sent or received for this time, and none wait in the queues.
 fn is_idle(socket: BorrowedFd<'_>, time: Duration) -> Result<bool> {
     let info = sys::tcp_info(socket).context("TCP_INFO")?;
     let unread = ioctl_fionread(socket).context("FIONREAD")?;

@@ -1,4 +1,4 @@
-//! `soccr steer`: what follows its connection to another host, and what is delivered here for another host.
+//! `soccr steer`: packets that follow connections to another host, and addresses of other hosts that are delivered here.
 
 use std::net::IpAddr;
 
@@ -102,10 +102,10 @@ impl Steer {
     }
 }
 
-/// A connection that is steered, by which device, and whether its next hop answers.
+/// A steered connection, its device, and whether its next hop answers.
 type Entry = (Steered, String, bool);
 
-/// Whether these are answers of another host on their way back to the peer: no address that belongs here is their end.
+/// Whether these are answers that another host sends back through this one: their local address is not of this host.
 fn are_answers(flow: &Flow, foreign: &[Foreign]) -> Result<bool> {
     let local = flow.local.ip();
     Ok(foreign.iter().all(|foreign| foreign.address() != local) && steer::is_foreign(local)?)

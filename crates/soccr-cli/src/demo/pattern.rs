@@ -11,10 +11,10 @@ const RATE: f64 = 64e6;
 /// Bytes of one write.
 pub(crate) const CHUNK: usize = 64 << 10;
 
-/// How long a writer rests that is ahead of the rate.
+/// How long a writer sleeps when it is ahead of the rate.
 pub(crate) const TICK: Duration = Duration::from_millis(1);
 
-/// How far a stream may have come that began at `start` and goes at the demonstration's rate.
+/// How many bytes a stream that began at `start` may have sent by now.
 pub(crate) fn allowance(start: Instant) -> u64 {
     (start.elapsed().as_secs_f64() * RATE) as u64
 }

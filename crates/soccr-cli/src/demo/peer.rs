@@ -16,7 +16,7 @@ use super::wire::now;
 /// How many bytes must flow each way between two moves.
 const BETWEEN_MOVES: u64 = 4 << 20;
 
-/// Data flows again within this time, or the connection is lost.
+/// If no data flows within this time, the connection counts as lost.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The end of the connection that never moves.

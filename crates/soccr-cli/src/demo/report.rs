@@ -194,7 +194,7 @@ fn bytes(count: u64) -> String {
     }
 }
 
-/// Prints a line; colours on a terminal alone. Nobody may be listening any more.
+/// Prints a line, in colour on a terminal only. A closed standard output is no error.
 pub(super) fn say(line: std::fmt::Arguments<'_>) {
     let mut out = anstream::AutoStream::auto(std::io::stdout());
     let _ = writeln!(out, "{line}");

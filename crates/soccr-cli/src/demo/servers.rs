@@ -1,4 +1,4 @@
-//! `soccr demo --servers`: a client, servers that replace each other and know nothing of this command, and one connection.
+//! `soccr demo --servers`: a client keeps one connection while servers that know nothing of soccr replace each other.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,7 +14,7 @@ use super::report::{BAD, BOLD, DIM, GOOD, resets_sent, say};
 use crate::exit::Exit;
 
 const PORT: u16 = 8080;
-/// In turn.
+/// The servers, which take turns.
 const NAMES: [&str; 2] = ["alice", "bob"];
 /// What a server says when it does.
 const LISTENING: &str = "listening\n";

@@ -16,7 +16,7 @@ use crate::exit::Exit;
 use super::pattern::{CHUNK, Direction, Pattern, TICK, allowance};
 use super::wire::{Answer, Order, Progress, now, receive, send};
 
-/// How often a connection that changes while it is read is read.
+/// How often reading is tried again when the connection changes meanwhile.
 const ATTEMPTS: usize = 5;
 
 /// Runs a program of the demonstration: orders come in on standard input, answers go out on standard output.

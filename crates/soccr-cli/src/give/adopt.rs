@@ -1,4 +1,4 @@
-//! `--adopt`: connections for a server that listens, and knows nothing of it.
+//! `--adopt`: connections for a listening server that knows nothing of soccr.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -19,13 +19,13 @@ use crate::exit;
 const ACCEPT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(5);
 
-/// Whoever listens where the connections go.
+/// The servers that listen on the addresses of the connections.
 #[derive(Debug)]
 pub(crate) struct Server {
     adopter: RefCell<Adopter>,
     locker: Locker,
     drain: Duration,
-    /// The addresses of which it is known who listens there.
+    /// The addresses whose listeners have been looked up.
     known: RefCell<HashSet<SocketAddr>>,
 }
 
@@ -50,7 +50,7 @@ impl Server {
         Ok(())
     }
 
-    /// Gives the connections away, and says how many were accepted. What is kept stays in `connections`.
+    /// Gives the connections away and prints how many were accepted. The others stay in `connections`.
     pub(crate) fn give(&self, connections: &mut Vec<TcpStream>) -> Result<()> {
         let mut adopter = self.adopter.borrow_mut();
         let sockets = connections.drain(..).map(OwnedFd::from).collect();
@@ -67,7 +67,7 @@ impl Server {
                 }
             }
         }
-        // Where some stay, nothing is gained by waiting for others: what follows saves them.
+        // If some did not fit, the caller saves them now: do not wait for the server first.
         let limit = if reasons.is_empty() { ACCEPT } else { Duration::ZERO };
         let waiting = wait_for_accept(&mut adopter, adopted, limit)?;
         exit::complain_of_all(waiting.iter().map(|there| {
@@ -80,7 +80,7 @@ impl Server {
     }
 }
 
-/// Says so where several servers share a port: those whose listeners no process has in common.
+/// Prints a note where several servers share a port: listeners that no process has in common.
 fn tell_rivals(local: SocketAddr, listeners: &[u32]) -> Result<()> {
     if listeners.len() < 2 {
         return Ok(());
@@ -111,7 +111,7 @@ fn tell_rivals(local: SocketAddr, listeners: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a server has accepted them; returns what it has not accepted in time.
+/// Waits until a server has accepted the connections; returns those that it has not accepted in time.
 fn wait_for_accept(adopter: &mut Adopter, adopted: Vec<Adopted>, limit: Duration) -> Result<Vec<Adopted>> {
     let deadline = Instant::now() + limit;
     let mut waiting = adopted;

@@ -1,4 +1,4 @@
-//! How a target parts from its source, and from whoever has started it: neither waits for the program that has the connections.
+//! How a target leaves its source and the process that started it, so that neither waits for the program that gets the connections.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -17,27 +17,27 @@ use soccr_handover::foreign::process::fork;
 
 use crate::exit::Exit;
 
-/// What the process that has been started is told.
+/// The words to the process that has been started.
 const FAILED: &[u8] = b"-";
 const RUNS: &[u8] = b"+";
 
-/// What a target has open for others, as long as the connections are not given. A program that is executed inherits none of it.
+/// Descriptors that a target keeps until the connections are given. A program that is executed inherits none of them.
 #[derive(Debug, Default)]
 pub(crate) struct Parting {
-    /// To the source, and the last word of the hand-over, for which that waits.
+    /// The pipe to the source, and the last words of the hand-over, for which the source waits.
     source: Option<(OwnedFd, LastWords)>,
     /// The process that has been started, whose child this one is, and the pipe to it.
     parent: Option<(Pid, OwnedFd)>,
     /// Where the program writes its messages.
     log: Option<File>,
-    /// Where we write ours.
+    /// Where this command writes its messages.
     stderr: Option<OwnedFd>,
 }
 
 impl Parting {
-    /// Goes on in a child, in a session of its own. A relay such as socat(1) kills the process that it has started when the stream
-    /// ends: that must not be the one that has the connections. This one waits, and has the exit code of the child; or only until the
-    /// connections are given, where it is to `leave` then.
+    /// Goes on in a child, in a session of its own: a relay such as socat(1) kills the process that it has started when the stream
+    /// ends, so another process must have the connections. The parent waits for the child and ends with its exit code; with `leave`,
+    /// it ends when the connections are given.
     pub(crate) fn apart(leave: bool) -> Result<Result<Self, Exit>> {
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC).context("pipe2")?;
         let starter = getpid();
@@ -57,13 +57,13 @@ impl Parting {
             if leave {
                 return Ok(Err(Exit::Done));
             }
-            // Who reads it to its end would wait for the program.
+            // Its reader would wait for the program.
             if is_pipe(rustix::stdio::stderr()) {
                 rustix::stdio::dup2_stderr(null()?).context("dup2")?;
             }
         }
         match retry_on_intr(|| waitpid(Some(child), WaitOptions::empty())).context("waitpid")? {
-            // What there was to say, it has said.
+            // The child has printed all messages.
             Some((_, status)) => std::process::exit(match status.terminating_signal() {
                 Some(signal) => 128 + signal,
                 None => status.exit_status().unwrap_or(Exit::Failed as i32),
@@ -72,8 +72,8 @@ impl Parting {
         }
     }
 
-    /// Until the connections are given, the end of the process that has been started is a request to end (SIGTERM). To be called
-    /// last of what changes the privileges of this process, which the kernel forgets this with.
+    /// Until the connections are given, this process gets SIGTERM when the process that has been started ends. Call it after every
+    /// change of privileges: with each the kernel forgets the request.
     pub(crate) fn end_with_parent(&self) -> Result<()> {
         let Some((starter, _)) = &self.parent else { return Ok(()) };
         set_parent_process_death_signal(Some(Signal::TERM)).context("prctl(PR_SET_PDEATHSIG)")?;
@@ -95,7 +95,7 @@ impl Parting {
         let source = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("fcntl(F_DUPFD_CLOEXEC)")?;
         self.source = Some((source, end));
         leave_pipe()?;
-        // Who reads a pipe to its end would wait for the program; who has gone would kill it by SIGPIPE.
+        // The reader of a pipe would wait for the program; a pipe without a reader would kill the program by SIGPIPE.
         if self.log.is_none() && is_pipe(rustix::stdio::stderr()) {
             self.log = Some(null()?);
         }
@@ -114,30 +114,30 @@ impl Parting {
         }
         if let Some((_, parent)) = &self.parent {
             set_parent_process_death_signal(None).context("prctl(PR_SET_PDEATHSIG)")?;
-            // It may have been killed.
+            // The parent may have been killed.
             let _ = write(parent, RUNS);
         }
         self.end();
         Ok(())
     }
 
-    /// The connections are where they are to be.
+    /// The connections are given: sends the last words.
     pub(crate) fn end(&mut self) {
         let Some((source, end)) = self.source.take() else { return };
-        // One that does not read has ended, or does not care.
+        // A source that does not read has ended, or does not wait.
         let mut events = [PollFd::new(&source, PollFlags::OUT)];
         if poll(&mut events, Some(&Timespec::default())).is_ok_and(|count| count > 0) {
             let _ = write(&source, &end.into_bytes());
         }
     }
 
-    /// It does not run.
+    /// The program could not be started.
     pub(crate) fn fail(self) {
         if let Some(stderr) = &self.stderr {
             let _ = rustix::stdio::dup2_stderr(stderr);
         }
         if let Some((_, parent)) = &self.parent {
-            // Who is gone does not care.
+            // The parent may have ended.
             let _ = write(parent, FAILED);
         }
     }
@@ -160,7 +160,7 @@ fn leave_pipe() -> Result<()> {
     Ok(())
 }
 
-/// Somebody reads from it, and may wait for its end.
+/// Whether it is a pipe, whose reader may wait for its end.
 pub(crate) fn is_pipe(fd: BorrowedFd<'_>) -> bool {
     let kind = fstat(fd).map(|stat| FileType::from_raw_mode(stat.st_mode));
     matches!(kind, Ok(FileType::Fifo | FileType::Socket))

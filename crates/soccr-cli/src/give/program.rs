@@ -75,7 +75,7 @@ pub(super) fn execute(
         // As systemd and inetd give them. A program that wants another mode sets it.
         let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
         fcntl_setfl(&*connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
-        // Beyond the numbers that they will have, so that none is in the way of another.
+        // First beyond the numbers that they will have, so that none overwrites another.
         *connection = beyond(connection.as_fd(), end)?.into();
     }
     let mut files = Vec::with_capacity(states.len());
@@ -102,7 +102,7 @@ pub(super) fn execute(
     // The program inherits what is ignored.
     drop(deaf);
     let error = command.exec();
-    // The attempt has given SIGPIPE its default back: a message that nobody reads would cost the connections.
+    // The attempt has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.
     sys::ignore(libc::SIGPIPE);
     bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
 }
@@ -115,8 +115,8 @@ fn beyond(fd: BorrowedFd<'_>, end: RawFd) -> Result<OwnedFd> {
 /// The most descriptors that have names.
 const MOST_NAMES: usize = 11_000;
 
-/// The names of the descriptors: of connections, and of the states of some; none where they are longer than the kernel takes
-/// (`MAX_ARG_STRLEN`, 128 KiB).
+/// The names of the descriptors of connections and states; empty where they exceed what the kernel takes (`MAX_ARG_STRLEN`,
+/// 128 KiB).
 fn names(connections: usize, states: impl ExactSizeIterator<Item = usize>) -> Option<String> {
     if connections + states.len() > MOST_NAMES {
         return None;

@@ -1,7 +1,7 @@
-//! Connections relayed to a server that cannot have them: each gets one to the server, and the bytes pass between the two.
+//! Connections relayed to a server that cannot get them: this process opens one to the server for each, and passes the bytes on.
 //!
-//! The bytes never enter this process: splice(2) moves them from socket to pipe to socket. A side that does not read holds up the one
-//! that writes; the end of one direction is passed on alone; a reset is passed on as a reset.
+//! The bytes never enter this process: splice(2) moves them from socket to pipe to socket. A side that does not read slows the
+//! other; the end of one direction is passed on alone, a reset as a reset.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -70,7 +70,7 @@ impl Relay {
             }
             servers.push(server);
         }
-        // Everything is given: who ends this process ends the connections.
+        // Everything is given, so signals may end this process, and with it the connections.
         drop(deaf);
         parting.leave(0)?;
         *parting = Parting::default();
@@ -130,7 +130,7 @@ struct Pair {
 struct Way {
     /// What has been read and not written; `None` where that is nothing.
     pipe: Option<Pipe>,
-    /// The reading side has had the end, and the writing side has been told.
+    /// The end has been read from one side and passed on to the other.
     is_over: bool,
     has_ended: bool,
 }
@@ -144,9 +144,9 @@ struct Pipe {
 /// How far a pair has got.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Progress {
-    /// Both sides have to be waited for.
+    /// Nothing can be moved before epoll reports one of the sockets.
     Waits,
-    /// There is more, and others have their turn.
+    /// More can be moved; the other pairs come first.
     More,
     Over,
 }
@@ -154,7 +154,7 @@ enum Progress {
 /// Passes bytes on until every pair is over.
 fn run(epoll: &OwnedFd, mut pairs: Vec<Option<Pair>>) -> Result<()> {
     let mut left = pairs.len();
-    // What came before it was waited for is no news to wait for.
+    // Every pair is tried once, before epoll reports news.
     let mut ready: VecDeque<usize> = (0..left).collect();
     let mut spare = Vec::new();
     let mut events = Vec::with_capacity(256);
@@ -188,7 +188,7 @@ impl Pair {
     fn pass_on(&mut self, spare: &mut Vec<Pipe>) -> rustix::io::Result<Progress> {
         let [one, other] = self.sides.each_ref().map(AsFd::as_fd);
         let [there, back] = &mut self.ways;
-        // Both, before a reset of one direction throws away what is under way in the other.
+        // Try both directions first: a reset on one side discards what the other has not passed on.
         let (there, back) = (there.pass_on(one, other, spare), back.pass_on(other, one, spare));
         let progress = [there?, back?];
         Ok(match progress {
@@ -235,14 +235,14 @@ impl Way {
             };
             pipe.filled -= written;
             match pipe.filled {
-                // An empty one serves another direction.
+                // An empty pipe can serve another direction.
                 0 => spare.push(pipe),
                 _ => self.pipe = Some(pipe),
             }
             if self.has_ended && self.pipe.is_none() {
                 self.is_over = true;
                 return match shutdown(to, Shutdown::Write) {
-                    // It has gone before it was told.
+                    // The other side has gone already.
                     Ok(()) | Err(Errno::NOTCONN) => Ok(Progress::Over),
                     Err(error) => Err(error),
                 };
@@ -262,7 +262,7 @@ impl Pipe {
     }
 }
 
-/// Moves bytes; `None` where one of the two has to be waited for.
+/// Moves bytes; `None` where `from` is empty or `to` is full.
 fn moved(from: BorrowedFd<'_>, to: BorrowedFd<'_>, length: usize) -> rustix::io::Result<Option<usize>> {
     match splice(from, None, to, None, length, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
         Err(Errno::AGAIN | Errno::INTR) => Ok(None),

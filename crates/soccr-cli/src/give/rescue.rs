@@ -1,4 +1,4 @@
-//! Connections that nobody can be given: they are saved in images of their own, and leave this process in silence.
+//! Connections that could not be given to anybody: each is saved in an image, and its socket is closed in silence.
 
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -16,8 +16,8 @@ use crate::signals::Deaf;
 /// How long a peer may take to acknowledge what the kernel has encrypted.
 const SETTLING: Duration = Duration::from_secs(2);
 
-/// Saves the connections, each in the working directory or else in that for temporary files. The error says what became of
-/// them, after the `reason`.
+/// Saves each connection in the working directory, or else in the directory for temporary files. The error gives the `reason`,
+/// then what became of the connections.
 pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyhow::Error {
     let _deaf = Deaf::begin();
     let code = exit::code(reason);
@@ -47,7 +47,7 @@ pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyho
     }
 }
 
-/// What saving takes, for all of them together.
+/// What saving needs, opened once for all connections.
 struct Lifeboat {
     locker: Locker,
     /// Of the last image.
@@ -71,7 +71,7 @@ impl Lifeboat {
         let path = self.write(&paused.save()?)?;
         silence::begin(&[flow], SILENCE)?;
         if let Err(error) = paused.detach() {
-            // It lives on here, if not for long.
+            // The connection goes on in this process, until that ends.
             let _ = silence::lift(&[flow]);
             let _ = std::fs::remove_file(&path);
             return Err(error.into());

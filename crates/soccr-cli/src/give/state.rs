@@ -1,4 +1,4 @@
-//! What a source has sent along with a connection, for the program that gets it: a memory file, sealed.
+//! The state that a source has sent along with a connection: the program gets it as a sealed memory file.
 
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 /// The state of a connection, by the index of that.
 pub(crate) type State = (usize, OwnedFd);
 
-/// Puts it into a file that nobody can change, to be read from its beginning.
+/// Writes the state into a sealed file, positioned at its beginning.
 pub(crate) fn keep(bytes: &[u8]) -> Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let mut file = File::from(memfd_create("soccr-state", flags).context("memfd_create")?);

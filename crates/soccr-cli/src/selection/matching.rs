@@ -1,9 +1,9 @@
-//! What connections, and their processes, must be like: the same for `list`, `save` and `send`.
+//! Filters for connections and their processes, the same for `list`, `save` and `send`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-/// What is not given does not matter.
+/// A filter that is not given lets everything pass.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Matching {
     /// Only those with this port at either end; may be repeated
@@ -25,7 +25,7 @@ impl Matching {
                 || remote.port() != 0 && self.peer.iter().any(|peer| peer.contains(remote)))
     }
 
-    /// Processes of any name will do.
+    /// No process name is given.
     pub(crate) fn wants_all_names(&self) -> bool {
         self.name.is_empty()
     }
@@ -34,7 +34,7 @@ impl Matching {
         self.name.iter().any(|wanted| wanted == name)
     }
 
-    /// Ports or peers are named.
+    /// Whether ports or peers are given.
     pub(crate) fn is_any(&self) -> bool {
         !self.port.is_empty() || !self.peer.is_empty()
     }

@@ -1,4 +1,4 @@
-//! Progress of something long: on a terminal only, and only where it takes a while.
+//! Progress of long work, shown on a terminal only, and only after a while.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};

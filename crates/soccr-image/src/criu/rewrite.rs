@@ -69,7 +69,7 @@ fn rewrite_socket(socket: &[u8], maps: &[AddressMap]) -> Result<Option<Vec<u8>>>
     let old = [address(&ends[0], ports[0])?, address(&ends[1], ports[1])?];
     let mut new = old.map(|end| AddressMap::apply_first(maps, end));
     if old[1].port() == 0 && old[1].ip().is_unspecified() {
-        // A listener has no peer: a rule for 0.0.0.0 is for what it is bound to.
+        // A listener has no peer, and its peer address of zeros must not match a rule for 0.0.0.0.
         new[1] = old[1];
     }
     if old == new {

@@ -1,4 +1,4 @@
-//! For a document.
+//! The drawing as SVG.
 
 use std::fmt::Write;
 
@@ -71,7 +71,7 @@ fn draw(body: &mut String, lane: &Lane, top: usize) -> usize {
     left
 }
 
-/// Everything that is written is ours: nothing in it needs escaping.
+/// All text is our own, so nothing needs escaping.
 fn text(body: &mut String, class: &str, x: usize, y: usize, text: &str) {
     let class = if class.is_empty() { String::new() } else { format!(r#" class="{class}""#) };
     let _ = writeln!(body, r#"<text{class} x="{x}" y="{y}">{text}</text>"#);

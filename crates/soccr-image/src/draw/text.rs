@@ -1,4 +1,4 @@
-//! For a terminal.
+//! The drawing as text.
 
 use super::{Kind, Lane};
 
@@ -14,7 +14,7 @@ pub(super) fn draw(lane: &Lane) -> String {
         .collect();
     let (names, numbers): (Vec<String>, Vec<String>) =
         lane.marks.iter().map(|mark| lane.label(mark).into()).unzip();
-    // Each piece is as wide as what stands in it and above its left mark; what is left over is shared.
+    // Each piece is as wide as its label and the label above its left mark; the rest of the width is shared.
     let label = |i: usize| names[i].len().max(numbers[i].len());
     let mut widths: Vec<usize> =
         (0..pieces.len()).map(|i| (label(i) + 2).max(pieces[i].chars().count() + 3)).collect();

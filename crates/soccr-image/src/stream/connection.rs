@@ -27,7 +27,7 @@ mod bit {
     pub(super) const ALL: u16 = 127;
 }
 
-/// More settings than a socket can have: each is compared with all others.
+/// More settings than a socket has. The limit is needed because each name is compared with all others.
 const SETTINGS_LIMIT: usize = 256;
 
 const NUMBER: u8 = 0;
@@ -187,7 +187,7 @@ fn put_setting(out: &mut Vec<u8>, name: &str, value: &Setting) -> Result<()> {
     Ok(())
 }
 
-/// What can be the name of a socket option: printed to terminals, so nothing else gets in.
+/// Whether it can be the name of a socket option. Names are printed on terminals, so other characters are refused.
 fn option_name(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }

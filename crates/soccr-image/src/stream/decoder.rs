@@ -7,7 +7,7 @@ use super::record::{CHECKSUM, HEADER, Header, PREAMBLE};
 use super::{Message, Reader};
 use crate::error::{Error, Result};
 
-/// Takes a stream apart as its bytes come: for those who wait for several things at once, or not at all.
+/// Takes a stream apart as its bytes come, for callers that must not block in a read.
 ///
 /// It holds the bytes of the record that has begun; what [`Reader`] says of memory and errors goes for it, too.
 ///
@@ -109,7 +109,7 @@ impl Decoder {
         self.reader.as_ref().map_or(&self.bytes, Reader::get_ref).0.len()
     }
 
-    /// The bytes that have come and are not read: behind the end, those of somebody else.
+    /// The bytes that have come and are not read. Behind the end of the stream they belong to somebody else.
     pub fn into_rest(mut self) -> Vec<u8> {
         std::mem::take(self.inbox()).into()
     }
@@ -119,14 +119,14 @@ impl Decoder {
     }
 }
 
-/// Whether the whole next record is there, as its header says; a header that is not to be believed counts as one.
+/// Whether the whole next record is there. A damaged header counts as a whole record.
 fn is_complete(bytes: &VecDeque<u8>, limit: Option<u32>) -> Result<bool> {
     if bytes.len() < HEADER {
         return Ok(false);
     }
     let mut start = [0; HEADER];
     start.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-    // Reading it tells what is wrong.
+    // Reading it reports the damage.
     let Ok(header) = Header::parse(&start) else { return Ok(true) };
     if limit.is_some_and(|limit| header.length > limit) {
         return Err(Error::damaged("a record is longer than any word"));

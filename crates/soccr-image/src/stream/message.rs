@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use soccr::steer::Tunnel;
 use soccr::{Connection, Flow};
 
-/// Where connections are. Two ends that are at one place find there the sockets of each other.
+/// Where connections are: two ends at the same place see each other's sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The machine since it was booted: `/proc/sys/kernel/random/boot_id`.
@@ -106,7 +106,7 @@ pub enum Message {
     Note {
         /// Up to [`NOTE_LIMIT`](super::NOTE_LIMIT), for people.
         text: String,
-        /// The target has failed: what it was to do with the connections it has not done with all of them.
+        /// The target has failed: it has not done with all connections what it was to do.
         failed: bool,
     },
     /// Would the target have this connection? It answers as if it had come, and nothing happens. Targets that do not know the question do

@@ -42,7 +42,7 @@ impl<R: Read> Reader<R> {
         Ok(Self { reader, buffer, queues, records: 0, ended: false, validate: true })
     }
 
-    /// Gives connections as they stand in the stream, though they contradict themselves: to look at, not to restore.
+    /// Gives connections even if they contradict themselves: to look at, not to restore.
     pub fn without_validation(self) -> Self {
         Self { validate: false, ..self }
     }
@@ -91,7 +91,7 @@ impl<R: Read> Reader<R> {
             Err(error) if matches!(error.kind(), ErrorKind::Io | ErrorKind::Truncated) => return Err(error),
             parsed => parsed,
         };
-        // Read to its end whatever was found in it: the next record begins there.
+        // Read to the end of the record in any case: the next one begins there.
         let intact = payload.finish()?;
         let name = fields.name.clone();
         let result = match parsed {

@@ -26,7 +26,7 @@ pub(super) const HELD_SIZE: u32 = field::LIMIT;
 /// The flag of a record that a reader must not skip when its type is unknown.
 pub(super) const CRITICAL: u16 = 1;
 
-/// How much is read ahead within a payload.
+/// How many bytes are read ahead within a payload.
 const CHUNK: usize = 8 << 10;
 
 /// How much memory a queue gets before any of its bytes have come.
@@ -92,7 +92,7 @@ pub(super) fn preamble() -> [u8; PREAMBLE] {
 /// Reads a preamble and checks that this version can read what follows.
 pub(super) fn read_preamble(reader: &mut impl Read) -> Result<()> {
     let mut bytes = [0; PREAMBLE];
-    // The magic first: who isn't ours may be shorter than a preamble of ours.
+    // The magic first: a foreign file may be shorter than a preamble.
     reader.read_exact(&mut bytes[..8]).map_err(Error::reading)?;
     if bytes[..8] != MAGIC {
         return Err(Error::new(ErrorKind::Foreign, "no soccr image: it begins with other bytes"));

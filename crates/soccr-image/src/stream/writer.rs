@@ -50,7 +50,7 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Writes the state that an application keeps about a connection: right before that.
+    /// Writes the state that an application keeps about a connection. The connection must come next.
     ///
     /// A reader that does not know such records skips it, or refuses the connection where the state is `critical`.
     ///

@@ -13,8 +13,8 @@ pub struct Call {
     pub arguments: [u64; 6],
 }
 
-/// Runs a program, shows each system call of its first thread to `kill_at`, and kills it before the first for which that
-/// says so. Whether it was killed.
+/// Runs a program, and kills it before the first system call of its first thread for which `kill_at` is true. Returns whether it
+/// was killed.
 ///
 /// # Panics
 /// Where the program cannot be started or traced.
@@ -22,7 +22,7 @@ pub fn run_and_kill(command: &mut Command, kill_at: impl FnMut(&Call) -> bool) -
     trace(command, kill_at).0
 }
 
-/// Runs a program and shows each system call of its first thread to `watch`, before it is made. Its exit code.
+/// Runs a program and shows each system call of its first thread to `watch`, before it is made. Returns the exit code.
 ///
 /// # Panics
 /// Where the program cannot be started or traced.
@@ -34,7 +34,7 @@ pub fn run_and_watch(command: &mut Command, mut watch: impl FnMut(&Call)) -> Opt
     libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status))
 }
 
-/// Has a system call fail in a program, where the first argument is this one.
+/// Makes a system call fail in a program where its first argument is the given one.
 pub fn let_fail(command: &mut Command, number: i64, argument: u32, errno: i32) {
     const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;

@@ -1,4 +1,4 @@
-//! What the kernel would do: by which way a packet would leave, and whether a neighbour answers.
+//! What the kernel would do with a packet: the route that it would take, and whether the neighbour answers.
 
 use std::io;
 use std::net::IpAddr;
@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use super::{NDA_DST, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWNEIGH, Rtnetlink, address_of, family, octets};
 use crate::{Batch, CREATE, DUMP, REQUEST, attributes};
 
-/// A packet whose way is asked for.
+/// A packet whose route is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// For whom it is.
+    /// Its destination.
     pub to: IpAddr,
-    /// From whom it is, where that matters.
+    /// Its source, where the route depends on it.
     pub from: Option<IpAddr>,
     /// By which link it comes or goes.
     pub link: Link,
@@ -124,7 +124,7 @@ impl Rtnetlink {
         batch.message(GET_ADDRESS, REQUEST | DUMP, |m| m.bytes(&[family(address), 0, 0, 0, 0, 0, 0, 0]));
         let links = self.socket.dump_all(&batch, |links, payload| {
             let Some((header, rest)) = payload.split_at_checked(8) else { return };
-            // On a link to one peer the other attribute has the address of that.
+            // On a point-to-point link IFA_ADDRESS is the address of the peer.
             let own = [IFA_LOCAL, IFA_ADDRESS]
                 .iter()
                 .find_map(|wanted| attributes(rest).find(|attribute| attribute.0 == *wanted));

@@ -11,7 +11,7 @@ use crate::{Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, attributes};
 /// A device whose frames go to one other host, in UDP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vxlan {
-    /// Of the device.
+    /// The name of the device.
     pub name: String,
     /// Its Ethernet address.
     pub mac: [u8; 6],
@@ -23,7 +23,7 @@ pub struct Vxlan {
     pub port: u16,
     /// The address of this host.
     pub local: IpAddr,
-    /// The address of the other one.
+    /// The address of the other host.
     pub remote: IpAddr,
 }
 
@@ -72,7 +72,7 @@ impl Rtnetlink {
         self.change(RTM_DELLINK, 0, |m| m.bytes(&link_header(index, 0)))
     }
 
-    /// Keeps a link free of a generated link-local address, and of what IPv6 tells and asks because of it.
+    /// Keeps the kernel from giving a link a link-local address, and from the neighbour discovery that comes with it.
     ///
     /// # Errors
     /// `ENODEV` where there is no such link.
@@ -82,7 +82,7 @@ impl Rtnetlink {
         })
     }
 
-    /// Has a link accept packets from whoever can be reached at all, by any link (`rp_filter=2`).
+    /// Makes a link accept packets whose source is reachable by any link (`rp_filter=2`).
     ///
     /// # Errors
     /// `ENODEV` where there is no such link.
@@ -101,7 +101,7 @@ impl Rtnetlink {
     ) -> io::Result<()> {
         let index = self.index(link)?;
         self.change(RTM_NEWLINK, 0, |m| {
-            // Neither up nor down.
+            // The up flag stays as it is.
             let mut header = link_header(index, 0);
             header[12..].fill(0);
             m.bytes(&header);
