@@ -31,6 +31,11 @@ use machine::Machine;
 use report::Report;
 
 fn main() -> Result<()> {
+    if let [_, option, address] = &std::env::args().collect::<Vec<_>>()[..]
+        && option == "--serve"
+    {
+        return scenario::bystander::serve(address);
+    }
     let arguments = Arguments::parse()?;
     let machine = Machine::here();
     soccr_lab::enter()?;

@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod adopt;
+pub(crate) mod bystander;
 mod handover;
 mod lock;
 mod memory;
@@ -28,6 +29,7 @@ pub(crate) const ALL: &[(&str, Run)] = &[
     ("lock", lock::run),
     ("moves", moves::run),
     ("handover", handover::run),
+    ("bystander", bystander::run),
     ("memory", memory::run),
     ("stall", stall::run),
     ("speed", speed::run),
