@@ -7,8 +7,10 @@ use rustix::process::Pid;
 use crate::command::{
     check, completions, criu, inspect, list, lock, man, receive, restore, resume, save, send, steer,
 };
+#[cfg(feature = "demo")]
+use crate::demo;
+use crate::exit;
 use crate::exit::Exit;
-use crate::{demo, exit};
 
 /// See, save, restore and move live TCP connections of any process
 #[derive(Parser, Debug)]
@@ -41,11 +43,14 @@ enum Command {
     Unlock(lock::Unlock),
     Completions(completions::Completions),
     Man(man::Man),
+    #[cfg(feature = "demo")]
     Demo(demo::Demo),
     /// A program of the demonstration
+    #[cfg(feature = "demo")]
     #[command(hide = true)]
     DemoProgram,
     /// A server of the demonstration
+    #[cfg(feature = "demo")]
     #[command(hide = true)]
     DemoServer {
         name: String,
@@ -69,8 +74,11 @@ impl Cli {
             Command::Unlock(unlock) => unlock.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),
+            #[cfg(feature = "demo")]
             Command::Demo(demo) => demo.run(),
+            #[cfg(feature = "demo")]
             Command::DemoProgram => demo::worker::run(),
+            #[cfg(feature = "demo")]
             Command::DemoServer { name } => demo::servers::serve(name.leak()),
         }
     }

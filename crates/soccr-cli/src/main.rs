@@ -5,6 +5,7 @@
 
 mod cli;
 mod command;
+#[cfg(feature = "demo")]
 mod demo;
 mod descriptors;
 mod exit;
