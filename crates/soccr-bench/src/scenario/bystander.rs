@@ -73,25 +73,20 @@ impl Scene {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["--serve", &address.to_string()]);
         let server = pair.a.run(|| command.spawn())?;
-        let connect = |port| {
-            let mut stream = None;
+        let connect = |port| TcpStream::connect((pair.a.v4, port));
+        let (leaving, bystander) = pair.b.run(|| {
+            let mut bystander = None;
             wait_until("the server listens", || {
-                stream = TcpStream::connect((pair.a.v4, port)).ok();
-                stream.is_some()
+                bystander = connect(PORT + 1).ok();
+                bystander.is_some()
             });
-            stream.expect("it listens")
-        };
-        let (leaving, bystander) =
-            pair.b.run(|| ((0..count).map(|_| connect(PORT)).collect::<Vec<_>>(), connect(PORT + 1)));
+            let leaving = (0..count).map(|_| connect(PORT)).collect::<std::io::Result<Vec<_>>>();
+            leaving.map(|leaving| (leaving, bystander.expect("it is connected")))
+        })?;
         bystander.set_nodelay(true)?;
-        let mut scene = Self { pair, server, _leaving: leaving, bystander };
-        // The server has accepted all of them by then: they came before.
-        scene.turn()?;
-        Ok(scene)
-    }
-
-    fn turn(&mut self) -> Result<()> {
-        Ok(turn(&self.bystander)?)
+        // Whoever is answered was accepted.
+        leaving.iter().try_for_each(turn)?;
+        Ok(Self { pair, server, _leaving: leaving, bystander })
     }
 
     /// The longest turn of the bystander meanwhile.
@@ -144,6 +139,7 @@ pub(crate) fn serve(address: &str) -> Result<()> {
     let address: SocketAddr = address.parse()?;
     let next = (address.ip(), address.port() + 1);
     let listeners = [TcpListener::bind(address)?, TcpListener::bind(next)?];
+    listeners.iter().try_for_each(|listener| listener.set_nonblocking(true))?;
     let mut streams: Vec<TcpStream> = Vec::new();
     loop {
         let sockets = listeners.iter().map(AsFd::as_fd).chain(streams.iter().map(AsFd::as_fd));
@@ -162,7 +158,8 @@ pub(crate) fn serve(address: &str) -> Result<()> {
                     .is_ok_and(|length| length > 0 && stream.write_all(&bytes[..length]).is_ok())
         });
         for (listener, _) in listeners.iter().zip(&ready).filter(|(_, is_ready)| **is_ready) {
-            streams.push(listener.accept()?.0);
+            // All that wait: the queue is short.
+            streams.extend(std::iter::from_fn(|| listener.accept().ok()).map(|(stream, _)| stream));
         }
     }
 }
