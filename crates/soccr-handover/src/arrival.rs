@@ -30,10 +30,10 @@ use crate::protocol::{Deed, Id, News, Target};
 use crate::recipient::{Announced, Origin, Recipient};
 
 /// The most connections of a batch, and the most bytes in their queues.
-const BATCH: usize = 256;
+const BATCH: usize = 128;
 const BATCH_BYTES: usize = 16 << 20;
 
-/// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 256 at a time.
+/// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 128 at a time.
 const WAITING: usize = 1024;
 const WAITING_BYTES: usize = 1 << 30;
 

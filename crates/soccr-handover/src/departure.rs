@@ -23,8 +23,9 @@ use crate::users::Users;
 
 pub(crate) use item::{Condition, Item};
 
-/// How many connections are silent at a time: as many as a target restores together.
-const WINDOW: usize = 256;
+/// How many connections are silent at a time: as many as a target restores together. Whoever uses their sockets stands still meanwhile, some
+/// ten milliseconds.
+const WINDOW: usize = 128;
 
 /// The longest thing that a target says: a refusal with its reason.
 const LONGEST_ANSWER: u32 = 4096;

@@ -79,7 +79,7 @@
 //!   program is killed in the moment when the connection is in its memory only. The table is in [`protocol`]; its machines are led
 //!   through every schedule of words, cuts and kills by the tests.
 //! - Nothing is locked before the target has said that it is there and prepared. From then on the connections of a window, up to
-//!   256, are silent until they have arrived or stay: what their peers send meanwhile goes along.
+//!   128, are silent until they have arrived or stay: what their peers send meanwhile goes along.
 //! - What comes through a channel is trusted as far as the program at its other end: it can make any connection, on behalf of
 //!   any address of this host. Look at each before it is taken ([`Terms::accept_if`]), and give the channel to nobody else.
 //!

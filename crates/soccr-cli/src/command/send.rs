@@ -73,7 +73,7 @@ pub(crate) struct Send {
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
     #[arg(long, value_name = "COMMAND")]
     via: Option<String>,
-    /// How many seconds the target may take to start, and then to read and answer each 256 connections: a process is stopped no
+    /// How many seconds the target may take to start, and then to read and answer each 128 connections: a process is stopped no
     /// longer
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,

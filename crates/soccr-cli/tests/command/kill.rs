@@ -147,7 +147,7 @@ fn what_has_been_taken_before_the_source_is_killed_has_moved() {
         return;
     }
     // As many as are on their way together, and then some.
-    const FIRST: usize = 256;
+    const FIRST: usize = 128;
     let mut moving = Move::new(FIRST + 20);
     let next = (Boundary(End::Source, CONNECTION), FIRST + 1);
     let status = hand_over_until(&moving, next, &[End::Source], Signal::KILL);
