@@ -420,10 +420,11 @@ fn up_to_edge(window: Window, rcv_nxt: u32) -> Window {
 mod tests {
     use std::io::Write;
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::AsRawFd;
+    use std::os::fd::{AsFd, AsRawFd};
 
     use crate::connection::Window;
     use crate::sys::bpf::{Map, MapSpec};
+    use crate::sys::tcp;
 
     #[test]
     fn a_window_that_was_taken_back_can_be_restored() {
@@ -432,6 +433,29 @@ mod tests {
             let window = Window { snd_wl1, rcv_wnd, rcv_wup: 1000, snd_wnd: 1, max_window: 1 };
             assert_eq!(super::up_to_edge(window, 1000), Window { snd_wl1: saved, ..window });
         }
+    }
+
+    #[test]
+    fn what_changes_while_it_is_read_is_no_image() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = listener.accept().unwrap().0;
+        let paused = match crate::pause(&ours) {
+            Ok(paused) => paused,
+            Err(error) => return eprintln!("SKIPPED: {error}"),
+        };
+        let mut reads = 0;
+        let read = super::standing_still(ours.as_fd(), false, |control, _| {
+            reads += 1;
+            peer.write_all(b"late").unwrap();
+            while tcp::unread(ours.as_fd())? == control.inq_len {
+                std::thread::yield_now();
+            }
+            Ok(())
+        });
+        assert!(read.err().is_some_and(|error| error.is_change()));
+        assert_eq!(reads, super::ATTEMPTS);
+        paused.resume().unwrap();
     }
 
     #[test]
