@@ -19,6 +19,8 @@ fn what_is_needed_works_here() {
         assert!(finding["works"] == true || finding["detail"] != "", "{finding}");
     }
     assert_eq!(works(&findings, "move half-closed ones").0, true);
+    let (tls, detail) = works(&findings, "kernel TLS");
+    assert!(tls == true || detail.contains("modprobe tls"), "{detail}");
     assert_unlocked();
     let text = String::from_utf8(run(&["check"]).stdout).unwrap();
     assert_eq!(text.lines().count(), findings.len() + 1);

@@ -10,6 +10,7 @@ use rustix::process::{Resource, getrlimit};
 use soccr::adopt::Adopter;
 use soccr::connection::State;
 use soccr::lock::{Locker, Mode};
+use soccr::tls::{Cipher, Secrets, Tls, Version};
 use soccr::{Connection, Flow, Restored, pause};
 
 use super::Finding;
@@ -32,6 +33,7 @@ pub(super) fn all() -> Vec<Finding> {
         finding("move half-closed ones", false, moved(true)),
         finding("restore cwnd and ECN", false, congestion()),
         finding("adopt (servers as they are)", false, adopt()),
+        finding("kernel TLS", false, tls()),
         finding("other users' processes", false, capability(19, "CAP_SYS_PTRACE", yama())),
         finding("other namespaces", false, capability(21, "CAP_SYS_ADMIN", String::new())),
         finding("large queues", false, capability(12, "CAP_NET_ADMIN", buffers())),
@@ -129,6 +131,14 @@ fn congestion() -> Result<String> {
 fn adopt() -> Result<String> {
     Adopter::new()?;
     Ok("bpf_sk_assign_tcp_reqsk".into())
+}
+
+fn tls() -> Result<String> {
+    let (ours, _peer) = ends()?;
+    let mut tls = Tls::new(Version::Tls13, Cipher::AesGcm128);
+    tls.transmit = Some(Secrets::new(tls.cipher, &vec![0; tls.cipher.secrets_len()])?);
+    tls.start(&ours)?;
+    Ok("the kernel encrypts".into())
 }
 
 /// A capability of this process (`capabilities(7)`), and what matters beside it.
