@@ -207,21 +207,24 @@ fn options_come_back_whatever_new_sockets_have() {
 
 /// A sysctl that is changed between two calls decides about the second, however soon that comes.
 fn what_new_sockets_have_is_asked_for_each_time() {
-    let (ours, peers) = connect(2);
+    let (ours, peers) = connect(20);
     let lock = Locker::new(Mode::HOLD).unwrap().lock(&flows(&ours)).unwrap();
     let connections = save_all(&ours);
     let idle = connections[0].1.settings.get("TCP_KEEPIDLE").cloned();
-    assert!(idle.is_some());
+    let set = |seconds: &str| soccr_lab::sysctl("net/ipv4/tcp_keepalive_time", seconds).unwrap();
+    let Some(Value::Number(seconds)) = idle else { panic!("{idle:?}") };
+    let before = seconds.to_string();
     let (kit, mut restored) = (Kit::default(), Vec::new());
     for connection in connections {
+        set(if connection.0 % 2 == 0 { &before } else { "600" });
         kit.restore([connection], |index, socket| restored.push((index, socket.unwrap())));
-        soccr_lab::sysctl("net/ipv4/tcp_keepalive_time", "600").unwrap();
     }
+    set("999");
     lock.release().unwrap();
     kit.resume(restored, |number, stream| {
         let stream = stream.unwrap();
-        // The first one goes on to follow the sysctl, as it did in its old socket.
-        let wanted = if number == 0 { Some(Value::Number(600)) } else { idle.clone() };
+        // Where it was what new sockets had, it goes on to follow the sysctl, as it did in its old socket.
+        let wanted = if number % 2 == 0 { Some(Value::Number(999)) } else { idle.clone() };
         let settings = soccr::pause(&stream).unwrap().save().unwrap().settings;
         assert_eq!(settings.get("TCP_KEEPIDLE"), wanted.as_ref(), "connection {number}");
         assert_alive(number, &stream, &peers[number]);
