@@ -38,7 +38,10 @@ fn missing(address: IpAddr) -> String {
         IpAddr::V4(_) => (32, "lo"),
         IpAddr::V6(address) => (128, if address.is_unicast_link_local() { "DEVICE" } else { "lo" }),
     };
-    format!("the address is not configured here: `ip addr add {address}/{length} dev {device}`")
+    format!(
+        "the address is not configured here: `ip addr add {address}/{length} dev {device}`; \
+         for an address of another host see `soccr::steer`"
+    )
 }
 
 fn bind_own(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {

@@ -24,16 +24,22 @@ const DESCRIPTORS: u64 = 4096;
 
 /// Everything, in the network namespace of the caller.
 pub(super) fn all() -> Vec<Finding> {
+    let lo = ends().map(drop).map_err(|error| exit::line(&error));
+    // Each would wait for the same failure.
+    let over_lo = |probe: fn() -> Result<String>| match &lo {
+        Ok(()) => probe(),
+        Err(why) => bail!("{why}"),
+    };
     vec![
-        finding("connections over lo", true, ends().map(|_| String::new())),
-        finding("pause and save", true, save()),
-        finding("lock (drop)", true, lock(Mode::Drop)),
-        finding("lock (hold)", true, lock(Mode::HOLD)),
-        finding("move", true, moved(false)),
-        finding("move half-closed ones", false, moved(true)),
-        finding("restore cwnd and ECN", false, congestion()),
+        finding("connections over lo", true, over_lo(|| Ok(String::new()))),
+        finding("pause and save", true, over_lo(save)),
+        finding("lock (drop)", true, over_lo(|| lock(Mode::Drop))),
+        finding("lock (hold)", true, over_lo(|| lock(Mode::HOLD))),
+        finding("move", true, over_lo(|| moved(false))),
+        finding("move half-closed ones", false, over_lo(|| moved(true))),
+        finding("restore cwnd and ECN", false, over_lo(congestion)),
         finding("adopt (servers as they are)", false, adopt()),
-        finding("kernel TLS", false, tls()),
+        finding("kernel TLS", false, over_lo(tls)),
         finding("other users' processes", false, capability(19, "CAP_SYS_PTRACE", yama())),
         finding("other namespaces", false, capability(21, "CAP_SYS_ADMIN", String::new())),
         finding("large queues", false, capability(12, "CAP_NET_ADMIN", buffers())),
