@@ -6,7 +6,7 @@ use anstyle::Style;
 
 const HEADING: Style = Style::new().bold();
 
-/// Text from elsewhere, without control characters and without those that turn the direction of text.
+/// Foreign text without control characters, including the Unicode characters that change the direction of text.
 pub(crate) fn printable(text: &str) -> String {
     let turns = |c| matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars().map(|c| if c.is_control() || turns(c) { '?' } else { c }).collect()
