@@ -1,9 +1,7 @@
-//! Source and target led through every order of words, cuts, kills, damaged and exchanged records: at no point do two ends have
-//! a connection, and none has it only where the source says so or is dead.
+//! Source, target and everything between them, led step by step.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 
-use proptest::prelude::*;
 use soccr_handover::protocol::{Action, Answer, Deed, Event, Fate, Id, News, Source, Target};
 
 /// What the source says.
@@ -29,7 +27,7 @@ enum Reply {
 
 /// Where one connection really is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-struct Place {
+pub struct Place {
     /// In its old socket.
     attached: bool,
     /// Its old socket is silent.
@@ -39,7 +37,7 @@ struct Place {
     /// In a new socket that says nothing.
     silent: bool,
     /// In a new socket that lives.
-    alive: bool,
+    pub alive: bool,
     /// The target has heard the COMMIT.
     committed: bool,
     /// The target has let go of it, or could not have it.
@@ -47,10 +45,10 @@ struct Place {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct World {
+pub struct World {
     source: Option<Source>,
     target: Option<Target>,
-    places: Vec<Place>,
+    pub places: Vec<Place>,
     /// Written by the source, and not passed on by it yet: cannot have been read.
     outbox: VecDeque<Word>,
     to_target: VecDeque<Word>,
@@ -69,7 +67,7 @@ struct World {
 
 /// Everything that can happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Step {
+pub enum Step {
     SourceActs(bool),
     SourcePassesOn,
     SourceHears,
@@ -91,7 +89,7 @@ enum Step {
 }
 
 impl World {
-    fn new(count: usize, window: usize, same_network: bool, faults: u8) -> Self {
+    pub fn new(count: usize, window: usize, same_network: bool, faults: u8) -> Self {
         let here = Place { attached: true, ..Place::default() };
         Self {
             source: Some(Source::new(count, window)),
@@ -110,7 +108,7 @@ impl World {
         }
     }
 
-    fn steps(&self) -> Vec<Step> {
+    pub fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
         let faulty = self.faults > 0;
         if let Some(source) = &self.source {
@@ -176,7 +174,7 @@ impl World {
         steps
     }
 
-    fn take(&mut self, step: Step) {
+    pub fn take(&mut self, step: Step) {
         let fault = match step {
             Step::SourceActs(well) | Step::TargetFinishes(_, well) => !well,
             Step::SourcePassesOn | Step::SourceHears | Step::SourceSeesCut => false,
@@ -389,7 +387,7 @@ impl World {
     }
 
     /// What holds at any time.
-    fn check(&self) {
+    pub fn check(&self) {
         for place in &self.places {
             assert!(!(place.attached && place.alive), "two ends have it");
             assert!(!place.alive || place.committed, "it was not the target's");
@@ -397,7 +395,7 @@ impl World {
     }
 
     /// What holds in the end, when nothing more can happen.
-    fn check_end(&self) {
+    pub fn check_end(&self) {
         for (place, id) in self.places.iter().zip(1..) {
             let nobody = !place.attached && !place.alive;
             match &self.source {
@@ -421,14 +419,14 @@ impl World {
     }
 
     /// Something always remains to be done until all is at rest; a target that hears nothing more sees the end of the channel.
-    fn is_at_rest(&self) -> bool {
+    pub fn is_at_rest(&self) -> bool {
         let source = self.source.as_ref().is_none_or(Source::is_over);
         let target = self.target.as_ref().is_none_or(|target| self.target_ended && target.is_over());
         source && target && self.open.is_empty()
     }
 
     /// Where nothing can happen, time passes: a source that is over closes its end; one that waits in vain has a clock.
-    fn wait(&mut self) {
+    pub fn wait(&mut self) {
         let before = self.clone();
         match &self.source {
             Some(source) if !source.is_over() => self.tell_source(Event::Late),
@@ -438,7 +436,7 @@ impl World {
     }
 
     /// Goes on until nothing can happen.
-    fn run(&mut self, mut choose: impl FnMut(usize) -> usize) {
+    pub fn run(&mut self, mut choose: impl FnMut(usize) -> usize) {
         loop {
             self.check();
             let steps = self.steps();
@@ -453,116 +451,4 @@ impl World {
             self.take(step);
         }
     }
-}
-
-/// Any number below `length`, from a list that may be at its end.
-fn chooser(choices: Vec<u16>) -> impl FnMut(usize) -> usize {
-    let mut choices = choices.into_iter();
-    move |length| choices.next().map_or(0, |choice| usize::from(choice) % length)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 100_000, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn never_have_two_ends_a_connection_and_never_none_unsaid(
-        count in 0..5usize,
-        window in 1..4usize,
-        same_network in any::<bool>(),
-        faults in 0..4u8,
-        choices in proptest::collection::vec(any::<u16>(), 0..80),
-    ) {
-        World::new(count, window, same_network, faults).run(chooser(choices));
-    }
-
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn where_nothing_goes_wrong_everything_moves(
-        count in 0..5usize,
-        window in 1..4usize,
-        choices in proptest::collection::vec(any::<u16>(), 0..80),
-    ) {
-        let mut world = World::new(count, window, true, 0);
-        world.run(chooser(choices));
-        prop_assert!(world.places.iter().all(|place| place.alive));
-    }
-}
-
-/// Every schedule of one connection with four faults, of two with three, of three with one: each state is visited once.
-#[test]
-fn every_schedule_of_few_connections() {
-    for (count, faults, least) in [(1, 4, 1000), (2, 3, 100_000), (3, 1, 1000)] {
-        let mut seen = HashSet::new();
-        let mut open = vec![World::new(count, 2, true, faults)];
-        while let Some(world) = open.pop() {
-            if !seen.insert(world.clone()) {
-                continue;
-            }
-            world.check();
-            let steps = world.steps();
-            if world.is_at_rest() {
-                world.check_end();
-            } else if steps.is_empty() {
-                let mut waited = world.clone();
-                waited.wait();
-                open.push(waited);
-            }
-            for step in steps {
-                let mut next = world.clone();
-                next.take(step);
-                open.push(next);
-            }
-        }
-        assert!(seen.len() > least, "{} states of {count} connections are too few to be all", seen.len());
-    }
-}
-
-/// Two connections, offered to a target that says nothing more.
-fn offered() -> Source {
-    let mut source = Source::new(2, 2);
-    source.handle(Event::Hello).unwrap();
-    assert_eq!(source.action(), Some(Action::Lock(1, 2)));
-    source.handle(Event::Locked).unwrap();
-    for id in [1, 2] {
-        assert_eq!(source.action(), Some(Action::Offer(id)));
-        source.handle(Event::Offered(id, true)).unwrap();
-    }
-    source
-}
-
-fn actions(source: &mut Source) -> Vec<Action> {
-    std::iter::from_fn(|| source.action()).collect()
-}
-
-/// A second limit would be waited for in vain.
-#[test]
-fn nobody_waits_for_a_late_target_that_has_nothing() {
-    let mut source = offered();
-    source.handle(Event::Late).unwrap();
-    let last = [Action::Abort(1), Action::Abort(2), Action::Unlock(1, 2), Action::Finish];
-    assert_eq!(actions(&mut source), last);
-    assert!(source.is_over());
-}
-
-/// It is still to say whether it has taken what was let go of. Everybody else goes on meanwhile.
-#[test]
-fn a_late_target_is_heard_about_what_has_left() {
-    let mut source = offered();
-    source.handle(Event::Heard(1, Answer::Ready)).unwrap();
-    source.handle(Event::Heard(2, Answer::Ready)).unwrap();
-    assert_eq!(source.action(), Some(Action::Divert));
-    source.handle(Event::Diverted(true)).unwrap();
-    assert_eq!(source.action(), Some(Action::Commit(1)));
-    source.handle(Event::Committed(1, true)).unwrap();
-    source.handle(Event::Late).unwrap();
-    assert_eq!(actions(&mut source), [Action::Abort(2), Action::Unlock(1, 2), Action::Finish]);
-    assert!(!source.is_over());
-    source.handle(Event::Heard(1, Answer::Taken)).unwrap();
-    source.handle(Event::End).unwrap();
-    assert!(source.is_over());
-    assert_eq!([1, 2].map(|id| source.fate(id)), [Some(Fate::Moved), Some(Fate::Stays)]);
 }
