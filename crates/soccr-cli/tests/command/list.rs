@@ -222,6 +222,10 @@ fn processes_without_descriptors_are_explained() {
         }
     }
     assert!(fail(1, &["list", "--netns", "blue"]).contains("/run/netns/blue"));
+    // It is in the user namespace around that of the tests.
+    assert!(
+        fail(1, &["list", "--netns", "1"]).contains("needs CAP_SYS_PTRACE over its process: run as root")
+    );
 }
 
 fn children_that_have_the_connections_are_named() {

@@ -113,5 +113,14 @@ fn move_into(namespace: BorrowedFd<'_>) -> Result<()> {
 }
 
 fn open_namespace(path: &Path) -> Result<OwnedFd> {
-    open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).with_context(|| path.display().to_string())
+    open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|error| match error {
+        Errno::ACCESS => Error::new(
+            ErrorKind::NoPermission,
+            format!(
+                "{}: EACCES — needs CAP_SYS_PTRACE over its process: run as root, outside of user namespaces",
+                path.display()
+            ),
+        ),
+        _ => Error::of(ErrorKind::System, path.display().to_string(), error),
+    })
 }
