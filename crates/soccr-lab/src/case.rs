@@ -102,6 +102,8 @@ impl AsFd for Peer {
 
 /// What a queue may hold before the buffers need to be larger than the kernel makes them at first.
 const SMALL: usize = 16 << 10;
+/// The payload of the longest segment.
+const SEGMENT: usize = 1460;
 /// The receive buffer of a peer that shall close its window soon.
 const SMALL_WINDOW: usize = 16 << 10;
 /// On a busy machine the retransmission timer may expire meanwhile, and the connection is not as wanted: it is made anew.
@@ -113,6 +115,10 @@ impl Case {
         match self.state {
             State::SynSent => self.received + self.sent + self.unsent == 0,
             State::FinWait2 | State::Close => self.sent + self.unsent == 0,
+            // Older kernels send a last segment with its FIN beyond the congestion window.
+            State::FinWait1 | State::Closing | State::LastAck if self.sent > 0 => {
+                self.unsent == 0 || self.unsent > SEGMENT
+            }
             state => State::MAKEABLE.contains(&state),
         }
     }

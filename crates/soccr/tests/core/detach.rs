@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use soccr::{ErrorKind, pause};
 use soccr_lab::{Family, State, wait_until};
 
-use crate::ends::{Ends, info, set_option};
+use crate::ends::{Ends, has_peek_offset, info, set_option};
 
 type Act = fn(&mut Ends);
 
@@ -67,7 +67,9 @@ pub fn a_connection_that_stands_still_between_two_guards_leaves() {
     for family in [Family::V4, Family::V6] {
         let mut ends = Ends::new(family);
         ends.receive(10);
-        ends.receive_urgent();
+        if has_peek_offset(&ends.ours) {
+            ends.receive_urgent();
+        }
         ends.receive(10);
         ends.deafen();
         ends.send(70_000);

@@ -15,7 +15,8 @@ use soccr::{Error, ErrorKind, Paused, pause};
 use soccr_lab::{Family, Flags, Sniffer, State, wait_until};
 
 use crate::ends::{
-    Ends, PORT, assert_nothing_new, assert_same, comparable, info, option, set_option, small_window,
+    Ends, PORT, assert_nothing_new, assert_same, comparable, has_peek_offset, info, option, set_option,
+    small_window,
 };
 use crate::sys::{Call, Supervisor};
 
@@ -243,7 +244,7 @@ fn connections() -> Vec<(&'static str, Ends)> {
     let established = || {
         let mut ends = Ends::new(Family::V4);
         // Where a mark can be read past, it lies in the middle.
-        if option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_ok() {
+        if has_peek_offset(&ends.ours) {
             ends.receive(50_000);
         }
         ends.receive_urgent();
@@ -294,7 +295,7 @@ fn save_with(faults: &Faults, socket: &TcpStream) -> (soccr::Result<Connection>,
 pub fn every_fault_of_a_save_is_told_and_harmless() {
     for (text, ends) in connections() {
         set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
-        let has_peek_offset = option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_ok();
+        let has_peek_offset = has_peek_offset(&ends.ours);
         if has_peek_offset {
             set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 7);
         }

@@ -15,7 +15,7 @@ use soccr::settings::Value;
 use soccr::{Error, ErrorKind, Fidelity, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
 
-use crate::ends::{Ends, PORT, assert_same, info, option, pattern, set_option, unconnected};
+use crate::ends::{Ends, PORT, assert_same, has_peek_offset, info, option, pattern, set_option, unconnected};
 use crate::faults::supervised;
 use crate::states::through_bytes;
 use crate::sys;
@@ -322,7 +322,7 @@ pub fn reuse_address_survives() {
 
 pub fn the_offset_of_a_peek_survives() {
     let mut ends = busy();
-    if option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_err() {
+    if !has_peek_offset(&ends.ours) {
         return eprintln!(
             "\nSKIPPED: THE OFFSET OF A PEEK: this kernel has none for TCP (Linux 6.9, IPv6 6.12)\n"
         );

@@ -8,7 +8,7 @@ use soccr::connection::{Connection, QUEUE_LIMIT, Urgent};
 use soccr::pause;
 use soccr_lab::{Case, Family, State, Test, wait_until};
 
-use crate::ends::{Ends, assert_same_bytes, info, option, pattern};
+use crate::ends::{Ends, assert_same_bytes, has_peek_offset, info, pattern};
 
 /// One test for each state that something can have been read in, and family.
 pub fn tests() -> Vec<Test> {
@@ -85,8 +85,7 @@ pub fn in_front_of_the_urgent_mark() {
         ends.receive_urgent();
         ends.receive(300);
         // Where the kernel cannot read behind a mark, nothing may lie before it.
-        let read_before =
-            if option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_ok() { 200 } else { 300 };
+        let read_before = if has_peek_offset(&ends.ours) { 200 } else { 300 };
         let bytes = read(&ends, read_before);
         let connection = unread(&ends, &bytes);
         assert_eq!(connection.urgent, Some(Urgent { offset: 300, consumed: false }));

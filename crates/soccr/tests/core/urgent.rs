@@ -11,7 +11,7 @@ use soccr::connection::Urgent;
 use soccr::{Paused, pause};
 use soccr_lab::{Family, Test};
 
-use crate::ends::{Ends, assert_same, assert_same_bytes, option};
+use crate::ends::{Ends, assert_same, assert_same_bytes, has_peek_offset};
 
 /// Bytes before and behind the urgent one.
 const PLACES: [(&str, usize, usize); 5] =
@@ -54,7 +54,7 @@ fn carry(family: Family, reading: Reading, before: usize, behind: usize) {
         assert_eq!(read_urgent(&ends.ours), Ok(byte));
     }
     // Without it no kernel reads behind a mark and consumes nothing.
-    if before > 0 && option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_err() {
+    if before > 0 && !has_peek_offset(&ends.ours) {
         let refused = pause(&ends.ours).unwrap().save().unwrap_err();
         assert_eq!(refused.what(), "urgent data behind other unread bytes");
         assert_eq!(socket_oobinline(&ends.ours), Ok(reading == Reading::Inline));
