@@ -92,7 +92,7 @@ pub fn a_release_that_fails_unlocks() {
 }
 
 /// More than fits into the longest packet.
-const MUCH: usize = 300_000;
+const MUCH: usize = 200_000;
 
 fn much() -> Vec<u8> {
     (0..MUCH).map(|index| (index % 251) as u8).collect()
