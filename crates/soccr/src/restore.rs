@@ -16,7 +16,6 @@ mod derived;
 mod speed;
 mod whole;
 
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::buffers;
@@ -30,7 +29,7 @@ use crate::resume::Restored;
 use crate::save;
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
-use bind::bind;
+use bind::{bind, connect};
 
 pub(crate) use anew::connect_anew;
 use speed::Speed;
@@ -176,7 +175,7 @@ impl<'fd> Restore<'fd> {
     pub fn connect(&mut self, flow: Flow) -> Result<()> {
         flow.validate()
             .and_then(|()| bind(self.fd, flow.local))
-            .and_then(|()| connect(self.fd, flow.remote))
+            .and_then(|()| connect(self.fd, flow))
             .and_then(|()| self.set_connected(flow))
             .map_err(|error| error.at("restore"))
     }
@@ -486,9 +485,4 @@ impl<'fd> Restore<'fd> {
 
 fn check(holds: bool, what: &str) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::invalid(what)) }
-}
-
-/// In repair mode nothing is sent and the socket is ESTABLISHED at once.
-fn connect(fd: BorrowedFd<'_>, remote: SocketAddr) -> Result<()> {
-    rustix::net::connect(fd, &remote).map_err(|error| Error::system("connect", error))
 }

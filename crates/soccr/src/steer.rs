@@ -63,7 +63,7 @@ use crate::error::{Error, Result};
 
 pub use adoption::adopt_address;
 pub use foreign::{Foreign, Numbers, is_foreign};
-pub(crate) use foreign::{admit, admit_bound_anyhow, forget_transparency};
+pub(crate) use foreign::{admit, admit_transparent, forget_transparency, is_foreign_beside};
 pub use homecoming::Homecoming;
 pub use narrow::narrow;
 pub use next_hop::NextHop;

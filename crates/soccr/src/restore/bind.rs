@@ -1,15 +1,19 @@
-//! `bind(2)`, which waits until an IPv6 address that has just come to this host is known to be unique (RFC 4862 §5.4).
+//! `bind(2)` and `connect(2)` with an address that may not be here: `bind` waits until an IPv6 address that has just come to
+//! this host is known to be unique (RFC 4862 §5.4), and no connection is restored where its packets would not come to it.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use soccr_netlink::{Batch, DUMP, Family, REQUEST, Socket, attributes};
 
+use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::steer;
-use crate::sys::namespace;
+use crate::sys::ipv6::NOBODY;
+use crate::sys::namespace::{self, Recently};
 
 /// Detection takes two seconds at most, unless it is told to repeat itself.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -25,12 +29,61 @@ const IFA_F_TENTATIVE: u8 = 0x40;
 
 /// Binds an address of another host, too, where its packets are delivered here.
 pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
+    bind_freely(fd, address, false)
+}
+
+/// The same for a socket that may be `free` to have any address (`IPV6_FREEBIND`).
+pub(super) fn bind_freely(fd: BorrowedFd<'_>, address: SocketAddr, free: bool) -> Result<()> {
+    // IPv4 finds no route for an address that is not here: see `connect`.
+    if address.ip().to_canonical().is_ipv6() && (free || anybody_is_free(fd)) {
+        admit_foreign(fd, address)?;
+    }
     match bind_own(fd, address) {
         Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) && steer::admit(fd, address)? => {
             rustix::net::bind(fd, &address).map_err(|error| Error::system("bind", error))
         }
         bound => bound,
     }
+}
+
+/// Connects a bound socket. In repair mode nothing is sent, and the socket is ESTABLISHED at once.
+pub(super) fn connect(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
+    let try_it = || rustix::net::connect(fd, &flow.remote).map_err(|errno| Error::system("connect", errno));
+    match try_it() {
+        Err(error) if error.errno() == Some(libc::ENETUNREACH) => {
+            admit_foreign(fd, flow.local)?;
+            try_it()
+        }
+        outcome => outcome,
+    }
+}
+
+/// Refuses an address that is not here, and whose packets are not delivered here either: the kernel would restore a connection
+/// that hears nothing.
+fn admit_foreign(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
+    if !steer::is_foreign_beside(fd, address.ip())? || steer::admit(fd, address)? {
+        return Ok(());
+    }
+    let absent = rustix::io::Errno::ADDRNOTAVAIL;
+    Err(Error::system("bind", absent).advise(missing(address.ip().to_canonical())))
+}
+
+/// Any IPv6 address can be bound in the namespace of a socket (`net.ipv6.ip_nonlocal_bind`), also those of other hosts.
+/// Where that was not so a moment ago, nobody asks again.
+fn anybody_is_free(fd: BorrowedFd<'_>) -> bool {
+    static NOT: Recently = Recently::within(Duration::from_millis(10));
+    if NOT.holds_at(fd) {
+        return false;
+    }
+    let bound = namespace::open_beside(fd, || {
+        let socket = socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        rustix::net::bind(&socket, &SocketAddr::from((NOBODY, 0)))?;
+        Ok(socket)
+    });
+    if bound.is_err() {
+        NOT.note_at(fd);
+    }
+    bound.is_ok()
 }
 
 fn missing(address: IpAddr) -> String {

@@ -72,7 +72,7 @@ impl Restore<'_> {
         if derived::check_local(self.fd, flow.local).is_err() {
             bind(self.fd, flow.local)?;
         }
-        connect(self.fd, flow.remote)?;
+        connect(self.fd, flow)?;
         self.set_options(flow)?;
         Ok(false)
     }

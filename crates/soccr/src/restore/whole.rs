@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use super::Restore;
 use super::anew::bind_anew;
-use super::{Restore, bind, connect};
+use super::bind::{bind_freely, connect};
 use crate::congestion;
 use crate::connection::{Connection, ControlBlock, Owner, State};
 use crate::error::{Error, Result};
@@ -107,11 +108,11 @@ impl Connection {
         tcp::set_repair(fd, Repair::On)?;
         let mut steps = Restore::start(fd, control, self.buffers, self.path)?;
         self.apply(fd, Stage::BeforeBind, skipped);
-        // Such a socket can be bound to any address, and says nothing of one that is another host's.
-        steer::admit_bound_anyhow(fd, self.local, &self.settings)?;
-        bind(fd, self.local)?;
+        steer::admit_transparent(fd, self.local, &self.settings)?;
+        let free = self.settings.get("IPV6_FREEBIND") == Some(&Value::Number(1));
+        bind_freely(fd, self.local, free)?;
         self.apply(fd, Stage::BeforeConnect, skipped);
-        connect(fd, self.remote)?;
+        connect(fd, self.flow())?;
         steps.set_options(self.flow())?;
         steps.admit(injectors, self.tracked)?;
         let before = skipped.len();

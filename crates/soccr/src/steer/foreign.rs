@@ -412,7 +412,7 @@ pub fn is_foreign(address: IpAddr) -> Result<bool> {
 }
 
 /// The same in the network namespace of a socket.
-fn is_foreign_beside(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
+pub(crate) fn is_foreign_beside(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
     let route = namespace::open_beside(socket, Rtnetlink::here);
     system("routing socket", route).and_then(|mut route| is_foreign_to(&mut route, address))
 }
@@ -447,15 +447,14 @@ pub(crate) fn admit(socket: BorrowedFd<'_>, local: SocketAddr) -> Result<bool> {
     system(name, sockopt::set(socket, level, option, &1i32)).map(|()| true)
 }
 
-/// The same for a socket that the kernel lets have any address, because of its settings.
-pub(crate) fn admit_bound_anyhow(
+/// The same for a socket that is transparent for a reason of its application: it can have any address.
+pub(crate) fn admit_transparent(
     socket: BorrowedFd<'_>,
     local: SocketAddr,
     settings: &Settings,
 ) -> Result<bool> {
-    let has = |name: &&str| settings.get(name) == Some(&Value::Number(1));
-    let bound_anyhow = ["IP_FREEBIND", "IPV6_FREEBIND"].iter().chain(&TRANSPARENT).any(has);
-    if bound_anyhow && is_foreign_beside(socket, local.ip())? { admit(socket, local) } else { Ok(false) }
+    let is_transparent = TRANSPARENT.iter().any(|name| settings.get(name) == Some(&Value::Number(1)));
+    if is_transparent && is_foreign_beside(socket, local.ip())? { admit(socket, local) } else { Ok(false) }
 }
 
 /// Forgets that a saved socket was transparent where it had to be, because packets for another host's address are delivered here. That

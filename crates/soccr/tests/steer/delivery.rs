@@ -3,12 +3,13 @@
 use std::io::Write;
 
 use soccr::ErrorKind::Refused;
+use soccr::settings::Value;
 use soccr::steer::{Foreign, Numbers, is_foreign};
 use soccr::{Flow, pause};
-use soccr_lab::{Sniffer, TcpInfo, wait_until};
+use soccr_lab::{Sniffer, TcpInfo, sysctl, wait_until};
 use soccr_netlink::{Policy, Rtnetlink};
 
-use super::moves::transfer;
+use super::moves::{exchange, transfer};
 use super::{Net, address, connect};
 
 pub fn numbers_of_others_are_refused() {
@@ -100,4 +101,30 @@ pub fn without_it_a_foreign_address_is_refused() {
     let error = lan.hosts[1].run(|| connection.restore()).unwrap_err();
     assert_eq!(error.errno(), Some(libc::EADDRNOTAVAIL));
     assert!(error.to_string().contains("soccr::steer"), "{error}");
+}
+
+pub fn where_any_address_can_be_bound_nothing_changes() {
+    for (family, ipv6) in [("ipv4", false), ("ipv6", true)] {
+        let lan = Net::flat();
+        lan.hosts[1].run(|| sysctl(&format!("net/{family}/ip_nonlocal_bind"), "1")).unwrap();
+        let (mut peer, stream) = connect(&lan, ipv6);
+        let paused = pause(&stream).unwrap();
+        let connection = paused.save().unwrap();
+        let error = lan.hosts[1].run(|| connection.restore()).unwrap_err();
+        assert!(error.to_string().contains("ip addr add"), "{error}");
+        paused.resume().unwrap();
+        let mut stream = transfer(&lan, stream, connection.flow(), 0, 1);
+        exchange(&mut peer, &mut stream);
+    }
+}
+
+pub fn a_socket_that_is_free_to_have_any_address_is_refused_one_of_another_host() {
+    let lan = Net::flat();
+    for ipv6 in [false, true] {
+        let (_peer, stream) = connect(&lan, ipv6);
+        let mut connection = pause(&stream).unwrap().save().unwrap();
+        connection.settings.set(if ipv6 { "IPV6_FREEBIND" } else { "IP_FREEBIND" }, Value::Number(1));
+        let error = lan.hosts[1].run(|| connection.restore()).unwrap_err();
+        assert!(error.to_string().contains("ip addr add"), "{error}");
+    }
 }
