@@ -171,7 +171,7 @@ fn has_rules(netlink: &mut Socket, socket: BorrowedFd<'_>) -> bool {
 }
 
 /// The tables of iptables and ip6tables in the network namespace of the thread.
-fn legacy_tables() -> impl Iterator<Item = String> {
+pub(crate) fn legacy_tables() -> impl Iterator<Item = String> {
     let read = |file| std::fs::read_to_string(Path::new("/proc/thread-self/net").join(file));
     let names = ["ip_tables_names", "ip6_tables_names"].into_iter().filter_map(move |file| read(file).ok());
     names.flat_map(|names| names.lines().map(str::to_owned).collect::<Vec<_>>())

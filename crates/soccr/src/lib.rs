@@ -77,6 +77,7 @@ pub mod conntrack;
 pub mod diag;
 mod error;
 mod fin;
+pub mod firewall;
 mod flow;
 #[cfg(fuzzing)]
 #[doc(hidden)]

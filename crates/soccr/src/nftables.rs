@@ -6,6 +6,7 @@
 //! # References
 //! `linux/netfilter/nf_tables.h`; nft(8).
 
+mod look;
 pub(crate) mod rule;
 pub(crate) mod set;
 
@@ -18,6 +19,7 @@ use soccr_netlink::{ACK, APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUES
 
 use crate::connection::Flow;
 use crate::error::{Error, Result};
+pub(crate) use look::{Chain, Decision, Look};
 use rule::Expressions;
 use set::Set;
 
@@ -87,8 +89,12 @@ pub(crate) struct Hook<'a> {
 impl Hook<'_> {
     /// What arrives, before it is routed.
     pub(crate) const PREROUTING: u32 = 0;
+    /// What is for this host.
+    pub(crate) const INPUT: u32 = 1;
     /// What this host sends.
     pub(crate) const OUTPUT: u32 = 3;
+    /// What leaves this host, or comes back to it over `lo`.
+    pub(crate) const POSTROUTING: u32 = 4;
     /// What a device receives, before anything else looks at it.
     pub(crate) const INGRESS: u32 = 0;
     /// Before connection tracking and early demux.
@@ -242,10 +248,7 @@ pub(crate) fn names(socket: &mut Socket, family: impl Into<Option<Family>>) -> i
     let mut batch = Batch::new();
     batch.message(SUBSYSTEM | GET_TABLE, REQUEST | DUMP, |m| m.bytes(&header(family, 0)));
     socket.dump_all(&batch, |names, payload| {
-        let name = value(payload.get(HEADER..).unwrap_or_default(), TABLE);
-        names.extend(
-            name.and_then(|bytes| std::str::from_utf8(bytes.strip_suffix(&[0])?).ok()).map(str::to_owned),
-        );
+        names.extend(text(payload.get(HEADER..).unwrap_or_default(), TABLE));
     })
 }
 
@@ -379,6 +382,12 @@ pub(crate) fn value(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|attribute| attribute.0 == kind).map(|attribute| attribute.1)
 }
 
+/// The text of an attribute.
+pub(crate) fn text(bytes: &[u8], kind: u16) -> Option<String> {
+    let text = value(bytes, kind)?;
+    Some(std::str::from_utf8(text.strip_suffix(&[0])?).ok()?.to_owned())
+}
+
 /// `struct nfgenmsg`: the address family and a resource.
 fn header(family: u8, resource: u16) -> [u8; HEADER] {
     let [high, low] = resource.to_be_bytes();
@@ -399,6 +408,7 @@ const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const GET_CHAIN: u16 = 4;
 const NEW_RULE: u16 = 6;
+const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
 const GET_SET: u16 = 10;
 const NEW_ELEMENTS: u16 = 12;
@@ -409,13 +419,14 @@ const DESTROY_ELEMENTS: u16 = 30;
 // Attributes of every message
 const TABLE: u16 = 1;
 const LIST_ELEMENT: u16 = 1;
-const DATA_VALUE: u16 = 1;
+pub(crate) const DATA_VALUE: u16 = 1;
 
 // Attributes of one kind of message each
 const TABLE_FLAGS: u16 = 2;
 const TABLE_OWNER: u32 = 0x2;
 const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
+const CHAIN_POLICY: u16 = 5;
 const CHAIN_TYPE: u16 = 7;
 const HOOK_NUMBER: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;

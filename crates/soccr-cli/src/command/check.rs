@@ -1,6 +1,7 @@
 //! `soccr check`: what this machine lets this user do, tried out.
 
 mod probe;
+mod surroundings;
 
 use std::io::Read;
 use std::process::{Command, Stdio};

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +13,7 @@ use soccr::lock::{Locker, Mode};
 use soccr::tls::{Cipher, Secrets, Tls, Version};
 use soccr::{Connection, Flow, Restored, pause};
 
-use super::Finding;
+use super::{Finding, surroundings};
 use crate::exit;
 
 /// How long a loopback connection may take for what it does at once.
@@ -43,7 +43,10 @@ pub(super) fn all() -> Vec<Finding> {
         finding("other users' processes", false, capability(19, "CAP_SYS_PTRACE", yama())),
         finding("other namespaces", false, capability(21, "CAP_SYS_ADMIN", String::new())),
         finding("large queues", false, capability(12, "CAP_NET_ADMIN", buffers())),
-        finding("strict firewalls", false, conntrack()),
+        finding("firewalls of others", false, surroundings::firewalls()),
+        finding("strict firewalls", false, over_lo(strict)),
+        finding("steered packets", false, surroundings::reverse_paths()),
+        finding("missing addresses", false, over_lo(missing)),
         finding("many connections", false, descriptors()),
     ]
 }
@@ -67,7 +70,8 @@ fn ends() -> Result<(TcpStream, TcpStream)> {
         }
         std::io::Result::Ok((ours, peer))
     };
-    connect().context("127.0.0.1: bring `lo` up: ip link set lo up")
+    connect()
+        .context("127.0.0.1: bring `lo` up: ip link set lo up; a firewall must let pass what comes by it")
 }
 
 fn save() -> Result<String> {
@@ -180,15 +184,31 @@ fn double(limit: &str) -> u64 {
     limit.trim().parse::<u64>().map_or(0, |bytes| 2 * bytes)
 }
 
-/// Connection tracking that knows a connection from its handshake alone drops one that has moved here.
-fn conntrack() -> Result<String> {
-    match fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_loose") {
-        Err(_) => Ok("no connection tracking here".into()),
-        Ok(loose) if loose.trim() == "0" => {
-            Ok("nf_conntrack_tcp_loose is 0: connections are entered when they are restored".into())
+fn strict() -> Result<String> {
+    let (ours, _peer) = ends()?;
+    surroundings::strict_firewalls(Flow::of(&ours)?)
+}
+
+/// A connection whose address is not here is refused, also where `ip_nonlocal_bind` lets `bind` take it.
+fn missing() -> Result<String> {
+    let (ours, _peer) = ends()?;
+    let paused = pause(&ours)?;
+    let mut saved = paused.save()?;
+    paused.resume()?;
+    // Reserved, and a discard address (RFC 6666): nobody has them.
+    let all: [(IpAddr, IpAddr); 2] = [
+        ([240, 0, 0, 1].into(), Ipv4Addr::LOCALHOST.into()),
+        ("100::1".parse()?, Ipv6Addr::LOCALHOST.into()),
+    ];
+    for (local, remote) in all {
+        (saved.local, saved.remote) = ((local, 1).into(), (remote, 1).into());
+        match saved.restore() {
+            Err(error) if matches!(error.errno(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => bail!("{local} counts as an address of this host: see `ip route show table local`"),
         }
-        Ok(_) => Ok("connection tracking takes established connections".into()),
     }
+    Ok("refused".into())
 }
 
 fn descriptors() -> Result<String> {
