@@ -139,7 +139,7 @@ pub(crate) fn print(text: &str) -> Result<Exit> {
     written(io::stdout().write_all(text.as_bytes()))
 }
 
-/// What became of writing to standard output for people.
+/// Treats the outcome of writing to standard output.
 pub(crate) fn written(result: io::Result<()>) -> Result<Exit> {
     match result {
         Ok(()) => Ok(Exit::Done),

@@ -86,7 +86,7 @@ pub(crate) struct Reports {
     demands: Demands,
     trust: Trust,
     all: Vec<Json>,
-    /// What is missing and why: the first message, and how often.
+    /// What is missing and why: the message of the first connection, and how many others share it.
     missing: BTreeMap<[String; 2], (String, usize)>,
 }
 

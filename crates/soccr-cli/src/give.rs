@@ -71,7 +71,7 @@ pub(crate) struct Handover {
 /// How long a recipient may stop reading. Connections that it has not got by then are saved in images.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whoever will get the connections, known to be there.
+/// The recipient of the connections, known to be there.
 #[derive(Debug)]
 pub(crate) enum Recipient {
     Program { path: PathBuf, arguments: Vec<String>, stdio: bool },
@@ -81,7 +81,7 @@ pub(crate) enum Recipient {
 }
 
 impl Handover {
-    /// This process, or the program that it becomes, has the connections for as long as they live.
+    /// Whether this process, or the program that it becomes, has the connections for as long as they live.
     pub(crate) fn is_kept_here(&self) -> bool {
         !self.adopt && self.send_fd.is_none()
     }
@@ -120,7 +120,7 @@ impl Recipient {
         matches!(self, Self::Server(_) | Self::Socket(_))
     }
 
-    /// It also gets the state that the source sends along with a connection.
+    /// Whether it also gets the state that the source sends along with a connection.
     pub(crate) fn takes_states(&self) -> bool {
         matches!(self, Self::Program { stdio: false, .. } | Self::Socket(_))
     }
@@ -132,7 +132,7 @@ impl Recipient {
         let wanted = OTHERS
             + connections as u64
                 * match self {
-                    // Each has two descriptors for a moment.
+                    // Each connection has two descriptors for a moment.
                     Self::Program { stdio: false, .. } => 2,
                     // The connection to the server, and at worst two full pipes.
                     Self::Relay(_) => 6,

@@ -52,7 +52,7 @@ impl Hop {
         }
     }
 
-    /// Looks for it in the network of this thread.
+    /// Looks for the next hop in the network of this thread.
     fn find(&self, ipv6: bool) -> Result<NextHop> {
         Ok(match self {
             Self::Address { address, device: Some(device) } => NextHop::on(*address, device)?,

@@ -29,9 +29,9 @@ const VARIABLE: &str = "SOCCR_LIFELINE";
 /// How long a target may take at most to die once its pipe is closed.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// The end of the source.
+/// The source's end of the socket pair.
 ///
-/// Only a target that ended before it took any connection certainly has none: after that it may have given them away.
+/// Proof needs a target that ended before it took any connection: later it may have given them away.
 #[derive(Debug)]
 pub(crate) struct Lifeline {
     socket: OwnedFd,
@@ -99,7 +99,7 @@ impl Lifeline {
     }
 }
 
-/// The end of the target.
+/// The target's end of the socket pair.
 #[derive(Debug)]
 pub(crate) struct Claim(Option<OwnedFd>);
 

@@ -14,7 +14,7 @@ use soccr_handover::foreign::namespace::Identity;
 pub(crate) struct Nat {
     /// The network namespace of the connections.
     inside: Option<Tracking>,
-    /// The one in which this command was started, where that is another: the host of a container.
+    /// The namespace in which this command was started, if that is another one: the host of a container.
     outside: Option<Tracking>,
 }
 
@@ -50,7 +50,7 @@ impl Nat {
 }
 
 impl Translated {
-    /// What follows for a move.
+    /// What that means for a move.
     pub(crate) fn warning(&self) -> String {
         match self.outside {
             true => format!(

@@ -46,7 +46,7 @@ impl Selection {
     /// The one process that is named.
     ///
     /// # Errors
-    /// There are several.
+    /// Several processes are named.
     pub(crate) fn one_process(&self, why: &str) -> Result<Option<Pid>> {
         match self.pid[..] {
             [] => Ok(None),
@@ -64,7 +64,7 @@ impl Selection {
     /// reported by itself.
     ///
     /// # Errors
-    /// There is none.
+    /// No such process or connection.
     pub(crate) fn find(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
         self.pid.iter().try_for_each(|pid| process::look_into(*pid))?;
         let mut captives = self.select(fail)?;
@@ -119,7 +119,7 @@ impl Selection {
                     Ok(Some(captive)) if self.wants(&captive) => captives.push(captive),
                     Ok(_) => {}
                     Err(error) if is_named => fail(error.into()),
-                    // Nobody has named this process.
+                    // Nobody has asked for this process by its number: it is left out.
                     Err(_) => {}
                 }
             }

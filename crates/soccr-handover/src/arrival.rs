@@ -1,7 +1,7 @@
-//! The target at work: what the machine decides happens to sockets, locks and bytes here.
+//! The target at work: it carries out what its machine decides, on sockets, locks and bytes.
 //!
-//! What arrives without a pause is locked, restored and resumed together, as a batch. In the network of the source the old
-//! socket is in the way until the COMMIT: there a connection is restored behind that.
+//! Connections that arrive without a pause are locked, restored and resumed together, as a batch. In the network of the source
+//! the old socket keeps its addresses until the COMMIT: there a connection is restored after the COMMIT.
 
 mod engine;
 mod place;
@@ -41,7 +41,7 @@ const WAITING_BYTES: usize = 1 << 30;
 const HELD_BYTES: usize = 64 << 20;
 const PACKET: usize = 64;
 
-/// How long a batch waits for what is still announced. Each one takes about a millisecond by itself.
+/// How long a batch waits for further announced connections. A batch costs about a millisecond, however small it is.
 const PATIENCE: Duration = Duration::from_millis(2);
 
 /// A connection that has been read.
@@ -62,7 +62,7 @@ struct Waiting {
     batch: usize,
     place: Place,
     held: Held,
-    /// What it takes of [`WAITING_BYTES`].
+    /// Its share of [`WAITING_BYTES`].
     bytes: usize,
 }
 
@@ -71,7 +71,7 @@ struct Waiting {
 enum Place {
     /// In its new socket, complete.
     Restored(Restored),
-    /// In memory, while the old socket is in this namespace.
+    /// In memory: the old socket is still in this namespace.
     Behind(Box<Connection>),
 }
 
@@ -90,7 +90,7 @@ struct Taken {
 struct Batch {
     lock: Lock,
     size: usize,
-    /// How many the source has not decided about.
+    /// How many connections the source has not decided about.
     undecided: usize,
     taken: Vec<Taken>,
 }
@@ -103,7 +103,7 @@ pub(crate) struct Landed {
     pub(crate) stream: TcpStream,
 }
 
-/// Without the state: there may be keys in it.
+/// Leaves the state out: there may be keys in it.
 impl std::fmt::Debug for Landed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Landed")
@@ -119,9 +119,9 @@ pub(crate) struct Arrival {
     terms: Terms,
     machine: Target,
     decoder: Decoder,
-    /// Where the source listens.
+    /// What the source is to hear, if it listens.
     writer: Option<Writer<Outbox>>,
-    /// Where it does not.
+    /// What is thrown away, if it does not.
     unheard: Outbox,
     /// Where the source is; in the same network, its sockets are in the way here.
     origin: Origin,
@@ -132,13 +132,13 @@ pub(crate) struct Arrival {
     waiting: HashMap<Id, Waiting>,
     waiting_bytes: usize,
     held_bytes: usize,
-    /// Those that the source has let go of, and that are not restored yet.
+    /// Connections that the source has let go of, and that are not restored yet.
     committed: Vec<Id>,
     batches: HashMap<usize, Batch>,
     next_batch: usize,
     landed: VecDeque<Landed>,
     refusals: HashMap<Id, String>,
-    /// Those that nobody takes back.
+    /// Connections that could not be restored, and that the source does not take back.
     lost: HashSet<Id>,
     /// Why nothing more is taken.
     stopped: Option<String>,
@@ -157,7 +157,7 @@ pub(crate) struct Arrival {
     /// The source has said END.
     is_complete: bool,
     error: Option<Error>,
-    /// Behind the sockets that it serves: it ends where none are left.
+    /// Declared after the sockets that it serves, so that it is dropped after them: delivery ends if none are left.
     delivery: Delivery,
 }
 
@@ -206,7 +206,7 @@ impl Arrival {
         self.terms.room
     }
 
-    /// What has come behind this stream; `None` where nothing more can come.
+    /// The bytes that came after this stream; `None` if no more can come.
     ///
     /// # Errors
     /// The stream was broken.
@@ -258,7 +258,7 @@ impl Arrival {
                 };
                 AddressMap::apply_to_connection(&self.terms.map, &mut connection);
                 self.handle(News::Offer(id));
-                // A number that was used before stands for that connection.
+                // A number that was used before refers to the earlier connection.
                 if self.error.is_none() {
                     self.arriving_bytes += bytes_of(&connection) + state.len();
                     self.arriving.push(Arriving { id, name, state, is_critical, connection });
@@ -293,7 +293,7 @@ impl Arrival {
         }
     }
 
-    /// Whatever takes time, or can be refused by now.
+    /// Does what takes time, and refuses what can already be refused.
     fn prepare(&mut self, connections: usize, answers: bool) -> Result<()> {
         Needs { connections, ..Needs::default() }.check()?;
         let announced = Announced { connections, answers, origin: self.origin };
@@ -301,7 +301,7 @@ impl Arrival {
         expected.unwrap_or(Ok(())).map_err(|reason| Error::new(ErrorKind::Refused, reason))
     }
 
-    /// What the recipient says to a question; nothing where there is none, who takes everything.
+    /// The recipient's answer. `None` without a recipient: then everything is taken.
     fn ask<T>(&self, question: impl FnOnce(&mut dyn Recipient) -> T) -> Option<T> {
         let recipient = self.terms.recipient.as_ref()?;
         Some(question(&mut *recipient.lock().unwrap_or_else(PoisonError::into_inner)))
@@ -322,7 +322,7 @@ impl Arrival {
 
     fn perform(&mut self, deed: Deed) {
         match deed {
-            // With the others of its batch.
+            // Placed together with the rest of its batch.
             Deed::Place(_) => {}
             Deed::Ready(id) => {
                 self.decision.get_or_insert_with(|| Instant::now() + self.shared.limits.decision);
@@ -338,7 +338,7 @@ impl Arrival {
             }
             Deed::Forget(id) => {
                 if let Some(Waiting { batch, place, held, .. }) = self.remove(id) {
-                    // Before the unlock: what is held would go into this socket, be acknowledged, and end with it.
+                    // Closed before the lock ends: otherwise held packets would go into this socket, be acknowledged, and be lost.
                     drop(place);
                     self.held_bytes -= bytes_of_packets(&held);
                     self.make_room();
@@ -352,7 +352,7 @@ impl Arrival {
         }
     }
 
-    /// Nothing about this connection can be obeyed any more.
+    /// Refuses a connection: no later word about it is obeyed.
     fn refuse(&mut self, id: Id, reason: impl std::fmt::Display) {
         self.refusals.insert(id, reason.to_string());
         self.handle(News::Bad(id));
@@ -364,14 +364,14 @@ impl Arrival {
         Some(waiting)
     }
 
-    /// Where the source does not hear it, it has gone on without us: its end of the stream tells what it has decided.
+    /// Says something to the source. If the source no longer hears it, the rest of its stream tells what it has decided.
     fn say(&mut self, message: &Message) {
         if let Some(writer) = &mut self.writer {
             writer.send(message).expect("memory takes every byte");
         }
     }
 
-    /// Nothing of what was to be said is heard any more.
+    /// The source hears nothing any more: its notes are told here.
     fn is_unheard(&mut self) {
         self.output().cut();
         for note in self.terms.notes.close() {
@@ -390,12 +390,12 @@ impl Arrival {
         }
     }
 
-    /// END, for somebody else to say it.
+    /// Hands END over to the caller, who says it.
     pub(crate) fn last_words(&mut self) -> LastWords {
         LastWords { writer: self.writer.take(), notes: self.terms.notes.clone() }
     }
 
-    /// It is ours.
+    /// The connection is ours from here on.
     fn take(&mut self, id: Id) {
         let Some(waiting) = self.remove(id) else { return };
         let Waiting { name, state, batch, place: Place::Restored(restored), held, .. } = waiting else {
@@ -424,7 +424,7 @@ impl Arrival {
         let arrived: Vec<Flow> = taken.iter().map(|taken| taken.held.flow).collect();
         self.shared.settle(lock.flows(), &arrived);
         let restored = taken.into_iter().map(|Taken { id, name, state, restored, held }| {
-            // What cannot be delivered the peer sends again.
+            // The peer sends again what cannot be delivered.
             let _ = held.replay(&restored);
             self.held_bytes -= bytes_of_packets(&held);
             ((id, name, state), restored)
@@ -432,7 +432,7 @@ impl Arrival {
         let restored: Vec<_> = restored.collect();
         match restored.len() == size {
             true => drop(lock.release()),
-            // What was held for the others would draw resets.
+            // Some did not come: packets held for those would draw resets.
             false => drop(lock),
         }
         let (landed, shared) = (&mut self.landed, &self.shared);

@@ -37,7 +37,7 @@ impl Departing<TcpStream> {
     /// Moves the connection to the listener at the other end of the channel, and waits for what becomes of it. See
     /// [`Departing::send`] of streams that wait.
     ///
-    /// Where the future is dropped, what can come back does so, into [`Mover::came_back`].
+    /// If the future is dropped, connections that can come back do so: see [`Mover::came_back`].
     pub async fn send(self, channel: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Outcome<TcpStream> {
         let mover = Mover { shared: Arc::clone(&self.shared) };
         mover.send_all_async([self], channel).await.pop().expect("one connection has one outcome")
@@ -79,7 +79,7 @@ impl Mover {
         self.listen_async_for(channel, Terms::default())
     }
 
-    /// The same, on terms.
+    /// The same, under conditions.
     pub fn listen_async_for<C>(&self, channel: C, terms: Terms) -> Arrivals
     where
         C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -92,8 +92,8 @@ impl Mover {
 
 /// The connections that come through a channel, stream after stream, until its other end closes it.
 ///
-/// They arrive whether they are asked for or not. Dropping it closes silently what the source has not let go of: that stays
-/// there.
+/// Connections arrive whether [`next`](Self::next) is called or not. Dropping this closes silently what the source has not let go
+/// of: such a connection stays at the source.
 #[derive(Debug)]
 #[must_use = "dropping it ends the task that listens"]
 pub struct Arrivals {
@@ -101,8 +101,7 @@ pub struct Arrivals {
 }
 
 impl Arrivals {
-    /// Waits for the next connection. `None` when the channel is closed between two streams. Nothing is lost where the future is
-    /// dropped.
+    /// Waits for the next connection. `None` when the channel is closed between two streams. Dropping the future loses nothing.
     ///
     /// # Errors
     /// The channel is broken, or the source does not know its part. What it had let go of has been given before.
@@ -127,7 +126,7 @@ where
             Err(()) => return,
         };
         while let Some(one) = engine.landed() {
-            // Where nobody takes it, it ends as any stream does.
+            // If nobody takes the connection, it ends as any dropped stream does.
             let _ = landed.send(Ok(one));
         }
         if engine.is_over() && engine.output().bytes().is_empty() {
@@ -158,7 +157,7 @@ enum Happened {
     Broken(io::Error),
 }
 
-/// Does what may wait for the kernel on a thread for that.
+/// Runs on a blocking thread what may wait for the kernel.
 async fn aside<E: Engine + Send + 'static>(
     mut engine: E,
     happened: Option<Happened>,
@@ -198,7 +197,7 @@ impl<'a, C: AsyncRead + AsyncWrite + Unpin> Line<'a, C> {
     /// Writes, reads or waits once.
     async fn wait(&mut self, engine: &mut impl Engine) -> Happened {
         let deadline = engine.deadline();
-        // A layer of encryption may pass on more than it tells.
+        // Such a channel may have passed on more than it tells.
         engine.output().doubt();
         let output = engine.output().bytes();
         let exchanged = std::future::poll_fn(|context| self.exchange(output, context));

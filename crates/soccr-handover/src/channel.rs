@@ -14,14 +14,14 @@ use rustix::net::{SendFlags, send};
 /// A socket or any other descriptor that is read and written is a channel; [`Pair`] makes one of two descriptors, such as the
 /// pipes to a child process, and [`Threads`] of anything else.
 pub trait Channel {
-    /// Writes what can be written of `output`, and reads what can be read into `input`: waits until one of the two is
-    /// possible, or until the deadline. What is empty is not waited for.
+    /// Writes what can be written of `output`, and reads what can be read into `input`. Waits until one of the two is possible, or
+    /// until the deadline; an empty `output` or `input` is not waited for.
     ///
     /// # Errors
     /// [`ErrorKind::Interrupted`]: this end is to stop. It begins nothing more, says so, and brings to rest what is under way, for which
     /// it goes on using the channel; its text says why.
     ///
-    /// Any other: the channel is broken. Of the `output` nothing was passed on but what has been told as written, unless
+    /// Any other: the channel is broken. No more of the `output` was passed on than earlier calls have told, unless
     /// [`hides_writes`](Self::hides_writes) says otherwise.
     fn exchange(
         &mut self,
@@ -30,8 +30,8 @@ pub trait Channel {
         deadline: Option<Instant>,
     ) -> io::Result<Exchanged>;
 
-    /// Bytes may be passed on without being told as written: there is a layer of encryption or a thread between. What has left is then
-    /// taken back in fewer cases.
+    /// Whether bytes may be passed on before they are told as written, because a layer of encryption or a thread is in between. Then
+    /// fewer connections can be taken back when the channel fails.
     fn hides_writes(&self) -> bool {
         false
     }
@@ -39,7 +39,7 @@ pub trait Channel {
     /// The last word of a hand-over is written: a channel that serves only one may close its output.
     fn has_said_all(&mut self) {}
 
-    /// The target at the other end is proven to have ended without having taken any connection: what has left comes back. Asked when
+    /// Whether the target is proven to have ended without taking any connection: then all connections that left come back. Asked when
     /// the channel has failed; may wait until the deadline for the proof.
     fn has_ended(&mut self, deadline: Option<Instant>) -> bool {
         let _ = deadline;
@@ -88,7 +88,7 @@ impl<R: AsFd, W: AsFd> Channel for Pair<R, W> {
 }
 
 impl<R: AsFd, W: AsFd> Pair<R, W> {
-    /// The same until the bell is readable: then this end is to stop, for this reason.
+    /// The same, until the bell becomes readable: then this end stops, and gives this reason.
     pub fn until<B: AsFd>(self, bell: B, reason: impl Into<String>) -> Until<R, W, B> {
         Until { pair: self, bell, reason: Some(reason.into()) }
     }
@@ -99,7 +99,7 @@ impl<R: AsFd, W: AsFd> Pair<R, W> {
 pub struct Until<R, W, B> {
     pair: Pair<R, W>,
     bell: B,
-    /// Told once.
+    /// The reason is told once.
     reason: Option<String>,
 }
 
@@ -203,7 +203,7 @@ fn write_some(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize>
     }
 }
 
-/// Writes what there is room for. Before Linux 6.4 a pipe cannot do that, and others never can.
+/// Writes what there is room for, without waiting. Pipes can do that since Linux 6.4, many other descriptors never.
 fn write_at_once(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
     match send(write, output, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
         Err(Errno::NOTSOCK) => pwritev2(write, &[IoSlice::new(output)], u64::MAX, ReadWriteFlags::NOWAIT),
@@ -248,7 +248,7 @@ impl Threads {
         mut reader: impl Read + Send + 'static,
         mut writer: impl Write + Send + 'static,
     ) -> io::Result<Self> {
-        // Bounded: who floods us waits.
+        // Bounded: a writer that floods us has to wait.
         let (tell, told) = sync_channel(1);
         let (output, pieces) = channel::<Vec<u8>>();
         let tell_wrote = tell.clone();
@@ -298,7 +298,7 @@ impl Channel for Threads {
             return Ok(Exchanged { written: 0, read: self.give(left, input) });
         }
         if !self.writing && !output.is_empty() {
-            // The thread is gone only when the writer has failed, which it has told.
+            // The thread ends only when its writer has failed, and tells that first.
             self.writing = self.output.send(output.to_vec()).is_ok();
         }
         let far = Duration::from_secs(86_400);

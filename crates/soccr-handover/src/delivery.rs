@@ -1,4 +1,4 @@
-//! How the packets of connections that arrive find them here, where their address is another host's. See [`soccr::steer`].
+//! Delivers the packets of connections that arrive with another host's address. See [`soccr::steer`].
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use soccr_image::stream;
 
 use crate::listen::Steered;
 
-/// Arranges it, once for each address.
+/// Arranges delivery, once for each address.
 #[derive(Debug)]
 pub(crate) struct Delivery {
     when: Steered,
@@ -19,9 +19,9 @@ pub(crate) struct Delivery {
     path: Option<stream::Steered>,
     /// The source, as this host reaches it: for IPv4, and for IPv6.
     hops: [Option<NextHop>; 2],
-    /// `None`: this host has the address, or nobody wants it delivered.
+    /// `None` for an address: this host has it, or the terms ask for no delivery.
     arranged: HashMap<IpAddr, Option<Foreign>>,
-    /// What was not there before.
+    /// What this hand-over has made: it is removed if no connection arrives.
     tunnel: Option<Tunnel>,
     made: Vec<IpAddr>,
 }
@@ -41,7 +41,7 @@ impl Delivery {
                 self.hops = [Some(tunnel.other_end(false)?), tunnel.other_end(true).ok()];
             }
             for address in &path.from {
-                // It helps, and is needed for answers alone.
+                // Without the source's address packets still arrive; only answers through it need the address.
                 let hop = NextHop::new(*address);
                 self.hops[usize::from(address.is_ipv6())] = if path.answers { Some(hop?) } else { hop.ok() };
             }
@@ -50,7 +50,7 @@ impl Delivery {
         Ok(())
     }
 
-    /// Has packets for the local address delivered here, where it is another host's and that is wanted. This stays.
+    /// Has packets for the local address delivered here, if it is another host's and the terms ask for it. The delivery stays.
     pub(crate) fn arrange(&mut self, steerer: &mut Steerer, flow: &Flow) -> soccr::Result<()> {
         let wanted = match self.when {
             Steered::Auto => self.path.is_some(),
@@ -98,13 +98,13 @@ impl Delivery {
 }
 
 impl Drop for Delivery {
-    /// Where nothing has arrived, nothing stays.
+    /// Removes what was made, if nothing has arrived.
     fn drop(&mut self) {
         let there = if self.made.is_empty() { Vec::new() } else { Foreign::list().unwrap_or_default() };
         for foreign in there.iter().filter(|foreign| self.made.contains(&foreign.address())) {
             let address = foreign.address();
             if !has_socket(address) && foreign.remove().is_ok() && has_socket(address) {
-                // Another hand-over has come in between.
+                // Another hand-over uses it by now.
                 let _ = Steerer::new()
                     .and_then(|mut steerer| self.deliver(&mut steerer, address, foreign.numbers()));
             }
@@ -115,7 +115,7 @@ impl Drop for Delivery {
     }
 }
 
-/// Whether a connection has this address. Where that is unknown, one may have.
+/// Whether a connection here has this address. If the kernel does not tell, one may have it.
 fn has_socket(address: IpAddr) -> bool {
     let mut found = false;
     let visited = Diag::open()

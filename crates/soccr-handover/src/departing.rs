@@ -17,9 +17,9 @@ use crate::protocol::Fate;
 use crate::users::Users;
 use crate::{drive, seat::Seat};
 
-/// The sockets that connections leave and come back to: those of the standard library, and with the feature `tokio` its own.
+/// Types of sockets that connections leave and come back to: the standard library's, and tokio's with the feature `tokio`.
 pub trait Stream: Sized + AsFd + sealed::Sealed {
-    /// The socket behind it.
+    /// The socket behind the stream.
     ///
     /// # Errors
     /// The errors of the runtime.
@@ -48,7 +48,7 @@ impl Stream for TcpStream {
     }
 }
 
-/// A connection that will be sent. Until then it is in its socket and goes on; dropping it ends it, as dropping its stream would.
+/// A connection that will be sent. Until then it goes on in its socket. Dropping this ends the connection, as dropping its stream would.
 #[derive(Debug)]
 #[must_use = "dropping it ends the connection"]
 pub struct Departing<S = TcpStream> {
@@ -63,9 +63,9 @@ pub struct Departing<S = TcpStream> {
 pub enum Outcome<S = TcpStream> {
     /// The other end has it.
     Moved,
-    /// It is here, in the socket that it was in, as if nothing had happened. What was [unread](Departing::unread) is not in it.
+    /// It is here, in its old socket, as if nothing had happened. Bytes given to [`unread`](Departing::unread) are not put back into it.
     Stays(S, Error),
-    /// The other end has it, or nobody.
+    /// The other end has it, or nobody has.
     Unknown(Error),
 }
 
@@ -105,21 +105,21 @@ impl<S: Stream> Departing<S> {
         Ok(self)
     }
 
-    /// Sends bytes along that only the applications understand. A target that does not know what that is drops them.
+    /// Sends bytes along that only the two applications understand. A target without a use for them drops them.
     pub fn with_state(mut self, state: impl Into<Vec<u8>>) -> Self {
         (self.item.state, self.item.critical) = (Some(state.into()), false);
         self
     }
 
-    /// The same, of bytes without which the connection is of no use: a target that cannot take them refuses it.
+    /// The same for bytes without which the connection is useless: a target that cannot take them refuses the connection.
     pub fn with_critical_state(self, state: impl Into<Vec<u8>>) -> Self {
         let mut departing = self.with_state(state);
         departing.item.critical = true;
         departing
     }
 
-    /// Lets the connection leave only where its socket passes this check once it is locked, right before it is saved; else it stays for
-    /// the reason that the check gives.
+    /// Lets the connection leave only if its socket passes this check, which is made under the lock, right before the connection is saved.
+    /// Otherwise the connection stays, for the reason that the check gives.
     pub fn provided(
         mut self,
         check: impl Fn(BorrowedFd<'_>) -> std::result::Result<(), String> + Send + Sync + 'static,
@@ -146,8 +146,8 @@ impl<S: Stream> Departing<S> {
 impl Departing {
     /// Moves the connection to the [`listen`](Mover::listen)er at the other end of the channel, and waits for what becomes of it.
     ///
-    /// Its peer hears nothing from the moment when the target is there until it has the connection, or it stays: what the peer
-    /// sends meanwhile goes along.
+    /// Once the target is there, the peer hears nothing until the target has the connection, or until it is known to stay. What the
+    /// peer sends meanwhile goes along.
     pub fn send(self, channel: &mut impl Channel) -> Outcome {
         let mover = Mover { shared: Arc::clone(&self.shared) };
         mover.send_all([self], channel).pop().expect("one connection has one outcome")
@@ -164,7 +164,7 @@ impl Mover {
         self.sending(departing).through(channel)
     }
 
-    /// The same, where there is more to say about it.
+    /// The same, with further options.
     pub fn sending(&self, departing: impl IntoIterator<Item = Departing>) -> Sending {
         Sending { mover: self.clone(), departing: departing.into_iter().collect(), manner: Manner::default() }
     }
@@ -179,21 +179,21 @@ pub struct Sending {
 }
 
 impl Sending {
-    /// Others use the sockets, too: they are stopped while connections are on their way.
+    /// Names others who use the sockets: they are stopped while connections are on their way.
     pub fn used_by(mut self, users: impl Users + 'static) -> Self {
         self.manner.users = Some(Box::new(users));
         self
     }
 
-    /// Has packets for connections that have left follow them instead of being silent about those: to next hops, one for each
-    /// address family, or through a tunnel. See [`soccr::steer`].
+    /// Steers the packets of connections that have left to their new host, instead of dropping them: to next hops, one for each address
+    /// family, or through a tunnel. See [`soccr::steer`].
     pub fn steered_to(mut self, path: impl Into<Path>) -> Self {
         self.manner.path = path.into();
         self
     }
 
-    /// The channel leads nowhere back: a connection leaves as soon as it has been written, and
-    /// [`Moved`](Outcome::Moved) only says that.
+    /// The channel carries no answers: a connection leaves as soon as it has been written, and [`Moved`](Outcome::Moved) says no
+    /// more than that.
     pub fn one_way(mut self) -> Self {
         self.manner.is_one_way = true;
         self

@@ -1,4 +1,4 @@
-//! The source at work: what the machine decides happens to sockets, locks and bytes here.
+//! The source at work: it carries out what its machine decides, on sockets, locks and bytes.
 
 mod item;
 mod window;
@@ -23,8 +23,8 @@ use crate::users::Users;
 
 pub(crate) use item::{Condition, Item};
 
-/// How many connections are silent at a time: as many as a target restores together. Whoever uses their sockets stands still meanwhile, some
-/// ten milliseconds.
+/// How many connections are silent at a time: as many as a target restores together. The processes that use their sockets stand
+/// still meanwhile, some ten milliseconds.
 const WINDOW: usize = 128;
 
 /// The longest thing that a target says: a refusal with its reason.
@@ -38,9 +38,9 @@ const NOTES: usize = 1000;
 pub(crate) struct Manner {
     /// Who else uses their sockets.
     pub(crate) users: Option<Box<dyn Users>>,
-    /// Where they go, their packets follow; else this host is silent about them.
+    /// Steers their packets after them, or else keeps this host silent about them.
     pub(crate) path: Path,
-    /// The channel leads nowhere back.
+    /// The channel carries no answers.
     pub(crate) is_one_way: bool,
 }
 
@@ -61,15 +61,15 @@ pub(crate) struct Departure {
     /// The silent connections by index, and the locks that keep them silent.
     window: Range<usize>,
     locks: Vec<Lock>,
-    /// Those on earlier windows, where nobody says when they have arrived.
+    /// The locks of earlier windows, where no answer says when their connections have arrived.
     kept: Vec<Lock>,
     guide: Guide,
-    /// Some of the window may be silenced or steered.
+    /// Some connections of the window may already be silenced or steered.
     is_diverted: bool,
-    /// The first has left.
+    /// The first connection has left.
     has_begun: bool,
     is_one_way: bool,
-    /// END is written.
+    /// END has been written.
     is_finished: bool,
     writer: Writer<Outbox>,
     /// Where in the stream each COMMIT ends.
@@ -82,9 +82,9 @@ pub(crate) struct Departure {
     deadline: Option<Instant>,
     /// Why nothing more can be said.
     broken: Option<Error>,
-    /// Why whatever has no reason of its own stays.
+    /// Why connections stay that have no reason of their own.
     reason: Option<(ErrorKind, String)>,
-    /// They go on when everything else is done.
+    /// Declared last, so that it is dropped last: the users go on when everything else is done.
     users: Option<Box<dyn Users>>,
 }
 
@@ -160,7 +160,7 @@ impl Departure {
     fn fate(&self, id: Id, item: &Item) -> Option<Fate> {
         match self.machine.fate(id) {
             _ if item.is_lost => Some(Fate::Unknown),
-            // What has been written may not have been read.
+            // What was written may not have been read.
             Some(Fate::Moved) if self.is_one_way && self.broken.is_some() => Some(Fate::Unknown),
             fate => fate,
         }
@@ -240,7 +240,7 @@ impl Departure {
         self.deadline = Some(Instant::now() + self.shared.limits.answer);
     }
 
-    /// What has not left by now stays.
+    /// Has every connection stay that has not left by now.
     fn begin_nothing(&mut self, error: Error) {
         self.reason.get_or_insert_with(|| (error.kind(), error.to_string()));
         self.handle(Event::Late);
@@ -272,7 +272,7 @@ impl Departure {
         writer.connection(id, &item.name, &connection).map_err(invalid)
     }
 
-    /// Takes the connection out of its socket, and says that it is the target's.
+    /// Takes the connection out of its socket, and writes its COMMIT: it is the target's.
     fn commit(&mut self, id: Id) -> Result<()> {
         if self.broken.is_some() {
             return Err(Error::new(ErrorKind::Gone, "the target is gone"));
@@ -291,7 +291,7 @@ impl Departure {
         let number = id as usize - 1;
         let item = &mut self.items[number];
         if let Some(users) = &mut self.users {
-            // Users that cannot be stopped any more must not cost the connection: it is in this memory alone.
+            // If its users can no longer be stopped, the connection is put back all the same: it is in this memory alone.
             let _ = users.stop().and_then(|()| users.filling(number));
         }
         match item.seat.come_back() {
@@ -316,7 +316,7 @@ impl Departure {
         item.error = Some(Error::of(ErrorKind::Lost, item.why(&self.reason), error));
     }
 
-    /// Nobody answers: what has been written counts as taken.
+    /// Without answers, what has been written counts as taken.
     fn assume(&mut self) {
         for (_, id) in std::mem::take(&mut self.commits) {
             self.handle(Event::Heard(id, Answer::Taken));
@@ -382,7 +382,7 @@ impl Departure {
         self.handle(Event::Heard(id, answer));
     }
 
-    /// Nothing more is said or heard: what the target cannot have read comes back.
+    /// Nothing more is said or heard: connections whose COMMIT the target cannot have read come back.
     fn give_up(&mut self, error: Error, proven: bool) {
         self.is_deaf = true;
         self.mute(error);
@@ -408,7 +408,7 @@ impl Engine for Departure {
             self.assume();
         }
         while !self.writer.get_mut().is_long() {
-            // What is decided is done before anything else is heard.
+            // What is decided is carried out before anything else is heard.
             if let Some(action) = self.machine.action() {
                 self.perform(action);
             } else if !self.listen() {
@@ -476,7 +476,7 @@ impl Drop for Departure {
         if self.items.is_empty() {
             return;
         }
-        // Nobody waits for the outcome any more.
+        // The caller no longer waits for the outcome.
         if !self.machine.is_over() {
             self.give_up(
                 Error::new(ErrorKind::Gone, "nobody has waited for the end of the hand-over"),

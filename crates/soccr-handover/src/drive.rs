@@ -5,17 +5,17 @@ use std::time::Instant;
 
 use crate::channel::{Channel, Exchanged};
 
-/// One end: it does what has to be done here, and leaves it to the driver to read, write and wait.
+/// One end of a hand-over. It does what has to be done here, and leaves reading, writing and waiting to the driver.
 pub(crate) trait Engine {
     /// Does what can be done without waiting for the other end.
     fn advance(&mut self);
-    /// What is to be written.
+    /// The bytes to be written.
     fn output(&mut self) -> &mut Outbox;
     /// Takes in what has been read.
     fn feed(&mut self, bytes: &[u8]);
-    /// The other end has closed the channel, and is proven to have ended with nothing, or not.
+    /// The other end has closed the channel; it may be proven to have ended without any connection.
     fn ended(&mut self, proven: bool);
-    /// Whether such a proof is of use.
+    /// Whether such a proof would change anything.
     fn wants_proof(&self) -> bool {
         false
     }
@@ -25,9 +25,9 @@ pub(crate) trait Engine {
     fn stop(&mut self, reason: String);
     /// Until when to wait.
     fn deadline(&self) -> Option<Instant>;
-    /// That time is over.
+    /// The deadline is over.
     fn late(&mut self);
-    /// The last word is written.
+    /// The last word has been written.
     fn has_said_all(&self) -> bool {
         false
     }
@@ -44,11 +44,11 @@ pub(crate) struct Outbox {
     bytes: Vec<u8>,
     /// How many of them are written.
     written: usize,
-    /// How many may be written without our knowing.
+    /// How many may have been written without our knowledge.
     doubtful: usize,
-    /// How many were written before them.
+    /// How many bytes of the stream came before the buffer.
     before: u64,
-    /// Nothing more is taken; the other end may have read this much.
+    /// Set when no more is taken: how much the other end may have read.
     cut: Option<u64>,
 }
 
@@ -57,7 +57,7 @@ impl Outbox {
         &self.bytes[self.written..]
     }
 
-    /// Everything goes into a channel that does not tell how much of it has arrived.
+    /// For a channel that does not tell how much it has passed on.
     pub(crate) fn doubt(&mut self) {
         self.doubtful = self.bytes.len();
     }
@@ -86,7 +86,7 @@ impl Outbox {
         self.cut.unwrap_or(self.before + self.written.max(self.doubtful) as u64)
     }
 
-    /// Throws the rest away, and whatever comes.
+    /// Throws away what is not written, now and later.
     pub(crate) fn cut(&mut self) {
         self.cut = Some(self.passed_on());
         self.bytes.truncate(self.written);
@@ -106,7 +106,7 @@ impl Write for Outbox {
     }
 }
 
-/// Leads one end to its rest.
+/// Drives one end until everything is settled.
 pub(crate) fn run(engine: &mut impl Engine, channel: &mut impl Channel) {
     let mut input = vec![0; PIECE];
     let mut is_open = true;

@@ -18,29 +18,29 @@ pub struct Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// This host cannot let the connection go, or have it: the [source](std::error::Error::source) is a [`soccr::Error`].
+    /// This host cannot save the connection, or cannot restore it: the [source](std::error::Error::source) is a [`soccr::Error`].
     Connection,
-    /// Somebody else has used the connection meanwhile, or it no longer is what it had to be to leave: see
+    /// Somebody else has used the connection meanwhile, or it no longer passes the check that it had to pass to leave: see
     /// [`Departing::provided`](crate::Departing::provided).
     Changed,
-    /// The other end does not want it, and says why.
+    /// The other end refuses the connection, and says why.
     Refused,
-    /// It had left its socket, the target does not have it, and it could not be put back: it is nowhere.
+    /// The connection is lost: it had left its socket, the target does not have it, and it could not be put back.
     Lost,
-    /// It has not moved, and lives in the socket that is given back; the process whose socket it was has lost it: one with kernel TLS
-    /// cannot be put back there (see [`Seat::is_adrift`](crate::Seat::is_adrift)).
+    /// The connection has not moved, but its process has lost it: with kernel TLS it cannot be put back into the old socket. It lives
+    /// in the socket that is given back (see [`Seat::is_adrift`](crate::Seat::is_adrift)).
     Adrift,
     /// The other end has not answered, or not read on, in time.
     Late,
     /// The channel is broken, or the other end is gone.
     Gone,
-    /// The other end does not know its part: what it says cannot be understood, or comes at the wrong moment.
+    /// The other end breaks the protocol: what it says cannot be understood, or comes at the wrong moment.
     Violation,
-    /// There is more than is carried: 64 MiB in a queue, 16 MiB of state.
+    /// More than can be carried: 64 MiB in a queue, 16 MiB of state.
     TooMuch,
     /// This end was asked to stop before it was through.
     Stopped,
-    /// The operating system does not permit it: the text says which right it takes.
+    /// The operating system does not permit it: the text says which right is missing.
     NoPermission,
     /// A call of the operating system.
     System,
@@ -146,7 +146,7 @@ impl From<Error> for std::io::Error {
     }
 }
 
-/// A call that failed, and the value that it was to use: nothing has happened to it.
+/// The error of a call, and the value that it was given, unchanged.
 #[derive(Debug)]
 pub struct Rejected<T> {
     /// The value.

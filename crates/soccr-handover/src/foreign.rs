@@ -1,4 +1,4 @@
-//! Connections of other processes, which know nothing of it: for commands and container runtimes.
+//! Connections of other processes, which need not know about it: for commands and container runtimes.
 //!
 //! ```no_run
 //! # use std::os::fd::AsFd;
@@ -16,8 +16,7 @@
 //! # }
 //! ```
 //!
-//! A keeper is forked, and namespaces are entered: both before this process starts a thread, which making a [`Mover`](crate::Mover)
-//! does.
+//! Start the keeper and enter namespaces before this process has a second thread. Making a [`Mover`](crate::Mover) starts one.
 //!
 //! # Rights
 //! `CAP_SYS_PTRACE` over the processes, besides those of the [crate](crate#rights).

@@ -1,4 +1,4 @@
-//! What becomes of packets for connections that have left this host: they are steered to where those are, or dropped.
+//! What happens to packets for connections that have left this host: they are steered to the new host, or dropped.
 
 use soccr::Flow;
 use soccr::diag::Diag;
@@ -18,13 +18,13 @@ pub struct Path {
 }
 
 impl Path {
-    /// Has what the other host answers come back through this one, where the network between it and the peers forbids foreign
-    /// sources.
+    /// Has the other host answer through this one, in case the network between that host and the peers drops foreign source
+    /// addresses.
     pub fn with_answers(self) -> Self {
         Self { answers: true, ..self }
     }
 
-    /// What the target has to know; nothing where packets do not follow.
+    /// What the target has to know; nothing if packets are not steered.
     pub(crate) fn told(&self) -> Option<Steered> {
         let Self { hops, tunnel, answers } = self;
         let from = hops.iter().filter_map(|hop| hop.sees().ok().flatten()).collect();
@@ -41,7 +41,7 @@ impl Path {
 }
 
 impl From<Vec<NextHop>> for Path {
-    /// By these hosts on networks that both hosts share, one for each address family.
+    /// To these next hops on networks that both hosts share, one for each address family.
     fn from(hops: Vec<NextHop>) -> Self {
         Self { hops, ..Self::default() }
     }
@@ -54,14 +54,14 @@ impl From<Tunnel> for Path {
     }
 }
 
-/// What this host does about connections that leave it: it steers their packets, or else is silent about them.
+/// What this host does with packets of connections that leave it: steers them, or drops them.
 #[derive(Debug)]
 pub(crate) struct Guide {
     path: Path,
     is_steering: bool,
-    /// The target is in this network: a connection is in its hands before our lock ends, and in nobody else's.
+    /// The target is in this network: it has the connection before our lock ends, and no packet is misled.
     is_beside: bool,
-    /// It has been silent about some.
+    /// Packets of some connections have been dropped.
     is_silent: bool,
 }
 
@@ -76,7 +76,7 @@ impl Guide {
         self.is_beside = shared.place == Some(place);
     }
 
-    /// Takes care of connections that are about to leave. With each comes the next sequence number that is expected from its peer.
+    /// Prepares for connections that are about to leave. With each comes the next sequence number that is expected from its peer.
     pub(crate) fn begin(&mut self, leaving: &[(Flow, u32)], shared: &Shared) -> Result<()> {
         let of = |ipv6: bool| leaving.iter().filter(move |(flow, _)| flow.is_ipv4() != ipv6);
         if !self.is_steering {
@@ -107,7 +107,7 @@ impl Guide {
             if let Some(tunnel) = &self.path.tunnel {
                 let mtu = tunnel.mtu()?;
                 let told = of(ipv6).map(|(flow, rcv_nxt)| narrow(flow, *rcv_nxt, mtu));
-                // The peers' packets are cut then.
+                // A peer that cannot be told to send less has its packets fragmented.
                 if let Some(error) = told.filter_map(|told| told.err()).next() {
                     shared.warn(error);
                 }
@@ -116,7 +116,7 @@ impl Guide {
         Ok(())
     }
 
-    /// Nobody can say whether these have arrived: where they have not, this host stays silent about them nevertheless.
+    /// Nobody can say whether these connections have arrived. This host stays silent about them in any case.
     pub(crate) fn forget(&mut self, flows: &[Flow], shared: &Shared) {
         if self.is_steering || !self.is_beside || flows.is_empty() {
             return;
@@ -125,13 +125,13 @@ impl Guide {
         if let Err(error) = shared.silencer().begin(flows, shared.limits.silence) {
             return shared.warn(error);
         }
-        // A target that arrives from here on ends the silence itself.
+        // A connection that arrives here from now on ends the silence itself.
         let mut diag = Diag::open().ok();
         let here = flows.iter().copied().filter(|flow| is_in_use(&mut diag, *flow));
         shared.end_silence(&here.collect::<Vec<_>>());
     }
 
-    /// These have not left after all.
+    /// Undoes it for connections that have not left after all.
     pub(crate) fn end(&self, flows: &[Flow], shared: &Shared) {
         if !self.is_steering {
             if self.is_silent {

@@ -75,18 +75,18 @@
 //! over must have no other descriptor of it. See [`soccr::tls`].
 //!
 //! # What holds
-//! - A connection is never in two programs, and in none only where the outcome says [`Unknown`](Outcome::Unknown), or where a
-//!   program is killed in the moment when the connection is in its memory only. The table is in [`protocol`]; its machines are led
-//!   through every schedule of words, cuts and kills by the tests.
+//! - A connection is never in two programs. It can be in none only if the outcome is [`Unknown`](Outcome::Unknown), or if a program is
+//!   killed while the connection is in its memory alone. [`protocol`] has the table; the tests lead its machines through every order
+//!   of messages, cuts and kills.
 //! - Nothing is locked before the target has said that it is there and prepared. From then on the connections of a window, up to
 //!   128, are silent until they have arrived or stay: what their peers send meanwhile goes along.
-//! - What comes through a channel is trusted as far as the program at its other end: it can make any connection, on behalf of
-//!   any address of this host. Look at each before it is taken ([`Terms::accept_if`]), and give the channel to nobody else.
+//! - The program at the other end of a channel can make any connection, on behalf of any address of this host: trust the channel as
+//!   far as that program. Look at each connection before it is taken ([`Terms::accept_if`]), and give the channel to nobody else.
 //!
 //! # State
-//! Up to 16 MiB of bytes go with each connection, of which this crate knows nothing: give them a version of your own. A target that
-//! has no use for them drops them, unless they are [critical](Departing::with_critical_state). Whether a state can be understood is
-//! best found out by [`Terms::accept_if`]: then the connection stays where it is understood.
+//! Up to 16 MiB of bytes go with each connection. This crate does not look into them: give them a version number. A target that has no
+//! use for them drops them, unless they are [critical](Departing::with_critical_state). Decode them in [`Terms::accept_if`]: a
+//! connection whose state cannot be understood then stays at its source.
 //!
 //! # Threads, blocking, fork, namespaces, epoll after detach
 //! - **Threads.** A [`Mover`] has one, which reads what the lock holds, and one for a moment when it is dropped. Restoring many
@@ -100,9 +100,9 @@
 //!   them. It also holds the lock of the mover open for as long as it lives.
 //! - **Namespaces.** A mover belongs to the network namespace of the thread that has made it. Threads that use it must be in the
 //!   same one, those of a runtime included.
-//! - **epoll.** A connection that has left leaves a socket behind, which `send` closes; who has duplicates of it sees `EPOLLHUP` and
-//!   `ECONNABORTED`. One that stays is in the socket that it was in: what was registered for it still is, though events may have been
-//!   reported that are over. A tokio stream is registered anew.
+//! - **epoll.** A connection that has left leaves a socket behind, which `send` closes; processes with duplicates of it see `EPOLLHUP`
+//!   and `ECONNABORTED`. A connection that stays keeps its socket and its epoll registrations, but events may have been reported that
+//!   are over. A tokio stream is registered anew.
 //!
 //! # Rights
 //! `CAP_NET_ADMIN` and `CAP_NET_RAW` in the user namespace that owns the network namespace, at both ends; see [`soccr`].

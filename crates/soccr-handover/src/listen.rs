@@ -17,11 +17,11 @@ use crate::mover::Mover;
 use crate::notes::{LastWords, Notes};
 use crate::recipient::{Check, Offer, Recipient};
 
-/// What a target takes, and under which addresses.
+/// What a target takes, and with which addresses.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub struct Terms {
-    /// Each end of a connection that is OLD becomes NEW.
+    /// An address OLD, at either end of a connection, becomes NEW.
     pub map: Vec<AddressMap>,
     /// How many connections are taken; `None` for any number.
     pub room: Option<usize>,
@@ -29,12 +29,12 @@ pub struct Terms {
     pub takes_loopback: bool,
     /// When packets for addresses of other hosts are delivered here.
     pub steered: Steered,
-    /// The mark, the routing table and the rules that this takes, where nothing delivers the address yet.
+    /// The mark, the routing table and the rules for that, if nothing delivers the address yet.
     pub numbers: Numbers,
-    /// What this end has to tell people: the source passes it on, where it says so.
+    /// What this end has to tell people: the source passes it on, if it has said that it does.
     pub notes: Notes,
     pub(crate) recipient: Option<Arc<Mutex<dyn Recipient>>>,
-    /// Somebody else says END.
+    /// The caller says END.
     pub(crate) leaves_end: bool,
 }
 
@@ -42,32 +42,32 @@ pub struct Terms {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Received {
-    /// The connections that live here, in the order in which the source has numbered them. Where the stream is broken, what had been let
-    /// go of by then has arrived nevertheless.
+    /// The connections that live here, in the order in which the source has numbered them. If the stream breaks, connections that the
+    /// source had let go of by then are among them.
     pub arrived: Vec<Arrived>,
     /// How the stream has ended.
     pub outcome: Result<()>,
     /// The source has only asked: see [`try_out`](crate::try_out).
     pub was_trial: bool,
-    /// What is to be said when the connections are where they are to be: then the source ends.
+    /// To be said once the connections have been passed on: the source waits for it.
     pub end: LastWords,
 }
 
 /// When packets for an address that is not this host's are delivered here, to a connection that arrives with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Steered {
-    /// Where the source steers them.
+    /// If the source steers them.
     #[default]
     Auto,
-    /// Wherever they come from.
+    /// In any case.
     Always,
-    /// Somebody else sees to that.
+    /// Never: somebody else arranges it.
     Never,
 }
 
 impl Terms {
-    /// Takes only what `check` accepts: any other connection stays at the source, which is told the reason. Whether the
-    /// [state](Offer::state) can be understood is best found out here.
+    /// Takes only what `check` accepts: any other connection stays at the source, which is told the reason. Decode the
+    /// [state](Offer::state) here, to find out whether it can be understood.
     pub fn accept_if(
         self,
         check: impl FnMut(&Offer<'_>) -> std::result::Result<(), String> + Send + 'static,
@@ -88,7 +88,7 @@ impl std::fmt::Debug for Terms {
     }
 }
 
-/// A connection that has arrived. It lives; dropping it ends it, as dropping its stream would.
+/// A live connection that has arrived. Dropping this ends it, as dropping its stream would.
 #[derive(Debug)]
 #[must_use = "dropping it ends the connection"]
 pub struct Arrived<S = TcpStream> {
@@ -119,7 +119,7 @@ impl<S: Stream> Arrived<S> {
         Ok(Flow::of(&self.landed.stream)?)
     }
 
-    /// The stream: it waits, or does not (`O_NONBLOCK`), as it did at the source; in a runtime it never does.
+    /// The stream. It is blocking or not (`O_NONBLOCK`) as it was at the source; in a runtime it never blocks.
     ///
     /// # Errors
     /// The errors of the runtime.
@@ -130,8 +130,8 @@ impl<S: Stream> Arrived<S> {
 
 /// The connections that come through a channel, stream after stream, until its other end closes it.
 ///
-/// Nothing happens between two calls of [`next`](Self::next): call it again soon, and serve the connections elsewhere. Dropping it
-/// closes silently what the source has not let go of: that stays there.
+/// Nothing happens between two calls of [`next`](Self::next): call it again soon, and serve the connections elsewhere. Dropping this
+/// closes silently what the source has not let go of: such a connection stays at the source.
 #[must_use = "nothing arrives unless it is asked for"]
 pub struct Arriving<C> {
     mover: Mover,
@@ -148,13 +148,13 @@ impl Mover {
         self.listen_for(channel, Terms::default())
     }
 
-    /// The same, on terms.
+    /// The same, under conditions.
     pub fn listen_for<C: Channel>(&self, channel: C, terms: Terms) -> Arriving<C> {
         let engine = Arrival::new(Arc::clone(&self.shared), terms.clone());
         Arriving { mover: self.clone(), terms, channel, engine, input: vec![0; PIECE], is_open: true }
     }
 
-    /// Takes in all connections of one stream. Its last word is left to the caller: the source waits for that.
+    /// Takes in all connections of one stream. The caller has to say its last word: the source waits for that.
     pub fn receive_all(&self, channel: &mut impl Channel, mut terms: Terms) -> Received {
         terms.leaves_end = true;
         let mut engine = Arrival::new(Arc::clone(&self.shared), terms);
@@ -177,7 +177,7 @@ impl<C: Channel> Arriving<C> {
     pub fn next(&mut self) -> Result<Option<Arrived>> {
         loop {
             self.engine.advance();
-            // The source waits for what there is to say.
+            // The source waits until this has been written.
             let has_said_all = self.engine.output().bytes().is_empty();
             if has_said_all && let Some(landed) = self.engine.landed() {
                 return Ok(Some(Arrived::new(landed)));

@@ -19,10 +19,10 @@ use crate::protocol::Fate;
 use crate::seat::Seat;
 use crate::silence::Silencer;
 
-/// Moves connections of the network namespace in which it was made: one for the whole process.
+/// Moves connections of the network namespace in which it was made. A process needs one.
 ///
-/// It owns an nftables table (see [`Locker`]) and has the BPF program loaded by which congestion windows come back, so that
-/// neither is waited for while a connection is silent. It is a handle: clones share everything.
+/// It makes its nftables table (see [`Locker`]) and loads the BPF program that restores congestion windows once, so that no silent
+/// connection waits for either. It is a handle: clones share everything.
 #[derive(Clone)]
 pub struct Mover {
     pub(crate) shared: Arc<Shared>,
@@ -32,13 +32,13 @@ pub struct Mover {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// For the target to be there. Nothing is locked before that.
+    /// To wait for the target to be there. Nothing is locked before that.
     pub start: Duration,
-    /// For each answer of the other end, and for it to read on.
+    /// To wait for each answer of the other end, and for it to read on.
     pub answer: Duration,
-    /// For the source to decide about what is ready: afterwards it is refused.
+    /// For the source to decide about connections that are ready. After that they are refused.
     pub decision: Duration,
-    /// For which this host stays silent about connections that have left it, so that late packets draw no reset.
+    /// How long this host stays silent about connections that have left it, so that late packets draw no reset.
     pub silence: Duration,
 }
 
@@ -57,57 +57,57 @@ impl Default for Limits {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// It is known what has become of a connection of ours.
+    /// The fate of a connection of ours is known.
     Settled {
         /// Its name, as the source gave it.
         name: &'a str,
         /// What has become of it.
         fate: Fate,
     },
-    /// From here on connections are in the memory of this process alone, until the target has them: it must not be ended. Told once,
+    /// From here on connections may be in the memory of this process alone, until the target has them: do not end it. Told once,
     /// before the first one leaves.
     Leaving,
-    /// From now on this host is silent about connections that leave, for so long: see [`Limits::silence`].
+    /// From now on this host is silent about connections that leave, for this time: see [`Limits::silence`].
     Silent(Duration),
-    /// A connection has been restored here; it is not ours yet.
+    /// A connection has been restored here, but is not ours yet.
     Restored {
         /// Its name, as the source gave it.
         name: &'a str,
         /// What came back exactly, what approximately, what not and why.
         report: &'a soccr::Report,
     },
-    /// A connection that was to arrive here does not: it stays at its source, where that listens.
+    /// A connection that was to arrive here does not. It stays at its source, if that listens.
     Refused {
         /// Its number in the stream of the source.
         number: u32,
         /// Why, as the source is told.
         reason: &'a str,
     },
-    /// A connection that had left its source could not be brought to life: it is nowhere.
+    /// A connection is lost: it had left its source, and could not be brought to life here.
     Lost {
         /// Its number in the stream of the source.
         number: u32,
         /// Why.
         reason: &'a str,
     },
-    /// The target has something to tell people. Where there is a listener, the target tells it to nobody else.
+    /// The target has something to tell people, and tells nobody else.
     Note {
         /// What it is.
         text: &'a str,
-        /// It has not done with all connections what it was to do with them.
+        /// The target has not done with all connections what it was to do.
         failed: bool,
     },
-    /// Something did not go as well as it could have; no connection is lost by it.
+    /// Something could have gone better. No connection is lost by it.
     Warning(&'a str),
 }
 
 type Listener = dyn Fn(Event<'_>) + Send + Sync;
 
 pub(crate) struct Shared {
-    /// Before the locker: what comes home finds one of the two at any time.
+    /// Declared before the locker: a connection that comes home finds one of the two at any time.
     pub(crate) homecoming: Mutex<Homecoming>,
     pub(crate) locker: Locker,
-    /// Kept, as are the next two: to close a socket of Netfilter takes milliseconds.
+    /// Kept open, as are the next two: closing a netfilter socket takes milliseconds.
     steerer: Mutex<Steerer>,
     silencer: Mutex<Silencer>,
     pub(crate) kit: Kit,
@@ -116,7 +116,7 @@ pub(crate) struct Shared {
     /// Where it moves connections from and to, as far as the kernel tells.
     pub(crate) place: Option<Place>,
     listener: Option<Box<Listener>>,
-    /// Results that nobody has waited for.
+    /// Connections whose caller no longer waited when they came back.
     came_back: Mutex<Vec<Rejected<std::net::TcpStream>>>,
 }
 
@@ -150,7 +150,7 @@ impl Mover {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Calls `listener` with what happens, on whichever thread it does.
+    /// Calls `listener` with what happens, on the thread where it happens.
     ///
     /// # Panics
     /// Where the mover has been cloned or used before.
@@ -166,18 +166,18 @@ impl Mover {
     /// The connection goes on until then.
     ///
     /// # Errors
-    /// It is no connected TCP socket. The stream comes back.
+    /// It is not a connected TCP socket. The stream comes back.
     pub fn take<S: Stream>(&self, stream: S) -> std::result::Result<Departing<S>, Rejected<S>> {
         Departing::new(Arc::clone(&self.shared), stream)
     }
 
-    /// The same of the socket of another process, or of one that no longer knows its peer.
+    /// The same for the socket of another process, or one that no longer knows its peer.
     pub fn take_seat(&self, seat: Seat) -> Departing {
         Departing::of(Arc::clone(&self.shared), seat)
     }
 
-    /// Connections that have come back into their sockets from sends that nobody waited for to the end, such as futures that were
-    /// dropped. Whoever drops them ends them, as any stream.
+    /// Connections that came back into their sockets after their callers had stopped waiting, as where a future was dropped. Dropping
+    /// them ends them, as any stream.
     pub fn came_back(&self) -> Vec<Rejected<std::net::TcpStream>> {
         std::mem::take(&mut *self.shared.came_back.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -202,7 +202,7 @@ impl Shared {
         }
     }
 
-    /// Somebody is told.
+    /// Whether there is a listener.
     pub(crate) fn is_heard(&self) -> bool {
         self.listener.is_some()
     }
@@ -223,18 +223,18 @@ impl Shared {
         self.silencer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for sockets, where the kernel tells of them. It is opened when it is first needed.
+    /// Lends the socket of `sock_diag`, if the kernel has it. It is opened when first needed.
     pub(crate) fn with_diag<T>(&self, look: impl FnOnce(&mut Option<Diag>) -> T) -> T {
         let mut kept = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         let mut diag = kept.take().or_else(|| Diag::open().ok());
-        // Nobody waits for it meanwhile.
+        // Taken out, so that nobody waits for it meanwhile.
         drop(kept);
         let seen = look(&mut diag);
         *self.diag.lock().unwrap_or_else(PoisonError::into_inner) = diag;
         seen
     }
 
-    /// Of these connections some have arrived; the others stay where they are.
+    /// Some of these connections have arrived; the others stay where they are.
     pub(crate) fn settle(&self, all: &[Flow], arrived: &[Flow]) {
         let mut homecoming = self.homecoming();
         if let Err(error) = homecoming.arrived(arrived).and_then(|()| homecoming.stay_away(all)) {

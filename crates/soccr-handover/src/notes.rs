@@ -6,7 +6,7 @@ use soccr_image::stream::{Message, Writer};
 
 use crate::drive::Outbox;
 
-/// What a target has to tell people who may only see what the source tells, such as those at the other end of ssh(1): see
+/// What a target has to tell people. Over ssh(1) they see only what the source prints, so it goes there: see
 /// [`Terms::notes`](crate::Terms::notes). It is a handle: clones share everything.
 #[derive(Clone, Debug, Default)]
 pub struct Notes(Arc<Mutex<Pending>>);
@@ -18,12 +18,12 @@ struct Pending {
 }
 
 impl Notes {
-    /// Has the source tell it. `false` where that does not: it has not said BEGIN, passes no notes on, or has been told the END.
+    /// Has the source tell it. Returns `false` if that will not: it has not said BEGIN, passes no notes on, or has been told END.
     pub fn say(&self, text: impl Into<String>) -> bool {
         self.push(text.into(), false)
     }
 
-    /// The same of a failure: what was to be done with the connections is not done with all of them. The source counts it as its own.
+    /// The same for a failure: not all connections could be dealt with as intended. The source counts the failure as its own.
     pub fn fail(&self, text: impl Into<String>) -> bool {
         self.push(text.into(), true)
     }
@@ -41,7 +41,7 @@ impl Notes {
         self.pending().is_open = true;
     }
 
-    /// It no longer does. What it has not been told.
+    /// From here on it no longer does. Returns what it has not been told.
     pub(crate) fn close(&self) -> Vec<Message> {
         let mut pending = self.pending();
         pending.is_open = false;
@@ -58,7 +58,7 @@ impl Notes {
     }
 }
 
-/// What a target has still to say when the connections are where they are to be: its last notes, and END.
+/// What a target says once the connections have been passed on: its last notes, and END.
 #[derive(Debug, Default)]
 #[must_use = "the source waits for it"]
 pub struct LastWords {
@@ -68,7 +68,7 @@ pub struct LastWords {
 }
 
 impl LastWords {
-    /// What is to be written into the channel, all of it. Nothing more can be said behind it.
+    /// The bytes to be written into the channel, all of them. Nothing can be said after that.
     pub fn into_bytes(self) -> Vec<u8> {
         let notes = self.notes.close();
         let Some(mut writer) = self.writer else { return Vec::new() };

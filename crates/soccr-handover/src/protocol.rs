@@ -1,8 +1,7 @@
 //! Who has the connection when: the two ends of a hand-over as state machines without I/O.
 //!
-//! Events go in, actions come out. A machine knows connections by number only; what an action means for sockets, locks and
-//! bytes is the driver's affair, and so is the time. [`Source`] and [`Target`] can thus be led through every order of messages,
-//! every cut and every kill, which the tests of this crate do.
+//! Events go in, actions come out. A machine knows connections by number only; sockets, locks, bytes and time are the driver's
+//! affair. So the tests of this crate lead [`Source`] and [`Target`] through every order of messages, every cut and every kill.
 //!
 //! # Who has it
 //!
@@ -16,12 +15,12 @@
 //!   Moved     nothing                                          │  TAKEN is said: its socket comes to life
 //! ```
 //!
-//! - The target brings a connection to life only behind its COMMIT, and says TAKEN before that. Once it has said REFUSED, no
-//!   later word about that connection is obeyed.
+//! - The target brings a connection to life only after its COMMIT, and says TAKEN first. Once it has said REFUSED, it obeys no
+//!   later word about that connection.
 //! - The source puts a connection that has left back into its socket in three cases only: the target says REFUSED, the COMMIT
 //!   cannot have been read, or the target is proven to have ended without any connection.
 //! - In every other case (no answer in time, a channel cut between COMMIT and TAKEN) the source reports
-//!   [`Unknown`](Fate::Unknown): the target has the connection, or nobody.
+//!   [`Unknown`](Fate::Unknown): the target has the connection, or nobody has.
 //! - A source that is *killed* between detach and COMMIT takes the value with it: nobody is left to report that.
 
 mod source;
@@ -33,7 +32,7 @@ pub use target::{Deed, News, Target};
 /// The number of a connection in a hand-over: from 1 on.
 pub type Id = u32;
 
-/// An end said what it cannot say at that point: it does not know its part, or records were exchanged on the way.
+/// The other end said what it cannot say at that point: it breaks the protocol, or records were swapped on the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Violation(pub(crate) &'static str);
 

@@ -2,9 +2,9 @@
 
 use soccr::{Connection, Restored};
 
-/// Who gets the connections that arrive. Each of the questions is answered with a reason to refuse, which the source is told.
+/// Who gets the connections that arrive. An error is a reason to refuse, which the source is told.
 pub trait Recipient: Send {
-    /// A source begins, and nothing has come yet.
+    /// A source begins. No connection has come yet.
     ///
     /// # Errors
     /// Nothing of it is taken.
@@ -13,7 +13,7 @@ pub trait Recipient: Send {
         Ok(())
     }
 
-    /// A connection is offered, and nothing has been done about it. What is changed about it here is restored so.
+    /// A connection is offered; nothing has been done about it. It is restored with the changes that are made here.
     ///
     /// # Errors
     /// The connection stays at the source.
@@ -43,9 +43,9 @@ pub trait Recipient: Send {
 pub struct Announced {
     /// How many connections will come.
     pub connections: usize,
-    /// It listens to answers; else it may have let go of the connections already.
+    /// Whether it listens to answers; otherwise it may have let go of the connections already.
     pub answers: bool,
-    /// Where it is.
+    /// Where the source is.
     pub origin: Origin,
 }
 
@@ -53,18 +53,18 @@ pub struct Announced {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Origin {
-    /// In this network namespace: what is in use here may be its own.
+    /// In this network namespace: addresses in use here may be the source's.
     Here,
     /// In another network namespace of this host.
     SameHost,
     /// On another host.
     OtherHost,
-    /// The kernel of one of the two does not tell.
+    /// Unknown: the kernel of one of the two does not tell.
     Unknown,
 }
 
 impl Origin {
-    /// It is known to be in another network.
+    /// It is known to be in another network namespace.
     pub(crate) fn is_apart(self) -> bool {
         matches!(self, Self::SameHost | Self::OtherHost)
     }
@@ -77,13 +77,13 @@ pub struct Offer<'a> {
     pub name: &'a str,
     /// What goes along with it, for the application.
     pub state: &'a [u8],
-    /// The source wants it refused where that cannot be passed on.
+    /// The source wants the connection refused if the state cannot be passed on.
     pub is_state_critical: bool,
     /// The connection, under the addresses that it will have.
     pub connection: &'a mut Connection,
 }
 
-/// Without the state: there may be keys in it.
+/// Leaves the state out: there may be keys in it.
 impl std::fmt::Debug for Offer<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Offer")

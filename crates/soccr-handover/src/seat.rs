@@ -1,4 +1,4 @@
-//! A socket, and the connection in it that may leave and come back.
+//! A socket, and the connection that may leave it and come back.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -12,23 +12,24 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// A socket, and the connection in it.
 ///
-/// Between two looks at it the connection lives on as before, and only a lock keeps it silent: where this process dies, the lock
-/// ends by itself, and repair mode would not. One with kernel TLS can only be looked at once, and stays in repair mode.
+/// The socket is in repair mode only for an instant at a time; in between, a lock alone keeps the connection silent. If this process
+/// dies, the lock ends by itself, which repair mode would not. A connection with kernel TLS can be read only once, and stays in
+/// repair mode from then on.
 #[derive(Debug)]
 pub struct Seat {
     socket: OwnedFd,
     flow: Flow,
-    /// No other descriptor leads to the socket.
+    /// Whether no other descriptor leads to the socket.
     is_own: bool,
-    /// The connection is in a new socket, of which those who used the old one know nothing.
+    /// Whether the connection is in a new socket, which the users of the old one do not have.
     is_adrift: bool,
-    /// What was read, until the connection is known to be here or elsewhere.
+    /// The connection as it was read, until it is known to be here or elsewhere.
     value: Option<Box<Connection>>,
-    /// Where it stood then; nothing where the socket has been in repair mode since, with kernel TLS.
+    /// How far it was then. `None` if the socket has been in repair mode since, with kernel TLS.
     position: Option<Position>,
-    /// It was let go, and is in no socket of ours.
+    /// Whether it was let go, and is in no socket of ours.
     has_left: bool,
-    /// What the socket has of its process.
+    /// What the socket owes to its process.
     process: Settings,
 }
 
@@ -53,13 +54,13 @@ impl Seat {
         }
     }
 
-    /// The same, where no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS, whose
+    /// The same, if no other descriptor leads to the socket: closing it frees its addresses. So a connection with kernel TLS, whose
     /// socket cannot be disconnected, leaves and comes back like any other; see [`soccr::tls`].
     pub fn own(socket: OwnedFd, flow: Flow) -> Self {
         Self { is_own: true, ..Self::new(socket, flow) }
     }
 
-    /// Notes whose socket it is: see [`Settings::note_process`].
+    /// Notes which process the socket belongs to: see [`Settings::note_process`].
     #[cfg(feature = "foreign")]
     pub(crate) fn of_process(mut self, process: &str) -> Self {
         self.process.note_process(process);
@@ -71,13 +72,13 @@ impl Seat {
         self.flow
     }
 
-    /// Whether the connection has come back into a new socket, while the process that it was taken from has lost it. That can only
-    /// be with kernel TLS, after it was [let go](Self::let_go).
+    /// Whether the connection has come back into a new socket, so that the process that it was taken from has lost it. This happens only
+    /// with kernel TLS, after the connection was [let go](Self::let_go).
     pub fn is_adrift(&self) -> bool {
         self.is_adrift
     }
 
-    /// Whether the kernel encrypts or decrypts: then nobody may write to the socket while it [settles](Self::settle).
+    /// Whether the kernel encrypts or decrypts. If so, nobody may write to the socket while it [settles](Self::settle).
     ///
     /// # Errors
     /// That of the socket option.
@@ -98,8 +99,8 @@ impl Seat {
         Ok(soccr::tls::settle(&self.socket, limit)?)
     }
 
-    /// Reads the connection. It goes on: only a lock around this call keeps that off the wire. One with kernel TLS is silent from here
-    /// on, until it [comes back](Self::come_back) or [is let go](Self::let_go).
+    /// Reads the connection, which goes on: only a lock around this call keeps it quiet. A connection with kernel TLS is silent from
+    /// here on, until it [comes back](Self::come_back) or [is let go](Self::let_go).
     ///
     /// # Errors
     /// Those of [`soccr::pause`] and of saving.
@@ -139,12 +140,13 @@ impl Seat {
         self.has_left
     }
 
-    /// Nobody else has the connection: it lives on here. One that was [let go](Self::let_go) goes back into the socket that it came from.
-    /// One with kernel TLS that was read comes back to life: in a new socket, or in the old one where others use it and it was not let go;
-    /// where others use it and it was, it [is adrift](Self::is_adrift).
+    /// Nobody else has the connection: it lives on here. If it was [let go](Self::let_go), it goes back into its old socket.
+    ///
+    /// With kernel TLS, a connection that was read comes back in a new socket, unless others use the old one. If they do, it stays in the
+    /// old one, or, if it was let go, [is adrift](Self::is_adrift).
     ///
     /// # Errors
-    /// Those of restoring and resuming. The connection is in no socket then, or frozen in the old one.
+    /// Those of restoring and resuming. Then the connection is in no socket, or frozen in the old one.
     pub fn come_back(&mut self) -> Result<()> {
         let (value, position, has_left) = (self.value.take(), self.position.take(), self.has_left);
         self.has_left = false;
@@ -163,15 +165,15 @@ impl Seat {
         }
     }
 
-    /// Somebody else has the connection, or nobody: what is known of it here is thrown away.
+    /// Somebody else has the connection, or nobody has: throws away what is known of it here.
     pub fn give_up(&mut self) {
         (self.value, self.position, self.has_left) = (None, None, false);
     }
 
-    /// Closes the socket, which is silent in repair mode, and frees its addresses: at once, though a child that is just being forked
-    /// may have it as well.
+    /// Closes the socket silently, in repair mode, and frees its addresses at once, even if a child that is just being forked has a
+    /// duplicate.
     fn close(&mut self) -> Result<()> {
-        // Where the kernel cannot, the last descriptor frees them.
+        // If the kernel cannot do that, closing the last descriptor frees them.
         let _ = soccr::tls::discard(&self.socket, self.flow);
         let family = if self.flow.local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         self.socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -179,7 +181,7 @@ impl Seat {
         Ok(())
     }
 
-    /// Takes the connection that [was read](Self::save) out of the socket, provided that it is still what it was.
+    /// Takes the connection that [was read](Self::save) out of the socket, provided that it has not changed.
     ///
     /// # Errors
     /// [`Changed`](ErrorKind::Changed) where it is not, and those of [`soccr::Paused::detach_at`]. The connection goes on.
@@ -211,8 +213,8 @@ impl Seat {
         let paused = soccr::pause(&socket)?;
         let mut steps = paused.restore(&connection.control, connection.buffers)?;
         match rustix::net::bind(socket, &connection.local) {
-            // One that was bound to its port by name still has it. Every other has given it back, though getsockname(2) may go
-            // on telling it.
+            // A socket that was bound to its port by bind(2) still has it. Any other has given it back, though getsockname(2) may still
+            // return it.
             Ok(()) | Err(Errno::INVAL) => {}
             Err(errno) => return Err(system("bind")(errno)),
         }
@@ -232,7 +234,7 @@ impl Seat {
     }
 
     fn pause(&self) -> Result<soccr::Paused<'_>> {
-        // In CLOSE the kernel has forgotten the peer.
+        // In state CLOSE the kernel has forgotten the peer.
         Ok(soccr::pause(&self.socket)?.with_peer(self.flow.remote))
     }
 }

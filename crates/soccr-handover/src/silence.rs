@@ -8,13 +8,13 @@ use rustix::io::Errno;
 use soccr::Flow;
 use soccr::lock::{PersistentLock, PersistentLocks};
 
-/// Of the locks that a hand-over leaves: their time is limited, and whoever gets a connection back ends them.
+/// The prefix of locks that a hand-over leaves behind: their time is limited, and a connection that comes back ends them.
 const PREFIX: &str = "left-";
 
-/// One for all movers of a network: a table takes milliseconds to be made and to be removed, an element of it microseconds.
+/// One lock for all movers of a network: to make or remove a table takes milliseconds, to add an element microseconds.
 const NAME: &str = "left-by-handover";
 
-/// A name for such a lock that no other has: the numbers of processes come again, in containers soon.
+/// A unique name for such a lock: process numbers are used again, in containers soon.
 pub fn name() -> String {
     format!("{PREFIX}{:016x}", RandomState::new().hash_one(std::process::id()))
 }
@@ -36,14 +36,14 @@ impl Silencer {
         }
         let failed_with = |error: &soccr::Error, errno: Errno| error.errno() == Some(errno.raw_os_error());
         match self.extend(flows, limit) {
-            // Nobody has left yet, or not for long; somebody else may be the first now.
+            // There is no such lock yet, or no longer; somebody else may be making it now.
             Err(error) if failed_with(&error, Errno::NOENT) => {
                 match self.0.create(NAME, flows, Some(limit)) {
                     Err(error) if failed_with(&error, Errno::EXIST) => self.extend(flows, limit),
                     created => created,
                 }
             }
-            // One had left before, and came back in a way that did not end it.
+            // One of them had left before, and came back without the lock being ended.
             Err(error) if failed_with(&error, Errno::EXIST) => {
                 self.lift(flows)?;
                 self.extend(flows, limit)
@@ -87,8 +87,8 @@ pub fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
     Silencer::new()?.begin(flows, limit)
 }
 
-/// Ends the silence about connections that are back, in the network namespace of the calling thread. Locks that people have
-/// made stay: they have their reasons. Those are returned, each with its lock.
+/// Ends the silence about connections that are back, in the network namespace of the calling thread. Locks made by people stay:
+/// they have their reasons. Connections under such a lock are returned, each with its lock.
 ///
 /// # Errors
 /// Those of [`PersistentLock::list`] and [`PersistentLock::unlock`].

@@ -14,10 +14,12 @@ use crate::mover::place;
 /// The longest thing that a target says.
 const LONGEST_ANSWER: u32 = 4096;
 
-/// Asks the [listener](crate::Mover::listen) at the other end of a channel whether it would have these connections of the network
-/// namespace of the calling thread: whether it has their addresses, a route, room and the rights, and whether its application
-/// accepts them as far as that can be told by addresses. Nothing is locked, read or stopped. For each, in their order, why it would be
-/// refused; `note` gets what the target has to tell people. Each answer of the target may take so long.
+/// Asks the [listener](crate::Mover::listen) at the other end of a channel whether it would take these connections, which are in the
+/// network namespace of the calling thread: whether it has their addresses, a route, room and the rights, and whether its application
+/// accepts such addresses. Nothing is locked, read or stopped.
+///
+/// Returns for each connection, in their order, why it would be refused. `note` gets what the target has to tell people. `limit` is
+/// the time for each answer.
 ///
 /// # Errors
 /// The target is not there, refuses all of them, or does not know the question.
@@ -62,7 +64,7 @@ struct Trial<F> {
     limit: Duration,
     deadline: Instant,
     note: F,
-    /// It is over.
+    /// The trial is over.
     outcome: Option<Result<()>>,
     has_said_all: bool,
 }

@@ -5,9 +5,9 @@ use crate::error::Result;
 /// Whoever else uses the sockets of connections that leave, such as the processes that they belong to.
 ///
 /// They must not run while a connection is in no socket: they would see its end. They are stopped when the connections of a window
-/// are locked, and go on when each of them has arrived, or is back.
+/// are locked, and go on when each of these has arrived, or is back.
 pub trait Users: Send {
-    /// Stops them, where they are not stopped: none of them runs when this returns.
+    /// Stops them, if they are not stopped yet. None of them runs when this returns.
     ///
     /// # Errors
     /// They cannot be stopped: nothing leaves.
@@ -19,8 +19,8 @@ pub trait Users: Send {
     /// They cannot go on.
     fn go_on(&mut self) -> Result<()>;
 
-    /// The connection with this number, in the order in which they were given from 0 on, is being put back: what is in its socket must
-    /// not come to life, should this process die now.
+    /// The connection with this number (from 0, in the order in which they were given) is being put back. Should this process die now,
+    /// the incomplete connection in its socket must not come to life.
     ///
     /// # Errors
     /// Nobody takes note.

@@ -15,7 +15,7 @@ use soccr_handover::foreign::process;
 use crate::cli;
 use crate::exit::{self, Exit};
 
-/// Set by the scripts that `soccr completions` prints: the shell that asks.
+/// The shell that asks. The scripts that `soccr completions` prints set this variable.
 const ASKS: &str = "SOCCR_COMPLETE";
 
 /// Print completions for a shell
@@ -38,7 +38,7 @@ impl Completions {
     }
 }
 
-/// Where a shell asks, this answers and ends the process.
+/// If a shell asks, answers it and ends the process.
 pub(crate) fn answer() {
     CompleteEnv::with_factory(cli::public).var(ASKS).complete();
 }

@@ -40,7 +40,7 @@ pub(crate) struct Inspect {
     data: bool,
 }
 
-/// A connection of an image, with what else the image says of it.
+/// A connection of an image, and what else the image says about it.
 #[derive(Debug)]
 struct Found {
     name: String,
@@ -72,7 +72,7 @@ impl Inspect {
     }
 }
 
-/// The connections of an image, and what could not be read of it.
+/// The connections of an image, and the part that could not be read.
 fn read_stream(reader: impl Read) -> Result<(Vec<Found>, Vec<anyhow::Error>)> {
     let mut reader = Reader::new(reader)?.without_validation();
     let (mut all, mut failed) = (Vec::<Found>::new(), Vec::new());

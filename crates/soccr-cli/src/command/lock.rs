@@ -70,7 +70,7 @@ pub(crate) struct Unlock {
     netns: Option<String>,
 }
 
-/// `192.0.2.1:443-198.51.100.7:41234`; a zone of IPv6 has no place in a packet, so none here.
+/// `192.0.2.1:443-198.51.100.7:41234`, without IPv6 zones: packets do not carry them.
 pub(crate) fn parse_flow(text: &str) -> Result<Flow, String> {
     let wrong = || "two addresses with ports and a hyphen between them: IP:PORT-IP:PORT".to_owned();
     let (local, remote) = text.split_once('-').ok_or_else(wrong)?;
@@ -97,7 +97,7 @@ impl Lock {
             return Ok(Exit::Done);
         }
         let mut locks = PersistentLock::list()?;
-        // Their time is over.
+        // The time of a lock without connections is over.
         locks.retain(|lock| !lock.flows.is_empty());
         if self.json { print_json(&locks) } else { print_table(&locks) }
     }

@@ -91,7 +91,7 @@ fn parse_numbers(text: &str) -> Result<Numbers, String> {
         None => text.parse().ok(),
     };
     let all: Option<Vec<u32>> = text.split(',').map(number).collect();
-    // Zero is no mark, 253 to 255 are the kernel's tables, and it has rules at both ends.
+    // Zero is no mark, the tables 253 to 255 are the kernel's, and so are the rules with the lowest and highest priority.
     match all.as_deref() {
         Some([mark @ 1..=u32::MAX, table @ (1..253 | 256..=u32::MAX), priority @ 1..32_764]) => {
             let mut numbers = Numbers::default();
@@ -228,7 +228,7 @@ struct Counts {
 }
 
 impl Counts {
-    /// Messages for people, printed in the end.
+    /// Messages for people, printed at the end.
     fn complaints(&self) -> MutexGuard<'_, Vec<(String, String)>> {
         self.complaints.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -253,7 +253,7 @@ impl soccr_handover::Recipient for Intake {
             );
         }
         self.counts.is_heard.store(announced.answers, Ordering::Relaxed);
-        // A source that reads no answers may have let go of them already: they are rescued in the end.
+        // A source that reads no answers may have let go of the connections already: those that cannot be given are rescued at the end.
         let room = if announced.answers { self.recipient.check_room(announced.connections) } else { Ok(()) };
         room.map_err(|error| exit::line(&error))
     }

@@ -82,7 +82,7 @@ impl Restore {
             connection.restore().with_context(|| format!("{} {}", connection.local, connection.remote))
         };
         let restored: Vec<Restored> = saved.iter().map(restore).collect::<Result<_>>()?;
-        // From here on the image is not all that there is.
+        // From here on the connections exist outside of the image, too.
         let deaf = Deaf::begin();
         saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
@@ -109,15 +109,15 @@ impl Restore {
 /// The connections of an image, and their names.
 type Saved = Vec<(String, Connection)>;
 
-/// What a `soccr save` to this file has left behind that was killed when it had taken the connections: its keeper removes the file
-/// otherwise. The end of it may be missing.
+/// The unfinished file of a `soccr save` that was killed after it had taken the connections. (Killed earlier, its keeper removes the
+/// file.) The end of the file may be missing.
 fn left_behind(path: &Path) -> Option<(PathBuf, Saved)> {
     let prefix = format!(".{}.", path.file_name()?.to_str()?);
     let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let left = std::fs::read_dir(directory).ok()?.flatten().find(|entry| {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".tmp"));
-        // One that still runs has its reasons.
+        // The `soccr save` may still be running.
         pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
     })?;
     let mut connections = Vec::new();
@@ -125,7 +125,7 @@ fn left_behind(path: &Path) -> Option<(PathBuf, Saved)> {
     (!connections.is_empty()).then(|| (left.path(), connections))
 }
 
-/// Reads an image from a file or, without a name, from standard input. In which file it was.
+/// Reads an image from a file or, without a name, from standard input. Also returns the file in which it was found.
 pub(crate) fn read(path: Option<&Path>) -> Result<(Option<PathBuf>, Saved)> {
     let mut connections = Vec::new();
     let path = path.filter(|path| *path != Path::new("-"));
@@ -159,7 +159,7 @@ fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
     while let Some(message) = reader.receive()? {
         match message {
             Message::Connection { name, connection, .. } => connections.push((name, connection)),
-            // Only a hand-over has somebody to give it to.
+            // Only a hand-over has a recipient for states.
             Message::State { critical: false, .. } => {}
             _ => bail!("it is a hand-over, not an image: give it to `soccr receive`"),
         }

@@ -74,7 +74,7 @@ const SETTLING: Duration = Duration::from_secs(1);
 struct Saved {
     name: String,
     seat: Seat,
-    /// Dropped, it delivers what was held where the connection is still there.
+    /// Dropping this delivers the packets that were held, if the connection is still there.
     _lock: Lock,
 }
 
@@ -222,7 +222,7 @@ impl Save {
     }
 }
 
-/// Prepares those with kernel TLS for their locks, while nobody writes.
+/// Prepares connections with kernel TLS for their locks, while nobody writes to them.
 fn settled(seats: Vec<(String, Seat)>, fail: &mut impl FnMut(anyhow::Error)) -> Vec<(String, Seat)> {
     let deadline = Instant::now() + SETTLING;
     let mut settle = |(name, seat): &(String, Seat)| {
@@ -246,7 +246,7 @@ impl Sink {
         }
     }
 
-    /// Makes sure of what has been written so far: a file is durable, a pipe is read.
+    /// Waits until what has been written is safe: on disk if it is a file, read if it is a pipe.
     fn settle(&self) -> Result<()> {
         match self {
             Self::File(file) => Ok(file.sync()?),

@@ -197,7 +197,7 @@ impl Send {
         limits.silence = Duration::from_secs(self.silence);
         let what = if self.via.is_some() { "handed over" } else { "sent" };
         let progress = Mutex::new(Progress::new(what, count));
-        // A connection that has left is only in this process until the target has it.
+        // Until the target has it, a connection that has left is in this process alone.
         let deaf = Mutex::new(None);
         let listener = move |event: Event<'_>| match event {
             Event::Settled { .. } => progress.lock().unwrap_or_else(PoisonError::into_inner).step(),
@@ -238,7 +238,7 @@ impl Send {
         text
     }
 
-    /// How packets for these connections follow them. To be called in their network namespace.
+    /// How packets follow these connections. To be called in their network namespace.
     fn path(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<(Path, Option<Made>)> {
         if self.steer.is_empty() {
             return Ok((Path::default(), None));
@@ -251,7 +251,7 @@ impl Send {
 /// What the hand-over reported, for the summary.
 #[derive(Default)]
 struct Heard {
-    /// The target has not done what it was to do with all connections.
+    /// The target has not done with all connections what it was to do.
     failed: AtomicBool,
     silent_until: Mutex<Option<SystemTime>>,
 }
@@ -278,7 +278,7 @@ fn report(names: &[String], outcomes: &[Outcome]) {
     }));
 }
 
-/// Those that are idle.
+/// Leaves out the connections that are not idle.
 fn only_idle(captives: Vec<Captive>, time: Duration) -> Result<Vec<Captive>> {
     let all = captives.len();
     let mut idle = Vec::with_capacity(all);
@@ -295,7 +295,7 @@ fn only_idle(captives: Vec<Captive>, time: Duration) -> Result<Vec<Captive>> {
     Ok(idle)
 }
 
-/// Asked again when the connection is locked.
+/// Checked again once the connection is locked.
 fn is_still_idle(socket: BorrowedFd<'_>, time: Duration) -> Result<(), String> {
     match is_idle(socket, time) {
         Ok(true) => Ok(()),

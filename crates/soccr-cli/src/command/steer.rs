@@ -105,7 +105,7 @@ impl Steer {
 /// A steered connection, its device, and whether its next hop answers.
 type Entry = (Steered, String, bool);
 
-/// Whether these are answers that another host sends back through this one: their local address is not of this host.
+/// Whether these are answers that another host sends back through this one: their local address is not this host's.
 fn are_answers(flow: &Flow, foreign: &[Foreign]) -> Result<bool> {
     let local = flow.local.ip();
     Ok(foreign.iter().all(|foreign| foreign.address() != local) && steer::is_foreign(local)?)

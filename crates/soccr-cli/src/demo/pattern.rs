@@ -52,13 +52,13 @@ impl Pattern {
         Self { bytes }
     }
 
-    /// The bytes from `offset` on, many of them.
+    /// The bytes from `offset` on: one period of them.
     pub(crate) fn at(&self, offset: u64) -> &[u8] {
         let start = (offset % PERIOD as u64) as usize;
         &self.bytes[start..start + PERIOD]
     }
 
-    /// How many of `bytes` differ from what belongs at `offset`.
+    /// How many of `bytes` differ from the pattern at `offset`.
     pub(crate) fn differences(&self, offset: u64, bytes: &[u8]) -> u64 {
         let expected = &self.at(offset)[..bytes.len()];
         if expected == bytes {

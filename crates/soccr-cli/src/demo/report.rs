@@ -15,7 +15,7 @@ pub(super) const BOLD: Style = Style::new().bold();
 pub(super) const GOOD: Style = AnsiColor::Green.on_default().bold();
 pub(super) const BAD: Style = AnsiColor::Red.on_default().bold();
 
-/// Rows for people: with many moves not every one is worth a line.
+/// The most rows for people: of many moves only some are printed.
 const ROWS: u32 = 40;
 
 /// Collects the moves, and prints them unless the account is for a machine.
@@ -23,7 +23,7 @@ const ROWS: u32 = 40;
 pub(crate) struct Report {
     json: bool,
     moves: Vec<Move>,
-    /// The longest silence between two moves each.
+    /// The longest silence between each two moves.
     rests: Vec<Duration>,
 }
 
@@ -75,7 +75,7 @@ impl Report {
         ));
     }
 
-    /// One move more.
+    /// Adds a move.
     pub(crate) fn moved(&mut self, number: u32, moved: &Move) {
         self.moves.push(*moved);
         if self.json || (number > ROWS && !number.is_multiple_of(50)) {
@@ -91,7 +91,7 @@ impl Report {
         ));
     }
 
-    /// What it came to.
+    /// The figures of all moves.
     pub(crate) fn summary(&self, summary: &Summary) {
         if self.json {
             // A struct of numbers cannot fail to become JSON.

@@ -16,7 +16,7 @@ use crate::exit::Exit;
 const PORT: u16 = 8080;
 /// The servers, which take turns.
 const NAMES: [&str; 2] = ["alice", "bob"];
-/// What a server says when it does.
+/// What a server prints when it listens.
 const LISTENING: &str = "listening\n";
 /// How long the client waits for an answer and a server for its port, and how often that is tried.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -131,7 +131,7 @@ impl Drop for Server {
 
 /// The server: accepts, reads lines, answers with its name in front.
 pub(crate) fn serve(name: &'static str) -> Result<Exit> {
-    // The one before may be about to close its listener.
+    // The previous server may be about to close its listener.
     let listener = retry(|| TcpListener::bind(("0.0.0.0", PORT)))?;
     let ours = listener.try_clone()?;
     std::thread::spawn(move || {

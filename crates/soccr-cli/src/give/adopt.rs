@@ -80,7 +80,7 @@ impl Server {
     }
 }
 
-/// Prints a note where several servers share a port: listeners that no process has in common.
+/// Prints a note if several servers share a port: each has listeners that the others do not have.
 fn tell_rivals(local: SocketAddr, listeners: &[u32]) -> Result<()> {
     if listeners.len() < 2 {
         return Ok(());

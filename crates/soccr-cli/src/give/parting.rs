@@ -17,7 +17,7 @@ use soccr_handover::foreign::process::fork;
 
 use crate::exit::Exit;
 
-/// The words to the process that has been started.
+/// Messages of the child to the process that has been started.
 const FAILED: &[u8] = b"-";
 const RUNS: &[u8] = b"+";
 
@@ -57,7 +57,7 @@ impl Parting {
             if leave {
                 return Ok(Err(Exit::Done));
             }
-            // Its reader would wait for the program.
+            // The reader of our standard error would wait for the program.
             if is_pipe(rustix::stdio::stderr()) {
                 rustix::stdio::dup2_stderr(null()?).context("dup2")?;
             }

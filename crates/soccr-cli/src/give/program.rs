@@ -75,7 +75,7 @@ pub(super) fn execute(
         // As systemd and inetd give them. A program that wants another mode sets it.
         let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
         fcntl_setfl(&*connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
-        // First beyond the numbers that they will have, so that none overwrites another.
+        // First to numbers above all that they will get, so that none overwrites another.
         *connection = beyond(connection.as_fd(), end)?.into();
     }
     let mut files = Vec::with_capacity(states.len());
@@ -99,7 +99,7 @@ pub(super) fn execute(
                 .envs(names.map(|names| ("LISTEN_FDNAMES", names)));
         }
     }
-    // The program inherits what is ignored.
+    // The program would inherit ignored signals.
     drop(deaf);
     let error = command.exec();
     // The attempt has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.

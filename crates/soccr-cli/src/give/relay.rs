@@ -1,4 +1,4 @@
-//! Connections relayed to a server that cannot get them: this process opens one to the server for each, and passes the bytes on.
+//! Connections relayed to a server that cannot take them over: for each, this process opens a new one to the server, and passes the bytes on.
 //!
 //! The bytes never enter this process: splice(2) moves them from socket to pipe to socket. A side that does not read slows the
 //! other; the end of one direction is passed on alone, a reset as a reset.
@@ -23,7 +23,7 @@ use crate::signals::Deaf;
 /// How long the server may take to accept a connection.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How much is moved at a time, and how often before the others have their turn. A pipe holds as much.
+/// How much is moved at a time, which is what a pipe holds, and how often before the other pairs have their turn.
 const PIECE: usize = 64 << 10;
 const TURNS: usize = 16;
 
@@ -118,7 +118,7 @@ fn binary_header(ends: [SocketAddr; 2]) -> Vec<u8> {
     header
 }
 
-/// A connection and that to the server.
+/// A connection, and the one to the server that belongs to it.
 struct Pair {
     sides: [TcpStream; 2],
     /// From the first side to the second, and back.
@@ -128,7 +128,7 @@ struct Pair {
 /// One direction.
 #[derive(Default)]
 struct Way {
-    /// What has been read and not written; `None` where that is nothing.
+    /// The pipe with bytes that have been read and not written; `None` if there are none.
     pipe: Option<Pipe>,
     /// The end has been read from one side and passed on to the other.
     is_over: bool,
@@ -144,7 +144,7 @@ struct Pipe {
 /// How far a pair has got.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Progress {
-    /// Nothing can be moved before epoll reports one of the sockets.
+    /// Nothing can be moved until epoll reports one of the sockets.
     Waits,
     /// More can be moved; the other pairs come first.
     More,
@@ -242,7 +242,7 @@ impl Way {
             if self.has_ended && self.pipe.is_none() {
                 self.is_over = true;
                 return match shutdown(to, Shutdown::Write) {
-                    // The other side has gone already.
+                    // The other side is gone already.
                     Ok(()) | Err(Errno::NOTCONN) => Ok(Progress::Over),
                     Err(error) => Err(error),
                 };

@@ -50,7 +50,7 @@ pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyho
 /// What saving needs, opened once for all connections.
 struct Lifeboat {
     locker: Locker,
-    /// Of the last image.
+    /// The number of the last image.
     number: usize,
 }
 

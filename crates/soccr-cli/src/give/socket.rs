@@ -13,7 +13,7 @@ use super::state::State;
 /// The kernel takes no more descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
 
-/// What has been sent is taken out of `connections`.
+/// Takes the connections that have been sent out of `connections`.
 pub(super) fn send(
     socket: &UnixStream,
     connections: &mut Vec<TcpStream>,

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use anyhow::{Context, Result};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
-/// The state of a connection, by the index of that.
+/// The states, each with the index of its connection.
 pub(crate) type State = (usize, OwnedFd);
 
 /// Writes the state into a sealed file, positioned at its beginning.

@@ -32,7 +32,7 @@ impl Progress {
     }
 
     fn show(&self, text: &str) {
-        // Whoever has closed standard error misses only this.
+        // If standard error is closed, only the progress is lost.
         let _ = write!(std::io::stderr(), "\r\x1b[K{text}");
     }
 }

@@ -27,7 +27,7 @@ impl Engine for Arrival {
                 }
                 Ok(_) => {}
                 Err(error) => match error.connection() {
-                    // Nobody would take it back; what was held the peer sends again.
+                    // Nobody would take the connection back; the peer sends the held packets again.
                     Some(id) if self.writer.is_none() && self.machine.waits(id) => self.shared.warn(error),
                     Some(id) => {
                         self.state = None;
@@ -127,7 +127,7 @@ impl Engine for Arrival {
 
 impl Drop for Arrival {
     fn drop(&mut self) {
-        // What has been let go of is ours, and nobody asks for it any more: it ends as any stream does.
+        // The connections that arrived are ours, and nobody asks for them any more: they end as any dropped stream does.
         if !self.is_complete && self.error.is_none() {
             self.end();
         }

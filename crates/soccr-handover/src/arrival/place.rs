@@ -1,4 +1,4 @@
-//! Connections that arrive get their places: under a lock, restored and silent, or in memory until the old socket is out of the way.
+//! Places connections that arrive: restored and silent under a lock, or in memory until the old socket is out of the way.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ impl Arrival {
         }
     }
 
-    /// `None`: what is in use here cannot be found out, and the restore tells.
+    /// `None`: nobody can say what is in use here. The restore will tell.
     fn place_with(&mut self, diag: &mut Option<Diag>) {
         let mut batch = Vec::new();
         let mut crowd = (self.waiting.len(), self.waiting_bytes);
@@ -46,7 +46,7 @@ impl Arrival {
         let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
         match self.shared.locker.lock(&flows) {
             Ok(lock) => self.place_locked(batch, lock),
-            // One of them is in the way of all.
+            // One connection cannot be locked, and fails the transaction for all.
             Err(_) => {
                 for arriving in batch {
                     match self.shared.locker.lock(&[arriving.connection.flow()]) {
@@ -77,7 +77,7 @@ impl Arrival {
         if self.origin.is_apart() && is_loopback && !self.terms.takes_loopback {
             return Err("its peer is where it comes from: take it over there, or map its addresses".into());
         }
-        // Nothing of somebody else is locked, let alone replaced.
+        // A connection of somebody else is neither locked nor replaced.
         if self.origin != Origin::Here && is_in_use(diag, flow) {
             return Err("this connection is in use here, and not by the source".into());
         }
@@ -88,7 +88,7 @@ impl Arrival {
         Ok(())
     }
 
-    /// One that was to come does not.
+    /// Notes that an announced connection does not come.
     pub(super) fn make_room(&mut self) {
         self.terms.room = self.terms.room.map(|room| room + 1);
     }
@@ -101,7 +101,7 @@ impl Arrival {
         // In the network of the source the old sockets are in the way.
         let (behind, free) =
             if self.origin == Origin::Here { (batch, Vec::new()) } else { (Vec::new(), batch) };
-        // They have left this host, not long ago maybe. Our own lock keeps them silent from here on.
+        // They may have left this host not long ago, and be silent still. From here on our own lock keeps them silent.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
         self.shared.end_silence(&flows);
         if let Err(error) = self.shared.homecoming().expect(&flows) {
@@ -140,7 +140,7 @@ impl Arrival {
         Ok(restored)
     }
 
-    /// It is in place, and waits for the source to decide.
+    /// Notes that the connection is in place, and waits for the source to decide.
     fn wait(&mut self, id: Id, waiting: Waiting) {
         self.waiting_bytes += waiting.bytes;
         self.waiting.insert(id, waiting);
@@ -171,8 +171,8 @@ impl Arrival {
         let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
         let mut outcomes = Vec::with_capacity(keyed.len());
         self.shared.kit.restore(keyed, |id, outcome| outcomes.push((id, outcome)));
-        // The source has begun to stay silent about what leaves it; one that has not heard from us, and found no socket, a moment
-        // ago. What is played to a socket that is restored passes such a lock.
+        // A source on this host is silent about what has left it, since a moment ago if it does not hear us. That lock does not stop the
+        // segments that a restore plays to its socket.
         self.shared.end_silence(&flows);
         for (id, outcome) in outcomes {
             let mut waiting = others.remove(&id).expect("each comes back once");

@@ -1,4 +1,4 @@
-//! What would become of a connection if it came: everything is looked at, and nothing kept.
+//! What would become of a connection if it came: everything is checked, and nothing is kept.
 
 use std::net::SocketAddr;
 
@@ -11,7 +11,7 @@ use soccr_image::stream::Message;
 use super::{Arrival, Arriving};
 use crate::recipient::Origin;
 
-/// Any that both ends may have agreed upon.
+/// Some options that the two ends may have agreed upon: any will do.
 const MSS: u16 = 1460;
 
 impl Arrival {
@@ -31,7 +31,7 @@ impl Arrival {
         let shared = std::sync::Arc::clone(&self.shared);
         let accepted = shared.with_diag(|diag| self.accept(&mut arriving, diag));
         let outcome = accepted.and_then(|()| {
-            // There the old socket is in the way.
+            // The old socket keeps its addresses in this network.
             match self.origin {
                 Origin::Here => has_address(flow.local),
                 _ => has_place(&arriving.connection),

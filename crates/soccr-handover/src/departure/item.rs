@@ -20,7 +20,7 @@ pub(crate) struct Item {
     pub(super) error: Option<Error>,
     /// It could not be put back.
     pub(super) is_lost: bool,
-    /// What has become of it has been told.
+    /// Its fate has been told.
     pub(super) is_told: bool,
 }
 
@@ -41,7 +41,7 @@ impl Item {
         }
     }
 
-    /// Why it has come back: for a reason of its own, or for that of all.
+    /// Why the connection has come back: its own reason, or the one that holds for all.
     pub(super) fn why(&self, reason: &Option<(ErrorKind, String)>) -> String {
         match (&self.error, reason) {
             (Some(error), _) => error.to_string(),
@@ -51,14 +51,14 @@ impl Item {
     }
 }
 
-/// Without its bytes, and those of its owner: there may be keys among them.
+/// Leaves out its bytes and its owner's: there may be keys among them.
 impl std::fmt::Debug for Item {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Item").field("name", &self.name).field("seat", &self.seat).finish_non_exhaustive()
     }
 }
 
-/// What must hold for a connection to leave, as far as it can be told by looking at its socket.
+/// A check of its socket that a connection must pass to leave.
 pub(crate) struct Condition(pub(crate) Box<Check>);
 
 type Check = dyn Fn(BorrowedFd<'_>) -> std::result::Result<(), String> + Send + Sync;

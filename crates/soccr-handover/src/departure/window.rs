@@ -10,12 +10,12 @@ use crate::error::Result;
 use crate::mover::Event as Told;
 use crate::protocol::{Fate, Id};
 
-/// How long the peers of a window may take to acknowledge what the kernel has encrypted, where that must be.
+/// How long the peers of a window may take to acknowledge what the kernel has encrypted (kTLS).
 const SETTLING: Duration = Duration::from_millis(500);
 
 impl Departure {
-    /// Stops whoever uses them, and keeps the connections of a window silent: all in one transaction, or, where one of them is in the way of the others, each
-    /// by itself.
+    /// Stops the users of the sockets, and silences the connections of a window: all in one transaction or, if one of them makes that
+    /// fail, each by itself.
     pub(super) fn lock(&mut self, first: Id, last: Id) -> Result<()> {
         (self.is_diverted, self.window) = (false, first as usize - 1..last as usize);
         let items = &mut self.items[self.window.clone()];
@@ -43,7 +43,7 @@ impl Departure {
         self.users.as_mut().map_or(Ok(()), |users| users.stop())
     }
 
-    /// Before the first connection of a window leaves: sees to the packets of all that leave, and takes over what has been held.
+    /// Before the first connection of a window leaves: steers or drops the packets of all that leave, and takes over what the lock held.
     pub(super) fn divert(&mut self) -> Result<()> {
         if !std::mem::replace(&mut self.has_begun, true) {
             self.shared.tell(Told::Leaving);
@@ -55,12 +55,12 @@ impl Departure {
         let leaving: Vec<(Flow, u32)> = leaving.collect();
         self.is_diverted = true;
         self.guide.begin(&leaving, &self.shared)?;
-        // From here on nothing arrives that is steered.
+        // From here on no steered packet arrives here.
         let mut taken = HashMap::new();
         for lock in &self.locks {
             match lock.take() {
                 Ok(held) => taken.extend(held.into_iter().map(|held| (held.flow, held.packets))),
-                // The peers send it again.
+                // The peers send the held packets again.
                 Err(error) => self.shared.warn(error),
             }
         }
@@ -70,7 +70,7 @@ impl Departure {
         Ok(())
     }
 
-    /// Ends the time of silence: every connection of the window has arrived, or stays.
+    /// Ends the silence of a window: each of its connections has arrived, or stays.
     pub(super) fn unlock(&mut self, first: Id, last: Id) {
         let window = first as usize - 1..last as usize;
         for id in first..=last {
@@ -103,11 +103,11 @@ impl Departure {
         replay();
         match self.is_one_way {
             true => self.kept.append(&mut self.locks),
-            // What has been held since is delivered to those that have a socket here, or at the target in this network. The rest is
-            // thrown away: it would draw a reset.
+            // Packets held since then are delivered to connections that have a socket here, or at the target in this network. The rest are
+            // thrown away: they would draw resets.
             false => self.locks.clear(),
         }
-        // Before, the answers were dropped. Twice does no harm.
+        // The lock has dropped the answers until now. Sending them twice does no harm.
         replay();
         if let Some(Err(error)) = self.users.as_mut().map(|users| users.go_on()) {
             self.shared.warn(error);

@@ -11,7 +11,7 @@ use super::process::{self, Process};
 use crate::error::{Context, Error, Result};
 use crate::seat::Seat;
 
-/// A duplicate of a socket of another process.
+/// A socket of another process: a duplicate of its descriptor.
 #[derive(Debug)]
 pub struct Captive {
     name: String,
@@ -37,7 +37,7 @@ impl Captive {
         }
     }
 
-    /// Duplicates a descriptor of a process, where it is an end of a connection.
+    /// Duplicates a descriptor of a process, if it is an end of a connection.
     pub fn find(process: &Process, fd: RawFd) -> Result<Option<Self>> {
         let captive = Self::duplicate(process, fd)?;
         let is_connection = captive.is_tcp()
@@ -46,7 +46,7 @@ impl Captive {
         Ok(Some(captive).filter(|_| is_connection))
     }
 
-    /// Tells the address of the peer, where the kernel has forgotten it.
+    /// Says who the peer is, if the kernel has forgotten it.
     pub fn with_peer(self, peer: Option<SocketAddr>) -> Self {
         Self { peer, ..self }
     }
@@ -78,7 +78,7 @@ impl Captive {
     /// Its addresses; to be called in its network namespace.
     ///
     /// # Errors
-    /// It is not connected, or its peer is forgotten.
+    /// The socket is not connected, or the kernel has forgotten its peer.
     pub fn flow(&self) -> Result<Flow> {
         self.addresses().with_context(|| self.name.clone())
     }

@@ -1,8 +1,8 @@
 //! A second process, which brings things back in order when this one dies halfway.
 //!
-//! While a connection is read or taken, its socket is in repair mode, where it is of no use to its process. Should this
-//! process be killed just then, the keeper ends that mode. It is the keeper, too, that stops the processes, and it lets
-//! them go on only afterwards. It belongs to a session of its own: what is typed on a terminal does not reach it.
+//! While a connection is read or taken, its socket is in repair mode, and useless to the process that has it. If this process
+//! is killed at that moment, the keeper ends repair mode. The keeper also stops the processes that use the socket, and lets them go
+//! on afterwards. It has a session of its own, so that signals from the terminal (Ctrl-C) do not reach it.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,7 +22,7 @@ use crate::users::Users;
 
 /// Stop the processes.
 const STOP: u8 = 0;
-/// Socket number … is being filled: what is in it by then must not come to life.
+/// Socket number … is being filled: should we die now, its incomplete connection must not come to life.
 const FILLING: u8 = 1;
 /// Socket number … is complete again.
 const FILLED: u8 = 2;
@@ -37,8 +37,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper of these sockets and of the processes that share them. The file is removed in the end where the connections are
-    /// still there.
+    /// Starts the keeper of these sockets and of the processes that share them. When it ends, it removes the file if the connections
+    /// are still here.
     ///
     /// # Errors
     /// This process has started a thread already, or `fork(2)` fails.
@@ -103,18 +103,18 @@ fn gone() -> Error {
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.talk = None;
-        // When it has ended, the processes are under way again.
+        // When it has ended, the processes run again.
         let _ = waitpid(Some(self.pid), WaitOptions::empty());
     }
 }
 
-/// The life of the keeper.
+/// What the keeper does, from its start to its end.
 fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, file: Option<&Path>) {
     let _ = setsid();
-    // Those are somebody else's affair.
+    // A socket that is in repair mode already is somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
     let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
-    // Repair mode destroys it.
+    // Repair mode overwrites SO_REUSEADDR.
     let reuse: Vec<_> = sockets.iter().map(sockopt::socket_reuseaddr).collect();
     let mut filling = vec![false; sockets.len()];
     let mut stopped = None;
@@ -144,12 +144,12 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     for (((socket, filling), reuse), _) in
         sockets.iter().zip(filling).zip(reuse).zip(ours).filter(|(_, ours)| *ours)
     {
-        // An error here: it is not in repair mode.
+        // This fails where the socket is not in repair mode.
         let Ok(paused) = Paused::take_over(socket.as_fd()) else { continue };
         let _ = if filling { paused.detach() } else { paused.resume() };
         let _ = reuse.map(|reuse| sockopt::set_socket_reuseaddr(socket, reuse));
     }
-    // What is still here has not left: a source that has died in between no longer says so.
+    // Connections that are still here have not left, but a source that died cannot say so.
     let here: Vec<Flow> = sockets.iter().filter_map(|socket| Flow::of(socket).ok()).collect();
     if let Some(file) = file.filter(|_| !here.is_empty()) {
         // It has been renamed, or the process that wrote it was killed.

@@ -16,7 +16,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// The network namespace of this process.
 const HERE: &str = "/proc/thread-self/ns/net";
 
-/// Moves this process into a network namespace, and, where that takes it, into the user namespace that owns it. It must not have
+/// Moves this process into a network namespace and, if necessary, into the user namespace that owns it. The process must not have
 /// started a thread.
 ///
 /// # Errors
@@ -25,7 +25,7 @@ pub fn enter(path: &Path) -> Result<()> {
     move_into(open_namespace(path)?.as_fd())
 }
 
-/// Moves this process into the network namespace of a socket. It must not have started a thread.
+/// Moves this process into the network namespace of a socket. The process must not have started a thread.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN` there, and those of [`enter`].
@@ -43,7 +43,7 @@ fn of_socket(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
     })
 }
 
-/// What tells a network namespace from every other.
+/// Identifies a network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity(u64, u64);
 
@@ -70,8 +70,8 @@ impl Identity {
     }
 }
 
-/// What the answer to a question is in the network namespace of a socket. This process stays where it is, and must not have started a
-/// thread: a child asks.
+/// Asks a question in the network namespace of a socket, by a child process: this process stays where it is. It must not have started
+/// a thread.
 ///
 /// # Errors
 /// Those of [`enter_of`] and of `fork(2)`.
@@ -96,14 +96,14 @@ pub fn ask_beside(socket: BorrowedFd<'_>, question: impl FnOnce() -> Vec<u8>) ->
     }
 }
 
-/// Must run before the process starts a thread: others would stay behind, and keep it out of a user namespace.
+/// Must run before the process starts a thread: other threads would stay behind, and setns(2) into a user namespace would fail.
 fn move_into(namespace: BorrowedFd<'_>) -> Result<()> {
     if Identity::here()? == Identity::of(namespace)? {
         return Ok(());
     }
     let enter = || move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network));
     match enter() {
-        // Whoever owns its user namespace may do there what root may.
+        // The owner of a user namespace may do there what root may.
         Err(Errno::PERM) => sys::owner_of_namespace(namespace)
             .and_then(|owner| Ok(move_into_link_name_space(owner.as_fd(), Some(LinkNameSpaceType::User))?))
             .and_then(|()| Ok(enter()?))

@@ -10,7 +10,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use super::sys;
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// A process that cannot be confused with a later one of the same number.
+/// A process, which cannot be confused with a later one of the same number.
 #[derive(Debug)]
 pub struct Process {
     pid: Pid,
@@ -21,7 +21,7 @@ impl Process {
     /// The process that has this number now (`pidfd_open(2)`).
     ///
     /// # Errors
-    /// There is none.
+    /// There is no such process.
     pub fn open(pid: Pid) -> Result<Self> {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| match error {
             rustix::io::Errno::SRCH => no_process(pid),
@@ -64,7 +64,7 @@ fn status(pid: Pid, field: &str) -> Option<String> {
     status.lines().find_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned()))
 }
 
-/// Whether there is such a process, and this one may look into it; else why not.
+/// Checks that the process exists and that we may look into it; the error says why not.
 pub fn look_into(pid: Pid) -> Result<()> {
     let Some(process) = status(pid, "Tgid") else { return Err(no_process(pid)) };
     if process != pid.to_string() {
@@ -90,12 +90,12 @@ pub fn tracer(pid: Pid) -> Option<String> {
     Some(format!("pid {tracer} ({})", name(tracer)))
 }
 
-/// The processes that a process has started, and their own.
+/// The descendants of a process.
 pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
     let mut family = vec![pid];
     for process in all()? {
         let parent = status(process, "PPid").and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
-        // Parents mostly have smaller numbers: they are here already.
+        // Parents mostly have smaller numbers: then they have been found already.
         if parent.is_some_and(|parent| family.contains(&parent)) {
             family.push(process);
         }
@@ -128,7 +128,7 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
     }
 }
 
-/// Whether a thread has ended, be it that nobody has waited for it yet.
+/// Whether a thread has ended, possibly as a zombie.
 pub fn has_ended(thread: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{thread}/stat")).map_or(true, |stat| {
         stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
@@ -140,7 +140,7 @@ pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
     let directory = directory(&format!("/proc/{pid}/fd"))?;
     let mut target = [0; 32];
     entries(directory.as_fd(), |name| {
-        // Closed since, or too long for a socket.
+        // The descriptor was closed meanwhile, or its name is too long for a socket's.
         let Ok(length) = readlinkat_raw(&directory, name, &mut target[..]) else { return };
         let inode = target[..length].strip_prefix(b"socket:[").and_then(|rest| rest.strip_suffix(b"]"));
         if let (Some(inode), Some(fd)) = (inode.and_then(number), number(name.to_bytes())) {
@@ -185,7 +185,7 @@ pub struct Sharing {
 }
 
 impl Sharing {
-    /// Looks for the processes that share any of these sockets, without whoever looks.
+    /// Looks for the processes that share any of these sockets, other than this one.
     pub fn find(inodes: &[u64]) -> Result<Self> {
         let inodes = inodes.iter().copied().collect();
         let mut sharing = Self { inodes, seen: HashSet::new(), processes: Vec::new() };
@@ -193,7 +193,7 @@ impl Sharing {
         Ok(sharing)
     }
 
-    /// Looks into the processes that have started since, and whether there are any of interest: a child inherits sockets.
+    /// Looks into processes that have started since, and tells whether any of them has a socket of interest: a child inherits sockets.
     pub fn look_again(&mut self) -> Result<bool> {
         let before = self.processes.len();
         self.seen.insert(rustix::process::getpid());
@@ -202,7 +202,7 @@ impl Sharing {
                 continue;
             }
             let mut shares = false;
-            // One that has ended, or that may not be looked into, has none of ours.
+            // A process that has ended, or that we may not look into, counts as having none of the sockets.
             let _ = sockets(pid, |_, inode| shares |= self.inodes.contains(&inode));
             if shares {
                 self.processes.push(pid);
@@ -211,7 +211,7 @@ impl Sharing {
         Ok(self.processes.len() > before)
     }
 
-    /// Those found by now.
+    /// The processes found by now.
     pub fn processes(&self) -> &[Pid] {
         &self.processes
     }

@@ -1,8 +1,8 @@
-//! A process stopped for an instant, by ptrace(2).
+//! Stops a process for an instant, by ptrace(2).
 //!
-//! Unlike SIGSTOP it is invisible to the parent of the process (a shell would take its terminal back), unlike the
-//! freezer of cgroups it concerns no other process, and unlike both it ends by itself when this process dies. Like both it
-//! makes some system calls fail with EINTR, such as epoll_wait(2): on x86-64 they are [made again](sys::make_call_again).
+//! The parent of the process does not notice: after SIGSTOP a shell would take its terminal back. No other process is stopped, as
+//! the freezer of cgroups would do. And the stop ends by itself when this process dies. As with both, some system calls fail with
+//! EINTR, such as epoll_wait(2): on x86-64 they are [made again](sys::make_call_again).
 //!
 //! Measured on Linux 6.18, a thread in epoll_wait(2) stopped 100 times: by ptrace in 19 µs (31 at most), without an EINTR; by the
 //! freezer in 0.46 ms (18 at most), with 100. On aarch64 nothing shows the first argument of the call that was interrupted
@@ -22,7 +22,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// How long a thread may take to stop: one that waits for a disk cannot be interrupted.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Processes that do not run. Dropping it continues them.
+/// Stopped processes. Dropping this continues them.
 #[derive(Debug)]
 pub struct Stopped {
     threads: BTreeMap<i32, Thread>,
@@ -39,7 +39,7 @@ struct Thread {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Running,
-    /// With the signal that it was about to receive, or 0.
+    /// The thread, and the signal that it was about to receive, or 0.
     Stopped(i32),
     Gone,
 }
@@ -76,7 +76,7 @@ impl Stopped {
                     Ok(Some(status)) => {
                         thread.state = after(status);
                         if let State::Stopped(_) = thread.state {
-                            // An error here: it has just been killed.
+                            // This fails only if the thread has just been killed.
                             let _ = sys::make_call_again(thread.id);
                         }
                     }
@@ -92,7 +92,7 @@ impl Stopped {
         Ok(())
     }
 
-    /// Whether there were any.
+    /// Whether there were new ones.
     fn seize_new_threads(&mut self, processes: &[Pid]) -> Result<bool> {
         let mut found = false;
         for pid in processes {
@@ -121,7 +121,7 @@ fn after(status: i32) -> State {
     if !libc::WIFSTOPPED(status) {
         return State::Gone;
     }
-    // A stop of ours, or of job control, is an event; anything else is a signal that the thread still has to get.
+    // Our stops and those of job control are events; any other stop is a signal that the thread still has to get.
     match status >> 16 {
         0 => State::Stopped(libc::WSTOPSIG(status)),
         _ => State::Stopped(0),
@@ -143,7 +143,7 @@ fn refused(pid: Pid, error: io::Error) -> Error {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        // Only a stopped thread can be let go; what cannot be stopped is let go when this process ends.
+        // Only a stopped thread can be detached. The kernel detaches the others when this process ends.
         let _ = self.interrupt_and_wait();
         for thread in self.threads.values() {
             if let State::Stopped(signal) = thread.state {

@@ -115,7 +115,7 @@ pub(crate) fn make_call_again(thread: Pid) -> io::Result<()> {
     check(unsafe { libc::ptrace(libc::PTRACE_SETREGS, thread, address, &raw const registers) })
 }
 
-/// Elsewhere the kernel does not show what would be needed.
+/// Other architectures do not show what would be needed.
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) fn make_call_again(_: Pid) -> io::Result<()> {
     Ok(())

@@ -8,11 +8,11 @@ use super::{Id, Violation};
 /// What the target says about a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Answer {
-    /// It is in place there, silent: the source may let it go.
+    /// READY: it is in place there, silent. The source may let it go.
     Ready,
-    /// It comes to life there.
+    /// TAKEN: it comes to life there.
     Taken,
-    /// It cannot be had there.
+    /// REFUSED: the target does not take it.
     Refused,
 }
 
@@ -34,13 +34,13 @@ pub enum Event {
     Heard(Id, Answer),
     /// The target has said its last word.
     End,
-    /// The time for what is waited for is over, or nothing more is to begin.
+    /// The time to wait is over, or nothing more is to begin.
     Late,
-    /// The channel has failed, and the COMMIT of this connection cannot have been read whole. Comes before [`Event::Cut`].
+    /// The channel has failed, and this connection's COMMIT cannot have been read completely. Comes before [`Event::Cut`].
     Unread(Id),
     /// The channel has failed, or the target has ended too early.
     Cut {
-        /// The target is known to have ended, and to have taken nothing.
+        /// The target is proven to have ended without taking any connection.
         proven: bool,
     },
 }
@@ -49,20 +49,20 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Action {
-    /// Keep the connections from this one to that silent, and whoever uses their sockets still. Answered by [`Event::Locked`].
+    /// Silence this range of connections, and stop the users of their sockets. Answered by [`Event::Locked`].
     Lock(Id, Id),
     /// Save the connection and write it. Answered by [`Event::Offered`].
     Offer(Id),
     /// Write ABORT: it stays.
     Abort(Id),
-    /// Arrange what becomes of packets for those that are [leaving](Source::leaving): they draw no reset here. Answered by
+    /// Steer or drop the packets of connections that are [leaving](Source::leaving), so that they draw no reset. Answered by
     /// [`Event::Diverted`].
     Divert,
     /// Write what was held, detach, write COMMIT. Answered by [`Event::Committed`].
     Commit(Id),
     /// Put the value back into the socket that it came from: nobody else has it.
     Return(Id),
-    /// Let them be heard again, wherever they are, and end what was arranged for those that stay.
+    /// End the silence of the window, wherever its connections are, and undo what was arranged for those that stay.
     Unlock(Id, Id),
     /// Write END.
     Finish,
@@ -75,11 +75,11 @@ pub enum Fate {
     Moved,
     /// It is in the socket that it was in.
     Stays,
-    /// The target has it, or nobody.
+    /// The target has it, or nobody has.
     Unknown,
 }
 
-/// The most answers about a connection: READY, TAKEN, and one REFUSED for nothing. Whoever says more floods us.
+/// The most answers about a connection: READY, TAKEN, and a needless REFUSED. A target that says more floods us.
 const WORDS: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,7 +87,7 @@ enum Stage {
     Here,
     Offered,
     Ready,
-    /// Its COMMIT is the driver's next task.
+    /// The driver is to write its COMMIT.
     Leaving,
     Left,
     Settled(Fate),
@@ -98,7 +98,7 @@ enum Phase {
     /// Nothing is locked before the target is there.
     Greeting,
     Moving,
-    /// END is said.
+    /// END has been said.
     Ending,
     Over,
 }
@@ -108,14 +108,14 @@ enum Phase {
 /// The driver takes the [actions](Self::action) one by one, and reports the outcome of each before anything else.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
-    /// Of connection 1, 2 …
+    /// The stages of connections 1, 2 …
     stages: Vec<Stage>,
     /// The most connections that are silent at a time.
     most: usize,
     /// The connections that are on their way, by index.
     window: Range<usize>,
     phase: Phase,
-    /// No further window begins, and nobody is waited for at the end.
+    /// No further window begins, and the source does not wait for the target's last word.
     late: bool,
     /// How many answers have come.
     words: usize,
@@ -148,7 +148,7 @@ impl Source {
         self.phase == Phase::Over && self.actions.is_empty()
     }
 
-    /// The connections whose [`Action::Commit`] is decided and not done.
+    /// The connections whose [`Action::Commit`] is decided but not done.
     pub fn leaving(&self) -> impl Iterator<Item = Id> {
         self.ids().filter(|id| self.stage(*id) == Some(Stage::Leaving))
     }
@@ -164,7 +164,7 @@ impl Source {
     /// Takes in what has happened.
     ///
     /// # Errors
-    /// The target does not know its part. The channel is of no use any more: [`Event::Cut`] has to follow.
+    /// The target breaks the protocol. The channel is of no more use: [`Event::Cut`] has to follow.
     pub fn handle(&mut self, event: Event) -> Result<(), Violation> {
         match event {
             Event::Hello if self.phase == Phase::Greeting => {
@@ -215,9 +215,9 @@ impl Source {
             (Stage::Offered, Answer::Ready) => self.set(id, Stage::Ready),
             (Stage::Offered | Stage::Ready, Answer::Refused) => self.set(id, Stage::Settled(Fate::Stays)),
             (Stage::Left, Answer::Taken) => self.set(id, Stage::Settled(Fate::Moved)),
-            // Only behind the COMMIT could it try.
+            // It can try that only after the COMMIT.
             (Stage::Left, Answer::Refused) => self.come_back(id),
-            // Words that have crossed with ours.
+            // Answers that have crossed with our own words.
             (Stage::Settled(Fate::Stays), Answer::Ready | Answer::Refused) => {}
             _ => return Err(Violation("the target answers what was not asked")),
         }
@@ -235,15 +235,15 @@ impl Source {
         }
     }
 
-    /// The time of the window is over: what has not left stays, and what has left may still be heard of, while everybody else goes
-    /// on. Nothing more is begun.
+    /// The time of the window is over: connections that have not left stay. Answers about the others still count, and everybody else
+    /// goes on. Nothing more is begun.
     fn late(&mut self) {
         self.late = true;
         match self.phase {
             Phase::Greeting | Phase::Ending => self.cut(false),
             Phase::Over => {}
             Phase::Moving => {
-                // What has been decided and not been done is not done any more.
+                // Decisions that have not been carried out are dropped.
                 self.actions.retain(|action| {
                     !matches!(
                         action,
@@ -262,7 +262,7 @@ impl Source {
         }
     }
 
-    /// What is at one of these stages stays, and the target is told.
+    /// Connections at one of these stages stay, and the target is told.
     fn keep(&mut self, stages: &[Stage]) {
         for id in self.ids() {
             if self.stage(id).is_some_and(|stage| stages.contains(&stage)) {
@@ -288,7 +288,7 @@ impl Source {
         self.over();
     }
 
-    /// What is not settled by now never will be.
+    /// Settles everything that is still open: nothing more will be heard.
     fn over(&mut self) {
         for stage in &mut self.stages[self.window.clone()] {
             *stage = match *stage {
@@ -340,7 +340,7 @@ impl Source {
         }
     }
 
-    /// Connections stay for which no window has begun.
+    /// Has the connections stay for which no window has begun.
     fn give_up_rest(&mut self) {
         let rest = &mut self.stages[self.window.end..];
         rest.fill(Stage::Settled(Fate::Stays));

@@ -1,4 +1,4 @@
-//! The target: it brings connections to life that the source has let go of, and no others.
+//! The target: it brings those connections to life that the source has let go of, and no others.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -12,7 +12,7 @@ pub enum News {
     Begin(u32),
     /// CONNECTION.
     Offer(Id),
-    /// A record about this connection that cannot be understood.
+    /// A record about this connection cannot be understood.
     Bad(Id),
     /// COMMIT.
     Commit(Id),
@@ -22,7 +22,7 @@ pub enum News {
     Placed(Id, bool),
     /// The outcome of [`Deed::Take`].
     Taken(Id, bool),
-    /// The source has not decided in time about what is ready, or nothing more is taken.
+    /// The source has not decided in time about connections that are ready, or nothing more is taken.
     Late,
     /// The source has said its last word, or is gone.
     End,
@@ -38,7 +38,7 @@ pub enum Deed {
     Ready(Id),
     /// Say REFUSED. No later word about the connection counts.
     Refuse(Id),
-    /// Say TAKEN, and then bring it to life; where it has no socket yet, that comes first.
+    /// Say TAKEN, and then bring it to life. If it has no socket yet, restore it first.
     Take(Id),
     /// Close its socket silently.
     Forget(Id),
@@ -73,7 +73,7 @@ pub struct Target {
     has_begun: bool,
     announced: u32,
     stages: BTreeMap<Id, Stage>,
-    /// How many are not settled, and how many of them wait for the source.
+    /// How many are not settled. And how many of them wait for the source.
     open: usize,
     waiting: usize,
     deeds: VecDeque<Deed>,
@@ -123,7 +123,7 @@ impl Target {
     /// Takes in what has happened.
     ///
     /// # Errors
-    /// The source does not know its part: nothing it says counts any more. [`News::End`] has to follow.
+    /// The source breaks the protocol: nothing more that it says counts. [`News::End`] has to follow.
     pub fn handle(&mut self, news: News) -> Result<(), Violation> {
         match news {
             News::Begin(count) if !self.has_begun => (self.has_begun, self.announced) = (true, count),
@@ -185,7 +185,7 @@ impl Target {
             }
             Some(Stage::Arriving) => self.set(id, Stage::Unwanted),
             Some(Stage::Waiting) => {
-                // In this order: the source may go on with it as soon as it hears.
+                // In this order: the source may go on with the connection as soon as it hears the answer.
                 self.forget(id);
                 self.refuse(id);
             }

@@ -16,16 +16,16 @@ use soccr::{Connection, Flow, Restored, pause};
 use super::{Finding, surroundings};
 use crate::exit;
 
-/// How long a loopback connection may take for what it does at once.
+/// How long to wait for what a loopback connection usually does at once.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// What each process gets besides its connections.
+/// Fewer descriptors do not suffice for many connections: each takes two.
 const DESCRIPTORS: u64 = 4096;
 
 /// Everything, in the network namespace of the caller.
 pub(super) fn all() -> Vec<Finding> {
     let lo = ends().map(drop).map_err(|error| exit::line(&error));
-    // Each would wait for the same failure.
+    // Without `lo` each of these would wait for the same failure.
     let over_lo = |probe: fn() -> Result<String>| match &lo {
         Ok(()) => probe(),
         Err(why) => bail!("{why}"),

@@ -1,5 +1,5 @@
-//! What others have set up in this network: firewall rules and sysctls that would be in the way of a move. Read, where trying
-//! over `lo` shows nothing.
+//! What others have set up in this network: firewall rules and sysctls that would be in the way of a move. They are read, because
+//! trying over `lo` does not meet them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -49,7 +49,7 @@ pub(super) fn strict_firewalls(flow: Flow) -> Result<String> {
     }
 }
 
-/// Strict filters by the path back (`rp_filter`): a steered packet comes by the device to the old host, the answer may leave by another.
+/// Strict `rp_filter`s: a steered packet arrives by the device that leads to the old host, and the answer may leave by another.
 pub(super) fn reverse_paths() -> Result<String> {
     let devices = routed_devices();
     let filter = |name: &str| {

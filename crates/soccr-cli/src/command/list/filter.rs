@@ -9,7 +9,7 @@ use super::row::Owner;
 use crate::selection::matching::Matching;
 use crate::traffic::Traffic;
 
-/// What a socket must be like to be shown; what is not given does not matter.
+/// Conditions for a socket to be shown. A condition that is not given is met.
 #[derive(clap::Args, Debug)]
 pub(super) struct Filter {
     #[command(flatten)]

@@ -19,7 +19,7 @@ pub(super) enum Order {
 }
 
 impl Order {
-    /// What is equal stays in the order of the kernel.
+    /// Equal rows keep the order in which the kernel lists them.
     pub(super) fn sort(self, rows: &mut [Row]) {
         let traffic =
             |row: &Row, value: fn(&crate::traffic::Traffic) -> u64| Reverse(row.traffic.as_ref().map(value));

@@ -81,7 +81,7 @@ fn on_the_wire(address: SocketAddr) -> SocketAddr {
 }
 
 impl Owner {
-    /// `programs` remembers what has been looked up.
+    /// `programs` keeps what has been looked up.
     pub(super) fn of(holder: &Holder, programs: &mut HashMap<Pid, Program>) -> Self {
         let Program { name, cgroup } =
             programs.entry(holder.pid).or_insert_with(|| Program::of(holder.pid)).clone();
@@ -138,7 +138,7 @@ pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> 
     }
 }
 
-/// What only the descriptor tells: whether it can be had, and whether it is in repair mode.
+/// What only the descriptor tells: whether we can duplicate it, and whether the socket is in repair mode.
 fn look(holder: Holder) -> Option<&'static str> {
     match Process::open(holder.pid).ok()?.duplicate(holder.fd) {
         Ok(socket) => {
@@ -149,7 +149,7 @@ fn look(holder: Holder) -> Option<&'static str> {
             }
         }
         Err(Errno::PERM) => Some("needs CAP_SYS_PTRACE over its process: run as root"),
-        // It has ended, or closed it, a moment ago.
+        // The process has ended, or closed the socket, a moment ago.
         Err(_) => None,
     }
 }

@@ -1,4 +1,4 @@
-//! A pipe to write to, which does not wait for its reader for ever.
+//! A pipe to write to, which waits for its reader for a limited time.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -42,12 +42,12 @@ impl Output {
     pub(crate) fn read(&self) -> Reading {
         let tick = Duration::from_millis(1).try_into().expect("milliseconds fit");
         loop {
-            // Not a pipe: then nothing is to be waited for.
+            // Not a pipe: there is nothing to wait for.
             if !matches!(rustix::io::ioctl_fionread(&self.fd), Ok(1..)) {
                 return Reading::Done;
             }
             let mut closed = [PollFd::new(&self.fd, PollFlags::empty())];
-            // That it has been read is no event.
+            // poll(2) does not tell when a pipe has been read empty.
             if poll(&mut closed, Some(&tick)).is_ok_and(|count| count > 0) {
                 return Reading::Closed;
             }

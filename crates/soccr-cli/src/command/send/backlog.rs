@@ -1,4 +1,4 @@
-//! `--listener`: what waits in the accept queues of a process goes along, and what cannot go returns to them.
+//! `--listener`: connections that wait in the accept queues of a process go along. Those that do not leave return to their queues.
 
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,21 +18,21 @@ use crate::exit;
 use crate::give::rescue::rescue;
 use crate::signals::Deaf;
 
-/// No accept queue is longer, as a rule: clients that connect meanwhile must not keep us here.
+/// More than an accept queue usually holds. A limit, because clients that connect meanwhile would keep us here.
 const MOST: usize = 1 << 16;
 
-/// Connections that a server has not accepted: they are here. Dropping it puts those that have not left into the queue again.
+/// Connections that we have accepted instead of their server. Dropping this puts those that have not left back into the queue.
 #[derive(Debug, Default)]
 pub(crate) struct Backlog(Vec<(String, OwnedFd)>);
 
 impl Backlog {
-    /// Accepts, in their order, the connections that wait for a process. It, and whoever shares its listeners, stands still meanwhile.
+    /// Accepts, in their order, the connections that wait for a process. Meanwhile the processes that share its listeners are stopped.
     pub(crate) fn take(pid: Pid) -> Result<Self> {
         process::look_into(pid)?;
         let owner = Process::open(pid)?;
         let (mut listeners, mut inodes) = (Vec::new(), Vec::new());
         process::sockets(pid, |fd, inode| {
-            // One that is closed by now listens no more.
+            // A listener that has been closed meanwhile has no queue.
             let Ok(socket) = owner.duplicate(fd) else { return };
             if sockopt::socket_acceptconn(&socket) != Ok(true) || inodes.contains(&inode) {
                 return;
@@ -62,12 +62,12 @@ impl Backlog {
         Ok(backlog)
     }
 
-    /// The listener may be a blocking one, but nobody else accepts.
+    /// A blocking listener does not block here: the process is stopped, and nobody else accepts.
     fn accept(&mut self, name: &str, listener: &OwnedFd) -> rustix::io::Result<()> {
         let waits = || poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&Timespec::default()));
         while self.0.len() < MOST && retry_on_intr(waits)? > 0 {
             let socket = accept_with(listener, SocketFlags::CLOEXEC)?;
-            // Some clients have given up.
+            // A client has given up.
             if Flow::of(&socket).is_ok() {
                 self.0.push((format!("{name}, not accepted"), socket));
             }
@@ -79,7 +79,7 @@ impl Backlog {
         self.0.iter().map(|(_, socket)| socket.as_fd())
     }
 
-    /// The connections, to be sent: duplicates of the sockets here, so that one that comes back is seen.
+    /// The connections, to be sent. They are duplicates of the sockets here, which show whether a connection has come back.
     pub(crate) fn seats(&self) -> Result<Vec<(String, Seat)>> {
         let seat = |(name, socket): &(String, OwnedFd)| {
             let flow = Flow::of(socket)?;
@@ -92,7 +92,7 @@ impl Backlog {
 impl Drop for Backlog {
     fn drop(&mut self) {
         let _deaf = Deaf::begin();
-        // What has left its socket has none.
+        // A connection that has left is no longer in its socket.
         let stay = self.0.drain(..).map(|(_, socket)| socket).filter(|socket| Flow::of(socket).is_ok());
         let stay: Vec<OwnedFd> = stay.collect();
         if !stay.is_empty()
@@ -103,7 +103,7 @@ impl Drop for Backlog {
     }
 }
 
-/// Puts connections into the queues of their listeners; into images where that cannot be.
+/// Puts connections back into the queues of their listeners, or saves them in images if that fails.
 fn give_back(sockets: Vec<OwnedFd>) -> Result<()> {
     let tools = namespace::enter_of(sockets[0].as_fd())
         .map_err(anyhow::Error::from)

@@ -21,7 +21,7 @@ struct Answer {
     local: String,
     remote: String,
     moves: bool,
-    /// Why not.
+    /// Why the target would refuse it.
     reason: Option<String>,
 }
 

@@ -18,12 +18,12 @@ use crate::lifeline::Lifeline;
 use crate::signals::Bell;
 use crate::{descriptors, exit};
 
-/// How much the pipe to the target holds, where that is allowed: a window of idle connections.
+/// The size of the pipe to the target, if the user may have that: it holds a window of idle connections.
 const ROOM: usize = 1 << 20;
 
 /// How long a command that has failed may take to end.
 const PARTING: Duration = Duration::from_millis(200);
-/// How long, while a target on this host still gives away what it has.
+/// How long a target on this host may take to give its connections away.
 const GIVING: Duration = Duration::from_secs(60);
 
 /// A running command.
@@ -31,12 +31,12 @@ const GIVING: Duration = Duration::from_secs(60);
 pub(crate) struct Via<'a> {
     lifeline: Lifeline,
     child: Child,
-    /// `None` where nothing more is said to it.
+    /// `None` when nothing more is to be said to it.
     to: Option<ChildStdin>,
     from: ChildStdout,
-    /// Passed on by a thread, until the pipe is closed.
+    /// A thread passes this on until the pipe is closed.
     messages: Option<(OwnedFd, JoinHandle<()>)>,
-    /// Heard once.
+    /// The answer is read once.
     bell: Option<&'a Bell>,
 }
 
@@ -53,14 +53,14 @@ impl<'a> Via<'a> {
             Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
         let (to, from) = (child.stdin.take(), child.stdout.take().context("--via: no pipes")?);
         if let Some(to) = &to {
-            // Fewer turns between the two. Where the user may not have a pipe of that size, it stays as it is.
+            // A larger pipe needs fewer switches between the two processes. If the user may not have that size, the pipe stays as it is.
             let _ = fcntl_setpipe_size(to, ROOM);
         }
         Ok(Self { lifeline, child, to, from, messages: None, bell })
     }
 
-    /// Passes on what the command writes on standard error, where ours is a pipe: who reads that to its end waits for us, and not for
-    /// what the command leaves behind. It starts a thread.
+    /// If our standard error is a pipe, passes on by a thread what the command writes on its own. So a reader of our pipe waits for us
+    /// alone, and not for programs that the command leaves running.
     pub(crate) fn listen(&mut self) -> Result<()> {
         let Some(mut stderr) = self.child.stderr.take() else { return Ok(()) };
         let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC).context("pipe2")?;
@@ -70,8 +70,8 @@ impl<'a> Via<'a> {
         Ok(())
     }
 
-    /// Whether the command has not failed, as far as that is known: a target that gives connections away itself says by its end
-    /// whether it could.
+    /// Whether the command has succeeded, as far as is known: the exit status of a target that gives connections away tells whether it
+    /// could.
     pub(crate) fn part(mut self, all_moved: bool) -> bool {
         self.to = None;
         let gives = self.lifeline.wait_while_giving(GIVING);
@@ -95,7 +95,7 @@ impl<'a> Via<'a> {
     }
 }
 
-/// Until it ends, or until what is there is passed on once this is to stop.
+/// Until the command closes the pipe or, once this is to stop, until nothing is left to read.
 fn pass_on(from: &mut ChildStderr, stopped: &OwnedFd) {
     let mut text = [0; 4096];
     loop {
@@ -106,7 +106,7 @@ fn pass_on(from: &mut ChildStderr, stopped: &OwnedFd) {
             _ => return,
         }
         match from.read(&mut text) {
-            // Who has closed it misses only this.
+            // If our reader has gone, nothing else is lost.
             Ok(length @ 1..) => drop(io::stderr().write_all(&text[..length])),
             _ => return,
         }
@@ -137,7 +137,7 @@ impl Channel for Via<'_> {
 
     /// Whether the target, not only the pipe to it, is known to have ended.
     fn has_ended(&mut self, deadline: Option<Instant>) -> bool {
-        // One that lives on hears that nothing more comes.
+        // A target that lives on reads the end of the stream.
         self.to = None;
         let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         self.lifeline.is_cut(remaining.unwrap_or(Duration::MAX))
