@@ -3,3 +3,4 @@
 pub(crate) mod describe;
 pub(crate) mod progress;
 pub(crate) mod table;
+pub(crate) mod width;

@@ -7,6 +7,8 @@ use soccr::Connection;
 use soccr::connection::Tls;
 use soccr::settings::Value;
 
+use super::width;
+
 /// Whether the bytes in the queues are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Data {
@@ -64,7 +66,8 @@ pub(crate) fn text(connection: &Connection, data: Data) -> String {
     let settings: Vec<String> =
         connection.settings.iter().map(|(name, value)| format!("{name}={}", setting(value))).collect();
     if !settings.is_empty() {
-        let _ = writeln!(out, "settings    {}", settings.join(" "));
+        let settings = width::wrap(&settings.join(" "), 12, width::of_terminal());
+        let _ = writeln!(out, "settings    {settings}");
     }
     let _ = write!(out, "\n{}", soccr_image::draw(connection));
     if data == Data::Shown {

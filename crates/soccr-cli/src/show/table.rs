@@ -1,8 +1,10 @@
 //! Tables for people: aligned, in colour on a terminal (unless `NO_COLOR` is set), no cell cut.
 
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, Write};
 
 use anstyle::Style;
+
+use super::width;
 
 const HEADING: Style = Style::new().bold();
 
@@ -52,43 +54,50 @@ impl<const N: usize> Table<N> {
 
     /// Prints the table on standard output.
     pub(crate) fn print(&self) -> io::Result<()> {
-        let terminal = Some(io::stdout()).filter(IsTerminal::is_terminal);
-        let room = terminal.and_then(|terminal| rustix::termios::tcgetwinsize(terminal).ok());
-        let shown = self.fitting(room.map_or(usize::MAX, |size| size.ws_col.into()));
+        let room = width::of_terminal();
+        let shown = self.fitting(room);
         let mut out = BufWriter::new(anstream::stdout().lock());
         write!(out, "{HEADING}")?;
-        self.line(&mut out, &shown, &self.columns.map(|(heading, _)| heading))?;
+        self.line(&mut out, room, &shown, &self.columns.map(|(heading, _)| heading))?;
         write!(out, "{HEADING:#}")?;
         for row in &self.rows {
-            self.line(&mut out, &shown, row)?;
+            self.line(&mut out, room, &shown, row)?;
         }
         out.flush()
     }
 
-    /// The columns that fit into `room` characters. 0 is a terminal that does not know its width.
-    fn fitting(&self, room: usize) -> Vec<usize> {
+    /// The columns that fit into `room` characters.
+    fn fitting(&self, room: Option<usize>) -> Vec<usize> {
         let mut shown: Vec<usize> = (0..N).collect();
         let mut dispensable = self.dispensable.iter();
         let width = |shown: &[usize]| shown.iter().map(|column| self.widths[*column] + 2).sum::<usize>() - 2;
-        while room != 0 && width(&shown) > room {
+        while room.is_some_and(|room| width(&shown) > room) {
             let Some(next) = dispensable.next() else { break };
             shown.retain(|column| self.columns[*column].0 != *next);
         }
         shown
     }
 
-    fn line(&self, out: &mut impl Write, shown: &[usize], cells: &[impl AsRef<str>; N]) -> io::Result<()> {
+    fn line(
+        &self,
+        out: &mut impl Write,
+        room: Option<usize>,
+        shown: &[usize],
+        cells: &[impl AsRef<str>; N],
+    ) -> io::Result<()> {
+        let mut line = String::new();
         for (i, &column) in shown.iter().enumerate() {
-            let gap = if i == 0 { "" } else { "  " };
+            line.push_str(if i == 0 { "" } else { "  " });
             let (cell, width) = (cells[column].as_ref(), self.widths[column]);
             match self.columns[column].1 {
-                // Nothing but blanks would follow the last one.
-                Align::Left if column == N - 1 => write!(out, "{gap}{cell}")?,
-                Align::Left => write!(out, "{gap}{cell:<width$}")?,
-                Align::Right => write!(out, "{gap}{cell:>width$}")?,
+                Align::Left if column == N - 1 => {
+                    line.push_str(&width::wrap(cell, line.chars().count(), room));
+                }
+                Align::Left => line.push_str(&format!("{cell:<width$}")),
+                Align::Right => line.push_str(&format!("{cell:>width$}")),
             }
         }
-        writeln!(out)
+        writeln!(out, "{}", line.trim_end())
     }
 }
 
@@ -101,10 +110,15 @@ mod tests {
         let mut table = Table::new([("A", Align::Left), ("B", Align::Right), ("C", Align::Left)]);
         table.row(["1234".into(), "1".into(), "123456".into()]);
         table.narrow(&["B", "A"]);
-        for (room, shown) in
-            [(0, &[0, 1, 2][..]), (15, &[0, 1, 2]), (14, &[0, 2]), (12, &[0, 2]), (11, &[2]), (1, &[2])]
-        {
-            assert_eq!(table.fitting(room), shown, "{room}");
+        for (room, shown) in [
+            (None, &[0, 1, 2][..]),
+            (Some(15), &[0, 1, 2]),
+            (Some(14), &[0, 2]),
+            (Some(12), &[0, 2]),
+            (Some(11), &[2]),
+            (Some(1), &[2]),
+        ] {
+            assert_eq!(table.fitting(room), shown, "{room:?}");
         }
     }
 }

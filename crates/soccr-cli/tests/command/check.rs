@@ -10,6 +10,7 @@ use crate::programs::{SOCCR, assert_unlocked, installed, json, run};
 
 crate::tests![
     what_is_needed_works_here,
+    nothing_is_left_behind,
     without_lo_it_says_what_to_do,
     two_machines_are_compared,
     rules_that_let_our_segments_pass_are_no_obstacle,
@@ -36,6 +37,13 @@ fn what_is_needed_works_here() {
     assert_unlocked();
     let text = String::from_utf8(run(&["check"]).stdout).unwrap();
     assert_eq!(text.lines().count(), findings.len() + 1);
+}
+
+fn nothing_is_left_behind() {
+    let network = Namespace::new().unwrap();
+    network.run(|| run(&["check"]));
+    let left = network.run(|| run(&["list", "--json"]));
+    assert_eq!(serde_json::from_slice::<Vec<Value>>(&left.stdout).unwrap(), [] as [Value; 0]);
 }
 
 fn without_lo_it_says_what_to_do() {

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::net::sockopt::set_socket_linger;
 use rustix::process::{Resource, getrlimit};
 use soccr::adopt::Adopter;
 use soccr::connection::State;
@@ -67,6 +68,8 @@ fn ends() -> Result<(TcpStream, TcpStream)> {
         let (ours, _) = listener.accept()?;
         for stream in [&peer, &ours] {
             stream.set_read_timeout(Some(LIMIT))?;
+            // They end by a reset: otherwise each would stay in TIME_WAIT for a minute.
+            set_socket_linger(stream, Some(Duration::ZERO))?;
         }
         std::io::Result::Ok((ours, peer))
     };
