@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, RawFd};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Pid;
+use soccr::Flow;
+use soccr_handover::ErrorKind;
 use soccr_handover::foreign::namespace::{self, Identity};
 use soccr_handover::foreign::process::{self, Holder};
 use soccr_handover::foreign::{Captive, Process};
@@ -67,8 +69,18 @@ impl Selection {
     /// No such process or connection.
     pub(crate) fn find(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
         self.pid.iter().try_for_each(|pid| process::look_into(*pid))?;
+        let mut has_failed = false;
+        let fail = &mut |error| {
+            has_failed = true;
+            fail(error);
+        };
         let mut captives = self.select(fail)?;
-        let Some(first) = captives.first() else { bail!("there is no such connection{}", self.elsewhere()) };
+        let Some(first) = captives.first() else {
+            match has_failed {
+                true => bail!("there is no other connection"),
+                false => bail!("there is no such connection{}", self.elsewhere()),
+            }
+        };
         let first = Identity::of_socket(first.as_fd())?;
         captives.retain(|captive| match Identity::of_socket(captive.as_fd()) {
             Ok(identity) if identity == first => true,
@@ -81,6 +93,9 @@ impl Selection {
                 false
             }
         });
+        if captives.is_empty() {
+            bail!("there is no other connection");
+        }
         if self.fd.is_empty() && !self.with_local {
             leave_out_local(&mut captives)?;
         }
@@ -104,23 +119,31 @@ impl Selection {
         }
         let is_named = !self.pid.is_empty();
         for pid in self.processes()?.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
-            let Ok(process) = Process::open(pid) else { continue };
+            let process = match Process::open(pid) {
+                Err(_) if process::has_ended(pid) => continue,
+                opened => opened?,
+            };
             let mut holders = Vec::new();
-            let listed = process::sockets(pid, |fd, inode| {
+            let note = |fd, inode| {
                 if seen.insert(inode) {
                     holders.push(Holder { pid, fd });
                 }
-            });
-            if let (Err(error), true) = (listed, is_named) {
-                return Err(error).with_context(|| format!("pid {pid}: its descriptors"));
+            };
+            match is_named {
+                true => process::sockets(pid, note).with_context(|| format!("pid {pid}: its descriptors"))?,
+                false => process::visible_sockets(pid, note)?,
             }
             for holder in holders {
                 match Captive::find(&process, holder.fd) {
-                    Ok(Some(captive)) if self.wants(&captive) => captives.push(captive),
-                    Ok(_) => {}
-                    Err(error) if is_named => fail(error.into()),
-                    // Nobody has asked for this process by its number: it is left out.
-                    Err(_) => {}
+                    Ok(None) => {}
+                    Ok(Some(captive)) => match self.wants(&captive) {
+                        Ok(true) => captives.push(captive),
+                        Ok(false) => {}
+                        Err(error) => fail(error.into()),
+                    },
+                    // Nobody has named this process.
+                    Err(error) if error.kind() == ErrorKind::NoPermission && !is_named => {}
+                    Err(error) => fail(error.into()),
                 }
             }
         }
@@ -131,7 +154,13 @@ impl Selection {
     fn processes(&self) -> Result<Vec<Pid>> {
         let mut processes = if self.pid.is_empty() { process::all()? } else { self.pid.clone() };
         if !self.matching.wants_all_names() {
-            processes.retain(|pid| self.matching.wants_name(&process::name(*pid)));
+            let mut named = Vec::with_capacity(processes.len());
+            for pid in processes {
+                if self.matching.wants_name(&process::name(pid)?) {
+                    named.push(pid);
+                }
+            }
+            processes = named;
         }
         if self.children {
             for pid in processes.clone() {
@@ -169,9 +198,9 @@ impl Selection {
         }
     }
 
-    fn wants(&self, captive: &Captive) -> bool {
-        !self.matching.is_any()
-            || captive.flow().is_ok_and(|flow| self.matching.wants(flow.local, flow.remote))
+    fn wants(&self, captive: &Captive) -> soccr_handover::Result<bool> {
+        let is_wanted = |flow: Flow| self.matching.wants(flow.local, flow.remote);
+        Ok(!self.matching.is_any() || captive.known_flow()?.is_some_and(is_wanted))
     }
 }
 

@@ -48,7 +48,7 @@ pub(crate) fn processes() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let mut counts = BTreeMap::new();
         let (sockets, all) = (sockets().unwrap_or_default(), process::all().unwrap_or_default());
-        for (inode, holders) in process::holders(&all) {
+        for (inode, holders) in process::holders(&all).unwrap_or_default() {
             if sockets.contains(&inode) {
                 for holder in holders {
                     *counts.entry(holder.pid.as_raw_pid()).or_insert(0) += 1;
@@ -56,7 +56,7 @@ pub(crate) fn processes() -> ArgValueCandidates {
             }
         }
         let described = |(pid, count): (i32, usize)| {
-            let name = Pid::from_raw(pid).map(process::name).unwrap_or_default();
+            let name = Pid::from_raw(pid).and_then(|pid| process::name(pid).ok()).unwrap_or_default();
             CompletionCandidate::new(pid.to_string())
                 .help(Some(format!("{name}, TCP sockets: {count}").into()))
         };

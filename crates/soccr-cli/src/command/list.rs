@@ -88,7 +88,7 @@ impl List {
 
     fn rows(&self, nat: &mut Nat) -> Result<Vec<Row>> {
         let processes = self.pid.map_or_else(process::all, |pid| Ok(vec![pid]))?;
-        let holders = process::holders(&processes);
+        let holders = process::holders(&processes)?;
         let may_pause = may_pause()?;
         let mut rows = Vec::new();
         let mut programs = HashMap::new();

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
+use rustix::io::Errno;
 use rustix::net::{ipproto, sockopt};
 use soccr::Flow;
 use soccr::diag::Diag;
 
 use super::process::{self, Process};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::seat::Seat;
 
 /// A socket of another process: a duplicate of its descriptor.
@@ -30,8 +31,8 @@ impl AsFd for Captive {
 impl Captive {
     /// Duplicates a descriptor of a process, a TCP socket.
     pub fn new(process: &Process, fd: RawFd) -> Result<Self> {
-        let captive = Self::duplicate(process, fd)?;
-        match captive.is_tcp() {
+        let captive = Self::of(process, fd, process.descriptor(fd))?;
+        match captive.is_tcp()? {
             true => Ok(captive),
             false => Err(Error::system(format!("{}: it is no TCP socket", captive.name))),
         }
@@ -39,11 +40,12 @@ impl Captive {
 
     /// Duplicates a descriptor of a process, if it is an end of a connection.
     pub fn find(process: &Process, fd: RawFd) -> Result<Option<Self>> {
-        let captive = Self::duplicate(process, fd)?;
-        let is_connection = captive.is_tcp()
-            && sockopt::socket_acceptconn(&captive.socket) == Ok(false)
-            && rustix::net::getpeername(&captive.socket).is_ok();
-        Ok(Some(captive).filter(|_| is_connection))
+        if let Err(Errno::BADF | Errno::SRCH) = process.duplicate(fd) {
+            // Closed since.
+            return Ok(None);
+        }
+        let captive = Self::of(process, fd, process.descriptor(fd))?;
+        Ok(if captive.is_connection()? { Some(captive) } else { None })
     }
 
     /// Says who the peer is, if the kernel has forgotten it.
@@ -51,18 +53,36 @@ impl Captive {
         Self { peer, ..self }
     }
 
-    fn duplicate(process: &Process, fd: RawFd) -> Result<Self> {
+    fn of(process: &Process, fd: RawFd, socket: Result<OwnedFd>) -> Result<Self> {
         let name = format!("pid {} fd {fd}", process.pid());
-        let socket = process.descriptor(fd).with_context(|| name.clone())?;
-        let inode = process::inode(&socket)?;
+        let socket = socket.with_context(|| name.clone())?;
+        let inode = process::inode(&socket).with_context(|| name.clone())?;
         Ok(Self { name, inode, socket, peer: None, process: process.pid().to_string() })
     }
 
-    fn is_tcp(&self) -> bool {
+    fn is_tcp(&self) -> Result<bool> {
         let mptcp = 262;
-        sockopt::socket_protocol(&self.socket).is_ok_and(|protocol| {
-            protocol.is_some_and(|protocol| protocol == ipproto::TCP || protocol.as_raw().get() == mptcp)
-        })
+        match sockopt::socket_protocol(&self.socket) {
+            Ok(Some(protocol)) => Ok(protocol == ipproto::TCP || protocol.as_raw().get() == mptcp),
+            Ok(None) | Err(Errno::NOTSOCK) => Ok(false),
+            Err(error) => Err(self.failed("SO_PROTOCOL", error)),
+        }
+    }
+
+    fn is_connection(&self) -> Result<bool> {
+        let listens = || sockopt::socket_acceptconn(&self.socket);
+        if !self.is_tcp()? || listens().map_err(|error| self.failed("SO_ACCEPTCONN", error))? {
+            return Ok(false);
+        }
+        match rustix::net::getpeername(&self.socket) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOTCONN) => Ok(false),
+            Err(error) => Err(self.failed("getpeername", error)),
+        }
+    }
+
+    fn failed(&self, call: &str, error: Errno) -> Error {
+        Error::of(ErrorKind::System, format!("{}: {call}", self.name), error)
     }
 
     /// What people call it: `pid 4711 fd 5`.
@@ -80,6 +100,14 @@ impl Captive {
     /// # Errors
     /// The socket is not connected, or the kernel has forgotten its peer.
     pub fn flow(&self) -> Result<Flow> {
+        self.known_flow()?.ok_or_else(|| {
+            let what = "it is not connected (where both ends have closed, and its peer is forgotten, name that by --forgotten-peer)";
+            Error::system(format!("{}: {what}", self.name))
+        })
+    }
+
+    /// The same; nothing where it is not connected, or its peer is forgotten.
+    pub fn known_flow(&self) -> Result<Option<Flow>> {
         self.addresses().with_context(|| self.name.clone())
     }
 
@@ -92,13 +120,14 @@ impl Captive {
         Ok(Seat::new(self.socket, flow).of_process(&self.process))
     }
 
-    fn addresses(&self) -> Result<Flow> {
-        let Ok(local) = rustix::net::getsockname(&self.socket).and_then(SocketAddr::try_from) else {
+    fn addresses(&self) -> Result<Option<Flow>> {
+        let local = rustix::net::getsockname(&self.socket).context("getsockname")?;
+        let Ok(local) = SocketAddr::try_from(local) else {
             return Err(Error::system("it is no TCP socket"));
         };
         let known = rustix::net::getpeername(&self.socket).ok().flatten();
         if let Some(remote) = known.and_then(|address| address.try_into().ok()).or(self.peer) {
-            return Ok(Flow { local, remote });
+            return Ok(Some(Flow { local, remote }));
         }
         // In SYN_SENT only sock_diag tells the peer.
         let mut remote = None;
@@ -107,12 +136,6 @@ impl Captive {
                 remote = Some(socket.remote);
             }
         })?;
-        match remote {
-            Some(remote) => Ok(Flow { local, remote }),
-            None => {
-                let what = "it is not connected (where both ends have closed, and its peer is forgotten, name that by --forgotten-peer)";
-                Err(Error::system(what))
-            }
-        }
+        Ok(remote.map(|remote| Flow { local, remote }))
     }
 }

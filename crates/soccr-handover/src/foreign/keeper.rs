@@ -4,7 +4,7 @@
 //! is killed at that moment, the keeper ends repair mode. The keeper also stops the processes that use the socket, and lets them go
 //! on afterwards. It has a session of its own, so that signals from the terminal (Ctrl-C) do not reach it.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,7 +16,7 @@ use soccr::{Flow, Paused};
 use super::process::Sharing;
 use super::stop::Stopped;
 use super::{namespace, sys};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::silence;
 use crate::users::Users;
 
@@ -63,7 +63,7 @@ impl Keeper {
         let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut message = [word; 5];
         message[1..].copy_from_slice(&(number as u32).to_ne_bytes());
-        talk.write_all(&message).context("the keeper")?;
+        talk.write_all(&message).map_err(unless_gone)?;
         self.confirm()
     }
 
@@ -71,9 +71,9 @@ impl Keeper {
     fn confirm(&mut self) -> Result<()> {
         let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut length = [0; 4];
-        talk.read_exact(&mut length).context("the keeper")?;
+        talk.read_exact(&mut length).map_err(unless_gone)?;
         let mut text = vec![0; u32::from_ne_bytes(length) as usize];
-        talk.read_exact(&mut text).context("the keeper")?;
+        talk.read_exact(&mut text).map_err(unless_gone)?;
         if text.is_empty() { Ok(()) } else { Err(Error::system(String::from_utf8_lossy(&text).into_owned())) }
     }
 }
@@ -97,7 +97,14 @@ impl Users for Keeper {
 }
 
 fn gone() -> Error {
-    Error::system("the keeper is gone")
+    Error::system("the keeper, a second process, has ended too early")
+}
+
+fn unless_gone(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof => gone(),
+        _ => Error::of(ErrorKind::System, "the keeper, a second process", error),
+    }
 }
 
 impl Drop for Keeper {

@@ -58,15 +58,28 @@ fn no_process(pid: Pid) -> Error {
     Error::system(format!("pid {pid}: there is no such process"))
 }
 
-/// A line of `/proc/PID/status`.
-fn status(pid: Pid, field: &str) -> Option<String> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned()))
+/// Nothing where a process has ended, or may not be looked into. Any other error says nothing about it.
+fn unless_hidden<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH | libc::EACCES | libc::EPERM) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+/// A line of `/proc/PID/status`; nothing where there is no such process.
+fn status(pid: Pid, field: &str) -> io::Result<Option<String>> {
+    let status = unless_hidden(std::fs::read_to_string(format!("/proc/{pid}/status")))?;
+    let find = |line: &str| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned());
+    Ok(status.and_then(|status| status.lines().find_map(find)))
 }
 
 /// Checks that the process exists and that we may look into it; the error says why not.
 pub fn look_into(pid: Pid) -> Result<()> {
-    let Some(process) = status(pid, "Tgid") else { return Err(no_process(pid)) };
+    let process = status(pid, "Tgid").with_context(|| format!("pid {pid}: its status"))?;
+    let Some(process) = process else { return Err(no_process(pid)) };
     if process != pid.to_string() {
         return Err(Error::system(format!("pid {pid}: it is a thread: name its process, {process}")));
     }
@@ -86,16 +99,17 @@ pub fn look_into(pid: Pid) -> Result<()> {
 
 /// Who traces a process, as `pid 4711 (gdb)`.
 pub fn tracer(pid: Pid) -> Option<String> {
-    let tracer = status(pid, "TracerPid")?.parse().ok().and_then(Pid::from_raw)?;
-    Some(format!("pid {tracer} ({})", name(tracer)))
+    let tracer = status(pid, "TracerPid").ok()??.parse().ok().and_then(Pid::from_raw)?;
+    Some(format!("pid {tracer} ({})", name(tracer).unwrap_or_default()))
 }
 
 /// The descendants of a process.
 pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
     let mut family = vec![pid];
     for process in all()? {
-        let parent = status(process, "PPid").and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
-        // Parents mostly have smaller numbers: then they have been found already.
+        let parent = status(process, "PPid").with_context(|| format!("pid {process}: its status"))?;
+        let parent = parent.and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
+        // Parents mostly have smaller numbers: they are here already.
         if parent.is_some_and(|parent| family.contains(&parent)) {
             family.push(process);
         }
@@ -105,8 +119,9 @@ pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
 }
 
 /// The command name of a process; empty where it is gone.
-pub fn name(pid: Pid) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/comm")).map_or(String::new(), |name| name.trim_end().into())
+pub fn name(pid: Pid) -> io::Result<String> {
+    let name = unless_hidden(std::fs::read_to_string(format!("/proc/{pid}/comm")))?;
+    Ok(name.map_or(String::new(), |name| name.trim_end().into()))
 }
 
 /// The inode of a socket, by which `/proc/PID/fd` and `sock_diag` name it.
@@ -130,8 +145,11 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
 
 /// Whether a thread has ended, possibly as a zombie.
 pub fn has_ended(thread: Pid) -> bool {
-    std::fs::read_to_string(format!("/proc/{thread}/stat")).map_or(true, |stat| {
-        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
+    let stat = unless_hidden(std::fs::read_to_string(format!("/proc/{thread}/stat")));
+    stat.is_ok_and(|stat| {
+        stat.is_none_or(|stat| {
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
+        })
     })
 }
 
@@ -139,14 +157,28 @@ pub fn has_ended(thread: Pid) -> bool {
 pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
     let directory = directory(&format!("/proc/{pid}/fd"))?;
     let mut target = [0; 32];
+    let mut failed = None;
     entries(directory.as_fd(), |name| {
-        // The descriptor was closed meanwhile, or its name is too long for a socket's.
-        let Ok(length) = readlinkat_raw(&directory, name, &mut target[..]) else { return };
+        // All but the directory itself.
+        let Some(fd) = number(name.to_bytes()) else { return };
+        let length = match readlinkat_raw(&directory, name, &mut target[..]) {
+            Ok(length) => length,
+            // Closed since.
+            Err(rustix::io::Errno::NOENT) => return,
+            Err(error) => return failed = Some(error),
+        };
         let inode = target[..length].strip_prefix(b"socket:[").and_then(|rest| rest.strip_suffix(b"]"));
-        if let (Some(inode), Some(fd)) = (inode.and_then(number), number(name.to_bytes())) {
+        if let Some(inode) = inode.and_then(number) {
             each(fd as RawFd, inode);
         }
-    })
+    })?;
+    failed.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// The same; none where the process has ended, or may not be looked into.
+pub fn visible_sockets(pid: Pid, each: impl FnMut(RawFd, u64)) -> Result<()> {
+    let shown = unless_hidden(sockets(pid, each));
+    shown.map(drop).with_context(|| format!("pid {pid}: its descriptors"))
 }
 
 /// Who has a socket open.
@@ -159,12 +191,12 @@ pub struct Holder {
 }
 
 /// The sockets of processes, by inode. Processes that may not be looked into are left out.
-pub fn holders(processes: &[Pid]) -> HashMap<u64, Vec<Holder>> {
+pub fn holders(processes: &[Pid]) -> Result<HashMap<u64, Vec<Holder>>> {
     let mut holders: HashMap<u64, Vec<Holder>> = HashMap::new();
     for pid in processes {
-        let _ = sockets(*pid, |fd, inode| holders.entry(inode).or_default().push(Holder { pid: *pid, fd }));
+        visible_sockets(*pid, |fd, inode| holders.entry(inode).or_default().push(Holder { pid: *pid, fd }))?;
     }
-    holders
+    Ok(holders)
 }
 
 /// `fork(2)`: `None` in the child.
@@ -198,12 +230,13 @@ impl Sharing {
         let before = self.processes.len();
         self.seen.insert(rustix::process::getpid());
         for pid in all()? {
-            if !self.seen.insert(pid) {
+            if self.seen.contains(&pid) {
                 continue;
             }
             let mut shares = false;
-            // A process that has ended, or that we may not look into, counts as having none of the sockets.
-            let _ = sockets(pid, |_, inode| shares |= self.inodes.contains(&inode));
+            // One that has ended, or that may not be looked into, has none of ours.
+            visible_sockets(pid, |_, inode| shares |= self.inodes.contains(&inode))?;
+            self.seen.insert(pid);
             if shares {
                 self.processes.push(pid);
             }

@@ -30,7 +30,8 @@ fn descriptor_by_ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<O
 
 /// `fork(2)`, for a process of one thread: `None` in the child.
 pub(crate) fn fork() -> io::Result<Option<Pid>> {
-    if std::fs::read_dir("/proc/self/task")?.count() > 1 {
+    let threads = std::fs::read_dir("/proc/self/task")?.collect::<io::Result<Vec<_>>>()?;
+    if threads.len() > 1 {
         return Err(io::Error::other("this process has started threads already"));
     }
     // SAFETY: with a single thread, nobody holds a lock that would stay locked in the child.

@@ -68,7 +68,7 @@ impl Program {
     fn of(pid: Pid) -> Self {
         let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         let cgroup = groups.lines().find_map(|line| line.strip_prefix("0::")).map(str::to_owned);
-        Self { name: process::name(pid), cgroup }
+        Self { name: process::name(pid).unwrap_or_default(), cgroup }
     }
 }
 
