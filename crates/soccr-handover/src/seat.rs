@@ -124,7 +124,12 @@ impl Seat {
             None
         } else {
             let position = paused.position();
-            paused.resume_silently()?;
+            if let Err(error) = paused.resume_silently() {
+                // In repair mode it would be of no use to its process. An error here: it is not.
+                let _ = soccr::Paused::take_over(self.socket.as_fd()).and_then(soccr::Paused::resume);
+                self.set_reuse(&connection)?;
+                return Err(error.into());
+            }
             position
         };
         Ok(self.value.insert(connection))

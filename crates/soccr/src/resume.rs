@@ -76,13 +76,16 @@ impl<Fd: AsFd> Restored<Fd> {
     }
 
     fn turn_on(&self, injectors: &mut Injectors) -> Result<()> {
-        let fd = self.socket.as_fd();
-        let turned_on = self.turn_repair_off(injectors);
-        if turned_on.is_err() {
-            // Out of repair mode the socket would reset the peer when it is closed.
-            let _ = tcp::set_repair(fd, Repair::On);
-        }
-        turned_on
+        let mut attempt = || {
+            let turned_on = self.turn_repair_off(injectors);
+            if turned_on.is_err() {
+                // Out of repair mode the socket would reset the peer when it is closed.
+                let _ = tcp::set_repair(self.socket.as_fd(), Repair::On);
+            }
+            turned_on
+        };
+        // This may be all that is left of the connection. A kernel that had no memory has some a moment later.
+        attempt().or_else(|_| attempt())
     }
 
     fn turn_repair_off(&self, injectors: &mut Injectors) -> Result<()> {

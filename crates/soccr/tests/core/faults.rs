@@ -51,12 +51,18 @@ struct Plan {
     /// The only calls that count, or all.
     only: Option<&'static [i64]>,
     failed: Option<Call>,
+    /// The same call fails from then on.
+    for_good: bool,
 }
 
 impl Plan {
     fn decide(&mut self, call: Call) -> Option<i32> {
         if self.only.is_some_and(|only| !only.contains(&call.number)) {
             return None;
+        }
+        let same = |failed: Call| (failed.number, option_of(failed)) == (call.number, option_of(call));
+        if self.for_good && self.failed.is_some_and(same) {
+            return Some(self.errno);
         }
         match self.left.take() {
             Some(0) => {
@@ -76,12 +82,17 @@ pub struct Faults(Arc<Mutex<Plan>>);
 
 impl Faults {
     pub fn arm(&self, left: usize, errno: i32) {
-        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: None, failed: None };
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, ..Plan::default() };
+    }
+
+    /// The same, where that call goes on failing.
+    fn arm_for_good(&self, left: usize, errno: i32) {
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, for_good: true, ..Plan::default() };
     }
 
     /// The same, of these calls alone.
     pub fn arm_among(&self, calls: &'static [i64], left: usize, errno: i32) {
-        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: Some(calls), failed: None };
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: Some(calls), ..Plan::default() };
     }
 
     /// It has come to that.
@@ -390,7 +401,7 @@ pub fn every_fault_of_a_resume_is_told_and_silent() {
         supervised(|faults| {
             for left in 0.. {
                 let restored = host.run(|| connection.restore()).unwrap();
-                faults.arm(left, libc::ENOMEM);
+                faults.arm_for_good(left, libc::ENOMEM);
                 let result = restored.resume();
                 let failed = faults.disarm();
                 match (result, failed) {
@@ -406,6 +417,33 @@ pub fn every_fault_of_a_resume_is_told_and_silent() {
                 let closed: Vec<_> =
                     closed.iter().filter(|segment| segment.destination.port() == PORT).collect();
                 assert!(closed.is_empty(), "{text}: {closed:?} after {failed:?}");
+            }
+        });
+        ends.ours = resumed.unwrap();
+        ends.connect_hosts();
+        set_socket_oobinline(&ends.ours, true).unwrap();
+        ends.finish();
+    }
+}
+
+/// It may be all that is left of the connection.
+pub fn a_resume_that_fails_once_is_made_again() {
+    for (text, mut ends) in connections() {
+        let connection = ends.take();
+        let host = &ends.pair.a;
+        let mut resumed = None;
+        supervised(|faults| {
+            for left in 0.. {
+                let restored = host.run(|| connection.restore()).unwrap();
+                faults.arm(left, libc::ENOMEM);
+                let result = restored.resume();
+                let failed = faults.disarm();
+                let stream = result.unwrap_or_else(|error| panic!("{text}: {error}, for {failed:?}"));
+                if failed.is_none() {
+                    resumed = Some(stream);
+                    break;
+                }
+                pause(&stream).unwrap().release();
             }
         });
         ends.ours = resumed.unwrap();
