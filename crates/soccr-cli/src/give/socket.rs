@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
+use rustix::io::retry_on_intr;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::state::State;
@@ -41,13 +42,15 @@ pub(super) fn send(
         let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&fds));
-        let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)
-            .context("--send-fd: sendmsg(SCM_RIGHTS)")?;
+        let text = text.as_bytes();
+        let send_all = || sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL);
+        let sent = retry_on_intr(send_all).context("--send-fd: sendmsg(SCM_RIGHTS)")?;
         // The descriptors went with the first byte: they are the recipient's, whatever becomes of the rest of the text.
         connections.drain(..batch);
-        let mut rest = &text.as_bytes()[sent..];
+        let mut rest = &text[sent..];
         while !rest.is_empty() {
-            let sent = rustix::net::send(socket, rest, SendFlags::NOSIGNAL).context("--send-fd: send")?;
+            let sent = retry_on_intr(|| rustix::net::send(socket, rest, SendFlags::NOSIGNAL));
+            let sent = sent.context("--send-fd: send")?;
             rest = &rest[sent..];
         }
     }

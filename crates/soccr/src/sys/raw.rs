@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::io::retry_on_intr;
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{
     AddressFamily, Protocol, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
@@ -314,7 +315,7 @@ impl Injector {
     /// (65535 bytes to a local address).
     pub(crate) fn send(&self, packet: &[u8], destination: SocketAddr) -> Result<()> {
         let flags = SendFlags::NOSIGNAL;
-        let sent = match (self.via, destination.ip().to_canonical(), destination) {
+        let send = || match (self.via, destination.ip().to_canonical(), destination) {
             (Via::Ipv4, IpAddr::V4(v4), _) => {
                 sendto(&self.fd, packet, flags, &SocketAddrV4::new(v4, 0)).map(drop)
             }
@@ -330,7 +331,7 @@ impl Injector {
             }
             _ => Err(rustix::io::Errno::AFNOSUPPORT),
         };
-        match sent {
+        match retry_on_intr(send) {
             Ok(()) => Ok(()),
             Err(errno @ rustix::io::Errno::PERM) => Err(Error::system("raw sendto", errno)
                 .advise("a firewall rule drops outgoing packets with mark 0xC114: let them pass on `lo`")),
@@ -354,7 +355,7 @@ pub(crate) fn send_from_device(
 ) -> io::Result<()> {
     let fd = socket_with(AddressFamily::PACKET, SocketType::DGRAM, SocketFlags::CLOEXEC, None::<Protocol>)?;
     let device = Device { index, protocol, destination };
-    sendto(&fd, packet, SendFlags::NOSIGNAL, &device)?;
+    retry_on_intr(|| sendto(&fd, packet, SendFlags::NOSIGNAL, &device))?;
     Ok(())
 }
 
