@@ -174,12 +174,17 @@ impl Recipient {
             Self::Relay(relay) => relay.give(&mut connections, deaf, &mut parting).map(|()| Exit::Done),
         };
         let Err(error) = given else { return given };
-        let error = rescue(&connections, &error);
-        let is_told = exit::fail_by_source(&error);
-        parting.fail();
-        match is_told {
-            true => Ok(exit::code(&error)),
-            false => Err(error),
-        }
+        give_up(&connections, &error, &parting)
+    }
+}
+
+/// Nobody gets these connections, for this reason: they are [rescued](rescue).
+pub(crate) fn give_up(connections: &[TcpStream], reason: &anyhow::Error, parting: &Parting) -> Result<Exit> {
+    let error = rescue(connections, reason);
+    let is_told = exit::fail_by_source(&error);
+    parting.fail();
+    match is_told {
+        true => Ok(exit::code(&error)),
+        false => Err(error),
     }
 }

@@ -39,7 +39,7 @@ pub(crate) trait Engine {
 pub(crate) const PIECE: usize = 64 << 10;
 
 /// Bytes that wait to be written.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Outbox {
     bytes: Vec<u8>,
     /// How many of them are written.

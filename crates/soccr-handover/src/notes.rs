@@ -71,9 +71,18 @@ impl LastWords {
     /// The bytes to be written into the channel, all of them. Nothing can be said after that.
     pub fn into_bytes(self) -> Vec<u8> {
         let notes = self.notes.close();
-        let Some(mut writer) = self.writer else { return Vec::new() };
-        notes.iter().for_each(|note| writer.send(note).expect("memory takes every byte"));
-        writer.end().expect("memory takes every byte");
-        writer.get_mut().bytes().to_vec()
+        self.writer.map(|writer| last_words(writer, &notes)).unwrap_or_default()
     }
+
+    /// The same, for somebody else to write it where nothing more is said: notes are still taken.
+    pub fn so_far(&self) -> Vec<u8> {
+        let writer = self.writer.clone();
+        writer.map(|writer| last_words(writer, &self.notes.pending().notes)).unwrap_or_default()
+    }
+}
+
+fn last_words(mut writer: Writer<Outbox>, notes: &[Message]) -> Vec<u8> {
+    notes.iter().for_each(|note| writer.send(note).expect("memory takes every byte"));
+    writer.end().expect("memory takes every byte");
+    writer.get_mut().bytes().to_vec()
 }

@@ -1,12 +1,11 @@
 //! `soccr receive`: connections out of a pipe, for a program.
 
-use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::value_parser;
 use soccr::Restored;
 use soccr::steer::Numbers;
@@ -19,7 +18,7 @@ use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Reports, Trust};
 use crate::give::parting::Parting;
 use crate::give::state;
-use crate::give::{Handover, Recipient};
+use crate::give::{Handover, Recipient, give_up};
 use crate::lifeline::{self, Claim};
 use crate::signals::Bell;
 use crate::{descriptors, exit, network};
@@ -135,6 +134,7 @@ impl Receive {
         let intake = Arc::new(Mutex::new(intake));
         let bell = Bell::hang()?;
         let mover = self.mover(&counts)?;
+        parting.prepare()?;
         let (read, write) = (rustix::stdio::stdin(), rustix::stdio::stdout());
         let mut channel = Pair { read, write }.until(&bell, "this command has been asked to end");
         let received = mover.receive_all(&mut channel, terms.for_recipient(Arc::clone(&intake) as _));
@@ -149,16 +149,20 @@ impl Receive {
         if let Err(error) = reports.tell() {
             exit::complain(&exit::line(&error));
         }
+        let mut left = Ok(());
         if counts.is_heard.load(Ordering::Relaxed) {
-            parting.leave_source(end)?;
+            left = parting.leave_source(end);
         }
         if was_trial && outcome.is_ok() {
             parting.end();
-            return Ok(Exit::Done);
+            return left.map(|()| Exit::Done);
         }
         let (failed, lost) = (counts.failed.load(Ordering::Relaxed), counts.lost.load(Ordering::Relaxed));
         if lost > 0 {
-            exit::complain(&format!("{lost} of the connections are lost"));
+            let error = anyhow!("{lost} of the connections are lost");
+            if !exit::fail_by_source(&error) {
+                exit::complain(&exit::line(&error));
+            }
         }
         let mut states = Vec::new();
         for (number, arrived) in arrived.iter().enumerate().filter(|(_, arrived)| !arrived.state().is_empty())
@@ -169,8 +173,16 @@ impl Receive {
                 Err(error) => exit::complain(&format!("{}: {}", arrived.name(), exit::line(&error))),
             }
         }
-        let streams: Vec<TcpStream> =
-            arrived.into_iter().map(|arrived| arrived.into_stream()).collect::<Result<_, _>>()?;
+        let mut streams = Vec::with_capacity(arrived.len());
+        for arrived in arrived {
+            match arrived.into_stream() {
+                Ok(stream) => streams.push(stream),
+                Err(error) => left = left.and(Err(error.into())),
+            }
+        }
+        if let Err(error) = left {
+            return give_up(&streams, &error, &parting);
+        }
         match streams.len() {
             0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if failed > 0 || outcome.is_err() => bail!("no connection has arrived"),

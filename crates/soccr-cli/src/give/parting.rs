@@ -1,13 +1,14 @@
 //! How a target leaves its source and the process that started it, so that neither waits for the program that gets the connections.
 
 use std::fs::{File, OpenOptions};
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
-use rustix::io::{fcntl_dupfd_cloexec, read, retry_on_intr, write};
+use rustix::io::{Errno, fcntl_dupfd_cloexec, retry_on_intr, write};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, getppid, set_parent_process_death_signal, setsid, waitpid,
@@ -17,13 +18,15 @@ use soccr_handover::foreign::process::fork;
 
 use crate::exit::Exit;
 
-/// Messages of the child to the process that has been started.
-const FAILED: &[u8] = b"-";
+/// The words to the process that has been started. The first comes behind the last words to the source; the last one counts.
 const RUNS: &[u8] = b"+";
+const FAILED: &[u8] = b"-";
 
 /// Descriptors that a target keeps until the connections are given. A program that is executed inherits none of them.
 #[derive(Debug, Default)]
 pub(crate) struct Parting {
+    /// What will be needed to leave the source: another descriptor of the pipe to it, and /dev/null.
+    spare: Option<(OwnedFd, File)>,
     /// The pipe to the source, and the last words of the hand-over, for which the source waits.
     source: Option<(OwnedFd, LastWords)>,
     /// The process that has been started, whose child this one is, and the pipe to it.
@@ -48,12 +51,17 @@ impl Parting {
             return Ok(Ok(parting));
         };
         drop(theirs);
-        leave_pipe()?;
-        let (mut last, mut byte) = (0, [0]);
-        while retry_on_intr(|| read(&ours, &mut byte)).context("read")? > 0 {
-            last = byte[0];
+        let source = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("fcntl(F_DUPFD_CLOEXEC)")?;
+        replace_pipe(&null()?)?;
+        // Its end comes when the child has ended, or is the program.
+        let mut said = Vec::new();
+        File::from(ours).read_to_end(&mut said).context("read")?;
+        let words = said.strip_suffix(RUNS);
+        if let Some(words) = words {
+            send(&source, words);
         }
-        if last == RUNS[0] {
+        drop(source);
+        if words.is_some() {
             if leave {
                 return Ok(Err(Exit::Done));
             }
@@ -90,57 +98,95 @@ impl Parting {
         Ok(())
     }
 
+    /// Opens what will be needed to leave the source, before a connection is here.
+    pub(crate) fn prepare(&mut self) -> Result<()> {
+        let source = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("fcntl(F_DUPFD_CLOEXEC)")?;
+        self.spare = Some((source, null()?));
+        Ok(())
+    }
+
     /// Standard input and output were the pipes to the source, which does not read what the program writes.
     pub(crate) fn leave_source(&mut self, end: LastWords) -> Result<()> {
-        let source = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("fcntl(F_DUPFD_CLOEXEC)")?;
+        let (source, null) = self.spare.take().context("nothing is prepared")?;
         self.source = Some((source, end));
-        leave_pipe()?;
+        replace_pipe(&null)?;
         // The reader of a pipe would wait for the program; a pipe without a reader would kill the program by SIGPIPE.
         if self.log.is_none() && is_pipe(rustix::stdio::stderr()) {
-            self.log = Some(null()?);
+            self.log = Some(null);
         }
         Ok(())
     }
 
     /// The program is about to run. Descriptors below `end` are its own.
-    pub(crate) fn leave(&mut self, end: RawFd) -> Result<()> {
+    pub(crate) fn make_room(&mut self, end: RawFd) -> Result<()> {
         let beyond = |fd: BorrowedFd<'_>| fcntl_dupfd_cloexec(fd, end).context("fcntl(F_DUPFD_CLOEXEC)");
         if let Some((_, parent)) = &mut self.parent {
             *parent = beyond(parent.as_fd())?;
+        }
+        if let Some((source, _)) = &mut self.source {
+            *source = beyond(source.as_fd())?;
         }
         if let Some(log) = self.log.take() {
             self.stderr = Some(beyond(rustix::stdio::stderr())?);
             rustix::stdio::dup2_stderr(log).context("dup2")?;
         }
-        if let Some((_, parent)) = &self.parent {
+        if self.parent.is_some() {
             set_parent_process_death_signal(None).context("prctl(PR_SET_PDEATHSIG)")?;
-            // The parent may have been killed.
-            let _ = write(parent, RUNS);
         }
-        self.end();
+        Ok(())
+    }
+
+    /// All that is left to do is to execute the program. That may fail still: so the parent gets the last words, and sends them when it
+    /// has not.
+    pub(crate) fn leave(&mut self) -> Result<()> {
+        let Some((_, parent)) = &self.parent else {
+            self.end();
+            return Ok(());
+        };
+        let words = self.source.as_ref().map(|(_, end)| end.so_far()).unwrap_or_default();
+        match write_all(parent, &[&words, RUNS].concat()) {
+            Ok(()) => {}
+            // It has been killed.
+            Err(Errno::PIPE) => self.end(),
+            Err(error) => return Err(error).context("the process that was started"),
+        }
         Ok(())
     }
 
     /// The connections are given: sends the last words.
     pub(crate) fn end(&mut self) {
-        let Some((source, end)) = self.source.take() else { return };
-        // A source that does not read has ended, or does not wait.
-        let mut events = [PollFd::new(&source, PollFlags::OUT)];
-        if poll(&mut events, Some(&Timespec::default())).is_ok_and(|count| count > 0) {
-            let _ = write(&source, &end.into_bytes());
+        if let Some((source, end)) = self.source.take() {
+            send(&source, &end.into_bytes());
         }
     }
 
     /// The program could not be started.
-    pub(crate) fn fail(self) {
+    pub(crate) fn fail(&self) {
         if let Some(stderr) = &self.stderr {
             let _ = rustix::stdio::dup2_stderr(stderr);
         }
         if let Some((_, parent)) = &self.parent {
             // The parent may have ended.
-            let _ = write(parent, FAILED);
+            let _ = write_all(parent, FAILED);
         }
     }
+}
+
+/// Says the last words to the source.
+fn send(source: &OwnedFd, words: &[u8]) {
+    // One that does not read has ended, or does not wait.
+    let mut events = [PollFd::new(source, PollFlags::OUT)];
+    if retry_on_intr(|| poll(&mut events, Some(&Timespec::default()))).is_ok_and(|count| count > 0) {
+        let _ = write_all(source, words);
+    }
+}
+
+fn write_all(to: &OwnedFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
+    while !bytes.is_empty() {
+        let written = retry_on_intr(|| write(to, bytes))?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
 }
 
 impl Drop for Parting {
@@ -153,10 +199,9 @@ fn null() -> Result<File> {
     OpenOptions::new().read(true).write(true).open("/dev/null").context("/dev/null")
 }
 
-fn leave_pipe() -> Result<()> {
-    let null = null()?;
-    rustix::stdio::dup2_stdin(&null).context("dup2")?;
-    rustix::stdio::dup2_stdout(&null).context("dup2")?;
+fn replace_pipe(null: &File) -> Result<()> {
+    rustix::stdio::dup2_stdin(null).context("dup2")?;
+    rustix::stdio::dup2_stdout(null).context("dup2")?;
     Ok(())
 }
 

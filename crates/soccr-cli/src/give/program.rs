@@ -70,7 +70,7 @@ pub(super) fn execute(
     descriptors::keep_limit_from(&mut command);
     command.arg0(&arguments[0]).args(&arguments[1..]);
     let end = FIRST + (connections.len() + states.len()) as RawFd;
-    parting.leave(end)?;
+    parting.make_room(end)?;
     for connection in &mut *connections {
         // As systemd and inetd give them. A program that wants another mode sets it.
         let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
@@ -99,7 +99,8 @@ pub(super) fn execute(
                 .envs(names.map(|names| ("LISTEN_FDNAMES", names)));
         }
     }
-    // The program would inherit ignored signals.
+    parting.leave()?;
+    // The program inherits what is ignored.
     drop(deaf);
     let error = command.exec();
     // The attempt has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.

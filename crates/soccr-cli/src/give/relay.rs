@@ -72,7 +72,9 @@ impl Relay {
         }
         // Everything is given, so signals may end this process, and with it the connections.
         drop(deaf);
-        parting.leave(0)?;
+        parting.make_room(0)?;
+        parting.end();
+        parting.leave()?;
         *parting = Parting::default();
         let pairs = connections.drain(..).zip(servers).map(|(client, server)| {
             Some(Pair { ways: [Way::default(), Way::default()], sides: [client, server] })

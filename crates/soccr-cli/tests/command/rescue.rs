@@ -133,7 +133,8 @@ fn a_received_connection_is_rescued_from_a_program_that_cannot_start() {
     assert!(complaint.contains("/no/such/interpreter") && complaint.contains("stays"), "{complaint}");
     moving.assert_lives_at(Side::A, "old ");
     let (code, complaint) = moving.try_send(&["--all", "--via", &receive(hidden)]);
-    assert_eq!(code, 0, "{complaint}");
+    // It has left, and the program has not started.
+    assert_eq!(code, 3, "{complaint}");
     wait_until("it is rescued", || rescued(directory).is_some());
     assert_open(&mut moving.clients[0]);
     let image = rescued(directory).unwrap();

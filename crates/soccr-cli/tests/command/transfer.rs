@@ -146,7 +146,7 @@ fn a_detached_program_outlives_its_target() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     let mut moving = Move::new(1);
-    let send = |moving: &Move, program: &str, code: &str| {
+    let send = |moving: &Move, program: &str, code: &str, exit: i32| {
         let (log, code) = (path("log"), path(code));
         let receive = format!("{SOCCR} receive --detach --log {} --netns", log.display());
         let via = format!(
@@ -155,19 +155,19 @@ fn a_detached_program_outlives_its_target() {
             moving.beside.pid(),
             code.display()
         );
-        assert_eq!(moving.send(&["--all", "--via", &via]).output().unwrap().status.code(), Some(0));
+        assert_eq!(moving.send(&["--all", "--via", &via]).output().unwrap().status.code(), Some(exit));
         wait_until("the target has ended", || code.metadata().is_ok_and(|file| file.len() > 1));
         std::fs::read_to_string(code).unwrap()
     };
     let server = path("server").to_str().unwrap().to_owned();
     executable(&server, &format!("echo begins >&2\nexec python3 -c '{HEIR}' 'new '"));
-    assert_eq!(send(&moving, "./server", "code"), "0\n");
+    assert_eq!(send(&moving, "./server", "code", 0), "0\n");
     moving.assert_lives_at(Side::B, "new ");
     assert_eq!(std::fs::read_to_string(path("log")).unwrap(), "begins\n");
     moving.end();
     let moving = Move::new(1);
     let [_, hidden] = crate::rescue::broken_programs(directory.path());
-    assert_eq!(send(&moving, &hidden, "failed"), "126\n");
+    assert_eq!(send(&moving, &hidden, "failed", 3), "126\n");
 }
 
 fn a_program_outlives_the_relay_that_kills_what_it_has_started() {

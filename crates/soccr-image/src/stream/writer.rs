@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 ///
 /// Dropped without [`finish`](Self::finish), it leaves a stream that its readers see as cut off. After an
 /// [`Io`](crate::ErrorKind::Io) error nothing more can be written; every other error concerns what was to be written only.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Writer<W> {
     writer: W,
     small: Vec<u8>,
