@@ -247,16 +247,18 @@ impl Shared {
         came_back.push(Rejected { value, error });
     }
 
-    /// Ends the silence about connections that are here.
-    pub(crate) fn end_silence(&self, flows: &[Flow]) {
-        match self.silencer().lift(flows) {
-            Ok(locked) => {
-                for (Flow { local, remote }, name) in locked {
-                    self.warn(format_args!("{local} {remote}: still locked: see `soccr unlock {name}`"));
-                }
-            }
-            Err(error) => self.warn(error),
+    pub(crate) fn warn_of<E: std::fmt::Display>(&self, outcome: std::result::Result<(), E>) {
+        if let Err(error) = outcome {
+            self.warn(error);
         }
+    }
+
+    /// Ends the silence about connections that are here.
+    pub(crate) fn end_silence(&self, flows: &[Flow]) -> soccr::Result<()> {
+        for (Flow { local, remote }, name) in self.silencer().lift(flows)? {
+            self.warn(format_args!("{local} {remote}: still locked: see `soccr unlock {name}`"));
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use soccr::lock::{Locker, Mode};
+use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::{Connection, Flow, Restored};
 use soccr_handover::silence;
 use soccr_image::AddressMap;
@@ -87,22 +87,36 @@ impl Restore {
         saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
         consumed::mark(file, saved.iter().map(|(_, connection)| connection))?;
-        for (Flow { local, remote }, name) in silence::lift(&flows)? {
+        let locked = silence::lift(&flows).inspect_err(|_| stay_silent(&flows))?;
+        for (Flow { local, remote }, name) in locked {
             exit::complain(&format!("{local} {remote}: still locked: see `soccr unlock {name}`"));
         }
-        lock.release_into(&restored.iter().collect::<Vec<_>>())?;
+        if let Err(error) = lock.release_into(&restored.iter().collect::<Vec<_>>()) {
+            // It is released nevertheless, and the peers send again what they had sent.
+            exit::complain(&error.to_string());
+        }
         let mut streams = Vec::with_capacity(restored.len());
         for (restored, flow) in restored.into_iter().zip(&flows) {
             match restored.resume() {
                 Ok(stream) => streams.push(stream),
-                // The other connections are alive already.
-                Err(error) if flows.len() > 1 => {
+                // It is in the image alone, and the other connections are alive already.
+                Err(error) => {
+                    stay_silent(&[*flow]);
+                    if flows.len() == 1 {
+                        return Err(error.into());
+                    }
                     exit::complain(&format!("{} {}: {error}", flow.local, flow.remote));
                 }
-                Err(error) => return Err(error.into()),
             }
         }
         recipient.give(streams, &[], deaf, Parting::default())
+    }
+}
+
+/// These are in the image alone: a host that answered their peers would reset them.
+fn stay_silent(flows: &[Flow]) {
+    if let Err(error) = silence::begin(flows, SILENCE) {
+        exit::complain(&error.to_string());
     }
 }
 

@@ -69,7 +69,12 @@ impl Server {
         }
         // If some did not fit, the caller saves them now: do not wait for the server first.
         let limit = if reasons.is_empty() { ACCEPT } else { Duration::ZERO };
-        let waiting = wait_for_accept(&mut adopter, adopted, limit)?;
+        let waiting = wait_for_accept(&mut adopter, adopted, limit);
+        let waiting = waiting.unwrap_or_else(|error| {
+            // They are in the queue, whoever has accepted them.
+            exit::complain(&format!("whether they are accepted: {}", exit::line(&error)));
+            Vec::new()
+        });
         exit::complain_of_all(waiting.iter().map(|there| {
             (there.to_string(), "it stays there, alive, until the server accepts it".to_owned())
         }));
@@ -85,7 +90,7 @@ fn tell_rivals(local: SocketAddr, listeners: &[u32]) -> Result<()> {
     if listeners.len() < 2 {
         return Ok(());
     }
-    let holders = process::holders(&process::all()?);
+    let holders = process::holders(&process::all()?)?;
     let mut servers: Vec<Vec<Pid>> = Vec::new();
     for inode in listeners {
         let mut server: Vec<Pid> =

@@ -103,7 +103,15 @@ impl Arrival {
             if self.origin == Origin::Here { (batch, Vec::new()) } else { (Vec::new(), batch) };
         // They may have left this host not long ago, and be silent still. From here on our own lock keeps them silent.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
-        self.shared.end_silence(&flows);
+        if let Err(error) = self.shared.end_silence(&flows) {
+            // Nobody would hear of them here.
+            for Arriving { id, .. } in free {
+                self.make_room();
+                self.placed(id, Err(error.to_string()));
+                self.decided(number);
+            }
+            return;
+        }
         if let Err(error) = self.shared.homecoming().expect(&flows) {
             self.shared.warn(error);
         }
@@ -171,12 +179,20 @@ impl Arrival {
         let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
         let mut outcomes = Vec::with_capacity(keyed.len());
         self.shared.kit.restore(keyed, |id, outcome| outcomes.push((id, outcome)));
-        // A source on this host is silent about what has left it, since a moment ago if it does not hear us. That lock does not stop the
-        // segments that a restore plays to its socket.
-        self.shared.end_silence(&flows);
+        // The source has begun to stay silent about what leaves it; one that has not heard from us, and found no socket, a moment
+        // ago. What is played to a socket that is restored passes such a lock.
+        let silent = self.shared.end_silence(&flows).map_err(|error| error.to_string());
+        if let (Err(error), None) = (&silent, &self.writer) {
+            // Nobody would take them back.
+            self.shared.warn(error);
+        }
         for (id, outcome) in outcomes {
             let mut waiting = others.remove(&id).expect("each comes back once");
-            match self.inspect(&waiting.name, outcome) {
+            let inspected = self.inspect(&waiting.name, outcome);
+            match inspected.and_then(|restored| match &silent {
+                Err(error) if self.writer.is_some() => Err(error.clone()),
+                _ => Ok(restored),
+            }) {
                 Ok(restored) => {
                     waiting.place = Place::Restored(restored);
                     self.waiting.insert(id, waiting);
