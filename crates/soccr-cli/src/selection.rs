@@ -141,7 +141,7 @@ impl Selection {
                         Ok(false) => {}
                         Err(error) => fail(error.into()),
                     },
-                    // Nobody has named this process.
+                    // Nobody has asked for this process by its number: it is left out.
                     Err(error) if error.kind() == ErrorKind::NoPermission && !is_named => {}
                     Err(error) => fail(error.into()),
                 }

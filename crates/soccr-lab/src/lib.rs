@@ -58,6 +58,8 @@ pub use sniffer::Sniffer;
 pub use soccr_netlink::Rtnetlink;
 #[cfg(feature = "harness")]
 pub use sys::{Call, let_fail, run_and_kill, run_and_watch};
+#[cfg(all(feature = "harness", target_arch = "x86_64"))]
+pub use sys::{End, Entry, Verdict, run_family};
 pub use sys::{as_owner, attach_filter, programs_on_lo, set_option};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};

@@ -18,7 +18,7 @@ use soccr_handover::foreign::process::fork;
 
 use crate::exit::Exit;
 
-/// The words to the process that has been started. The first comes behind the last words to the source; the last one counts.
+/// Messages of the child to the process that has been started: the first behind the last words to the source. The last one counts.
 const RUNS: &[u8] = b"+";
 const FAILED: &[u8] = b"-";
 
@@ -53,7 +53,7 @@ impl Parting {
         drop(theirs);
         let source = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("fcntl(F_DUPFD_CLOEXEC)")?;
         replace_pipe(&null()?)?;
-        // Its end comes when the child has ended, or is the program.
+        // The pipe ends when the child has ended, or has executed the program.
         let mut said = Vec::new();
         File::from(ours).read_to_end(&mut said).context("read")?;
         let words = said.strip_suffix(RUNS);
@@ -136,8 +136,8 @@ impl Parting {
         Ok(())
     }
 
-    /// All that is left to do is to execute the program. That may fail still: so the parent gets the last words, and sends them when it
-    /// has not.
+    /// Call it right before the program is executed. That may still fail, so the parent gets the last words, and sends them once the
+    /// program runs.
     pub(crate) fn leave(&mut self) -> Result<()> {
         let Some((_, parent)) = &self.parent else {
             self.end();
@@ -146,7 +146,7 @@ impl Parting {
         let words = self.source.as_ref().map(|(_, end)| end.so_far()).unwrap_or_default();
         match write_all(parent, &[&words, RUNS].concat()) {
             Ok(()) => {}
-            // It has been killed.
+            // The parent has been killed.
             Err(Errno::PIPE) => self.end(),
             Err(error) => return Err(error).context("the process that was started"),
         }
@@ -174,7 +174,7 @@ impl Parting {
 
 /// Says the last words to the source.
 fn send(source: &OwnedFd, words: &[u8]) {
-    // One that does not read has ended, or does not wait.
+    // A source that does not read has ended, or does not wait.
     let mut events = [PollFd::new(source, PollFlags::OUT)];
     if retry_on_intr(|| poll(&mut events, Some(&Timespec::default()))).is_ok_and(|count| count > 0) {
         let _ = write_all(source, words);

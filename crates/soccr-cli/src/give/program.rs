@@ -100,7 +100,7 @@ pub(super) fn execute(
         }
     }
     parting.leave()?;
-    // The program inherits what is ignored.
+    // The program would inherit ignored signals.
     drop(deaf);
     let error = command.exec();
     // The attempt has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.

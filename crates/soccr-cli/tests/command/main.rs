@@ -10,6 +10,8 @@ mod completions;
 mod demo;
 mod documents;
 mod dry_run;
+#[cfg(target_arch = "x86_64")]
+mod faults;
 mod idle;
 mod images;
 mod kill;
@@ -43,6 +45,8 @@ fn main() -> std::process::ExitCode {
         demo::tests(),
         documents::tests(),
         dry_run::tests(),
+        #[cfg(target_arch = "x86_64")]
+        faults::tests(),
         images::tests(),
         save::tests(),
         servers::tests(),

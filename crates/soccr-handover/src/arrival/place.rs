@@ -104,7 +104,7 @@ impl Arrival {
         // They may have left this host not long ago, and be silent still. From here on our own lock keeps them silent.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
         if let Err(error) = self.shared.end_silence(&flows) {
-            // Nobody would hear of them here.
+            // These would stay silent here.
             for Arriving { id, .. } in free {
                 self.make_room();
                 self.placed(id, Err(error.to_string()));
@@ -179,8 +179,8 @@ impl Arrival {
         let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
         let mut outcomes = Vec::with_capacity(keyed.len());
         self.shared.kit.restore(keyed, |id, outcome| outcomes.push((id, outcome)));
-        // The source has begun to stay silent about what leaves it; one that has not heard from us, and found no socket, a moment
-        // ago. What is played to a socket that is restored passes such a lock.
+        // A source on this host is silent about what has left it, since a moment ago if it does not hear us. That lock does not stop the
+        // segments that a restore plays to its socket.
         let silent = self.shared.end_silence(&flows).map_err(|error| error.to_string());
         if let (Err(error), None) = (&silent, &self.writer) {
             // Nobody would take them back.

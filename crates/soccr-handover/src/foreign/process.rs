@@ -109,7 +109,7 @@ pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
     for process in all()? {
         let parent = status(process, "PPid").with_context(|| format!("pid {process}: its status"))?;
         let parent = parent.and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
-        // Parents mostly have smaller numbers: they are here already.
+        // Parents mostly have smaller numbers: then they have been found already.
         if parent.is_some_and(|parent| family.contains(&parent)) {
             family.push(process);
         }
@@ -159,11 +159,11 @@ pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
     let mut target = [0; 32];
     let mut failed = None;
     entries(directory.as_fd(), |name| {
-        // All but the directory itself.
+        // Only the directory itself has no number.
         let Some(fd) = number(name.to_bytes()) else { return };
         let length = match readlinkat_raw(&directory, name, &mut target[..]) {
             Ok(length) => length,
-            // Closed since.
+            // The descriptor was closed meanwhile.
             Err(rustix::io::Errno::NOENT) => return,
             Err(error) => return failed = Some(error),
         };
@@ -234,7 +234,7 @@ impl Sharing {
                 continue;
             }
             let mut shares = false;
-            // One that has ended, or that may not be looked into, has none of ours.
+            // A process that has ended, or that we may not look into, counts as having none of the sockets.
             visible_sockets(pid, |_, inode| shares |= self.inodes.contains(&inode))?;
             self.seen.insert(pid);
             if shares {

@@ -1,6 +1,8 @@
 //! The only unsafe code of the crate: system calls that `rustix` does not wrap.
 #![allow(unsafe_code)]
 
+#[cfg(all(feature = "harness", target_arch = "x86_64"))]
+mod family;
 mod ring;
 #[cfg(feature = "harness")]
 mod steps;
@@ -11,6 +13,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::thread::UnshareFlags;
 
+#[cfg(all(feature = "harness", target_arch = "x86_64"))]
+pub use family::{End, Entry, Verdict, run_family};
 pub(crate) use ring::{Frame, Ring};
 #[cfg(feature = "harness")]
 pub use steps::{Call, let_fail, run_and_kill, run_and_watch};

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
+use std::process::Command;
 
 /// An entry into a system call.
 #[derive(Clone, Copy, Debug)]
@@ -65,14 +65,7 @@ pub fn let_fail(command: &mut Command, number: i64, argument: u32, errno: i32) {
 
 /// Whether it was killed, and its status.
 fn trace(command: &mut Command, mut kill_at: impl FnMut(&Call) -> bool) -> (bool, i32) {
-    let ask = || {
-        // SAFETY: the request reads and writes no memory.
-        let result = unsafe { libc::ptrace(libc::PTRACE_TRACEME) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    };
-    // The program asks for it itself, and stops behind exec: who seizes it from outside may find that it has ended.
-    // SAFETY: between fork and exec it makes one system call and takes no memory.
-    unsafe { command.pre_exec(ask) };
+    ask_for_tracer(command);
     let child = &mut command.spawn().unwrap();
     let mut killed = false;
     let mut status = 0;
@@ -87,35 +80,47 @@ fn trace(command: &mut Command, mut kill_at: impl FnMut(&Call) -> bool) -> (bool
         let mut signal = 0;
         match libc::WSTOPSIG(status) {
             at_call if at_call == libc::SIGTRAP | 0x80 => {
-                if !killed && entry(child).is_some_and(|call| kill_at(&call)) {
+                if !killed && entry_of(child.id() as i32).is_some_and(|call| kill_at(&call)) {
                     child.kill().unwrap();
                     killed = true;
                 }
             }
             libc::SIGTRAP => {
                 let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
-                ptrace(libc::PTRACE_SETOPTIONS, child, options as usize).unwrap();
+                ptrace(libc::PTRACE_SETOPTIONS, child.id() as i32, options as usize).unwrap();
             }
             other => signal = other,
         }
-        let _ = ptrace(libc::PTRACE_SYSCALL, child, signal as usize);
+        let _ = ptrace(libc::PTRACE_SYSCALL, child.id() as i32, signal as usize);
     }
 }
 
-fn entry(child: &Child) -> Option<Call> {
+/// Makes this process the tracer of the program, which asks for that itself, and stops behind exec: who seizes it from outside may find
+/// that it has ended.
+pub(super) fn ask_for_tracer(command: &mut Command) {
+    let ask = || {
+        // SAFETY: the request reads and writes no memory.
+        let result = unsafe { libc::ptrace(libc::PTRACE_TRACEME) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec it makes one system call and takes no memory.
+    unsafe { command.pre_exec(ask) };
+}
+
+/// The call that a stopped thread is about to make.
+pub(super) fn entry_of(thread: i32) -> Option<Call> {
     const ENTRY: u64 = 1;
     // struct ptrace_syscall_info: kind, addresses, then number and arguments.
     let mut info = [0u64; 11];
     // SAFETY: the kernel writes at most the given number of bytes, the size of `info`.
-    let length = unsafe {
-        libc::ptrace(libc::PTRACE_GET_SYSCALL_INFO, child.id() as i32, size_of_val(&info), info.as_mut_ptr())
-    };
+    let length =
+        unsafe { libc::ptrace(libc::PTRACE_GET_SYSCALL_INFO, thread, size_of_val(&info), info.as_mut_ptr()) };
     (length > 0 && info[0] & 0xff == ENTRY)
         .then(|| Call { number: info[3] as i64, arguments: info[4..10].try_into().unwrap() })
 }
 
-fn ptrace(request: libc::c_uint, child: &Child, data: usize) -> io::Result<()> {
+pub(super) fn ptrace(request: libc::c_uint, thread: i32, data: usize) -> io::Result<()> {
     // SAFETY: none of the requests made here reads or writes memory of this process.
-    let result = unsafe { libc::ptrace(request, child.id() as i32, 0usize, data) };
+    let result = unsafe { libc::ptrace(request, thread, 0usize, data) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
