@@ -1,5 +1,6 @@
 //! Why a call failed, as the line of text and the numbers that C gets.
 
+use std::ffi::{CString, c_char, c_int};
 use std::{fmt, io};
 
 use soccr_core::ErrorKind;
@@ -74,5 +75,31 @@ impl From<soccr_image::Error> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
+    }
+}
+
+/// A failure as `libsoccr_last_error` and its siblings tell it.
+#[derive(Clone, Debug)]
+pub(crate) struct LastError {
+    text: CString,
+    kind: Kind,
+    errno: c_int,
+}
+
+impl LastError {
+    pub(crate) fn new(failure: &Failure, text: CString) -> Self {
+        Self { text, kind: failure.kind, errno: failure.errno }
+    }
+
+    pub(crate) fn text(&self) -> *const c_char {
+        self.text.as_ptr()
+    }
+
+    pub(crate) fn kind(&self) -> c_int {
+        self.kind as c_int
+    }
+
+    pub(crate) fn errno(&self) -> c_int {
+        self.errno
     }
 }

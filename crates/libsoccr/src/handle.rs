@@ -10,10 +10,9 @@ use soccr_core::connection::{ControlBlock, Flow, State};
 use soccr_core::{ErrorKind, Paused, Queue, Restore, Restored};
 
 use crate::data::{Data, Extras};
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, LastError, Result};
 use crate::staged::Staged;
 use crate::sys::address;
-use crate::sys::border::LastError;
 use crate::sys::claim::Claim;
 use crate::sys::memory::{Given, Memory};
 

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
-use rustix::process::Pid;
 
 use crate::command::{
     check, completions, criu, inspect, list, lock, man, receive, restore, resume, save, send, steer,
@@ -73,7 +72,7 @@ impl Cli {
             Command::Lock(lock) => lock.run(),
             Command::Unlock(unlock) => unlock.run(),
             Command::Completions(completions) => completions.run(),
-            Command::Man(man) => man.run(),
+            Command::Man(man) => man.run(public()),
             #[cfg(feature = "demo")]
             Command::Demo(demo) => demo.run(),
             #[cfg(feature = "demo")]
@@ -94,9 +93,4 @@ pub(crate) fn public() -> clap::Command {
         .after_help(EXAMPLES)
         .after_long_help(format!("{EXAMPLES}\n\n{}", exit::HELP))
         .subcommands(shown.cloned())
-}
-
-/// Reads a process number of the command line.
-pub(crate) fn parse_pid(text: &str) -> Result<Pid, String> {
-    text.parse().ok().filter(|number| *number > 0).and_then(Pid::from_raw).ok_or("a positive number".into())
 }

@@ -15,6 +15,7 @@ mod guide;
 mod lifeline;
 mod nat;
 mod network;
+mod pid;
 mod selection;
 mod show;
 mod signals;
@@ -26,6 +27,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    command::completions::answer();
+    command::completions::answer(cli::public);
     exit::report(cli::Cli::parse().run())
 }

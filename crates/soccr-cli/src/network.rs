@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use soccr_handover::foreign::{namespace, process::look_into};
 
-use crate::cli::parse_pid;
+use crate::pid::parse_pid;
 
 /// Moves this process into the network namespace that the command line names: a path, or the number of a process.
 pub(crate) fn enter(name: Option<&str>) -> Result<()> {

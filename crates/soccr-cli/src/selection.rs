@@ -13,10 +13,10 @@ use soccr_handover::foreign::namespace::{self, Identity};
 use soccr_handover::foreign::process::{self, Holder};
 use soccr_handover::foreign::{Captive, Process};
 
-use crate::cli::parse_pid;
 use crate::command::completions;
 use crate::exit;
 use crate::network;
+use crate::pid::parse_pid;
 
 use matching::Matching;
 

@@ -13,11 +13,13 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::settings::Settings;
+use crate::tls;
 
 pub use crate::conntrack::Tracked;
 pub use crate::flow::Flow;
 pub use crate::state::State;
 pub use crate::tls::Tls;
+pub use crate::window::Window;
 
 /// The longest queue that is carried: 64 MiB.
 pub const QUEUE_LIMIT: u32 = 64 << 20;
@@ -138,21 +140,6 @@ pub struct WindowScale {
     pub snd: u8,
     /// For windows that we announce.
     pub rcv: u8,
-}
-
-/// The windows, as `TCP_REPAIR_WINDOW` reads and writes them (`struct tcp_repair_window`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Window {
-    /// The segment that last updated the send window.
-    pub snd_wl1: u32,
-    /// Bytes the peer allows beyond `snd_una`.
-    pub snd_wnd: u32,
-    /// The largest window the peer has ever announced.
-    pub max_window: u32,
-    /// Bytes we allowed beyond `rcv_wup`.
-    pub rcv_wnd: u32,
-    /// `rcv_nxt` at the last window announced.
-    pub rcv_wup: u32,
 }
 
 /// A connection without its addresses and socket options, its queues in memory of the caller: what
@@ -425,7 +412,16 @@ impl Connection {
             )?;
         }
         if let Some(tls) = &self.tls {
-            tls.validate(&self.control)?;
+            tls.validate()?;
+            tls::check_state(self.control.state, self.control.reset)?;
+            check(tls.unread_len() <= QUEUE_LIMIT as usize, "more than 64 MiB of TLS records")?;
+            if tls.receive.is_some() {
+                check(
+                    self.control.inq_len as usize <= tls::LONGEST_RECORD,
+                    "the rest of a TLS record is longer than one",
+                )?;
+                check(self.control.outq_len == 0, "a send queue that only the kernel's TLS has seen")?;
+            }
         }
         if let Some(urgent) = self.urgent {
             check(urgent.offset < self.control.inq_len, "the urgent mark lies outside the receive queue")?;

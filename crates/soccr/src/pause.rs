@@ -266,7 +266,7 @@ impl<'fd> Paused<'fd> {
         self.release();
         flow.validate()
             .and_then(|()| restore::connect_anew(fd, flow, write_seq))
-            .and_then(|()| set_reuse_address(fd, reuse_address))
+            .and_then(|()| tcp::set_reuse_address(fd, reuse_address))
             .map_err(|error| error.at("restore"))
     }
 
@@ -358,7 +358,7 @@ impl<'fd> Paused<'fd> {
             return Err(Error::refused("a connection whose TLS records have been read", remedy));
         }
         tcp::set_repair(self.fd, how)?;
-        set_reuse_address(self.fd, self.reuse_address)
+        tcp::set_reuse_address(self.fd, self.reuse_address)
     }
 }
 
@@ -367,8 +367,4 @@ impl Drop for Paused<'_> {
         // There is nobody left to tell.
         let _ = self.turn_off();
     }
-}
-
-pub(crate) fn set_reuse_address(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
-    tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR", on.into())
 }

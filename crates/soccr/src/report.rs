@@ -6,6 +6,7 @@ use std::fmt;
 use crate::buffers;
 use crate::connection::{Buffers, Path};
 use crate::error::{Error, Result};
+use crate::fidelity::Fidelity;
 use crate::settings::{Settings, Skipped};
 use crate::sys::tcp::{TcpInfo, info_option};
 
@@ -40,17 +41,6 @@ pub struct Entry {
     values: Option<[u64; 2]>,
     reason: Cow<'static, str>,
     is_option: bool,
-}
-
-/// How well a value came back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fidelity {
-    /// As it was; what the kernel estimates (`rtt`, `rto`, `rcv_ssthresh`), to a twentieth.
-    Exact,
-    /// Near to what it was, or changed for a reason.
-    Approximate,
-    /// Not at all.
-    Missing,
 }
 
 impl Entry {

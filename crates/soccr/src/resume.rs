@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use crate::connection::{ControlBlock, Flow, State};
 use crate::error::{Error, Result};
 use crate::fin;
-use crate::pause::set_reuse_address;
 use crate::report::Report;
 use crate::sys::raw::{Injectors, Via};
 use crate::sys::tcp::{self, Repair};
@@ -108,7 +107,7 @@ impl<Fd: AsFd> Restored<Fd> {
             }
         }
         if self.reuse_address {
-            set_reuse_address(fd, true)?;
+            tcp::set_reuse_address(fd, true)?;
         }
         // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
         let _ = fin::send_to_peer(injectors, fd, &acknowledgement);

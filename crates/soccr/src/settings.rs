@@ -14,6 +14,7 @@
 //! # References
 //! `socket(7)`, `tcp(7)`, `ip(7)`, `ipv6(7)`.
 
+mod keys;
 mod md5;
 mod process;
 mod table;
@@ -24,10 +25,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use crate::diag::{self, Diag};
-use crate::error::{Error, Result};
-use crate::flow::Flow;
-use crate::report::Fidelity;
+use crate::fidelity::Fidelity;
 use crate::sys::raw::MARK;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
@@ -164,22 +162,6 @@ impl Settings {
             let Name::Known(place) = setting.0 else { return true };
             !TABLE[usize::from(place)].stands_alone() || !fresh.0.contains(setting)
         });
-    }
-
-    /// Adds the keys of TCP MD5, which `getsockopt` does not tell. Most connections have none, and this costs as
-    /// much as ten options.
-    ///
-    /// # Errors
-    /// Refused where `sock_diag(7)` does not find the socket, or hides its keys; those of `sock_diag(7)`.
-    pub(crate) fn read_keys(&mut self, fd: BorrowedFd<'_>, flow: Flow) -> Result<()> {
-        // Whoever is not told the mark is not told the keys either.
-        let keys = |socket: &diag::Socket<'_>| socket.mark().map(|_| socket.md5_keys().map(<[u8]>::to_vec));
-        match Diag::beside(fd)?.describe(fd, flow, keys)? {
-            Some(Some(keys)) => self.set(table::MD5, Value::Secret(keys)),
-            Some(None) => {}
-            None => return Err(Error::system("sock_diag", rustix::io::Errno::PERM)),
-        }
-        Ok(())
     }
 
     /// Sets the options of one stage, and adds to `skipped` what could not be set.

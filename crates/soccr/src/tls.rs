@@ -35,8 +35,8 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
-use crate::connection::{ControlBlock, QUEUE_LIMIT, State};
 use crate::error::{Error, Result};
+use crate::state::State;
 
 pub(crate) use arrived::Arrived;
 pub(crate) use layer::{check_settled, has_layer, read};
@@ -275,29 +275,23 @@ impl Tls {
         }
     }
 
-    /// Checks it against the connection that it is part of.
-    pub(crate) fn validate(&self, control: &ControlBlock) -> Result<()> {
+    /// Checks its parts against each other.
+    pub(crate) fn validate(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
-        check_state(control.state, control.reset)?;
         let both = [&self.transmit, &self.receive];
         check(both.iter().any(|secrets| secrets.is_some()), "TLS without keys")?;
         let fit = |secrets: &Secrets| secrets.0.len() == self.cipher.secrets_len();
         check(both.into_iter().flatten().all(fit), "the TLS keys are not as long as those of the cipher")?;
-        let unread: usize = self.unread.iter().map(|record| record.bytes.len()).sum();
-        check(unread <= QUEUE_LIMIT as usize, "more than 64 MiB of TLS records")?;
         let Some(receive) = &self.receive else {
             return check(self.unread.is_empty(), "decrypted records where the kernel does not decrypt");
         };
         // A record cannot have been read before the first one.
-        check(
-            self.fragments().count() as u64 <= receive.record_number(),
-            "more TLS records than there were",
-        )?;
-        check(
-            control.inq_len as usize <= FRAGMENT + OVERHEAD,
-            "the rest of a TLS record is longer than one",
-        )?;
-        check(control.outq_len == 0, "a send queue that only the kernel's TLS has seen")
+        check(self.fragments().count() as u64 <= receive.record_number(), "more TLS records than there were")
+    }
+
+    /// How many decrypted bytes wait for the application.
+    pub(crate) fn unread_len(&self) -> usize {
+        self.unread.iter().map(|record| record.bytes.len()).sum()
     }
 
     /// Puts bytes of the application back in front.
@@ -326,8 +320,8 @@ impl Tls {
     }
 }
 
-/// What a record has beside the bytes of the application, and padding (RFC 5246 §6.2.3, RFC 8446 §5.2).
-const OVERHEAD: usize = 5 + 2048;
+/// Header, fragment, and what encryption and padding add (RFC 5246 §6.2.3, RFC 8446 §5.2).
+pub(crate) const LONGEST_RECORD: usize = 5 + FRAGMENT + 2048;
 
 /// In other states there is nothing left to continue.
 pub(crate) fn check_state(state: State, reset: bool) -> Result<()> {

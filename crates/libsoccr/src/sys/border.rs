@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::ffi::{CString, c_char, c_int, c_uint};
+use std::ffi::{c_int, c_uint};
 use std::mem::size_of;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
@@ -10,7 +10,7 @@ use std::ptr;
 use soccr_core::Queue;
 
 use crate::data::Data;
-use crate::failure::{Failure, Kind, Result};
+use crate::failure::{Failure, LastError, Result};
 use crate::handle::Handle;
 use crate::sys::{errno, log};
 
@@ -23,28 +23,6 @@ const LARGEST_DATA: usize = c_int::MAX as usize;
 thread_local! {
     /// The last failure on this thread, whichever handle it was about, or none: what `errno` is to system calls.
     static LAST_ERROR: RefCell<Option<LastError>> = const { RefCell::new(None) };
-}
-
-/// A failure as `libsoccr_last_error` and its siblings tell it.
-#[derive(Clone, Debug)]
-pub(crate) struct LastError {
-    text: CString,
-    kind: Kind,
-    errno: c_int,
-}
-
-impl LastError {
-    pub(super) fn text(&self) -> *const c_char {
-        self.text.as_ptr()
-    }
-
-    pub(super) fn kind(&self) -> c_int {
-        self.kind as c_int
-    }
-
-    pub(super) fn errno(&self) -> c_int {
-        self.errno
-    }
 }
 
 /// Runs the body of a function without a handle.
@@ -115,8 +93,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 
 /// Keeps the failure for [`last_error`].
 fn record(failure: &Failure) -> LastError {
-    let text = log::c_string(failure.to_string());
-    let error = LastError { text, kind: failure.kind, errno: failure.errno };
+    let error = LastError::new(failure, log::c_string(failure.to_string()));
     LAST_ERROR.set(Some(error.clone()));
     error
 }

@@ -10,10 +10,10 @@ use std::ptr;
 use soccr_core::connection::State;
 
 use crate::data::Data;
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, LastError, Result};
 use crate::handle::{End, Handle, Owner};
 use crate::sys::address::{self, Address};
-use crate::sys::border::{LastError, last_error, queue, read_data, run, told, with, write_data};
+use crate::sys::border::{last_error, queue, read_data, run, told, with, write_data};
 use crate::sys::log::{self, Callback};
 use crate::sys::memory::Given;
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
+use clap::Command;
 use clap_complete::Shell;
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use clap_complete::env::{CompleteEnv, Shells};
@@ -12,8 +13,8 @@ use soccr::diag::Diag;
 use soccr::lock::PersistentLock;
 use soccr_handover::foreign::process;
 
-use crate::cli;
 use crate::exit::{self, Exit};
+use crate::pid::parse_pid;
 
 /// The shell that asks. The scripts that `soccr completions` prints set this variable.
 const ASKS: &str = "SOCCR_COMPLETE";
@@ -38,9 +39,9 @@ impl Completions {
     }
 }
 
-/// If a shell asks, answers it and ends the process.
-pub(crate) fn answer() {
-    CompleteEnv::with_factory(cli::public).var(ASKS).complete();
+/// If a shell asks about the command line, answers it and ends the process.
+pub(crate) fn answer(command: fn() -> Command) {
+    CompleteEnv::with_factory(command).var(ASKS).complete();
 }
 
 /// Processes that have TCP sockets in this network namespace.
@@ -68,7 +69,7 @@ pub(crate) fn processes() -> ArgValueCandidates {
 pub(crate) fn descriptors() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let mut words = std::env::args().skip_while(|word| word != "--pid").skip(1);
-        let Some(pid) = words.next().and_then(|word| cli::parse_pid(&word).ok()) else {
+        let Some(pid) = words.next().and_then(|word| parse_pid(&word).ok()) else {
             return Vec::new();
         };
         let mut descriptors = Vec::new();

@@ -17,10 +17,10 @@ use soccr::connection::State;
 use soccr::diag::Diag;
 use soccr_handover::foreign::process;
 
-use crate::cli::parse_pid;
 use crate::command::completions;
 use crate::exit::Exit;
 use crate::nat::Nat;
+use crate::pid::parse_pid;
 use crate::traffic::Traffic;
 use crate::{exit, network};
 

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Command;
 
-use crate::cli;
 use crate::exit::Exit;
 
 /// Write the man pages into a directory: soccr.1, and a page for each subcommand
@@ -24,10 +23,11 @@ pub(crate) struct Man {
 const DATE: &str = "2026-11-27";
 
 impl Man {
-    pub(crate) fn run(&self) -> Result<Exit> {
-        let write = || {
+    /// `command` is the whole command line.
+    pub(crate) fn run(&self, command: Command) -> Result<Exit> {
+        let write = move || {
             fs::create_dir_all(&self.directory)?;
-            let mut command = cli::public().disable_help_subcommand(true);
+            let mut command = command.disable_help_subcommand(true);
             command.build();
             pages(&command, &self.directory)
         };

@@ -7,9 +7,9 @@ use rustix::process::Pid;
 use soccr::Paused;
 use soccr_handover::foreign::{Captive, Process, namespace};
 
-use crate::cli::parse_pid;
 use crate::command::completions;
 use crate::exit::Exit;
+use crate::pid::parse_pid;
 
 /// Let a connection go on that was left paused
 ///

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use soccr_netlink::attributes;
 
 use crate::nftables::rule as nft;
+use crate::nftables::set::{EXPRESSION_DATA, EXPRESSION_NAME};
 use crate::nftables::{DATA_VALUE, Decision, text, value};
 use crate::sys::raw::{LOOPBACK, MARK};
 
@@ -82,8 +83,8 @@ pub(super) fn run(
     let mut registers: HashMap<u32, Loaded> = HashMap::new();
     let (mut surely, mut compared) = (true, false);
     for (_, expression) in attributes(expressions) {
-        let name = text(expression, nft::EXPRESSION_NAME)?;
-        let data = value(expression, nft::EXPRESSION_DATA).unwrap_or_default();
+        let name = text(expression, EXPRESSION_NAME)?;
+        let data = value(expression, EXPRESSION_DATA).unwrap_or_default();
         let number = |kind| Some(u32::from_be_bytes(*value(data, kind)?.first_chunk()?));
         let bytes = |kind| value(value(data, kind)?, DATA_VALUE);
         let source = |kind| number(kind).and_then(|register| registers.get(&register));

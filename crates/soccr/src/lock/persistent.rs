@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use soccr_netlink::{Batch, Family, Socket};
 
-use super::transaction::{self, Kind, Set, Transaction};
+use super::rule::Set;
+use super::transaction::{self, Kind, Transaction};
 use super::validate;
 use crate::connection::Flow;
 use crate::error::{Error, Result};

@@ -1,6 +1,5 @@
 //! One rule of a lock.
 
-use super::transaction::Set;
 use crate::nftables::rule::{Direction, Expressions, Load};
 use crate::sys::raw::MARK;
 
@@ -13,6 +12,27 @@ pub(super) const TAIL: [usize; 2] = [4, 5];
 /// Marks the copies of packets whose tail is in the place of their Ethernet address. Before Linux 6.18 a copy without
 /// any mark comes with an empty one.
 pub(super) const TAIL_SAVED: &str = "tail";
+
+/// What the connections in a set may not do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Set {
+    /// Neither send nor receive.
+    Flows,
+    /// Send: they receive again, and what was held for them is on its way. Only where packets are held.
+    Silent,
+}
+
+impl Set {
+    /// The name of the part for one address family.
+    pub(super) fn name(self, ipv6: bool) -> &'static str {
+        match (self, ipv6) {
+            (Self::Flows, false) => "flows4",
+            (Self::Flows, true) => "flows6",
+            (Self::Silent, false) => "silent4",
+            (Self::Silent, true) => "silent6",
+        }
+    }
+}
 
 /// Drops the packets of the connections in a set, in one direction and of one address family.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,8 @@ use std::io;
 use soccr_netlink::{Batch, Socket};
 
 use super::NEEDS;
-use super::transaction::{self, CAPACITY, Kind, Log, Set, Transaction, most_elements};
+use super::rule::Set;
+use super::transaction::{self, CAPACITY, Kind, Log, Transaction, most_elements};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 

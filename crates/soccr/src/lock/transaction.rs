@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use soccr_netlink::{Batch, Socket};
 
-use super::rule::Rule;
+use super::rule::{Rule, Set};
 use crate::connection::Flow;
 use crate::nftables::rule::Direction;
 use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
@@ -31,27 +31,6 @@ use crate::nftables::{self, Family, Hook, Table, milliseconds, to_milliseconds, 
 
 pub(super) use crate::nftables::set::CAPACITY;
 pub(super) use crate::nftables::{most_elements, set_longest};
-
-/// What the connections in a set may not do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Set {
-    /// Neither send nor receive.
-    Flows,
-    /// Send: they receive again, and what was held for them is on its way. Only where packets are held.
-    Silent,
-}
-
-impl Set {
-    /// The name of the part for one address family.
-    pub(super) fn name(self, ipv6: bool) -> &'static str {
-        match (self, ipv6) {
-            (Self::Flows, false) => "flows4",
-            (Self::Flows, true) => "flows6",
-            (Self::Silent, false) => "silent4",
-            (Self::Silent, true) => "silent6",
-        }
-    }
-}
 
 /// What distinguishes one table from another.
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use soccr_netlink::Message;
 
-use super::set::{IPV4, IPV6, PORT};
+use super::set::{EXPRESSION_DATA, EXPRESSION_NAME, IPV4, IPV6, PORT};
 use super::{DATA_VALUE, LIST_ELEMENT, to_milliseconds};
 
 /// The expressions of a rule while it is written. The rule ends, and the next one begins, where a comparison or a
@@ -342,8 +342,6 @@ pub(crate) const NFT_GOTO: u32 = -4i32 as u32;
 pub(crate) const NFT_RETURN: u32 = -5i32 as u32;
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
-pub(crate) const EXPRESSION_NAME: u16 = 1;
-pub(crate) const EXPRESSION_DATA: u16 = 2;
 pub(crate) const VERDICT_REGISTER: u32 = 0;
 const FIRST_REGISTER: u32 = 8;
 const LAST_REGISTERS: u32 = 22;

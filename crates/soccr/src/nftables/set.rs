@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use soccr_netlink::Message;
 
-use super::rule::{EXPRESSION_DATA, EXPRESSION_NAME};
 use super::{DATA_VALUE, LIST_ELEMENT, to_milliseconds, value};
 use crate::connection::Flow;
 
@@ -78,6 +77,8 @@ impl Field {
     }
 }
 
+pub(crate) const EXPRESSION_NAME: u16 = 1;
+pub(crate) const EXPRESSION_DATA: u16 = 2;
 pub(super) const IPV4: Field = Field { kind: 7, length: 4 };
 pub(super) const IPV6: Field = Field { kind: 8, length: 16 };
 pub(super) const PORT: Field = Field { kind: 13, length: 2 };

@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 
 use super::{Name, Settings, Skipped, Value};
 use crate::error::{Error, Result};
-use crate::report::Fidelity;
+use crate::fidelity::Fidelity;
 use crate::sys::sockopt;
 
 const FIOGETOWN: u32 = 0x8903;

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::net::{AddressFamily, SocketType, socket};
 
 use super::*;
+use crate::flow::Flow;
 
 const STAGES: [Stage; 5] =
     [Stage::BeforeBind, Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last];

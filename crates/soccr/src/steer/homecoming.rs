@@ -14,15 +14,12 @@ use std::hash::{BuildHasher, RandomState};
 use soccr_netlink::{Batch, Family, Socket};
 
 use super::redirect::stop_by;
-use super::steering::{ICMP_ERRORS, Steering};
+use super::steering::{ICMP_ERRORS, NOT_STEERED, Steering};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::nftables::rule::{Direction, Expressions};
 use crate::nftables::set::{CAPACITY, Set};
 use crate::nftables::{self, Hook, Table, Transaction};
-
-/// Between two chains of one device: what is not steered. Nobody else ever sees it.
-pub(super) const MARK: u32 = 0x50cd;
 
 /// Steered connections that are about to come home. While they are [expected](Self::expect) their packets are not steered, but
 /// reach this host: the lock that is on them.
@@ -182,7 +179,7 @@ fn create_chain(transaction: &mut Transaction<'_>, device: &str) {
                 rule.carries_ipv6(ipv6);
                 write(rule);
                 rule.has_key(SETS[usize::from(ipv6)]);
-                rule.mark(MARK);
+                rule.mark(NOT_STEERED);
             });
         };
         rule(&|rule| {

@@ -41,8 +41,8 @@ use crate::error::{Error, Result};
 use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
 use crate::nftables::{self, Table, Transaction, milliseconds, value};
 
-pub(super) use rules::ICMP_ERRORS;
 use rules::{ALIVE, END, Names, TO, create};
+pub(super) use rules::{ICMP_ERRORS, NOT_STEERED};
 
 const PREFIX: &str = "soccr-steer-";
 

@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::sockopt::{self, Plain};
-use crate::connection::Window;
 use crate::error::{Error, Result};
+use crate::window::Window;
 
 /// Level of the TCP options.
 pub(crate) const SOL_TCP: i32 = libc::IPPROTO_TCP;
@@ -206,6 +206,11 @@ pub(crate) fn set_int(
     value: i32,
 ) -> Result<()> {
     named(text, sockopt::set(fd, level, name, &value))
+}
+
+/// Repair mode sets `SO_REUSEADDR`, and takes the value from before away with it.
+pub(crate) fn set_reuse_address(fd: BorrowedFd<'_>, on: bool) -> Result<()> {
+    set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR", on.into())
 }
 
 /// Reads an integer option.

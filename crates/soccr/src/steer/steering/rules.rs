@@ -1,6 +1,5 @@
 //! The table of the old host: its maps and sets, and the rules that forward and end.
 
-use super::super::homecoming;
 use super::Times;
 use crate::nftables::rule::{Direction, Expressions};
 use crate::nftables::set::{CAPACITY, Set};
@@ -10,6 +9,9 @@ const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
+
+/// Marks, between two chains of one device, what is not steered. Nobody else ever sees it.
+pub(in crate::steer) const NOT_STEERED: u32 = 0x50cd;
 
 /// Destination unreachable ("fragmentation needed" is one of its codes), time exceeded.
 pub(in crate::steer) const ICMP_ERRORS: [&[u8]; 2] = [&[3, 11], &[1, 2, 3]];
@@ -53,7 +55,7 @@ pub(super) fn create(
         BACK
     };
     transaction.rule(CHAIN, |rule| {
-        rule.has_mark(homecoming::MARK);
+        rule.has_mark(NOT_STEERED);
         rule.mark(0);
         rule.accept();
     });
