@@ -212,8 +212,8 @@ pub(crate) struct Injectors {
     checked: Option<(Question, Instant)>,
 }
 
-/// The namespace, and what [`Via::check`] is asked.
-type Question = (u64, Via, SocketAddr, SocketAddr, u32);
+/// The namespace, and what [`Via::check`] is asked: about the peer only where its answer depends on it.
+type Question = (u64, Via, Option<IpAddr>, SocketAddr, u32);
 
 impl Injectors {
     /// The injector for the namespace of `socket`, for packets to its peer.
@@ -251,7 +251,10 @@ impl Injectors {
         local: SocketAddr,
     ) -> Result<Inward<'_>> {
         let (namespace, interface) = (namespace_of(socket)?, bound_interface(socket));
-        let question = (namespace, via, remote, local, interface);
+        let peer = (via == Via::Loopback).then_some(remote.ip());
+        let mut at_any_port = local;
+        at_any_port.set_port(0);
+        let question = (namespace, via, peer, at_any_port, interface);
         let injector = beside(&mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
         if !self.checked.is_some_and(|(same, when)| same == question && when.elapsed() < ANSWER) {
             let routes = beside(&mut self.routes, namespace, socket, Routes::open)?;
