@@ -119,6 +119,7 @@ impl Socket {
                 }
             }
         }
+        self.answered = outcome.is_ok() && flags.is_empty();
         outcome
     }
 
