@@ -88,6 +88,9 @@ impl Homecoming {
     fn suspend(&mut self, flows: &[Flow]) -> Result<()> {
         let wanted: HashSet<Flow> =
             flows.iter().map(Flow::on_the_wire).filter(|flow| !self.expected.contains(flow)).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
         let mut steered = HashSet::new();
         let mut devices = BTreeSet::new();
         for steering in Steering::list_by(self.socket())? {
