@@ -8,7 +8,7 @@ use crate::connection::{ControlBlock, Flow, State};
 use crate::error::{Error, Result};
 use crate::save;
 use crate::segment::{Segment, flags};
-use crate::sys::raw::{Injectors, Via};
+use crate::sys::raw::{Injector, Injectors, Via};
 use crate::sys::tcp::{self, Queue};
 
 /// How long a segment may take through `lo`: far longer than it does, unless the machine is very busy.
@@ -83,7 +83,11 @@ pub(crate) fn acknowledgement(
     flow: Flow,
     control: &ControlBlock,
 ) -> Result<Segment<'static>> {
-    let snd_nxt = tcp::queue_seq(fd, Queue::Send)?.wrapping_sub(tcp::unsent(fd)?);
+    // Nobody can write to it, so that only what was unsent can have been sent since.
+    let snd_nxt = match control.unsq_len > 0 || control.fin_unsent {
+        true => tcp::queue_seq(fd, Queue::Send)?.wrapping_sub(tcp::unsent(fd)?),
+        false => control.write_seq,
+    };
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     tcp::select_queue(fd, None)?;
     let room = tcp::window(fd)?.map_or(i32::from(i16::MAX), |window| {
@@ -114,14 +118,10 @@ pub(crate) fn window_field(control: &ControlBlock, window: u32) -> u16 {
 }
 
 /// Sends a segment of ours to the peer.
-pub(crate) fn send_to_peer(
-    injectors: &mut Injectors,
-    fd: BorrowedFd<'_>,
-    segment: &Segment<'_>,
-) -> Result<()> {
+pub(crate) fn send_to_peer(injector: &Injector, segment: &Segment<'_>) -> Result<()> {
     let mut packet = Vec::with_capacity(128);
     segment.write(&mut packet);
-    injectors.outward(fd, Via::routed(segment.destination.ip()))?.send(&packet, segment.destination)
+    injector.send(&packet, segment.destination)
 }
 
 pub(crate) fn from_peer<'a>(

@@ -98,7 +98,7 @@ impl<Fd: AsFd> Restored<Fd> {
         }
         let mut acknowledgement = fin::acknowledgement(fd, self.flow, &self.control)?;
         // Opened now, so that the ACK follows the probe at once. Without CAP_NET_RAW there is none.
-        let _ = injectors.outward(fd, Via::routed(self.flow.remote.ip()));
+        let injector = injectors.outward(fd, Via::routed(self.flow.remote.ip()));
         tcp::set_repair(fd, Repair::Off)?;
         if self.control.state == State::Established {
             // The kernel's probe has opened the window as far as there is room, and believes that the peer knows.
@@ -110,7 +110,7 @@ impl<Fd: AsFd> Restored<Fd> {
             tcp::set_reuse_address(fd, true)?;
         }
         // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
-        let _ = fin::send_to_peer(injectors, fd, &acknowledgement);
+        let _ = injector.and_then(|injector| fin::send_to_peer(injector, &acknowledgement));
         if self.control.unsq_len > 0 || self.control.fin_unsent {
             push(fd)?;
         }
