@@ -105,20 +105,15 @@ impl Seat {
     /// # Errors
     /// Those of [`soccr::pause`] and of saving.
     pub fn save(&mut self) -> Result<&Connection> {
-        let encrypts = self.has_kernel_tls()?;
         let mut connection = Box::new(Connection::empty());
         let paused = self.pause()?;
-        let paused = match (encrypts, self.is_own) {
-            (false, _) => paused,
-            // Reading may take what has arrived out of the socket.
-            (true, true) => paused.with_tls(),
-            (true, false) => paused.with_tls_in_place(),
-        };
+        // With kernel TLS, reading may take what has arrived out of the socket.
+        let paused = if self.is_own { paused.with_tls() } else { paused.with_tls_in_place() };
         paused.save_into(&mut connection)?;
         for (name, value) in self.process.iter() {
             connection.settings.set(name, value.clone());
         }
-        self.position = if encrypts {
+        self.position = if connection.tls.is_some() {
             // It cannot be read a second time.
             paused.detach()?;
             None

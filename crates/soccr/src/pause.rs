@@ -358,7 +358,8 @@ impl<'fd> Paused<'fd> {
             return Err(Error::refused("a connection whose TLS records have been read", remedy));
         }
         tcp::set_repair(self.fd, how)?;
-        tcp::set_reuse_address(self.fd, self.reuse_address)
+        // It is off then.
+        if self.reuse_address { tcp::set_reuse_address(self.fd, true) } else { Ok(()) }
     }
 }
 
