@@ -1,7 +1,7 @@
 //! A few threads that share a queue of work, and live as long as it.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 /// So much may wait: items, and what they cost together.
@@ -61,12 +61,11 @@ pub(super) fn run<T: Send, R, Tools: Default + Send>(
         let outcome = work(&mut tools, item);
         finish.lock().unwrap_or_else(PoisonError::into_inner)(outcome);
     }
-    // The number of processors takes reading the files of cgroups: a few connections do without.
     let mut items = items.peekable();
     if items.peek().is_none() {
         return rack.put_back(tools);
     }
-    let most = thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    let most = most_threads();
     thread::scope(|scope| {
         let _close = Close(&queue);
         let mut threads = 0;
@@ -89,6 +88,12 @@ pub(super) fn run<T: Send, R, Tools: Default + Send>(
         }
     });
     rack.put_back(tools);
+}
+
+/// As many threads as can run at a time. To find out takes reading the files of cgroups, so it is done once: more or fewer do no harm.
+fn most_threads() -> usize {
+    static MOST: OnceLock<usize> = OnceLock::new();
+    *MOST.get_or_init(|| thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS))
 }
 
 struct Queue<T> {
