@@ -163,10 +163,11 @@ impl Idle {
             })
         };
         for (Move { source: shard, .. }, peers) in self.moves.iter().zip(&self.peers) {
-            all(peers, write)?;
-            all(shard, read)?;
             all(shard, write)?;
             all(peers, read)?;
+            // What comes back acknowledges that: nothing is under way from the end that moves.
+            all(peers, write)?;
+            all(shard, read)?;
         }
         Ok(())
     }

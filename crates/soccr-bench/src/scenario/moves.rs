@@ -181,6 +181,7 @@ pub(crate) fn move_bare(idle: &Idle, locker: &Locker) -> Result<[Duration; 2]> {
 }
 
 /// The time that passes, and the processor time that is used.
+#[derive(Clone, Copy)]
 pub(crate) struct Stopwatch(Instant, Duration);
 
 impl Stopwatch {
@@ -189,7 +190,14 @@ impl Stopwatch {
     }
 
     pub(crate) fn stop(self) -> [Duration; 2] {
-        [self.0.elapsed(), processor_time() - self.1]
+        self.until([Self::start()])
+    }
+
+    /// Until the last of these was started.
+    pub(crate) fn until<const N: usize>(self, others: [Self; N]) -> [Duration; 2] {
+        others.into_iter().fold([Duration::ZERO; 2], |[time, used], other| {
+            [time.max(other.0 - self.0), used.max(other.1 - self.1)]
+        })
     }
 }
 
