@@ -7,8 +7,6 @@ mod engine;
 mod place;
 mod trial;
 
-pub(crate) use place::is_in_use;
-
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::TcpStream;
 use std::sync::{Arc, PoisonError};
@@ -23,11 +21,11 @@ use soccr_image::stream::{Decoder, Message, Steered, Writer};
 use crate::delivery::Delivery;
 use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind, Result};
-use crate::listen::Terms;
 use crate::mover::{Event, Shared};
 use crate::notes::LastWords;
 use crate::protocol::{Deed, Id, News, Target};
 use crate::recipient::{Announced, Origin, Recipient};
+use crate::terms::Terms;
 
 /// The most connections of a batch, and the most bytes in their queues.
 const BATCH: usize = 128;

@@ -14,7 +14,7 @@ use ::tokio::time::timeout_at;
 
 use crate::arrival::{Arrival, Landed};
 use crate::channel::Exchanged;
-use crate::departing::sealed::Sealed;
+use crate::departing::{items_of, sealed::Sealed};
 use crate::departure::{Departure, Manner};
 use crate::drive::{Engine, PIECE};
 use crate::error::{Error, ErrorKind, Result};
@@ -51,7 +51,7 @@ impl Mover {
         departing: impl IntoIterator<Item = Departing<TcpStream>>,
         channel: &mut (impl AsyncRead + AsyncWrite + Unpin),
     ) -> Vec<Outcome<TcpStream>> {
-        let mut engine = Departure::new(Arc::clone(&self.shared), Manner::default(), departing);
+        let mut engine = Departure::new(Arc::clone(&self.shared), Manner::default(), items_of(departing));
         let count = engine.count();
         let mut line = Line::new(channel);
         let mut happened = None;

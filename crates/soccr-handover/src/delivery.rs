@@ -8,7 +8,7 @@ use soccr::diag::Diag;
 use soccr::steer::{Foreign, NextHop, Numbers, Steerer, Tunnel, is_foreign};
 use soccr_image::stream;
 
-use crate::listen::Steered;
+use crate::terms::Steered;
 
 /// Arranges delivery, once for each address.
 #[derive(Debug)]

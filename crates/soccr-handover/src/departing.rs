@@ -155,6 +155,22 @@ impl Departing {
 }
 
 impl Mover {
+    /// Takes a connection to send it: [`unread`](Departing::unread) what was read ahead, say what [state](Departing::with_state)
+    /// goes along, then [`send`](Departing::send) it.
+    ///
+    /// The connection goes on until then.
+    ///
+    /// # Errors
+    /// It is not a connected TCP socket. The stream comes back.
+    pub fn take<S: Stream>(&self, stream: S) -> std::result::Result<Departing<S>, Rejected<S>> {
+        Departing::new(Arc::clone(&self.shared), stream)
+    }
+
+    /// The same for the socket of another process, or one that no longer knows its peer.
+    pub fn take_seat(&self, seat: Seat) -> Departing {
+        Departing::of(Arc::clone(&self.shared), seat)
+    }
+
     /// Moves many connections at once: many times faster than one by one. Their outcomes are in their order.
     pub fn send_all(
         &self,
@@ -202,10 +218,15 @@ impl Sending {
     /// Sends them, and waits for what becomes of each, in their order.
     pub fn through(self, channel: &mut impl Channel) -> Vec<Outcome> {
         let Self { mover, departing, manner } = self;
-        let mut departure = Departure::new(Arc::clone(&mover.shared), manner, departing);
+        let mut departure = Departure::new(Arc::clone(&mover.shared), manner, items_of(departing));
         drive::run(&mut departure, channel);
         departure.outcomes().into_iter().map(|ended| Outcome::of(&mover.shared, ended)).collect()
     }
+}
+
+/// The connections behind the guards, which end here.
+pub(crate) fn items_of<S>(departing: impl IntoIterator<Item = Departing<S>>) -> Vec<Item> {
+    departing.into_iter().map(|departing| *departing.item).collect()
 }
 
 impl std::fmt::Debug for Sending {

@@ -13,7 +13,6 @@ use std::time::Instant;
 use soccr::Lock;
 use soccr_image::stream::{Decoded, Decoder, Message, STATE_LIMIT, Writer};
 
-use crate::departing::{Departing, Stream};
 use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guide::{Guide, Path};
@@ -89,13 +88,8 @@ pub(crate) struct Departure {
 }
 
 impl Departure {
-    pub(crate) fn new<S: Stream>(
-        shared: Arc<Shared>,
-        manner: Manner,
-        departing: impl IntoIterator<Item = Departing<S>>,
-    ) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, manner: Manner, items: Vec<Item>) -> Self {
         let Manner { users, path, is_one_way } = manner;
-        let items: Vec<_> = departing.into_iter().map(|departing| *departing.item).collect();
         let mut writer = Writer::new(Outbox::default()).expect("memory takes every byte");
         let begin = Message::Begin {
             connections: items.len() as u32,

@@ -5,9 +5,8 @@ use soccr::diag::Diag;
 use soccr::steer::{NextHop, Tunnel, narrow};
 use soccr_image::stream::{Place, Steered};
 
-use crate::arrival::is_in_use;
 use crate::error::Result;
-use crate::mover::{Event, Shared};
+use crate::mover::{Event, Shared, is_in_use};
 
 /// How packets follow connections to another host, see [`soccr::steer`].
 #[derive(Clone, Debug, Default)]

@@ -127,6 +127,7 @@ pub mod protocol;
 mod recipient;
 mod seat;
 pub mod silence;
+mod terms;
 mod trial;
 mod users;
 
@@ -135,11 +136,12 @@ pub use asynchronous::Arrivals;
 pub use departing::{Departing, Outcome, Sending, Stream};
 pub use error::{Error, ErrorKind, Rejected, Result};
 pub use guide::Path;
-pub use listen::{Arrived, Arriving, Received, Steered, Terms};
+pub use listen::{Arrived, Arriving, Received};
 pub use mover::{Event, Limits, Mover};
 pub use notes::{LastWords, Notes};
 pub use recipient::{Announced, Offer, Origin, Recipient};
 pub use seat::Seat;
+pub use terms::{Steered, Terms};
 pub use trial::try_out;
 pub use users::Users;
 

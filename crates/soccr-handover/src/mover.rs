@@ -8,15 +8,14 @@ use std::time::Duration;
 
 use soccr::Flow;
 use soccr::bulk::Kit;
+use soccr::connection::State;
 use soccr::diag::Diag;
 use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::steer::{Homecoming, Steerer};
 use soccr_image::stream::Place;
 
-use crate::departing::{Departing, Stream};
 use crate::error::{Error, Rejected, Result};
 use crate::protocol::Fate;
-use crate::seat::Seat;
 use crate::silence::Silencer;
 
 /// Moves connections of the network namespace in which it was made. A process needs one.
@@ -160,22 +159,6 @@ impl Mover {
         self
     }
 
-    /// Takes a connection to send it: [`unread`](Departing::unread) what was read ahead, say what [state](Departing::with_state)
-    /// goes along, then [`send`](Departing::send) it.
-    ///
-    /// The connection goes on until then.
-    ///
-    /// # Errors
-    /// It is not a connected TCP socket. The stream comes back.
-    pub fn take<S: Stream>(&self, stream: S) -> std::result::Result<Departing<S>, Rejected<S>> {
-        Departing::new(Arc::clone(&self.shared), stream)
-    }
-
-    /// The same for the socket of another process, or one that no longer knows its peer.
-    pub fn take_seat(&self, seat: Seat) -> Departing {
-        Departing::of(Arc::clone(&self.shared), seat)
-    }
-
     /// Connections that came back into their sockets after their callers had stopped waiting, as where a future was dropped. Dropping
     /// them ends them, as any stream.
     pub fn came_back(&self) -> Vec<Rejected<std::net::TcpStream>> {
@@ -260,6 +243,12 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// There is such a connection here.
+pub(crate) fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
+    let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
+    matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
 }
 
 /// The host, and the network namespace of the calling thread.

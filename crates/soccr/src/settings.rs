@@ -26,7 +26,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
 use crate::fidelity::Fidelity;
-use crate::sys::raw::MARK;
+use crate::sys::MARK;
 use crate::sys::{filter, sockopt};
 use table::{Carrier, Kind, Row, TABLE};
 

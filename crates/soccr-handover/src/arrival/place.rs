@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use soccr::connection::State;
 use soccr::diag::Diag;
 use soccr::lock::Held;
 use soccr::{Connection, Flow, Lock, Restored};
 
 use super::{Arrival, Arriving, Batch, Place, WAITING, WAITING_BYTES, Waiting, bytes_of, bytes_of_packets};
-use crate::mover::Event as Told;
+use crate::mover::{Event as Told, is_in_use};
 use crate::protocol::{Id, News};
 use crate::recipient::{Offer, Origin};
 
@@ -211,12 +210,6 @@ impl Arrival {
             }
         }
     }
-}
-
-/// There is such a connection here.
-pub(crate) fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
-    let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
-    matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
 }
 
 fn held(flow: Flow) -> Held {

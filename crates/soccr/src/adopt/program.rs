@@ -20,7 +20,7 @@ use std::{io, mem};
 use crate::adopt::attributes;
 use crate::bpf::{self, Assembler, Btf, Kind, ProgramSpec, Register, Size, Type};
 use crate::connection::{Flow, State};
-use crate::sys::raw::{LOOPBACK, MARK};
+use crate::sys::{LOOPBACK, MARK};
 
 use Register::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 

@@ -7,7 +7,7 @@ use soccr_netlink::attributes;
 use crate::nftables::rule as nft;
 use crate::nftables::set::{EXPRESSION_DATA, EXPRESSION_NAME};
 use crate::nftables::{DATA_VALUE, Decision, text, value};
-use crate::sys::raw::{LOOPBACK, MARK};
+use crate::sys::{LOOPBACK, MARK};
 
 /// What is known of a packet. Everything else may be anything.
 #[derive(Clone, Copy, Debug)]

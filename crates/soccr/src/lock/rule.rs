@@ -1,7 +1,7 @@
 //! One rule of a lock.
 
 use crate::nftables::rule::{Direction, Expressions, Load};
-use crate::sys::raw::MARK;
+use crate::sys::MARK;
 
 /// The most that the kernel copies of a packet to a log group.
 pub(super) const LOG_LIMIT: usize = 65531;

@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::nftables::{self, Hook, Table, Transaction};
 use crate::segment::flags;
 use crate::settings::{Settings, Value};
-use crate::sys::raw::MARK;
+use crate::sys::MARK;
 use crate::sys::{namespace, sockopt};
 
 const PREFIX: &str = "soccr-foreign-";

@@ -12,3 +12,9 @@ pub(crate) mod route;
 pub(crate) mod sockopt;
 pub(crate) mod tcp;
 pub(crate) mod tls;
+
+/// The firewall mark (`SO_MARK`) of every packet sent here: a lock lets it pass.
+pub(crate) const MARK: u32 = 0xc114;
+
+/// The index of `lo` in every network namespace.
+pub(crate) const LOOPBACK: u32 = 1;

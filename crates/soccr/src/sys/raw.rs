@@ -19,13 +19,8 @@ use soccr_netlink::{Family, Socket};
 
 use crate::error::{Error, Result};
 use crate::sys::route::Routes;
+use crate::sys::{LOOPBACK, MARK};
 use crate::sys::{descriptor, ipv6, namespace, sockopt};
-
-/// The firewall mark (`SO_MARK`) of every packet sent here: a lock lets it pass.
-pub(crate) const MARK: u32 = 0xc114;
-
-/// The index of `lo` in every network namespace.
-pub(crate) const LOOPBACK: u32 = 1;
 
 /// How an [`Injector`] hands its packets to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

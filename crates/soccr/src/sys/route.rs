@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use soccr_netlink::{Link, Packet, Rtnetlink, Way};
 
 use super::descriptor;
-use super::raw::{LOOPBACK, MARK};
+use super::{LOOPBACK, MARK};
 
 /// Asks for routes in the network namespace in which it was opened.
 #[derive(Debug)]
