@@ -4,7 +4,6 @@ use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::net::sockopt::{set_socket_oobinline, set_socket_send_buffer_size};
@@ -18,93 +17,12 @@ use crate::ends::{
     Ends, PORT, assert_nothing_new, assert_same, comparable, has_peek_offset, info, option, set_option,
     small_window,
 };
+use crate::supervised::{Faults, option_of, supervised};
 use crate::sys::{Call, Supervisor};
-
-/// The calls that this library makes for a socket.
-const CALLS: [i64; 14] = [
-    libc::SYS_socket,
-    libc::SYS_bind,
-    libc::SYS_connect,
-    libc::SYS_shutdown,
-    libc::SYS_getsockname,
-    libc::SYS_getpeername,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
-    libc::SYS_sendto,
-    libc::SYS_recvfrom,
-    libc::SYS_ioctl,
-    libc::SYS_fcntl,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-];
 
 const TCP_REPAIR: i32 = 19;
 
 const ERRNOS: [i32; 3] = [libc::EPERM, libc::ENOMEM, libc::EINVAL];
-
-/// Which call is to fail, and which one has.
-#[derive(Debug, Default)]
-struct Plan {
-    /// Calls that still go on.
-    left: Option<usize>,
-    errno: i32,
-    /// The only calls that count, or all.
-    only: Option<&'static [i64]>,
-    failed: Option<Call>,
-    /// The same call fails from then on.
-    for_good: bool,
-}
-
-impl Plan {
-    fn decide(&mut self, call: Call) -> Option<i32> {
-        if self.only.is_some_and(|only| !only.contains(&call.number)) {
-            return None;
-        }
-        let same = |failed: Call| (failed.number, option_of(failed)) == (call.number, option_of(call));
-        if self.for_good && self.failed.is_some_and(same) {
-            return Some(self.errno);
-        }
-        match self.left.take() {
-            Some(0) => {
-                self.failed = Some(call);
-                return Some(self.errno);
-            }
-            Some(left) => self.left = Some(left - 1),
-            None => {}
-        }
-        None
-    }
-}
-
-/// A fault that the kernel seems to have at the `left`th call from now on.
-#[derive(Clone, Debug)]
-pub struct Faults(Arc<Mutex<Plan>>);
-
-impl Faults {
-    pub fn arm(&self, left: usize, errno: i32) {
-        *self.0.lock().unwrap() = Plan { left: Some(left), errno, ..Plan::default() };
-    }
-
-    /// The same, where that call goes on failing.
-    fn arm_for_good(&self, left: usize, errno: i32) {
-        *self.0.lock().unwrap() = Plan { left: Some(left), errno, for_good: true, ..Plan::default() };
-    }
-
-    /// The same, of these calls alone.
-    pub fn arm_among(&self, calls: &'static [i64], left: usize, errno: i32) {
-        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: Some(calls), ..Plan::default() };
-    }
-
-    /// It has come to that.
-    pub fn has_failed(&self) -> bool {
-        self.0.lock().unwrap().failed.is_some()
-    }
-
-    /// The call that has failed, if it has come to that.
-    pub fn disarm(&self) -> Option<Call> {
-        std::mem::take(&mut *self.0.lock().unwrap()).failed
-    }
-}
 
 /// Runs `body` on a thread that can start no other one.
 fn without_threads(body: impl FnOnce() + Send) {
@@ -158,25 +76,6 @@ pub fn a_save_opens_nothing_where_nothing_is_tracked() {
     });
     assert!(opened.is_empty(), "{opened:?}");
     ends.finish();
-}
-
-/// Runs `body` on a thread whose calls can be made to fail.
-pub fn supervised(body: impl FnOnce(&Faults) + Send) {
-    let faults = Faults(Arc::default());
-    thread::scope(|scope| {
-        let (sender, receiver) = mpsc::channel();
-        let for_body = faults.clone();
-        scope.spawn(move || {
-            sender.send(Supervisor::of_this_thread(&CALLS)).unwrap();
-            body(&for_body);
-        });
-        let supervisor = receiver.recv().unwrap().expect("seccomp");
-        while supervisor.decide(|call| faults.0.lock().unwrap().decide(call)).unwrap().is_some() {}
-    });
-}
-
-fn option_of(call: Call) -> (i32, i32) {
-    (call.args[1] as i32, call.args[2] as i32)
 }
 
 /// What an error must name, after this call has failed. `None`: one of the many options that travel with a connection.

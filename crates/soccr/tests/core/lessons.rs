@@ -16,8 +16,8 @@ use soccr::{Error, ErrorKind, Fidelity, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
 
 use crate::ends::{Ends, PORT, assert_same, has_peek_offset, info, option, pattern, set_option, unconnected};
-use crate::faults::supervised;
 use crate::states::through_bytes;
+use crate::supervised::supervised;
 use crate::sys;
 
 fn assert_refused<T: std::fmt::Debug>(

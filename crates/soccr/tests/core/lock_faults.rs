@@ -11,7 +11,7 @@ use soccr::{Lock, Restored, pause};
 use soccr_lab::{Family, OnCpu, Pair, Shape, TcpInfo, sysctl, wait_until};
 
 use crate::ends::{Ends, PORT, info};
-use crate::faults::{Faults, supervised};
+use crate::supervised::{Faults, supervised};
 use crate::sys::set_deaf;
 
 /// Calls `body` until it comes to an end without the fault that it arms.

@@ -17,6 +17,7 @@ mod property;
 mod reset;
 mod stages;
 mod states;
+mod supervised;
 mod sys;
 mod unread;
 mod urgent;

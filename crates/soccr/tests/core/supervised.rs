@@ -1,0 +1,108 @@
+//! A thread whose system calls fail when a test wants it.
+
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crate::sys::{Call, Supervisor};
+
+/// The calls that this library makes for a socket.
+const CALLS: [i64; 14] = [
+    libc::SYS_socket,
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_shutdown,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_ioctl,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+];
+
+/// Which call is to fail, and which one has.
+#[derive(Debug, Default)]
+struct Plan {
+    /// Calls that still go on.
+    left: Option<usize>,
+    errno: i32,
+    /// The only calls that count, or all.
+    only: Option<&'static [i64]>,
+    failed: Option<Call>,
+    /// The same call fails from then on.
+    for_good: bool,
+}
+
+impl Plan {
+    fn decide(&mut self, call: Call) -> Option<i32> {
+        if self.only.is_some_and(|only| !only.contains(&call.number)) {
+            return None;
+        }
+        let same = |failed: Call| (failed.number, option_of(failed)) == (call.number, option_of(call));
+        if self.for_good && self.failed.is_some_and(same) {
+            return Some(self.errno);
+        }
+        match self.left.take() {
+            Some(0) => {
+                self.failed = Some(call);
+                return Some(self.errno);
+            }
+            Some(left) => self.left = Some(left - 1),
+            None => {}
+        }
+        None
+    }
+}
+
+/// A fault that the kernel seems to have at the `left`th call from now on.
+#[derive(Clone, Debug)]
+pub struct Faults(Arc<Mutex<Plan>>);
+
+impl Faults {
+    pub fn arm(&self, left: usize, errno: i32) {
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, ..Plan::default() };
+    }
+
+    /// The same, where that call goes on failing.
+    pub fn arm_for_good(&self, left: usize, errno: i32) {
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, for_good: true, ..Plan::default() };
+    }
+
+    /// The same, of these calls alone.
+    pub fn arm_among(&self, calls: &'static [i64], left: usize, errno: i32) {
+        *self.0.lock().unwrap() = Plan { left: Some(left), errno, only: Some(calls), ..Plan::default() };
+    }
+
+    /// It has come to that.
+    pub fn has_failed(&self) -> bool {
+        self.0.lock().unwrap().failed.is_some()
+    }
+
+    /// The call that has failed, if it has come to that.
+    pub fn disarm(&self) -> Option<Call> {
+        std::mem::take(&mut *self.0.lock().unwrap()).failed
+    }
+}
+
+/// Runs `body` on a thread whose calls can be made to fail.
+pub fn supervised(body: impl FnOnce(&Faults) + Send) {
+    let faults = Faults(Arc::default());
+    thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        let for_body = faults.clone();
+        scope.spawn(move || {
+            sender.send(Supervisor::of_this_thread(&CALLS)).unwrap();
+            body(&for_body);
+        });
+        let supervisor = receiver.recv().unwrap().expect("seccomp");
+        while supervisor.decide(|call| faults.0.lock().unwrap().decide(call)).unwrap().is_some() {}
+    });
+}
+
+pub fn option_of(call: Call) -> (i32, i32) {
+    (call.args[1] as i32, call.args[2] as i32)
+}
