@@ -16,7 +16,7 @@ Exit codes:
   0    done
   1    failed; nothing has changed
   2    the command line is wrong
-  3    some of several connections failed: each is named on standard error
+  3    some of several connections failed, or one that has moved could not be given to its program: standard error names each
   4    what became of a connection is unknown, or it is lost
   126  the program was found but could not be started
   127  the program was not found";
