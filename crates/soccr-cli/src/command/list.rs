@@ -36,7 +36,8 @@ pub(crate) use show::duration;
 /// segments were sent again, TIMER what the kernel does next and when (as in ss(8): on, keepalive,
 /// timewait, persist), CC the congestion control. SAVE says "yes", or why not, and
 /// what NAT makes of its addresses; "paused" is a socket that somebody has left in
-/// repair mode. A narrow terminal gets fewer columns. --json shows more.
+/// repair mode. A narrow terminal gets fewer columns, then the addresses below each row.
+/// --json shows more.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -9,12 +9,28 @@ pub(crate) fn of_terminal() -> Option<usize> {
     (size.ws_col != 0).then_some(size.ws_col.into())
 }
 
+/// Less than this would be a ribbon of single words.
+const LEAST: usize = 24;
+
+fn room_after(column: usize, width: Option<usize>) -> usize {
+    width.map_or(usize::MAX, |width| width.saturating_sub(column))
+}
+
+/// Whether text that begins in this column can be read there: in one line or, wrapped, in several.
+pub(crate) fn holds(text: &str, column: usize, width: Option<usize>) -> bool {
+    let room = room_after(column, width);
+    let longest = if room < LEAST {
+        text
+    } else {
+        text.split(' ').max_by_key(|word| word.chars().count()).unwrap_or(text)
+    };
+    longest.chars().count() <= room
+}
+
 /// Breaks text between words, for a line that has `column` characters before it: further lines begin in that column. Words are
 /// never cut; where hardly any room is left, nothing is broken.
 pub(crate) fn wrap(text: &str, column: usize, width: Option<usize>) -> String {
-    /// Less than this would be a ribbon of single words.
-    const LEAST: usize = 24;
-    let room = width.map_or(usize::MAX, |width| width.saturating_sub(column));
+    let room = room_after(column, width);
     if room < LEAST {
         return text.to_owned();
     }
@@ -52,6 +68,8 @@ mod tests {
         assert!(wrapped.lines().skip(1).all(|line| line.starts_with("    ") && !line.ends_with(' ')));
         assert_eq!(wrapped.split_whitespace().collect::<Vec<_>>().join(" "), text);
         let long = "x".repeat(50);
+        assert!(holds("short", 30, Some(35)) && !holds(text, 30, Some(53)) && holds(text, 30, Some(54)));
+        assert!(!holds(&long, 0, Some(40)) && holds(&long, 0, Some(50)));
         assert_eq!(wrap(&format!("a {long} b"), 0, Some(40)), format!("a\n{long}\nb"));
     }
 }

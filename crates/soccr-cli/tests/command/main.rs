@@ -29,6 +29,7 @@ mod servers;
 mod states;
 mod steered;
 mod targets;
+mod terminal;
 mod tls;
 mod transfer;
 mod trust;
@@ -53,6 +54,7 @@ fn main() -> std::process::ExitCode {
         states::tests(),
         transfer::tests(),
         targets::tests(),
+        terminal::tests(),
         idle::tests(),
         kill::tests(),
         kill_any::tests(),
