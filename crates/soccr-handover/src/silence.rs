@@ -34,22 +34,26 @@ impl Silencer {
         if limit.is_zero() || flows.is_empty() {
             return Ok(());
         }
+        /// Others make and remove the lock at the same time.
+        const ATTEMPTS: usize = 10;
         let failed_with = |error: &soccr::Error, errno: Errno| error.errno() == Some(errno.raw_os_error());
-        match self.extend(flows, limit) {
-            // There is no such lock yet, or no longer; somebody else may be making it now.
-            Err(error) if failed_with(&error, Errno::NOENT) => {
-                match self.0.create(NAME, flows, Some(limit)) {
-                    Err(error) if failed_with(&error, Errno::EXIST) => self.extend(flows, limit),
-                    created => created,
+        let mut outcome = Ok(());
+        for _ in 0..ATTEMPTS {
+            outcome = self.extend(flows, limit);
+            match &outcome {
+                // There is no such lock yet, or no longer.
+                Err(error) if failed_with(error, Errno::NOENT) => {
+                    outcome = self.0.create(NAME, flows, Some(limit));
+                    if !matches!(&outcome, Err(error) if failed_with(error, Errno::EXIST)) {
+                        break;
+                    }
                 }
+                // One of them had left before, and came back without the lock being ended. The lock goes with the last of them.
+                Err(error) if failed_with(error, Errno::EXIST) => drop(self.lift(flows)?),
+                _ => break,
             }
-            // One of them had left before, and came back without the lock being ended.
-            Err(error) if failed_with(&error, Errno::EXIST) => {
-                self.lift(flows)?;
-                self.extend(flows, limit)
-            }
-            extended => extended,
         }
+        outcome
     }
 
     fn extend(&mut self, flows: &[Flow], limit: Duration) -> soccr::Result<()> {

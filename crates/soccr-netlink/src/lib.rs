@@ -19,6 +19,8 @@ pub use socket::{Family, Socket};
 pub const REQUEST: u16 = 0x1;
 /// The kernel shall acknowledge the message (`NLM_F_ACK`).
 pub const ACK: u16 = 0x4;
+/// Delete the object only where nothing is in it (`NLM_F_NONREC`).
+pub const NOT_RECURSIVE: u16 = 0x100;
 /// Fail where the object exists (`NLM_F_EXCL`).
 pub const EXCLUSIVE: u16 = 0x200;
 /// Create the object where it does not exist (`NLM_F_CREATE`).

@@ -15,7 +15,9 @@ use std::io;
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use soccr_netlink::{ACK, APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, REQUEST, Socket, attributes};
+use soccr_netlink::{
+    ACK, APPEND, Batch, CREATE, DUMP, EXCLUSIVE, Message, NOT_RECURSIVE, REQUEST, Socket, attributes,
+};
 
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -191,6 +193,18 @@ impl<'a> Transaction<'a> {
     /// Removes the table.
     pub(crate) fn remove(&mut self) {
         self.message(DELETE_TABLE, 0, |_| ());
+    }
+
+    /// Removes the table with these chains and sets; `EBUSY` where a set has elements.
+    pub(crate) fn remove_empty<'n>(&mut self, chains: &[&str], sets: impl IntoIterator<Item = &'n str>) {
+        // A set can go when no rule refers to it.
+        for chain in chains {
+            self.message(DELETE_CHAIN, 0, |m| m.string(CHAIN_NAME, chain));
+        }
+        for set in sets {
+            self.message(DELETE_SET, NOT_RECURSIVE, |m| m.string(set::SET_NAME, set));
+        }
+        self.remove();
     }
 
     /// Sends the transaction, if it is about anything, and waits for the kernel's verdict.
@@ -407,10 +421,12 @@ const GET_TABLE: u16 = 1;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const GET_CHAIN: u16 = 4;
+const DELETE_CHAIN: u16 = 5;
 const NEW_RULE: u16 = 6;
 const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
 const GET_SET: u16 = 10;
+const DELETE_SET: u16 = 11;
 const NEW_ELEMENTS: u16 = 12;
 const GET_ELEMENTS: u16 = 13;
 const DELETE_ELEMENTS: u16 = 14;

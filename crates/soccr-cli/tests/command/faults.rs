@@ -19,6 +19,7 @@ crate::tests![
     a_send_to_another_program,
     a_send_to_a_server_that_knows_nothing_of_it,
     a_save,
+    a_restore,
     a_lock_and_an_unlock,
 ];
 
@@ -57,6 +58,7 @@ enum Scenario {
     Send,
     Adopt,
     Save,
+    Restore,
 }
 
 impl Scenario {
@@ -71,6 +73,12 @@ impl Scenario {
             Self::Send => send(&format!("--detach {}", world.program())),
             Self::Adopt => send("--adopt"),
             Self::Save => save(),
+            Self::Restore => {
+                assert!(save().status().unwrap().success());
+                let mut restore = soccr(&["restore", &image, "--netns", &world.netns(), "--"]);
+                restore.args(World::heir());
+                restore
+            }
         }
     }
 
@@ -85,10 +93,11 @@ impl Scenario {
         match (place, outcome.code) {
             (place, Some(0)) => place == self.goal(),
             // What is to be done behind it has failed.
+            (Place::New, Some(1)) if self == Self::Restore => told("soccr: "),
             (Place::New, Some(3)) => told("soccr: "),
             (Place::New, Some(4)) => told("the target has it, or it is lost"),
-            (Place::Old, Some(1 | 126 | 127)) => told("soccr: "),
-            (Place::Image, Some(1 | 126)) => told("saved in"),
+            (Place::Old, Some(1 | 126 | 127)) => self != Self::Restore && told("soccr: "),
+            (Place::Image, Some(1 | 126)) => told(if self == Self::Restore { "soccr: " } else { "saved in" }),
             (Place::Image, Some(3)) => told("saved in"),
             _ => false,
         }
@@ -165,6 +174,10 @@ fn a_send_to_a_server_that_knows_nothing_of_it() {
 
 fn a_save() {
     every_fault(Side::A, Scenario::Save);
+}
+
+fn a_restore() {
+    every_fault(Side::A, Scenario::Restore);
 }
 
 /// The lock is there, or not, as the exit code says.

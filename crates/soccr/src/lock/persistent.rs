@@ -73,7 +73,7 @@ impl PersistentLock {
     }
 
     /// Unlocks some of its connections, in the network namespace of the calling thread. The others stay locked all the
-    /// time. Connections that it no longer locks are passed over.
+    /// time, those that somebody else has added meanwhile, too. Connections that it no longer locks are passed over.
     ///
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
@@ -155,11 +155,16 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
     for table in transaction::names(socket).map_err(|error| Error::system("nft list", error))? {
         let Some(other) = table.strip_prefix(PREFIX) else { continue };
         // A table whose time is over is empty, and nobody else removes it. Where that is not certain, it stays.
-        if matches!(transaction::contents(socket, &table), Ok(contents) if contents.is_empty()) {
-            // Somebody else may be doing the same.
-            let _ = remove(socket, other);
-        } else if other == name {
+        let is_over = matches!(transaction::contents(socket, &table), Ok(contents) if contents.is_empty());
+        // Somebody else may be doing the same.
+        let is_gone = is_over && matches!(remove_empty(socket, &table), Ok(true));
+        if other == name && !is_over {
             return Err(not_created(io::Error::from_raw_os_error(libc::EEXIST)));
+        }
+        if other == name && !is_gone {
+            // The kernel has yet to collect what is over.
+            let mut lock = PersistentLock { name: name.to_owned(), flows: Vec::new(), remaining: None };
+            return extend(socket, &mut lock, flows, limit);
         }
     }
     let table = format!("{PREFIX}{name}");
@@ -257,11 +262,21 @@ fn unlock(socket: &mut Socket, lock: &PersistentLock, flows: &[Flow]) -> Result<
     }
     let unlocked: HashSet<Flow> = flows.iter().map(Flow::on_the_wire).collect();
     if lock.flows.iter().all(|flow| unlocked.contains(&flow.on_the_wire())) {
-        let mut transaction = Transaction::begin(&mut batch, &table);
-        transaction.remove();
-        tolerate_absence(transaction.commit(socket), "nft delete table")?;
+        remove_empty(socket, &table).map_err(|error| Error::system("nft delete table", error))?;
     }
     Ok(())
+}
+
+/// Removes a table, unless somebody else has added to it meanwhile. Returns whether it is gone.
+fn remove_empty(socket: &mut Socket, table: &str) -> io::Result<bool> {
+    let mut batch = Batch::new();
+    let mut transaction = Transaction::begin(&mut batch, table);
+    transaction.remove_empty();
+    match transaction.commit(socket) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+        other => other.map(|()| true),
+    }
 }
 
 fn tolerate_absence(result: io::Result<()>, what: &'static str) -> Result<()> {

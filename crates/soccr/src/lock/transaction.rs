@@ -49,6 +49,10 @@ pub(super) struct Log {
     pub(super) long: bool,
 }
 
+/// The chains of a table.
+const IN: &str = "in";
+const OUT: &str = "out";
+
 /// A transaction about the table of a lock: all of it happens, or nothing.
 pub(super) struct Transaction<'a>(nftables::Transaction<'a>);
 
@@ -78,7 +82,7 @@ impl<'a> Transaction<'a> {
             });
         }
         for (chain, hook, direction) in
-            [("in", Hook::PREROUTING, Direction::In), ("out", Hook::OUTPUT, Direction::Out)]
+            [(IN, Hook::PREROUTING, Direction::In), (OUT, Hook::OUTPUT, Direction::Out)]
         {
             // A lock that may hold comes before one that stays, which only drops.
             let priority = Hook::RAW + i32::from(!owned);
@@ -118,6 +122,11 @@ impl<'a> Transaction<'a> {
     /// Removes the table.
     pub(super) fn remove(&mut self) {
         self.0.remove();
+    }
+
+    /// Removes the table of a persistent lock; `EBUSY` where it locks anything.
+    pub(super) fn remove_empty(&mut self) {
+        self.0.remove_empty(&[IN, OUT], [false, true].map(|ipv6| Set::Flows.name(ipv6)));
     }
 
     /// Sends the transaction and waits for the kernel's verdict.

@@ -64,6 +64,7 @@ fn main() -> ExitCode {
         persistent::a_persistent_lock_is_listed_and_removed,
         persistent::a_persistent_lock_ends_with_its_time,
         persistent::a_persistent_lock_grows,
+        persistent::what_others_add_stays_locked,
         persistent::a_lock_becomes_persistent,
         persistent::names_of_persistent_locks_are_checked,
         dump::an_end_with_an_error_is_one,

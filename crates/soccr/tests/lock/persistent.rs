@@ -110,3 +110,24 @@ pub fn a_persistent_lock_grows() {
     });
     expect(&mut connected.ours, b"later");
 }
+
+pub fn what_others_add_stays_locked() {
+    let mut connected = connect(Family::Mapped);
+    let other = Flow { local: (connected.pair.b.v4, 9).into(), ..connected.flow };
+    connected.pair.b.run(|| {
+        PersistentLock::create("shared", &[other], None).unwrap();
+        let before = PersistentLock::list().unwrap().remove(0);
+        before.clone().extend(&[connected.flow], Some(SILENCE)).unwrap();
+        before.unlock(&[other]).unwrap();
+        assert_eq!(PersistentLock::list().unwrap()[0].flows, [connected.flow.on_the_wire()]);
+    });
+    connected.peer.write_all(b"later").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    connected.pair.b.run(|| {
+        let now = PersistentLock::list().unwrap().remove(0);
+        now.unlock(&[connected.flow]).unwrap();
+        assert_eq!(PersistentLock::list().unwrap(), []);
+    });
+    expect(&mut connected.ours, b"later");
+}

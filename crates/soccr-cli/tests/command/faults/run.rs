@@ -108,7 +108,7 @@ impl World {
     }
 
     /// The program that gets a connection.
-    fn heir() -> Vec<String> {
+    pub fn heir() -> Vec<String> {
         ["python3", "-c", SERVER, "new "].map(str::to_owned).to_vec()
     }
 
