@@ -68,8 +68,5 @@ impl fmt::Display for Unavailable {
     }
 }
 
-impl std::error::Error for Unavailable {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.source)
-    }
-}
+// Its text includes the cause already: with a `source`, programs that print all causes would print this one twice.
+impl std::error::Error for Unavailable {}

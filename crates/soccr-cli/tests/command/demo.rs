@@ -1,10 +1,28 @@
 //! `demo`: a whole run, and what it draws.
 
+use std::process::Command;
+
 use serde_json::Value;
 
-use crate::programs::{run, succeed};
+use crate::programs::{SOCCR, installed, run, succeed};
 
-crate::tests![a_move_is_drawn_as_the_peer_saw_it, a_picture_that_cannot_be_written_is_told_at_once];
+crate::tests![
+    a_move_is_drawn_as_the_peer_saw_it,
+    a_picture_that_cannot_be_written_is_told_at_once,
+    where_no_network_can_be_made_the_remedy_comes_last
+];
+
+/// In a user namespace without any user, nobody can make another namespace.
+fn where_no_network_can_be_made_the_remedy_comes_last() {
+    if !installed("unshare") {
+        return;
+    }
+    let output = Command::new("unshare").args(["-U", SOCCR, "demo"]).output().unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(complaint.starts_with("soccr: no private network: unshare("), "{complaint}");
+    assert_eq!(complaint.matches("(os error 1)").count(), 1, "{complaint}");
+    assert!(complaint.ends_with(" or be root\n"), "{complaint}");
+}
 
 fn a_picture_that_cannot_be_written_is_told_at_once() {
     let output = run(&["demo", "--picture", "/proc/nowhere/move.svg"]);
