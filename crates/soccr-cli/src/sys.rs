@@ -27,7 +27,7 @@ pub(crate) fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
 /// The time of day where this command runs, such as 15:04:31.
 pub(crate) fn time_of_day(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = since.as_secs() as libc::time_t;
+    let seconds = since.as_secs() as _;
     let mut parts = MaybeUninit::<libc::tm>::uninit();
     // SAFETY: both pointers are valid for the call; where it says that it has succeeded, the parts are written.
     match unsafe { libc::localtime_r(&seconds, parts.as_mut_ptr()).as_ref() } {

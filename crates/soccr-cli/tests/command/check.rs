@@ -196,11 +196,12 @@ fn strict_reverse_paths_are_named() {
 
 fn an_address_that_is_not_here_is_refused() {
     let network = Namespace::new().unwrap();
+    let refused = (true, "a connection is refused where its address is missing".to_owned());
     for family in ["ipv4", "ipv6"] {
-        assert_eq!(checked(&network, "missing addresses"), (true, "refused".into()));
+        assert_eq!(checked(&network, "missing addresses"), refused);
         network.run(|| sysctl(&format!("net/{family}/ip_nonlocal_bind"), "1")).unwrap();
     }
-    assert_eq!(checked(&network, "missing addresses"), (true, "refused".into()));
+    assert_eq!(checked(&network, "missing addresses"), refused);
     if installed("ip") {
         let all = ["route", "add", "local", "240.0.0.0/4", "dev", "lo"];
         assert!(network.run(|| Command::new("ip").args(all).status()).unwrap().success());

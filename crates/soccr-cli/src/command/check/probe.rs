@@ -211,7 +211,7 @@ fn missing() -> Result<String> {
             Ok(_) => bail!("{local} counts as an address of this host: see `ip route show table local`"),
         }
     }
-    Ok("refused".into())
+    Ok("a connection is refused where its address is missing".into())
 }
 
 fn descriptors() -> Result<String> {
