@@ -173,7 +173,7 @@ impl Handle {
 
     pub(crate) fn release(self) {
         if let Stage::Paused(paused) = self.stage {
-            paused.release();
+            paused.leave_paused();
         }
     }
 

@@ -132,7 +132,7 @@ pub fn prepare() {
 
 /// Closes what [`prepare`], or the first restore, has opened: two descriptors, which a program may not want to keep
 /// between its restores. The next restore opens them again.
-pub fn release_prepared() {
+pub fn close_prepared() {
     let mut writer = writer();
     // That it cannot be had stays known.
     if matches!(*writer, Some(Ok(_))) {

@@ -100,7 +100,7 @@ mod sys;
 pub mod tls;
 mod window;
 
-pub use congestion::{prepare, release_prepared};
+pub use congestion::{close_prepared, prepare};
 pub use connection::{Connection, Flow};
 pub use error::{Error, ErrorKind, Result};
 pub use fidelity::Fidelity;

@@ -252,7 +252,7 @@ impl<'fd> Paused<'fd> {
     /// The errors of [`Restore::unbound`].
     pub fn restore(self, control: &ControlBlock, buffers: Option<Buffers>) -> Result<Restore<'fd>> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
-        self.release();
+        self.leave_paused();
         Restore::onto(fd, control, buffers, reuse_address, true).map_err(|error| error.at("restore"))
     }
 
@@ -263,7 +263,7 @@ impl<'fd> Paused<'fd> {
     /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`.
     pub fn connect_anew(self, flow: Flow, write_seq: u32) -> Result<()> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
-        self.release();
+        self.leave_paused();
         flow.validate()
             .and_then(|()| restore::connect_anew(fd, flow, write_seq))
             .and_then(|()| tcp::set_reuse_address(fd, reuse_address))
@@ -290,7 +290,7 @@ impl<'fd> Paused<'fd> {
     }
 
     /// Leaves the socket in repair mode, and gives up the guard. Closing the socket is silent then.
-    pub fn release(self) {
+    pub fn leave_paused(self) {
         std::mem::forget(self);
     }
 
@@ -310,7 +310,7 @@ impl<'fd> Paused<'fd> {
             // Repair mode would turn the owner's later calls into EPERM, which says less. It is all that can still go wrong.
             let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
         }
-        self.release();
+        self.leave_paused();
         Ok(())
     }
 
@@ -326,7 +326,7 @@ impl<'fd> Paused<'fd> {
         };
         check().and_then(|()| self.disconnect()).map_err(|error| error.at("detach"))?;
         let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
-        self.release();
+        self.leave_paused();
         Ok(())
     }
 

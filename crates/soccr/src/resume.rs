@@ -45,7 +45,7 @@ impl Restored {
     }
 
     /// Gives the socket away in repair mode: silent when closed, and its new owner turns the mode off.
-    pub fn release(self) -> OwnedFd {
+    pub fn into_socket(self) -> OwnedFd {
         self.socket
     }
 }

@@ -82,7 +82,7 @@ pub(super) fn last_error<T>(handle: Option<&Handle>, none: T, tell: impl FnOnce(
 fn outcome<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     let outcome = catch_unwind(AssertUnwindSafe(body));
     // What has brought a congestion window back is not to stay in the host.
-    soccr_core::release_prepared();
+    soccr_core::close_prepared();
     outcome.unwrap_or_else(|panic| Err(Failure::system(panic_text(&*panic), libc::ENOTRECOVERABLE)))
 }
 

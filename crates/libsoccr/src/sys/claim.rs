@@ -60,5 +60,5 @@ impl Drop for Claim {
 
 fn is_in_repair(socket: BorrowedFd<'_>) -> bool {
     // Only asks: the guard is given up at once.
-    Paused::take_over(socket).map(Paused::release).is_ok()
+    Paused::take_over(socket).map(Paused::leave_paused).is_ok()
 }

@@ -206,7 +206,7 @@ fn values(ends: &Ends) -> Result<Vec<Connection>> {
     bulk::save(&ends.streams, |_, saved| {
         let Saved { connection, paused } = saved?;
         values.push(connection.clone());
-        paused.release();
+        paused.leave_paused();
         Ok::<_, soccr::Error>(())
     })?;
     ends.streams.iter().for_each(|socket| floor::unpause(socket.as_fd()));

@@ -34,7 +34,7 @@ fn one(pair: &Pair, name: &str, case: &Case, budget: Duration, report: &mut Repo
             paused.save_into(&mut connection)?;
             Ok::<_, soccr::Error>(paused)
         })?;
-        paused.release();
+        paused.leave_paused();
         floor::unpause(socket);
         bare.time(|| floor::save(socket, &mut scratch));
         floor::unpause(socket);

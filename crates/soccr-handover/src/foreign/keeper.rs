@@ -119,7 +119,7 @@ impl Drop for Keeper {
 fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, file: Option<&Path>) {
     let _ = setsid();
     // A socket that is in repair mode already is somebody else's affair.
-    let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::release).is_ok();
+    let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::leave_paused).is_ok();
     let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
     // Repair mode overwrites SO_REUSEADDR.
     let reuse: Vec<_> = sockets.iter().map(sockopt::socket_reuseaddr).collect();

@@ -275,7 +275,7 @@ pub fn every_fault_of_a_restore_is_told_and_silent() {
                         Ok(restored) => {
                             let paused = Paused::take_over(restored.as_fd()).unwrap();
                             let saved = paused.save().unwrap();
-                            paused.release();
+                            paused.leave_paused();
                             assert_harmless(&connection, &saved, restored.report().strict().is_err(), call);
                         }
                     }
@@ -342,7 +342,7 @@ pub fn a_resume_that_fails_once_is_made_again() {
                     resumed = Some(stream);
                     break;
                 }
-                pause(&stream).unwrap().release();
+                pause(&stream).unwrap().leave_paused();
             }
         });
         ends.ours = resumed.unwrap();
@@ -414,7 +414,7 @@ pub fn an_interrupted_call_is_made_again() {
                 let restored = restored.unwrap_or_else(|error| panic!("{text}: {error}, for {failed:?}"));
                 let paused = Paused::take_over(restored.as_fd()).unwrap();
                 let saved = paused.save().unwrap();
-                paused.release();
+                paused.leave_paused();
                 assert_same(&connection, &saved);
                 if failed.is_none() {
                     break;

@@ -205,7 +205,7 @@ pub fn one_connection_restores_twice() {
         let restored = ends.restore(&connection).unwrap();
         let paused = Paused::take_over(restored.as_fd()).unwrap();
         assert_same(&connection, &paused.save().unwrap());
-        paused.release();
+        paused.leave_paused();
     }
     assert_eq!(connection, copy);
     ends.restore_and_resume(&connection);

@@ -123,7 +123,7 @@ fn carry_handshake(case: Case, as_bytes: bool) {
 pub fn save_again(restored: &Restored, remote: SocketAddr) -> Connection {
     let paused = Paused::take_over(restored.as_fd()).unwrap().with_peer(remote);
     let connection = paused.save().unwrap();
-    paused.release();
+    paused.leave_paused();
     connection
 }
 

@@ -75,7 +75,7 @@ fn carry(family: Family, reading: Reading, before: usize, behind: usize) {
     let restored = ends.restore(&connection).unwrap();
     let paused = Paused::take_over(restored.as_fd()).unwrap();
     assert_same(&connection, &paused.save().unwrap());
-    paused.release();
+    paused.leave_paused();
     ends.resume(restored);
 
     assert_eq!(socket_oobinline(&ends.ours), Ok(reading == Reading::Inline));

@@ -87,7 +87,7 @@ fn carry(window: Window, buffer: Option<usize>, way: Way, family: Family, asked:
             Box::new(|| restored.resume().unwrap())
         }
         Way::Released => {
-            let socket = restore().release().into();
+            let socket = restore().into_socket().into();
             Box::new(|| end_repair(socket))
         }
         Way::Staged => {

@@ -142,7 +142,7 @@ pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> 
 fn look(holder: Holder) -> Option<&'static str> {
     match Process::open(holder.pid).ok()?.duplicate(holder.fd) {
         Ok(socket) => {
-            let paused = Paused::take_over(socket.as_fd()).map(Paused::release).is_ok();
+            let paused = Paused::take_over(socket.as_fd()).map(Paused::leave_paused).is_ok();
             match soccr::diag::hides_unread(&socket) {
                 true => Some("urgent data behind unread bytes: this kernel shows it to its process alone"),
                 false => paused.then_some("paused: soccr resume"),
