@@ -1,8 +1,9 @@
 //! A chat room that moves to another process, here or on another host, while everybody talks: nobody notices.
 //!
 //! ```text
-//! sudo cargo run --example chat -- 192.0.2.1:7000 127.0.0.1:9000            # HERE: the room; a successor may come on port 9000
-//! sudo cargo run --example chat -- 192.0.2.1:7000 127.0.0.1:9000 take       # THERE: takes it over, and is the room from then on
+//! cargo build --example chat
+//! sudo target/debug/examples/chat 192.0.2.1:7000 127.0.0.1:9000            # HERE: the room; a successor may come on port 9000
+//! sudo target/debug/examples/chat 192.0.2.1:7000 127.0.0.1:9000 take       # THERE: takes it over, and is the room from then on
 //! ```
 //!
 //! The first line of a client is its nickname, every other one goes to all. What goes along with each connection are its nickname and

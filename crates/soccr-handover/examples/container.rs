@@ -2,8 +2,9 @@
 //! namespace or on another host.
 //!
 //! ```text
-//! sudo cargo run --features foreign --example container -- take /run/move.sock /run/netns/new ./server
-//! sudo cargo run --features foreign --example container -- give /run/move.sock 4711
+//! cargo build --features foreign --example container
+//! sudo target/debug/examples/container take /run/move.sock /run/netns/new ./server
+//! sudo target/debug/examples/container give /run/move.sock 4711
 //! ```
 //!
 //! HERE is the runtime of the old container: process 4711 and those that it has started are stopped only while their connections are on

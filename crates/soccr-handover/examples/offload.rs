@@ -6,10 +6,11 @@
 //!      ▲                                          │
 //!      └────────────────── answers ───────────────┘
 //!
-//! sudo cargo run --example offload -- backend a 192.0.2.2 192.0.2.1:9000                      # on two hosts,
-//! sudo cargo run --example offload -- backend b 192.0.2.3 192.0.2.1:9000
-//! sudo cargo run --example offload -- front 192.0.2.1:80 192.0.2.1:9000 192.0.2.2 192.0.2.3   # on the third: then GET /a/4096
-//! cargo run --example offload -- relay 192.0.2.1:80 192.0.2.2 192.0.2.3                       # the same, but copies: to compare
+//! cargo build --example offload
+//! sudo target/debug/examples/offload backend a 192.0.2.2 192.0.2.1:9000                      # on two hosts,
+//! sudo target/debug/examples/offload backend b 192.0.2.3 192.0.2.1:9000
+//! sudo target/debug/examples/offload front 192.0.2.1:80 192.0.2.1:9000 192.0.2.2 192.0.2.3   # on the third: then GET /a/4096
+//! sudo target/debug/examples/offload relay 192.0.2.1:80 192.0.2.2 192.0.2.3                       # the same, but copies: to compare
 //! ```
 //!
 //! The first letter of the path names the backend, the rest how many bytes it sends. A backend keeps the connection until a

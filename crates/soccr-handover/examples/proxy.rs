@@ -2,8 +2,9 @@
 //! half a request has been read.
 //!
 //! ```text
-//! sudo cargo run --example proxy -- 192.0.2.1:8080 127.0.0.1:9000          # HERE: answers; a successor may come on port 9000
-//! sudo cargo run --example proxy -- 192.0.2.1:8080 127.0.0.1:9000 take     # THERE: takes the connections over, and answers from then on
+//! cargo build --example proxy
+//! sudo target/debug/examples/proxy 192.0.2.1:8080 127.0.0.1:9000          # HERE: answers; a successor may come on port 9000
+//! sudo target/debug/examples/proxy 192.0.2.1:8080 127.0.0.1:9000 take     # THERE: takes the connections over, and answers from then on
 //! ```
 //!
 //! A connection moves between two answers; what hyper has read ahead goes back in front of the queue. Nothing of it is in the memory of

@@ -1,8 +1,9 @@
 //! A server that can be stopped and started again while its clients stay connected.
 //!
 //! ```text
-//! sudo cargo run --example stop_and_start -- 127.0.0.1:7000 /run/images     # serves; "stop" or end of input ends it
-//! sudo cargo run --example stop_and_start -- 127.0.0.1:7000 /run/images     # later: goes on where the first one was
+//! cargo build --example stop_and_start
+//! sudo target/debug/examples/stop_and_start 127.0.0.1:7000 /run/images     # serves; "stop" or end of input ends it
+//! sudo target/debug/examples/stop_and_start 127.0.0.1:7000 /run/images     # later: goes on where the first one was
 //! ```
 //!
 //! It numbers the lines that each client sends. When it stops, each connection becomes a file, its count part of the name;

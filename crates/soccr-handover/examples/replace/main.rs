@@ -1,8 +1,9 @@
 //! A server that is replaced by another process while its clients are connected: none of them notices.
 //!
 //! ```text
-//! sudo cargo run --example replace -- 127.0.0.1:7000 /run/replace.sock     # serves
-//! sudo cargo run --example replace -- 127.0.0.1:7000 /run/replace.sock     # takes everything over from the first one, which ends
+//! cargo build --example replace
+//! sudo target/debug/examples/replace 127.0.0.1:7000 /run/replace.sock     # serves
+//! sudo target/debug/examples/replace 127.0.0.1:7000 /run/replace.sock     # takes everything over from the first one, which ends
 //! ```
 //!
 //! With a certificate and its key (PEM files) behind them, it speaks TLS, and `openssl s_client` or any other client stays connected:
