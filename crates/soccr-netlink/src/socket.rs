@@ -102,8 +102,8 @@ impl Socket {
         while missing > 0 {
             match self.receive(flags) {
                 Ok(()) => {}
-                // The buffer overflowed, but the first answers are in it.
-                Err(error) if error.raw_os_error() == Some(NO_ROOM) && flags.is_empty() => {
+                // The batch is carried out, and the answers are there: the first of them, if the buffer has overflowed.
+                Err(_) if flags.is_empty() => {
                     flags = RecvFlags::DONTWAIT;
                     continue;
                 }
