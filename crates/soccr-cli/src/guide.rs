@@ -8,7 +8,7 @@ use soccr::Flow;
 use soccr::steer::{NextHop, Steerer, Tunnel};
 use soccr_handover::Path;
 
-use crate::exit;
+use crate::exit::{self, Coded, Exit};
 
 /// A next hop on the command line: `192.0.2.2`, or `fe80::2 dev tun0`, or `vxlan:203.0.113.2`.
 #[derive(Clone, Debug)]
@@ -107,10 +107,14 @@ pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<(Path, Option<Made>)>
 /// Steers connections, each to the next hop of its family, through a tunnel that is there already.
 pub(crate) fn redirect(hop: &Hop, flows: &[Flow]) -> Result<()> {
     let mut steerer = Steerer::new()?;
-    for hop in find_hops(std::slice::from_ref(hop), flows)? {
+    for (number, hop) in find_hops(std::slice::from_ref(hop), flows)?.into_iter().enumerate() {
         let is_ipv4 = hop.address().is_ipv4();
         let flows: Vec<Flow> = flows.iter().filter(|flow| flow.is_ipv4() == is_ipv4).copied().collect();
-        steerer.redirect(&flows, &hop)?;
+        match steerer.redirect(&flows, &hop) {
+            // Those of the other family are steered.
+            Err(error) if number > 0 => bail!(Coded(Exit::SomeFailed, error.to_string())),
+            outcome => outcome?,
+        }
     }
     Ok(())
 }

@@ -158,12 +158,21 @@ impl Rtnetlink {
     /// # Errors
     /// `ENODEV` where there is no such link, `EEXIST` where it has the address.
     pub fn add_address(&mut self, link: &str, address: IpAddr, prefix: u8) -> io::Result<()> {
+        let index = self.index(link)?;
+        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, IFA_F_NODAD)?;
+        let usable = if address.is_ipv6() { self.wait_until_local(address, index) } else { Ok(()) };
+        if usable.is_err() {
+            let _ = self.remove_address(link, address, prefix);
+        }
+        usable
+    }
+
+    /// Without the local route, packets to an IPv6 address leave the host.
+    fn wait_until_local(&mut self, address: IpAddr, index: u32) -> io::Result<()> {
         /// The kernel makes the route in a thread of its own, sooner than this unless the link is down.
         const LIMIT: Duration = Duration::from_secs(5);
-        self.address(RTM_NEWADDR, CREATE | EXCLUSIVE, link, address, prefix, IFA_F_NODAD)?;
-        let (index, start) = (self.index(link)?, Instant::now());
-        // Without the local route, packets to an IPv6 address leave the host.
-        while address.is_ipv6() && !self.is_local(address, index)? && start.elapsed() < LIMIT {
+        let start = Instant::now();
+        while !self.is_local(address, index)? && start.elapsed() < LIMIT {
             std::thread::sleep(Duration::from_micros(200));
         }
         Ok(())

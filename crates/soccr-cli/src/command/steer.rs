@@ -77,7 +77,7 @@ impl Steer {
         } else if let (Some((address, prefix)), Some(device)) = (self.adopt_address, &self.device) {
             steer::adopt_address(address, prefix, device)?;
         } else if self.remove {
-            self.remove()?;
+            return self.remove();
         } else {
             let all = contents()?;
             let foreign = Foreign::list()?;
@@ -86,20 +86,32 @@ impl Steer {
         Ok(Exit::Done)
     }
 
-    fn remove(&self) -> Result<()> {
+    fn remove(&self) -> Result<Exit> {
         if self.all {
-            Steering::list()?.iter().try_for_each(Steering::remove)?;
-            Foreign::list()?.iter().try_for_each(Foreign::remove)?;
-            return Ok(Tunnel::list()?.iter().try_for_each(Tunnel::remove)?);
+            return remove_all();
         }
-        match self.connections.len() {
-            0 => bail!("name the connections, or --all"),
-            count => match steer::stop(&self.connections)? {
-                stopped if stopped < count => bail!("{} of them are not steered", count - stopped),
-                _ => Ok(()),
-            },
+        match (self.connections.len(), steer::stop(&self.connections)?) {
+            (0, _) => bail!("name the connections, or --all"),
+            (count, 0) => bail!("{count} of them are not steered"),
+            (count, stopped) if stopped < count => {
+                exit::complain(&format!("{} of them are not steered", count - stopped));
+                Ok(Exit::SomeFailed)
+            }
+            _ => Ok(Exit::Done),
         }
     }
+}
+
+/// Removes as much as can be.
+fn remove_all() -> Result<Exit> {
+    let (steered, foreign, tunnels) = (Steering::list()?, Foreign::list()?, Tunnel::list()?);
+    let outcomes = steered.iter().map(Steering::remove).chain(foreign.iter().map(Foreign::remove));
+    let mut exit = Exit::Done;
+    for error in outcomes.chain(tunnels.iter().map(Tunnel::remove)).filter_map(Result::err) {
+        exit::complain(&error.to_string());
+        exit = Exit::SomeFailed;
+    }
+    Ok(exit)
 }
 
 /// A steered connection, its device, and whether its next hop answers.

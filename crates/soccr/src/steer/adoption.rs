@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6};
 
 use rustix::net::{AddressFamily, SendFlags, SocketType, bind, ipproto, sendto, socket, sockopt};
 
-use super::{Foreign, index, system, with_route};
+use super::{Foreign, foreign, index, system, with_route};
 use crate::error::{Error, Result};
 use crate::sys::raw::send_from_device;
 
@@ -16,21 +16,28 @@ use crate::sys::raw::send_from_device;
 ///
 /// # Errors
 /// `ENODEV` where there is no such device; `EEXIST` where it has the address; `EPERM` without `CAP_NET_ADMIN` and
-/// `CAP_NET_RAW`.
+/// `CAP_NET_RAW`. The packets are delivered then as before.
 ///
 /// # References
 /// RFC 5227 §3 (announcing an address), RFC 4861 §7.2.6 (unsolicited neighbour advertisements).
 pub fn adopt_address(address: IpAddr, prefix: u8, device: &str) -> Result<()> {
-    let foreign = Foreign::list()?.into_iter().find(|foreign| foreign.address() == address);
     with_route(|route| {
+        let foreign = foreign::list(route)?.into_iter().find(|foreign| foreign.address() == address);
+        let through = foreign.map(|foreign| foreign.answers_by(route)).transpose()?.flatten();
         let link = index(route, device)?;
+        let ethernet = system("ip link", route.ethernet_address(link))?;
         system("ip address add", route.add_address(device, address, prefix))?;
-        foreign.map_or(Ok(()), |foreign| foreign.remove())?;
         // Where there are no Ethernet addresses, nobody has to be told.
-        match system("ip link", route.ethernet_address(link))? {
-            Some(ethernet) => announce(link, ethernet, address),
-            None => Ok(()),
+        let told = ethernet.map_or(Ok(()), |ethernet| announce(link, ethernet, address));
+        let adopted = told.and_then(|()| foreign.map_or(Ok(()), |foreign| foreign.remove()));
+        if adopted.is_err() {
+            if let Some(foreign) = foreign {
+                let again = Foreign::deliver(address, foreign.numbers());
+                let _ = again.and_then(|again| through.map_or(Ok(()), |hop| again.answer_through(&hop)));
+            }
+            let _ = route.remove_address(device, address, prefix);
         }
+        adopted
     })
 }
 

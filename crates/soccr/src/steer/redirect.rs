@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use soccr_netlink::{Family, Packet, Rtnetlink, Socket};
 
+use super::steering::reversed;
 use super::{Foreign, NextHop, Numbers, Steering, Times, Tunnel, foreign, index, system};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
@@ -68,22 +69,19 @@ impl Steerer {
 
     fn begin(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
         let others = Steering::list_by(&mut self.netfilter)?;
-        let (mut used, mut are_new) = (Vec::new(), true);
+        let mut used = Vec::new();
         for (device, flows) in arrivals(&mut self.route, flows)? {
             let steering = self.open(&device, to.device())?;
-            are_new &= steering.steer_by(&mut self.netfilter, &flows, to.address())?;
+            steering.steer_by(&mut self.netfilter, &flows, to.address(), true)?;
             used.push(steering);
         }
-        if are_new && others.iter().all(|other| used.contains(other)) {
-            // Nor are their answers steered.
-            return Ok(());
-        }
-        let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
+        let answers = reversed(flows);
         for other in others {
             if !used.contains(&other) {
-                other.forget_by(&mut self.netfilter, flows)?;
+                other.forget_by(&mut self.netfilter, &[flows, &answers].concat())?;
+            } else if used.len() > 1 {
+                other.forget_by(&mut self.netfilter, &answers)?;
             }
-            other.forget_by(&mut self.netfilter, &answers)?;
         }
         Ok(())
     }
@@ -111,7 +109,7 @@ impl Steerer {
         }
         for (hop, answers) in ways {
             let steering = self.open(from.device(), hop.device())?;
-            steering.steer_by(&mut self.netfilter, &answers, hop.address())?;
+            steering.steer_by(&mut self.netfilter, &answers, hop.address(), false)?;
         }
         Ok(())
     }
@@ -146,12 +144,12 @@ pub fn stop(flows: &[Flow]) -> Result<usize> {
 }
 
 pub(super) fn stop_by(socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
-    let answers: Vec<Flow> = flows.iter().map(Flow::reversed).collect();
+    let all = [flows, &reversed(flows)].concat();
     let mut most = 0;
     for steering in Steering::list_by(socket)? {
         // Each may arrive by several devices.
-        most = steering.stop_by(socket, flows)?.max(most);
-        steering.forget_by(socket, &answers)?;
+        most = steering.count_by(socket, flows)?.max(most);
+        steering.forget_by(socket, &all)?;
     }
     Ok(most)
 }

@@ -172,11 +172,17 @@ impl Steering {
     /// Refused: the next hop has another address family than a connection. `ENFILE` for more than 65536 connections of
     /// one family.
     pub fn steer(&self, flows: &[Flow], next_hop: IpAddr) -> Result<()> {
-        with_socket(|socket| self.steer_by(socket, flows, next_hop)).map(drop)
+        with_socket(|socket| self.steer_by(socket, flows, next_hop, false))
     }
 
-    /// Returns whether all of the connections are known to be new to this steering.
-    pub(super) fn steer_by(&self, socket: &mut Socket, flows: &[Flow], next_hop: IpAddr) -> Result<bool> {
+    /// Can also end the steering of their answers, in the same transaction: all of it happens, or nothing.
+    pub(super) fn steer_by(
+        &self,
+        socket: &mut Socket,
+        flows: &[Flow],
+        next_hop: IpAddr,
+        ends_answers: bool,
+    ) -> Result<()> {
         /// For fewer it costs more to ask than it saves.
         const MANY: usize = 16;
         if let Some(flow) = flows.iter().find(|flow| flow.is_ipv4() != next_hop.is_ipv4()) {
@@ -192,11 +198,15 @@ impl Steering {
         let seem_new = flows.len() >= MANY
             && !self.present(socket, ipv6, &flows[..1], &[TO]).map_err(failed)?[&flows[0]].steered;
         self.change(socket, ipv6, &flows, seem_new, |change| {
-            change.take_out(TO, |entry| entry.steered);
-            change.take_out(END, |entry| entry.ends);
+            let flows = change.flows;
+            change.take_out(TO, flows, |entry| entry.steered);
+            change.take_out(END, flows, |entry| entry.ends);
             let write = |element: &mut Message<'_>, _: &Flow| set::write_address(element, next_hop);
-            change.transaction.add(TO.name(ipv6), change.flows.iter(), write);
+            change.transaction.add(TO.name(ipv6), flows.iter(), write);
             change.have_alive();
+            if ends_answers {
+                change.forget(&reversed(flows));
+            }
         })
     }
 
@@ -205,28 +215,30 @@ impl Steering {
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn stop(&self, flows: &[Flow]) -> Result<usize> {
-        with_socket(|socket| self.stop_by(socket, flows))
+        with_socket(|socket| {
+            let stopped = self.count_by(socket, flows)?;
+            self.forget_by(socket, flows).map(|()| stopped)
+        })
     }
 
-    pub(super) fn stop_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
-        let mut stopped = 0;
+    /// How many of the connections are steered.
+    pub(super) fn count_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
+        let mut steered = 0;
         for ipv6 in [false, true] {
             let flows = of_family(flows, ipv6);
             if !flows.is_empty() {
                 let present = self.present(socket, ipv6, &flows, &[TO, ALIVE]).map_err(failed)?;
-                stopped += flows.iter().filter(|flow| present[*flow].steered && present[*flow].alive).count();
+                steered += flows.iter().filter(|flow| present[*flow].steered && present[*flow].alive).count();
             }
         }
-        self.forget_by(socket, flows).map(|()| stopped)
+        Ok(steered)
     }
 
     /// Ends the steering of those of the connections that are steered.
     pub(super) fn forget_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<()> {
         for ipv6 in [false, true] {
             self.change(socket, ipv6, &of_family(flows, ipv6), false, |change| {
-                change.take_out(TO, |entry| entry.steered);
-                change.take_out(ALIVE, |entry| entry.alive);
-                change.take_out(END, |entry| entry.ends);
+                change.forget(change.flows);
             })?;
         }
         Ok(())
@@ -268,7 +280,7 @@ impl Steering {
     }
 
     /// Commits what `fill` writes about chunks of connections. A transaction without effect costs nothing; one that fails waits for
-    /// an RCU grace period, which takes milliseconds. Returns whether all were new, as far as that was tried.
+    /// an RCU grace period, which takes milliseconds.
     ///
     /// Kernels before 6.3 delete only what is there. It is looked up then, and again where somebody changes it meanwhile.
     fn change(
@@ -278,17 +290,17 @@ impl Steering {
         flows: &[Flow],
         seem_new: bool,
         mut fill: impl FnMut(&mut Change<'_, '_>),
-    ) -> Result<bool> {
+    ) -> Result<()> {
         /// Packets and other processes change the sets; not that often.
         const ATTEMPTS: usize = 32;
         static CAN_DESTROY: AtomicBool = AtomicBool::new(true);
         let mut are_new = seem_new;
         if flows.is_empty() {
-            return Ok(are_new);
+            return Ok(());
         }
         nftables::set_longest(socket)?;
-        // Each connection may be in all three sets, and in the map twice.
-        let most = (nftables::most_elements(socket)? / 4).max(1);
+        // Each connection may be in all three sets, and in the map twice; its answers in all three.
+        let most = (nftables::most_elements(socket)? / 7).max(1);
         let (mut batch, name) = (Batch::new(), self.table());
         for flows in flows.chunks(most) {
             let mut outcome = Ok(());
@@ -297,7 +309,8 @@ impl Steering {
                     _ if are_new => Known::New,
                     true => Known::Nothing,
                     false => {
-                        Known::Present(self.present(socket, ipv6, flows, &[TO, ALIVE, END]).map_err(failed)?)
+                        let all = [flows, &reversed(flows)].concat();
+                        Known::Present(self.present(socket, ipv6, &all, &[TO, ALIVE, END]).map_err(failed)?)
                     }
                 };
                 let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
@@ -312,7 +325,7 @@ impl Steering {
             }
             outcome.map_err(|error| Error::system("nft element", error))?;
         }
-        Ok(are_new)
+        Ok(())
     }
 
     /// Which of these connections are in the sets.
@@ -387,15 +400,22 @@ enum Known {
 
 impl Change<'_, '_> {
     /// Takes out of a set those that are in it.
-    fn take_out(&mut self, set: Names, is_in: fn(&Entry) -> bool) {
+    fn take_out(&mut self, set: Names, flows: &[Flow], is_in: fn(&Entry) -> bool) {
         let name = set.name(self.ipv6);
         match self.known {
-            Known::Nothing => self.transaction.destroy(name, self.flows.iter()),
+            Known::Nothing => self.transaction.destroy(name, flows.iter()),
             Known::New => {}
             Known::Present(present) => {
-                self.transaction.delete(name, self.flows.iter().filter(|flow| is_in(&present[*flow])));
+                self.transaction.delete(name, flows.iter().filter(|flow| is_in(&present[*flow])));
             }
         }
+    }
+
+    /// Takes them out of all sets.
+    fn forget(&mut self, flows: &[Flow]) {
+        self.take_out(TO, flows, |entry| entry.steered);
+        self.take_out(ALIVE, flows, |entry| entry.alive);
+        self.take_out(END, flows, |entry| entry.ends);
     }
 
     fn have_alive(&mut self) {
@@ -408,6 +428,11 @@ impl Change<'_, '_> {
             }
         }
     }
+}
+
+/// The answers to these connections.
+pub(super) fn reversed(flows: &[Flow]) -> Vec<Flow> {
+    flows.iter().map(Flow::reversed).collect()
 }
 
 fn of_family(flows: &[Flow], ipv6: bool) -> Vec<Flow> {
