@@ -115,6 +115,8 @@ impl Send {
             true => self.selection.find(&mut fail).unwrap_or_default(),
             false => self.selection.find(&mut fail)?,
         };
+        // Sockets that cannot be had.
+        let unseen = failed;
         let idle = self.idle.map(|seconds| Duration::from_secs(seconds.into()));
         if let Some(time) = idle.filter(|_| !captives.is_empty()) {
             captives = only_idle(captives, time)?;
@@ -177,7 +179,8 @@ impl Send {
         let gone = count(Outcome::is_moved);
         // Without answers, nobody knows whether a connection arrived.
         if gone > 0 && self.via.is_some() {
-            let text = self.summary([gone, outcomes.len() - lost - gone, lost], heard.silent_until());
+            let text =
+                self.summary([gone, outcomes.len() - lost - gone + unseen, lost], heard.silent_until());
             // The moves are done, even if nobody reads the report.
             let _ = exit::print(&format!("{text}\n"));
         }
