@@ -7,7 +7,7 @@ mod engine;
 mod place;
 mod trial;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::TcpStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -138,6 +138,8 @@ pub(crate) struct Arrival {
     refusals: HashMap<Id, String>,
     /// Connections that could not be restored, and that the source does not take back.
     lost: HashSet<Id>,
+    /// Connections that a source that hears nothing may yet let go of, and why they are refused.
+    unheard_refusals: BTreeMap<Id, String>,
     /// Why nothing more is taken.
     stopped: Option<String>,
     /// Until when a batch waits for what is still to come.
@@ -182,6 +184,7 @@ impl Arrival {
             landed: VecDeque::new(),
             refusals: HashMap::new(),
             lost: HashSet::new(),
+            unheard_refusals: BTreeMap::new(),
             stopped: None,
             patience: None,
             decision: None,
@@ -272,7 +275,12 @@ impl Arrival {
                 });
                 waiting.held.packets.extend(packets);
             }
-            Message::Commit { connection } => self.handle(News::Commit(connection)),
+            Message::Commit { connection } => {
+                if let Some(reason) = self.unheard_refusals.remove(&connection) {
+                    self.shared.tell(Event::Lost { number: connection, reason: &reason });
+                }
+                self.handle(News::Commit(connection));
+            }
             Message::Trial { connection, name, flow } => self.try_out(connection, name, flow),
             Message::Abort { connection, .. } => self.handle(News::Abort(connection)),
             _ => self.give_up(violation("the source does not know its part")),
@@ -328,10 +336,11 @@ impl Arrival {
             }
             Deed::Refuse(id) => {
                 let reason = self.refusals.remove(&id).or_else(|| self.stopped.clone()).unwrap_or_default();
-                self.shared.tell(match self.lost.contains(&id) {
-                    true => Event::Lost { number: id, reason: &reason },
-                    false => Event::Refused { number: id, reason: &reason },
-                });
+                match (self.lost.contains(&id), &self.writer) {
+                    (true, _) => self.shared.tell(Event::Lost { number: id, reason: &reason }),
+                    (false, Some(_)) => self.shared.tell(Event::Refused { number: id, reason: &reason }),
+                    (false, None) => drop(self.unheard_refusals.insert(id, reason.clone())),
+                }
                 self.say(&Message::Refused { connection: id, reason });
             }
             Deed::Forget(id) => {
@@ -451,6 +460,9 @@ impl Arrival {
         self.raise();
         for number in self.batches.keys().copied().collect::<Vec<_>>() {
             self.resume(number);
+        }
+        for (number, reason) in std::mem::take(&mut self.unheard_refusals) {
+            self.shared.tell(Event::Refused { number, reason: &reason });
         }
     }
 
