@@ -1,7 +1,7 @@
 //! [`pause`] a socket: repair mode on, behind a guard that turns it off again.
 
 use std::cell::{Cell, RefCell};
-use std::mem::MaybeUninit;
+use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -252,7 +252,7 @@ impl<'fd> Paused<'fd> {
     /// The errors of [`Restore::unbound`].
     pub fn restore(self, control: &ControlBlock, buffers: Option<Buffers>) -> Result<Restore<'fd>> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
-        self.leave_paused();
+        mem::forget(self);
         Restore::onto(fd, control, buffers, reuse_address, true).map_err(|error| error.at("restore"))
     }
 
@@ -263,7 +263,7 @@ impl<'fd> Paused<'fd> {
     /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`.
     pub fn connect_anew(self, flow: Flow, write_seq: u32) -> Result<()> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
-        self.leave_paused();
+        mem::forget(self);
         flow.validate()
             .and_then(|()| restore::connect_anew(fd, flow, write_seq))
             .and_then(|()| tcp::set_reuse_address(fd, reuse_address))
@@ -276,7 +276,7 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The option that failed; the guard is gone nevertheless.
     pub fn resume(self) -> Result<()> {
-        std::mem::ManuallyDrop::new(self).turn_off().map_err(|error| error.at("resume"))
+        mem::ManuallyDrop::new(self).turn_off().map_err(|error| error.at("resume"))
     }
 
     /// Like [`resume`](Self::resume), without the window probe: for a connection that a lock keeps silent, of which nothing would
@@ -285,13 +285,13 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The option that failed; the guard is gone nevertheless.
     pub fn resume_silently(self) -> Result<()> {
-        let paused = std::mem::ManuallyDrop::new(self);
+        let paused = mem::ManuallyDrop::new(self);
         paused.leave_repair(Repair::OffNoProbe).map_err(|error| error.at("resume"))
     }
 
     /// Leaves the socket in repair mode, and gives up the guard. Closing the socket is silent then.
     pub fn leave_paused(self) {
-        std::mem::forget(self);
+        mem::forget(self);
     }
 
     /// Makes the socket forget its connection without a packet: neither FIN nor RST. The connection lives on in what
@@ -310,7 +310,7 @@ impl<'fd> Paused<'fd> {
             // Repair mode would turn the owner's later calls into EPERM, which says less. It is all that can still go wrong.
             let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
         }
-        self.leave_paused();
+        mem::forget(self);
         Ok(())
     }
 
@@ -326,7 +326,7 @@ impl<'fd> Paused<'fd> {
         };
         check().and_then(|()| self.disconnect()).map_err(|error| error.at("detach"))?;
         let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
-        self.leave_paused();
+        mem::forget(self);
         Ok(())
     }
 
