@@ -12,10 +12,8 @@ use soccr::settings::Value;
 use soccr::{Fidelity, Report, Restored, pause};
 use soccr_lab::{Family, Host, Line, Pair, Shape};
 
-/// How long a read or a write may take before its test fails.
+/// How long a read or a write may take before its test fails, and how long a restore that nothing disturbs is waited for.
 const LIMIT: Duration = Duration::from_secs(20);
-/// How long a restore that nothing disturbs is waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 pub struct Ends {
     pub pair: Pair,
@@ -108,7 +106,7 @@ impl Ends {
         let begin = Instant::now();
         loop {
             let restored = self.pair.a.run(|| self.saved.restore()).unwrap();
-            if !is_disturbed(restored.report()) || begin.elapsed() > PATIENCE {
+            if !is_disturbed(restored.report()) || begin.elapsed() > LIMIT {
                 return restored;
             }
         }
