@@ -16,7 +16,7 @@ use rustix::process::{
 use soccr_handover::LastWords;
 use soccr_handover::foreign::process::fork;
 
-use crate::exit::Exit;
+use crate::exit::{Coded, Exit};
 
 /// Messages of the child to the process that has been started: the first behind the last words to the source. The last one counts.
 const RUNS: &[u8] = b"+";
@@ -55,7 +55,7 @@ impl Parting {
         replace_pipe(&null()?)?;
         // The pipe ends when the child has ended, or has executed the program.
         let mut said = Vec::new();
-        File::from(ours).read_to_end(&mut said).context("read")?;
+        File::from(ours).read_to_end(&mut said).map_err(unknown)?;
         let words = said.strip_suffix(RUNS);
         if let Some(words) = words {
             send(&source, words);
@@ -70,7 +70,8 @@ impl Parting {
                 rustix::stdio::dup2_stderr(null()?).context("dup2")?;
             }
         }
-        match retry_on_intr(|| waitpid(Some(child), WaitOptions::empty())).context("waitpid")? {
+        let waited = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
+        match waited.map_err(|errno| unknown(errno.into()))? {
             // The child has printed all messages.
             Some((_, status)) => std::process::exit(match status.terminating_signal() {
                 Some(signal) => 128 + signal,
@@ -170,6 +171,11 @@ impl Parting {
             let _ = write_all(parent, FAILED);
         }
     }
+}
+
+/// The child goes on, and nobody hears of it.
+fn unknown(error: std::io::Error) -> Coded {
+    Coded(Exit::Lost, format!("what becomes of the connections is unknown: {error}"))
 }
 
 /// Says the last words to the source.

@@ -179,6 +179,7 @@ impl End {
                 // What is to be done behind it has failed, or another stays.
                 (Place::New, Some(3)) => stays > 0 || is_error_told(),
                 (Place::Copied, Some(1)) | (Place::Image, Some(1 | 126)) if restores => is_error_told(),
+                (Place::New, Some(4)) if is_one_way => is_told(&|line| line.contains("is unknown: ")),
                 (Place::New, Some(4)) => self.names.len() > 1 || is_named("the target has it, or it is lost"),
                 // Nobody has heard the target fail: before it has begun to read, or behind that.
                 (Place::Nowhere, Some(1)) if is_one_way => is_error_told() && !told.contains("connection 1:"),
