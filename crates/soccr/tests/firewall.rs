@@ -75,7 +75,7 @@ impl Traveller {
         let lab = Lab::new().unwrap();
         for host in [&lab.a, &lab.b] {
             if !apply(host, rules) {
-                eprintln!("skipped: nft is not installed");
+                eprintln!("skipped: nft is not in PATH");
                 return None;
             }
             host.run(|| sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")).unwrap();
@@ -259,7 +259,7 @@ impl Behind {
             }
         });
         if !apply(&pair.b, rules) {
-            eprintln!("skipped: nft is not installed");
+            eprintln!("skipped: nft is not in PATH");
             return None;
         }
         let address = pair.b.address(Family::V4, 80);

@@ -260,8 +260,7 @@ impl soccr_handover::Recipient for Intake {
     fn expect(&mut self, announced: &Announced) -> Result<(), String> {
         if announced.origin == Origin::SameHost && !self.is_here {
             exit::complain(
-                "the connections come from another network namespace of this host; where they are to stay in it, name it \
-                 by --netns",
+                "the connections come from another network namespace of this host; to restore them there, name it by --netns",
             );
         }
         self.counts.is_heard.store(announced.answers, Ordering::Relaxed);

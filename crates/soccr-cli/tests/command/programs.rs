@@ -82,7 +82,7 @@ pub fn installed(program: &str) -> bool {
     let found =
         Command::new("sh").args(["-c", &format!("command -v {program}")]).output().unwrap().status.success();
     if !found {
-        eprintln!("\nSKIPPED: {program} is not installed\n");
+        eprintln!("\nSKIPPED: {program} is not in PATH\n");
     }
     found
 }
