@@ -103,10 +103,15 @@ impl Ends {
     /// Restores what was taken: again, for a while, where other work of the machine has come between, and made a sample of
     /// the estimates longer. As long as packets wait for a processor, that is each time.
     pub fn restore(&self) -> Restored {
+        self.restore_until(|report| !is_disturbed(report))
+    }
+
+    /// Restores what was taken until the estimates are good, or the limit is over.
+    pub fn restore_until(&self, is_good: impl Fn(&Report) -> bool) -> Restored {
         let begin = Instant::now();
         loop {
             let restored = self.pair.a.run(|| self.saved.restore()).unwrap();
-            if !is_disturbed(restored.report()) || begin.elapsed() > LIMIT {
+            if is_good(restored.report()) || begin.elapsed() > LIMIT {
                 return restored;
             }
         }

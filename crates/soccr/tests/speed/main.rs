@@ -37,12 +37,17 @@ fn main() -> std::process::ExitCode {
     })
 }
 
-/// Asserts that an estimate is as near to what it was as was promised.
+/// Whether an estimate is as near to what it was as was promised.
 #[track_caller]
-fn assert_near(report: &Report, name: &str, percent: u64) {
+fn is_near(report: &Report, name: &str, percent: u64) -> bool {
     let entry = report.get(name).unwrap_or_else(|| panic!("{name} is not in {report:?}"));
     let [before, after] = entry.values().unwrap();
-    assert!(before.abs_diff(after) * 100 <= before * percent, "{entry}");
+    before.abs_diff(after) * 100 <= before * percent
+}
+
+#[track_caller]
+fn assert_near(report: &Report, name: &str, percent: u64) {
+    assert!(is_near(report, name, percent), "{}", report.get(name).unwrap());
 }
 
 #[track_caller]
