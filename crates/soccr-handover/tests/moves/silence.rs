@@ -16,7 +16,7 @@ fn is_silent(flow: Flow) -> bool {
     PersistentLock::list().unwrap().iter().any(|lock| lock.flows.contains(&flow))
 }
 
-/// Where a connection came back and nobody could end the silence, it may be the only one in the lock, or not.
+/// A connection may come back without its silence being ended, and leave again: as the only one in the lock, or beside others.
 pub fn a_silence_begins_again() {
     begin(&[flow(1)], Duration::from_secs(2)).unwrap();
     begin(&[flow(1)], SILENCE).unwrap();
@@ -30,7 +30,7 @@ pub fn a_silence_begins_again() {
     assert_eq!(PersistentLock::list().unwrap(), []);
 }
 
-/// The lock is made, and goes, with each of them.
+/// The first to begin makes the lock, the last to end removes it, and neither may disturb the others.
 pub fn silences_do_not_end_each_other() {
     const TIMES: usize = 15;
     let one_after_another = |port| {

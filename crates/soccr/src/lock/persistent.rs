@@ -162,7 +162,7 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
             return Err(not_created(io::Error::from_raw_os_error(libc::EEXIST)));
         }
         if other == name && !is_gone {
-            // The kernel has yet to collect what is over.
+            // Its elements are over, but the kernel has not removed them yet, so the table is used again.
             let mut lock = PersistentLock { name: name.to_owned(), flows: Vec::new(), remaining: None };
             return extend(socket, &mut lock, flows, limit);
         }

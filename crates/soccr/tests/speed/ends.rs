@@ -67,14 +67,14 @@ impl Ends {
         carry(&self.peer, &self.ours);
     }
 
-    /// Bytes go on until the timeout is not longer than the round-trip time and the kernel's least margin ask for: where packets have
-    /// waited for a processor it is, and comes back at the cost of the round-trip time.
+    /// Transfers until the retransmission timeout is as short as the round-trip time allows. Where packets have waited for a processor
+    /// it is longer, and a restore brings it back at the cost of the round-trip time.
     pub fn calm(&self) {
         const MARGIN: Duration = Duration::from_millis(220);
         wait_until("the path is calm", || {
             let paused = pause(&self.ours).unwrap();
             let path = paused.save().unwrap().path.unwrap();
-            // An answer to the probe of a `resume` might come when there is no socket.
+            // `resume` sends a probe, whose answer might come when the connection has no socket, and draw a reset.
             paused.resume_silently().unwrap();
             let is_calm = path.rto <= path.rtt + MARGIN;
             if !is_calm {

@@ -33,7 +33,7 @@ pub fn every_path_gets_its_timeout_back() {
             ends.take();
             let path = ends.saved.path.as_mut().unwrap();
             (path.rtt, path.rto) = (Duration::from_micros(rtt), Duration::from_micros(rto));
-            // An estimate of the round-trip time alone may have to differ for the sake of the timeout.
+            // Some of these timeouts only come back with another round-trip time.
             let restored = ends.restore_until(|report| is_near(report, "rto", 20));
             assert_near(restored.report(), "rto", 20);
             if rto <= 240_000 {
