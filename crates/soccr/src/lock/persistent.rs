@@ -164,7 +164,11 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
         if other == name && !is_gone {
             // Its elements are over, but the kernel has not removed them yet, so the table is used again.
             let mut lock = PersistentLock { name: name.to_owned(), flows: Vec::new(), remaining: None };
-            return extend(socket, &mut lock, flows, limit);
+            match extend(socket, &mut lock, flows, limit) {
+                // Somebody else has removed it meanwhile.
+                Err(error) if error.errno() == Some(libc::ENOENT) => {}
+                outcome => return outcome,
+            }
         }
     }
     let table = format!("{PREFIX}{name}");
@@ -261,7 +265,9 @@ fn unlock(socket: &mut Socket, lock: &PersistentLock, flows: &[Flow]) -> Result<
         }
     }
     let unlocked: HashSet<Flow> = flows.iter().map(Flow::on_the_wire).collect();
-    if lock.flows.iter().all(|flow| unlocked.contains(&flow.on_the_wire())) {
+    let is_whole = lock.flows.iter().all(|flow| unlocked.contains(&flow.on_the_wire()));
+    // Others may have unlocked the rest since it was listed.
+    if is_whole || matches!(transaction::contents(socket, &table), Ok(contents) if contents.is_empty()) {
         remove_empty(socket, &table).map_err(|error| Error::system("nft delete table", error))?;
     }
     Ok(())
