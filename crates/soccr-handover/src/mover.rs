@@ -1,5 +1,6 @@
 //! [`Mover`]: what a process needs once to let connections go and to take them in.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -220,9 +221,10 @@ impl Shared {
     /// Some of these connections have arrived; the others stay where they are.
     pub(crate) fn settle(&self, all: &[Flow], arrived: &[Flow]) {
         let mut homecoming = self.homecoming();
-        if let Err(error) = homecoming.arrived(arrived).and_then(|()| homecoming.stay_away(all)) {
-            self.warn(error);
-        }
+        self.warn_of(homecoming.arrived(arrived));
+        let arrived: HashSet<&Flow> = arrived.iter().collect();
+        let others: Vec<Flow> = all.iter().filter(|flow| !arrived.contains(flow)).copied().collect();
+        self.warn_of(homecoming.stay_away(&others));
     }
 
     pub(crate) fn leave_behind(&self, value: std::net::TcpStream, error: Error) {

@@ -1,10 +1,13 @@
 //! A test harness that enters a private network before any thread starts.
 
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Instant;
 
 use libtest_mimic::{Arguments, Completion, Trial};
 
-use crate::{Namespace, enter, orphans};
+use crate::{LIMIT, Namespace, enter, orphans};
 
 /// A named test for [`harness`].
 pub struct Test {
@@ -31,7 +34,8 @@ const PARALLEL: usize = 8;
 /// Runs tests in parallel, each in a fresh network namespace, so that all of them can use the same ports. To be called
 /// from the `main` of a test with `harness = false`; takes the arguments that `cargo test` passes on.
 ///
-/// Programs that the tests have started end with the last test.
+/// Programs that the tests have started end with the last test. A test that takes long is named on standard error, each minute: what
+/// it waits for may never come.
 ///
 /// Where private networks are [unavailable](crate::Unavailable), every test is reported as ignored and the reason is
 /// printed on standard error. `--include-ignored` makes that a failure.
@@ -46,10 +50,12 @@ pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
     }
     let trial = |test: Test| {
         let (unavailable, must_run) = (unavailable.clone(), arguments.include_ignored);
+        let name = test.name.clone();
         Trial::ignorable_test(test.name, move || match unavailable {
             Some(reason) if must_run => Err(reason.into()),
             Some(reason) => Ok(Completion::ignored_with(reason)),
             None => {
+                let _end = name_each_minute(name);
                 Namespace::new()?.run(test.run);
                 Ok(Completion::Completed)
             }
@@ -61,6 +67,17 @@ pub fn harness(tests: impl IntoIterator<Item = Test>) -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     orphans::end();
     conclusion.exit_code()
+}
+
+fn name_each_minute(name: String) -> mpsc::Sender<()> {
+    let (end, ended) = mpsc::channel();
+    let start = Instant::now();
+    thread::spawn(move || {
+        while ended.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("test {name} has been running for over {} seconds", start.elapsed().as_secs());
+        }
+    });
+    end
 }
 
 /// Defines the `main` of a test with `harness = false` that runs the named functions by [`harness`].

@@ -78,7 +78,9 @@ impl Homecoming {
     /// The errors of deleting elements of a set.
     pub fn stay_away(&mut self, flows: &[Flow]) -> Result<()> {
         let away = self.expected_of(flows);
-        self.forget(&away).map_err(|error| error.at("steer"))
+        // What is not steered again would draw a reset: that is worth a second attempt.
+        let again = self.forget(&away).or_else(|_| self.forget(&away));
+        again.map_err(|error| error.at("steer"))
     }
 
     fn expected_of(&self, flows: &[Flow]) -> Vec<Flow> {
@@ -124,11 +126,13 @@ impl Homecoming {
         if flows.is_empty() {
             return Ok(());
         }
-        self.transact("nft delete element", |transaction| {
+        let forgotten = self.transact("nft delete element", |transaction| {
             for ipv6 in [false, true] {
                 transaction.delete(SETS[usize::from(ipv6)], of_family(flows, ipv6));
             }
-        })?;
+        });
+        // Otherwise the answer to the first attempt was lost.
+        forgotten.or_else(|error| if error.errno() == Some(libc::ENOENT) { Ok(()) } else { Err(error) })?;
         for flow in flows {
             self.expected.remove(flow);
         }
@@ -151,8 +155,9 @@ impl Homecoming {
 impl Drop for Homecoming {
     fn drop(&mut self) {
         let socket = self.socket.take();
-        if !self.devices.is_empty() {
-            // The kernel takes milliseconds to remove a table.
+        // The kernel takes milliseconds to remove a table. Whoever drops it with connections in it may unlock these next: until they are
+        // steered again, their packets would draw resets.
+        if !self.devices.is_empty() && self.expected.is_empty() {
             let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(socket));
         }
     }

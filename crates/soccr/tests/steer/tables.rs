@@ -11,7 +11,7 @@ use soccr::steer::{
     Foreign, Homecoming, NextHop, Numbers, Steered, Steering, Times, is_foreign, redirect, stop,
 };
 use soccr::{Flow, Lock};
-use soccr_lab::{Sniffer, TcpInfo, wait_until};
+use soccr_lab::{LIMIT, Sniffer, TcpInfo, wait_until};
 
 use super::moves::transfer;
 use super::{Net, address, connect, listings};
@@ -244,6 +244,8 @@ pub fn who_stays_away_is_steered_again() {
         let (mut peer, stream) = connect(&lan, ipv6);
         let flow = Flow::of(&stream).unwrap();
         let mut stream = transfer(&lan, stream, flow, 0, 1);
+        // A reset would reach the peer alone.
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
         peer.write_all(b"x").unwrap();
         stream.read_exact(&mut [0]).unwrap();
         let packets = || lan.hosts[0].run(|| contents()[0].packets);
@@ -272,6 +274,12 @@ pub fn who_stays_away_is_steered_again() {
             });
             stream.read_exact(&mut [0]).unwrap();
             assert!(packets() > before);
+        }
+        // What comes the moment after finds no lock any more: it must find the steering.
+        for _ in 0..10 {
+            home(&mut |_| ());
+            peer.write_all(b"z").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
         }
         home(&mut |homecoming| homecoming.arrived(&[flow]).unwrap());
         assert_eq!(lan.hosts[0].run(contents), []);
