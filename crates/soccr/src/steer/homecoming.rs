@@ -154,10 +154,13 @@ impl Homecoming {
 
 impl Drop for Homecoming {
     fn drop(&mut self) {
+        // Whoever drops it may unlock these next: until they are steered again, their packets would draw resets. To close the socket
+        // ends it too late, where a child that is being started has a copy of the descriptor.
+        let away: Vec<Flow> = self.expected.iter().copied().collect();
+        let _ = self.stay_away(&away);
         let socket = self.socket.take();
-        // The kernel takes milliseconds to remove a table. Whoever drops it with connections in it may unlock these next: until they are
-        // steered again, their packets would draw resets.
-        if !self.devices.is_empty() && self.expected.is_empty() {
+        if !self.devices.is_empty() {
+            // The kernel takes milliseconds to remove a table.
             let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(socket));
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -275,12 +276,16 @@ pub fn who_stays_away_is_steered_again() {
             stream.read_exact(&mut [0]).unwrap();
             assert!(packets() > before);
         }
-        // What comes the moment after finds no lock any more: it must find the steering.
+        // What comes the moment after finds no lock any more: it must find the steering, also while children have copies of all
+        // descriptors.
+        let child = || assert!(Command::new("true").status().unwrap().success());
+        let children = thread::spawn(move || (0..200).for_each(|_| child()));
         for _ in 0..10 {
             home(&mut |_| ());
             peer.write_all(b"z").unwrap();
             stream.read_exact(&mut [0]).unwrap();
         }
+        children.join().unwrap();
         home(&mut |homecoming| homecoming.arrived(&[flow]).unwrap());
         assert_eq!(lan.hosts[0].run(contents), []);
         // Other than a steered one, it needs no table.
