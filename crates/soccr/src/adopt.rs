@@ -53,10 +53,10 @@ mod obstacle;
 mod program;
 mod wide;
 
-use std::fmt;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
+use std::{fmt, iter};
 
 use crate::connection::{Connection, ControlBlock, Flow, State};
 use crate::diag::{self, Diag};
@@ -110,6 +110,14 @@ pub struct Adopted {
     flow: Flow,
     accepted: bool,
     report: Report,
+}
+
+/// A first segment is under way.
+struct Begun {
+    /// From where it comes to the listener, or 0.
+    interface: u32,
+    /// Until the server has it, whatever the server is doing.
+    _wide: Option<Wide>,
 }
 
 impl Adopted {
@@ -175,14 +183,22 @@ impl Adopter {
     /// One for each connection that was not adopted. Nothing is left of it here: the value is the connection still, and the
     /// lock keeps its peer waiting.
     pub fn adopt(&mut self, lock: &Lock, connections: &[Connection]) -> Vec<Result<Adopted>> {
-        let beginning = self.in_namespace();
-        let flows = lock.flows();
-        let each = connections.iter().enumerate().map(|(index, connection)| {
-            let locked = flows.get(index).map(Flow::on_the_wire) == Some(connection.flow().on_the_wire());
-            let outcome = match &beginning {
-                Err(error) => Err(again(error)),
-                Ok(()) if !locked => Err(Error::invalid("the connection is not the one that is locked")),
-                Ok(()) => self.adopt_one(connection),
+        let is_locked = |(connection, flow): (&Connection, Option<&Flow>)| {
+            flow.map(Flow::on_the_wire) == Some(connection.flow().on_the_wire())
+        };
+        let flows = lock.flows().iter().map(Some).chain(iter::repeat(None));
+        let is_locked: Vec<bool> = connections.iter().zip(flows).map(is_locked).collect();
+        let locked = connections.iter().zip(&is_locked).filter(|(_, is_locked)| **is_locked);
+        let locked: Vec<&Connection> = locked.map(|(connection, _)| connection).collect();
+        let mut outcomes = match self.in_namespace() {
+            Ok(()) => self.adopt_locked(&locked),
+            Err(error) => locked.iter().map(|_| Err(again(&error))).collect(),
+        }
+        .into_iter();
+        let each = is_locked.into_iter().map(|is_locked| {
+            let outcome = match is_locked {
+                true => outcomes.next().expect("there is one for each"),
+                false => Err(Error::invalid("the connection is not the one that is locked")),
             };
             outcome.map_err(|error| error.at("adopt"))
         });
@@ -230,7 +246,43 @@ impl Adopter {
         obstacle::listeners(&mut self.diag, flow).map_err(|error| error.at("adopt"))
     }
 
-    fn adopt_one(&mut self, connection: &Connection) -> Result<Adopted> {
+    fn adopt_locked(&mut self, connections: &[&Connection]) -> Vec<Result<Adopted>> {
+        // A listener gets a larger buffer for one connection at a time.
+        let is_short = |connection: &Connection| connection.control.inq_len <= ALWAYS_FITS;
+        let family =
+            |connection: &Connection| (connection.flow().is_ipv4(), obstacle::scope(connection.flow()));
+        let alike = connections.chunk_by(|a, b| is_short(a) && is_short(b) && family(a) == family(b));
+        let batches = alike.flat_map(|alike| alike.chunks(program::MOST));
+        batches.flat_map(|batch| self.adopt_batch(batch)).collect()
+    }
+
+    /// Several of one address family and scope, for which one look suffices.
+    fn adopt_batch(&mut self, batch: &[&Connection]) -> Vec<Result<Adopted>> {
+        let flows: Vec<Flow> = batch.iter().map(|connection| connection.flow()).collect();
+        let scope = flows.first().map_or(0, |flow| obstacle::scope(*flow));
+        let there = match self.sysctls.check_cookies().and_then(|()| self.look(&flows, scope)) {
+            Ok(there) => there,
+            Err(error) => return batch.iter().map(|_| Err(again(&error))).collect(),
+        };
+        let begun = batch.iter().zip(there).map(|(connection, there)| self.begin(connection, there));
+        let begun: Vec<Result<Begun>> = begun.collect();
+        // What cannot be seen here is looked for one by one.
+        let there = self.look(&flows, scope).unwrap_or_else(|_| vec![None; batch.len()]);
+        let outcomes = batch.iter().zip(begun).zip(there).map(|((connection, begun), there)| {
+            let begun = begun?;
+            let interface = begun.interface;
+            let made = there.filter(|there| interface == scope && there.state != State::Listen);
+            let filled = made
+                .map_or_else(|| self.make(connection, interface), Ok)
+                .and_then(|made| self.feed(connection, interface, made))
+                .and_then(|position| self.verify(connection, position));
+            filled.map_err(|error| self.undo(connection.flow(), error))
+        });
+        outcomes.collect()
+    }
+
+    /// Checks, and sends the first segment, if it is a listener that is there for it.
+    fn begin(&mut self, connection: &Connection, mut there: Option<Position>) -> Result<Begun> {
         let control = &connection.control;
         obstacle::in_connection(connection)?;
         if control.outq_len > 0 {
@@ -239,14 +291,13 @@ impl Adopter {
                 "restore the connection and give its socket away: that waits until they are",
             ));
         }
-        self.sysctls.check_silent(connection)?;
+        self.sysctls.check_ecn(connection)?;
         let flow = connection.flow();
         let mut interface = obstacle::scope(flow);
-        let mut there = self.look(flow, interface)?;
         if there.is_none_or(|there| ![0, interface].contains(&there.interface)) {
             // What is bound to a device takes only what comes from there.
             interface = obstacle::in_listener(&mut self.diag, &mut self.ways, flow)?;
-            there = self.look(flow, interface)?;
+            there = self.look_at(flow, interface)?;
         }
         match there {
             Some(position) if position.state == State::Listen => {}
@@ -263,33 +314,36 @@ impl Adopter {
                 .attach(interface)
                 .map_err(|error| Error::system("BPF_LINK_CREATE", error).advise("needs Linux 6.6 (tcx)"))?;
         }
-        // Until the server has it, whatever the server is doing.
-        let _wide = match control.inq_len {
+        let wide = match control.inq_len {
             0..=ALWAYS_FITS => None,
             _ => {
                 let listeners = obstacle::listeners(&mut self.diag, flow)?;
                 Some(Wide::new(&listeners, wide::room_for(connection)))
             }
         };
-        let made = self.make(connection, interface)?;
-        let filled =
-            self.feed(connection, interface, made).and_then(|position| self.verify(connection, position));
-        filled.map_err(|error| self.undo(flow, error))
+        self.send_first(connection, interface)?;
+        Ok(Begun { interface, _wide: wide })
     }
 
     /// The first segment: the listener's queue has a connection, with as many unread bytes as ride in one segment.
-    fn make(&mut self, connection: &Connection, interface: u32) -> Result<Position> {
+    fn send_first(&mut self, connection: &Connection, interface: u32) -> Result<()> {
         let control = &connection.control;
-        let flow = connection.flow();
         let first = &connection.receive_queue[..connection.receive_queue.len().min(CHUNK)];
         let push = if first.is_empty() { 0 } else { flags::PSH };
-        let seq = control.copied_seq();
-        let segment = fin::from_peer(flow, control, seq, control.write_seq, flags::ACK | push, first);
-        let option = attributes::option(&control.options);
-        for _ in 0..ATTEMPTS {
-            self.send(&segment, &option, interface)?;
+        let (seq, flags) = (control.copied_seq(), flags::ACK | push);
+        let segment = fin::from_peer(connection.flow(), control, seq, control.write_seq, flags, first);
+        self.send(&segment, &attributes::option(&control.options), interface)
+    }
+
+    /// Waits for the connection, and sends the first segment again where it does not come.
+    fn make(&mut self, connection: &Connection, interface: u32) -> Result<Position> {
+        let flow = connection.flow();
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                self.send_first(connection, interface)?;
+            }
             let made = fin::wait_for(FIRST_ARRIVAL, || {
-                Ok(self.look(flow, interface)?.filter(|position| position.state != State::Listen))
+                Ok(self.look_at(flow, interface)?.filter(|position| position.state != State::Listen))
             })?;
             if let Some(position) = made {
                 return Ok(position);
@@ -396,15 +450,19 @@ impl Adopter {
     }
 
     fn expect(&self, flow: Flow, interface: u32) -> Result<Position> {
-        match self.look(flow, interface)? {
+        match self.look_at(flow, interface)? {
             Some(position) if position.state != State::Listen => Ok(position),
             _ => Err(gone()),
         }
     }
 
-    fn look(&self, flow: Flow, interface: u32) -> Result<Option<Position>> {
+    fn look_at(&self, flow: Flow, interface: u32) -> Result<Option<Position>> {
+        Ok(self.look(&[flow], interface)?.pop().flatten())
+    }
+
+    fn look(&self, flows: &[Flow], interface: u32) -> Result<Vec<Option<Position>>> {
         let from = if interface == 0 { LOOPBACK } else { interface };
-        self.programs.inspect(flow, from).map_err(|error| Error::system("BPF_PROG_TEST_RUN", error))
+        self.programs.inspect(flows, from).map_err(|error| Error::system("BPF_PROG_TEST_RUN", error))
     }
 
     /// Plays the peer's packet; from an interface, if it is not 0.

@@ -143,7 +143,7 @@ impl Adopter {
             Err((undrained, error)) => return Moved::Kept(Kept { undrained, ..Kept::here(socket, error) }),
         };
         drop(socket);
-        match self.adopt_one(&connection) {
+        match self.adopt_batch(&[&connection]).pop().expect("there is one for each") {
             Ok(adopted) => Moved::Adopted(adopted, connection),
             Err(error) => match connection.restore() {
                 Ok(restored) => Moved::Restored(restored, connection, error),

@@ -198,15 +198,15 @@ impl Sysctls {
         })
     }
 
-    /// What the kernel would not refuse itself: without cookies it resets the peer, and without ECN it forgets ECN.
-    pub(super) fn check_silent(&self, connection: &Connection) -> Result<()> {
-        self.check_cookies()?;
+    /// The kernel would not refuse it, but forget ECN.
+    pub(super) fn check_ecn(&self, connection: &Connection) -> Result<()> {
         match connection.control.options.ecn {
             true => insist(&self.ecn, "tcp_ecn", "a connection with ECN"),
             false => Ok(()),
         }
     }
 
+    /// The kernel would not refuse it, but reset the peer.
     pub(super) fn check_cookies(&self) -> Result<()> {
         insist(&self.cookies, "tcp_syncookies", "a kernel that takes no SYN cookies")
     }
@@ -214,7 +214,8 @@ impl Sysctls {
     /// What was negotiated must be allowed here.
     pub(super) fn check(&self, connection: &Connection) -> Result<()> {
         let options = &connection.control.options;
-        self.check_silent(connection)?;
+        self.check_cookies()?;
+        self.check_ecn(connection)?;
         if options.window_scale.is_some() {
             insist(&self.scaling, "tcp_window_scaling", "a connection with window scaling")?;
         }

@@ -7,7 +7,7 @@
 //!              a connection               → on its way
 //!              a listener, attributes     → bpf_sk_assign_tcp_reqsk: a connection in the listener's accept queue
 //!              a listener, none or refused → dropped: the listener would answer with a reset
-//!  inspect   run by hand on a frame that holds the addresses: writes behind them what the socket knows
+//!  inspect   run by hand on a frame that holds addresses of several connections: writes behind each what the socket knows
 //! ```
 //!
 //! # References
@@ -71,9 +71,13 @@ const IPV4: Layout = Layout { tuple_at: 12, tuple_length: 12, options_at: 40 };
 const IPV6: Layout = Layout { tuple_at: 8, tuple_length: 36, options_at: 60 };
 
 const ETHERNET: usize = 14;
-/// The frame that is inspected: Ethernet's header, room for the longer tuple, four words of answer.
-const ANSWER_AT: usize = ETHERNET + 36;
+/// The frame that is inspected: Ethernet's header, and for each connection room for the longer tuple and four words of answer.
+const ANSWER_AT: usize = 36;
 const ANSWER: usize = 16;
+const ENTRY: usize = ANSWER_AT + ANSWER;
+
+/// How many connections are inspected at a time: a system call costs more than a look.
+pub(super) const MOST: usize = 16;
 
 /// The programs of one network namespace. Dropping them detaches what is attached.
 #[derive(Debug)]
@@ -139,22 +143,28 @@ impl Programs {
         self.links.len() == 1
     }
 
-    /// Looks at the socket that gets packets of a flow from this interface, in the calling thread's network namespace: the
-    /// connection, or else the listener.
-    pub(super) fn inspect(&self, flow: Flow, interface: u32) -> io::Result<Option<Position>> {
-        let mut frame = frame(flow);
+    /// Looks at the sockets that get packets of flows from this interface, in the calling thread's network namespace: the
+    /// connection, or else the listener. At most [`MOST`] flows, of one address family.
+    pub(super) fn inspect(&self, flows: &[Flow], interface: u32) -> io::Result<Vec<Option<Position>>> {
+        let mut frame = frame(flows);
         // struct __sk_buff, up to the interface that it comes from.
         let mut context = [0; SKB_IFINDEX + mem::size_of::<u32>()];
         context[SKB_IFINDEX..].copy_from_slice(&interface.to_ne_bytes());
-        if bpf::test_run(self.inspect.as_fd(), &mut frame, &context)? == 0 {
-            return Ok(None);
-        }
+        bpf::test_run(self.inspect.as_fd(), &mut frame, &context)?;
+        let entries = frame[ETHERNET..].chunks_exact(ENTRY);
+        Ok(entries.map(|entry| Position::read(&entry[ANSWER_AT..])).collect())
+    }
+}
+
+impl Position {
+    /// What the program has written; zeros where there is no socket.
+    fn read(answer: &[u8]) -> Option<Self> {
         let word = |place: usize| {
-            let at = ANSWER_AT + place * mem::size_of::<u32>();
-            u32::from_ne_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
+            let at = place * mem::size_of::<u32>();
+            u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]])
         };
-        let state = u8::try_from(word(0)).ok().and_then(State::from_kernel);
-        Ok(state.map(|state| Position { state, rcv_nxt: word(1), snd_una: word(2), interface: word(3) }))
+        let state = u8::try_from(word(0)).ok().and_then(State::from_kernel)?;
+        Some(Self { state, rcv_nxt: word(1), snd_una: word(2), interface: word(3) })
     }
 }
 
@@ -167,24 +177,27 @@ fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
     })
 }
 
-/// The frame for a packet from the peer.
-fn frame(flow: Flow) -> [u8; ANSWER_AT + ANSWER] {
-    let Flow { local, remote } = flow.on_the_wire();
-    let mut frame = [0; ANSWER_AT + ANSWER];
-    let mut at = ETHERNET;
-    let mut put = |bytes: &[u8]| {
-        frame[at..at + bytes.len()].copy_from_slice(bytes);
-        at += bytes.len();
-    };
-    for end in [remote, local] {
-        match end.ip() {
-            IpAddr::V4(address) => put(&address.octets()),
-            IpAddr::V6(address) => put(&address.octets()),
+/// The frame with the addresses of packets from the peers.
+fn frame(flows: &[Flow]) -> Vec<u8> {
+    let mut frame = vec![0; ETHERNET + flows.len() * ENTRY];
+    for (flow, entry) in flows.iter().zip(frame[ETHERNET..].chunks_exact_mut(ENTRY)) {
+        let Flow { local, remote } = flow.on_the_wire();
+        let mut at = 0;
+        let mut put = |bytes: &[u8]| {
+            entry[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        for end in [remote, local] {
+            match end.ip() {
+                IpAddr::V4(address) => put(&address.octets()),
+                IpAddr::V6(address) => put(&address.octets()),
+            }
         }
+        put(&remote.port().to_be_bytes());
+        put(&local.port().to_be_bytes());
     }
-    put(&remote.port().to_be_bytes());
-    put(&local.port().to_be_bytes());
-    let protocol = if local.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
+    let is_ipv4 = flows.first().is_none_or(Flow::is_ipv4);
+    let protocol = if is_ipv4 { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
     frame[ETHERNET - 2..ETHERNET].copy_from_slice(&(protocol as u16).to_be_bytes());
     frame
 }
@@ -264,7 +277,7 @@ fn take(assign: &Type) -> Vec<u64> {
     program.finish()
 }
 
-/// `int inspect(struct __sk_buff *)`: zero where there is no socket. R6 holds the frame, R7 the socket, R8 the tuple's length.
+/// `int inspect(struct __sk_buff *)`. R6 holds the frame, R7 the socket, R8 the tuple's length.
 fn inspect() -> Vec<u64> {
     const TUPLE: i32 = -40;
     const WORDS: i16 = TUPLE as i16 - ANSWER as i16;
@@ -275,46 +288,45 @@ fn inspect() -> Vec<u64> {
     program.set(R8, IPV6.tuple_length);
     program.land(is_ipv4);
 
-    program.copy(R1, R6);
-    program.set(R2, ETHERNET as i32);
-    program.copy(R3, R10);
-    program.add(R3, TUPLE);
-    program.copy(R4, R8);
-    program.call(HELPER_SKB_LOAD_BYTES);
-    let no_tuple = program.jump_unless_zero(R0);
-    look_up(&mut program, TUPLE);
-    let no_socket = program.jump_if_zero(R0);
-    program.copy(R7, R0);
+    let mut ends = Vec::new();
+    for place in 0..MOST {
+        let entry = ETHERNET + place * ENTRY;
+        program.copy(R1, R6);
+        program.set(R2, entry as i32);
+        program.copy(R3, R10);
+        program.add(R3, TUPLE);
+        program.copy(R4, R8);
+        program.call(HELPER_SKB_LOAD_BYTES);
+        // The frame ends here.
+        ends.push(program.jump_unless_zero(R0));
+        look_up(&mut program, TUPLE);
+        let no_socket = program.jump_if_zero(R0);
+        program.copy(R7, R0);
 
-    program.load(Size::Word, R8, R7, SOCK_STATE);
-    program.store(Size::Word, R10, WORDS, R8);
-    program.load(Size::Word, R8, R7, SOCK_BOUND_DEV_IF);
-    program.store(Size::Word, R10, WORDS + 12, R8);
-    program.copy(R1, R7);
-    program.call(HELPER_TCP_SOCK);
-    let not_tcp = program.jump_if_zero(R0);
-    for (place, member) in [(1, TCP_RCV_NXT), (2, TCP_SND_UNA)] {
-        program.load(Size::Word, R1, R0, member);
-        program.store(Size::Word, R10, WORDS + place * 4, R1);
+        program.load(Size::Word, R1, R7, SOCK_STATE);
+        program.store(Size::Word, R10, WORDS, R1);
+        program.load(Size::Word, R1, R7, SOCK_BOUND_DEV_IF);
+        program.store(Size::Word, R10, WORDS + 12, R1);
+        program.copy(R1, R7);
+        program.call(HELPER_TCP_SOCK);
+        let not_tcp = program.jump_if_zero(R0);
+        for (word, member) in [(1, TCP_RCV_NXT), (2, TCP_SND_UNA)] {
+            program.load(Size::Word, R1, R0, member);
+            program.store(Size::Word, R10, WORDS + word * 4, R1);
+        }
+        program.copy(R1, R6);
+        program.set(R2, (entry + ANSWER_AT) as i32);
+        program.copy(R3, R10);
+        program.add(R3, WORDS.into());
+        program.set(R4, ANSWER as i32);
+        program.set(R5, 0);
+        program.call(HELPER_SKB_STORE_BYTES);
+        program.land(not_tcp);
+        program.copy(R1, R7);
+        program.call(HELPER_SK_RELEASE);
+        program.land(no_socket);
     }
-    program.copy(R1, R7);
-    program.call(HELPER_SK_RELEASE);
-    program.copy(R1, R6);
-    program.set(R2, ANSWER_AT as i32);
-    program.copy(R3, R10);
-    program.add(R3, WORDS.into());
-    program.set(R4, ANSWER as i32);
-    program.set(R5, 0);
-    program.call(HELPER_SKB_STORE_BYTES);
-    program.set(R0, 1);
-    program.exit();
-
-    program.land(not_tcp);
-    program.copy(R1, R7);
-    program.call(HELPER_SK_RELEASE);
-    for jump in [no_tuple, no_socket] {
-        program.land(jump);
-    }
+    ends.into_iter().for_each(|end| program.land(end));
     program.set(R0, 0);
     program.exit();
     program.finish()

@@ -8,7 +8,6 @@ use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Flow, Lock, pause};
 use soccr_lab::{Family, Flags, Host, LIMIT, Pair, Sniffer, TcpInfo, wait_until};
 
-/// How long a read may take before its test fails.
 /// The port of both servers.
 pub const PORT: u16 = 80;
 

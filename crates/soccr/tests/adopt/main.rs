@@ -5,11 +5,11 @@ mod give;
 mod refused;
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 
 use ends::{Ends, On, accept, adopter, connect, pattern, read};
 use soccr::connection::{ControlBlock, State};
-use soccr::{Fidelity, pause};
+use soccr::{Connection, Fidelity, Flow, Lock, pause};
 use soccr_lab::{Family, TcpInfo, set_option, sysctl, wait_until};
 
 macro_rules! tests {
@@ -25,6 +25,7 @@ fn main() -> std::process::ExitCode {
             the_options_of_the_listener_count
             a_listener_that_is_bound_to_a_device_accepts_it
             a_long_queue_enters_before_the_server_reads
+            many_of_every_kind_come_in_their_order
             what_arrives_meanwhile_follows
             a_listener_that_waits_for_data_gets_it_without
             clients_that_connect_are_not_touched;
@@ -67,6 +68,59 @@ mod adopted {
                 one(family, on, received, fin);
             }
         }
+    }
+
+    /// Several are looked at by one system call: as many as are alike.
+    pub fn many_of_every_kind_come_in_their_order() {
+        let mut ends = Ends::new(Family::V4);
+        let Some(mut adopter) = adopter(&ends.pair) else { return };
+        let old = ends.listen(Family::V6, On::DualStack);
+        let families = (0..70).map(|number| [Family::V4, Family::V6][usize::from(number / 20 % 2 == 1)]);
+        let clients: Vec<TcpStream> = families.map(|family| connect(&ends.pair, family)).collect();
+        let sockets: Vec<TcpStream> = clients.iter().map(|_| accept(&old)).collect();
+        drop(old);
+        let length = |number| if number == 37 { 40_000 } else { [0, 3, 5000][number % 3] };
+        for (number, mut client) in clients.iter().enumerate() {
+            let length = length(number);
+            client.write_all(&pattern(length)).unwrap();
+            let server = sockets.iter().find(|server| server.peer_addr().unwrap().port() == port(client));
+            wait_until("it is there", || TcpInfo::of(server.unwrap()).unwrap().unread == length);
+        }
+        let listener = ends.listen(Family::V6, On::DualStack);
+        let flows: Vec<Flow> = sockets.iter().map(|socket| Flow::of(socket).unwrap()).collect();
+        let lock = ends.pair.a.run(|| Lock::hold(&flows)).unwrap();
+        let leave = |socket: TcpStream| {
+            let paused = pause(&socket).unwrap();
+            let connection = paused.save().unwrap();
+            paused.detach().unwrap();
+            connection
+        };
+        let mut connections: Vec<Connection> = sockets.into_iter().map(leave).collect();
+        connections[23].control.reset = true;
+        let outcomes = ends.pair.a.run(|| adopter.adopt(&lock, &connections));
+        for (number, (outcome, flow)) in outcomes.iter().zip(&flows).enumerate() {
+            match outcome {
+                Ok(adopted) => assert_eq!(adopted.flow(), *flow),
+                Err(error) => assert!(number == 23 && error.to_string().contains("has reset"), "{error}"),
+            }
+        }
+        connections[23].control.reset = false;
+        let restored = ends.pair.a.run(|| connections[23].restore()).unwrap();
+        lock.release().unwrap();
+        let mut servers: Vec<TcpStream> = vec![restored.resume().unwrap()];
+        servers.extend((1..70).map(|_| accept(&listener)));
+        for (number, mut client) in clients.iter().enumerate() {
+            let server = servers.iter().find(|server| server.peer_addr().unwrap().port() == port(client));
+            let server = server.unwrap();
+            client.write_all(b"and on").unwrap();
+            let bytes = [&pattern(length(number))[..], b"and on"].concat();
+            assert!(read(server, bytes.len()) == bytes, "other bytes than were sent");
+        }
+        ends.no_reset();
+    }
+
+    fn port(stream: &TcpStream) -> u16 {
+        stream.local_addr().unwrap().port()
     }
 
     fn one(family: Family, on: On, received: usize, fin: bool) {
