@@ -5,7 +5,7 @@ mod give;
 mod refused;
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 
 use ends::{Ends, On, accept, adopter, connect, pattern, read};
 use soccr::connection::{ControlBlock, State};
@@ -83,8 +83,8 @@ mod adopted {
         for (number, mut client) in clients.iter().enumerate() {
             let length = length(number);
             client.write_all(&pattern(length)).unwrap();
-            let server = sockets.iter().find(|server| server.peer_addr().unwrap().port() == port(client));
-            wait_until("it is there", || TcpInfo::of(server.unwrap()).unwrap().unread == length);
+            let server = server_of(client, &sockets);
+            wait_until("it is there", || TcpInfo::of(server).unwrap().unread == length);
         }
         let listener = ends.listen(Family::V6, On::DualStack);
         let flows: Vec<Flow> = sockets.iter().map(|socket| Flow::of(socket).unwrap()).collect();
@@ -110,8 +110,7 @@ mod adopted {
         let mut servers: Vec<TcpStream> = vec![restored.resume().unwrap()];
         servers.extend((1..70).map(|_| accept(&listener)));
         for (number, mut client) in clients.iter().enumerate() {
-            let server = servers.iter().find(|server| server.peer_addr().unwrap().port() == port(client));
-            let server = server.unwrap();
+            let server = server_of(client, &servers);
             client.write_all(b"and on").unwrap();
             let bytes = [&pattern(length(number))[..], b"and on"].concat();
             assert!(read(server, bytes.len()) == bytes, "other bytes than were sent");
@@ -119,8 +118,11 @@ mod adopted {
         ends.no_reset();
     }
 
-    fn port(stream: &TcpStream) -> u16 {
-        stream.local_addr().unwrap().port()
+    fn server_of<'a>(client: &TcpStream, servers: &'a [TcpStream]) -> &'a TcpStream {
+        // A port serves both families.
+        let plain = |end: SocketAddr| (end.ip().to_canonical(), end.port());
+        let client = plain(client.local_addr().unwrap());
+        servers.iter().find(|server| plain(server.peer_addr().unwrap()) == client).unwrap()
     }
 
     fn one(family: Family, on: On, received: usize, fin: bool) {
