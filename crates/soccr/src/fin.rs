@@ -11,8 +11,8 @@ use crate::segment::{Segment, flags};
 use crate::sys::raw::{Injector, Injectors, Via};
 use crate::sys::tcp::{self, Queue};
 
-/// How long a segment may take through `lo`: far longer than it does, unless the machine is very busy.
-pub(crate) const ARRIVAL: Duration = Duration::from_millis(100);
+/// How long a segment may take through `lo`: far longer than it does, also on a very busy machine.
+pub(crate) const ARRIVAL: Duration = Duration::from_secs(1);
 
 /// How long it may take where there is another way to try.
 pub(crate) const FIRST_ARRIVAL: Duration = Duration::from_millis(5);
