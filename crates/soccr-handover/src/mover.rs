@@ -135,9 +135,10 @@ impl Mover {
     /// The errors of [`new`](Self::new).
     pub fn with(limits: Limits) -> Result<Self> {
         soccr::prepare();
+        let locker = Locker::new(Mode::HOLD)?;
         let shared = Shared {
-            homecoming: Mutex::new(Homecoming::new()?),
-            locker: Locker::new(Mode::HOLD)?,
+            homecoming: Mutex::new(Homecoming::new(&locker)?),
+            locker,
             steerer: Mutex::new(Steerer::new()?),
             silencer: Mutex::new(Silencer::new()?),
             kit: Kit::default(),

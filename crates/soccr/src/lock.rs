@@ -143,6 +143,11 @@ impl Locker {
         Ok(Self { shared: Arc::new(Shared { table: Mutex::new(Some(table)), reader, thread }) })
     }
 
+    /// Shows the descriptor with which all its locks end, should this process die.
+    pub(crate) fn with_descriptor<T>(&self, look: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
+        self.shared.with_table(|table| look(table.socket().as_fd()))
+    }
+
     /// Locks connections: both directions of all of them, in one transaction.
     ///
     /// # Errors
@@ -334,7 +339,7 @@ impl Shared {
         self.unlock(Unlock::Both, flows)
     }
 
-    fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {
+    fn with_table<T>(&self, work: impl FnOnce(&mut Table) -> T) -> T {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         work(table.as_mut().expect("the table is there until the drop"))
     }

@@ -17,17 +17,18 @@ use super::redirect::stop_by;
 use super::steering::{ICMP_ERRORS, NOT_STEERED, Steering};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
+use crate::lock::Locker;
 use crate::nftables::rule::{Direction, Expressions};
 use crate::nftables::set::{CAPACITY, Set};
 use crate::nftables::{self, Hook, Table, Transaction};
+use crate::sys::descriptor;
 
 /// Steered connections that are about to come home. While they are [expected](Self::expect) their packets are not steered, but
 /// reach this host: the lock that is on them.
 ///
 /// It owns an nftables table, which the kernel removes when it is dropped or its process dies. Then the connections that have
-/// not [arrived](Self::arrived) are steered again: they live on where they were. For no packet to find neither lock nor
-/// steering, make it before the [`Locker`](crate::lock::Locker): the kernel closes the sockets of a process that dies in the order
-/// in which they were opened.
+/// not [arrived](Self::arrived) are steered again: they live on where they were. Drop it before the lock, so that no packet finds
+/// neither lock nor steering; where the process dies, that is seen to.
 #[derive(Debug)]
 pub struct Homecoming {
     socket: Option<Socket>,
@@ -38,15 +39,17 @@ pub struct Homecoming {
 }
 
 impl Homecoming {
-    /// Of no connection yet, in the network namespace of the calling thread.
+    /// Of no connection yet, in the network namespace of the calling thread. They will be locked by `locker`.
     ///
     /// # Errors
     /// The errors of opening a netlink socket.
-    pub fn new() -> Result<Self> {
+    pub fn new(locker: &Locker) -> Result<Self> {
         // A table vanishes with the port of its owner: no other socket may ever have it.
         let port = RandomState::new().hash_one(std::process::id()) as u32;
         let socket = Socket::open_at(Family::Netfilter, port)
             .map_err(|error| Error::system("netfilter socket", error).at("steer"))?;
+        let socket =
+            locker.with_descriptor(|other| socket.with_descriptor(|fd| descriptor::above(fd, other)));
         let table = format!("soccr-home-{port:08x}");
         Ok(Self { socket: Some(socket), table, devices: BTreeSet::new(), expected: HashSet::new() })
     }

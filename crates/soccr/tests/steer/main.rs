@@ -20,6 +20,9 @@ fn main() -> ExitCode {
     macro_rules! tests {
         ($($name:path),* $(,)?) => { [$(Test::new(stringify!($name), $name)),*] };
     }
+    if let Ok(ends) = std::env::var(tables::VICTIM) {
+        return tables::expect_and_wait(&ends);
+    }
     harness(tests![
         moves::a_connection_wanders_while_data_flows_ipv4,
         moves::a_connection_wanders_while_data_flows_ipv6,
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         tables::an_entry_ends_with_its_connection,
         tables::a_new_connection_with_the_same_ports_is_not_steered,
         tables::who_stays_away_is_steered_again,
+        tables::who_waits_for_a_killed_process_is_steered_again,
         tables::two_processes_at_once,
         tables::a_next_hop_that_is_none_is_refused,
         tables::nothing_is_left_behind,

@@ -1,17 +1,19 @@
 //! What is steered, as the host that steers it sees it.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
+use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
+use std::{env, fs};
 
-use rustix::net::{AddressFamily, SocketType};
+use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto};
 use soccr::ErrorKind::Refused;
+use soccr::Flow;
+use soccr::lock::{Locker, Mode};
 use soccr::steer::{
     Foreign, Homecoming, NextHop, Numbers, Steered, Steering, Times, is_foreign, redirect, stop,
 };
-use soccr::{Flow, Lock};
 use soccr_lab::{LIMIT, Sniffer, TcpInfo, wait_until};
 
 use super::moves::transfer;
@@ -239,6 +241,71 @@ pub fn nothing_is_left_behind() {
 }
 
 /// A connection that is to come home is steered again where it does not.
+/// A connection is expected home by a process that is killed: it goes on where it was, and nothing here resets its peer.
+pub fn who_waits_for_a_killed_process_is_steered_again() {
+    let lan = Net::flat();
+    let (mut peer, stream) = connect(&lan, false);
+    let flow = Flow::of(&stream).unwrap();
+    let mut stream = transfer(&lan, stream, flow, 0, 1);
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    let raw = lan.peer.run(|| rustix::net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::TCP)));
+    let (raw, packet) = (raw.unwrap(), stray_segment(flow));
+    for _ in 0..5 {
+        let mut victim = lan.hosts[0].run(|| {
+            let ends = format!("{} {}", flow.local, flow.remote);
+            let mut itself = Command::new(env::current_exe().unwrap());
+            itself.env(VICTIM, ends).stdout(Stdio::piped()).spawn().unwrap()
+        });
+        let mut line = String::new();
+        BufReader::new(victim.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "expected\n");
+        victim.kill().unwrap();
+        // Whatever the order in which the kernel takes things from the dead process, there is a packet in between.
+        while victim.try_wait().unwrap().is_none() {
+            sendto(&raw, &packet, SendFlags::empty(), &flow.local).unwrap();
+        }
+        assert_eq!(resets(&lan), 0);
+        peer.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    }
+}
+
+/// Segments with RST that the first host has sent.
+fn resets(lan: &Net) -> u32 {
+    let table = lan.hosts[0].run(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
+    let mut lines = table.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split(' '));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    names.zip(values).find(|(name, _)| *name == "OutRsts").unwrap().1.parse().unwrap()
+}
+
+/// An ACK from the peer, which draws a reset where nobody knows the connection.
+fn stray_segment(flow: Flow) -> Vec<u8> {
+    let (IpAddr::V4(from), IpAddr::V4(to)) = (flow.remote.ip(), flow.local.ip()) else { panic!("IPv4 only") };
+    let ports = [flow.remote.port(), flow.local.port()].map(u16::to_be_bytes).concat();
+    let mut tcp = [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]].concat();
+    let pseudo = [&from.octets()[..], &to.octets(), &[0, 6, 0, tcp.len() as u8], &tcp].concat();
+    let sum: u32 = pseudo.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    tcp[16..18].copy_from_slice(&(!sum as u16).to_be_bytes());
+    tcp
+}
+
+/// What the killed process does.
+pub const VICTIM: &str = "SOCCR_TEST_VICTIM";
+
+pub fn expect_and_wait(ends: &str) -> ExitCode {
+    let (local, remote) = ends.split_once(' ').unwrap();
+    let flow = Flow { local: local.parse().unwrap(), remote: remote.parse().unwrap() };
+    let locker = Locker::new(Mode::HOLD).unwrap();
+    let mut homecoming = Homecoming::new(&locker).unwrap();
+    let _lock = locker.lock(&[flow]).unwrap();
+    homecoming.expect(&[flow]).unwrap();
+    println!("expected");
+    loop {
+        thread::park();
+    }
+}
+
 pub fn who_stays_away_is_steered_again() {
     let lan = Net::flat();
     for ipv6 in [false, true] {
@@ -252,8 +319,9 @@ pub fn who_stays_away_is_steered_again() {
         let packets = || lan.hosts[0].run(|| contents()[0].packets);
         let home = |work: &mut dyn FnMut(&mut Homecoming)| {
             lan.hosts[0].run(|| {
-                let mut homecoming = Homecoming::new().unwrap();
-                let lock = Lock::hold(&[flow]).unwrap();
+                let locker = Locker::new(Mode::HOLD).unwrap();
+                let mut homecoming = Homecoming::new(&locker).unwrap();
+                let lock = locker.lock(&[flow]).unwrap();
                 homecoming.expect(&[flow]).unwrap();
                 homecoming.expect(&[flow]).unwrap();
                 work(&mut homecoming);
