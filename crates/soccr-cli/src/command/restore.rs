@@ -24,7 +24,8 @@ use crate::{descriptors, network};
 /// Give saved connections to a program
 ///
 /// The program runs in the network namespace of the connections. Nothing is sent before all of them are in place; where one fails,
-/// the image is as good as before. One with keys of kernel TLS can be restored once, and gets a name with .consumed behind it.
+/// the image is as good as before. Connections that cannot be given away after that are saved anew, and the messages name the images
+/// that count from then on. An image with keys of kernel TLS can be restored once, and gets a name with .consumed behind it.
 #[derive(clap::Args, Debug)]
 #[command(
     override_usage = "\

@@ -91,8 +91,10 @@ impl Scenario {
         World::new(goal, if self == Self::Several { 3 } else { 1 })
     }
 
-    fn command(self, world: &World) -> Command {
+    fn command(self, world: &World, plan: &Plan) -> Command {
         let which = world.selection();
+        // What waits in vain shall not wait long; what is only slow, as when each call is interrupted, has time.
+        let limit = if matches!(plan, Plan::One(_)) { "5" } else { "60" };
         let with = |verb: &str, more: &[&str]| {
             let mut command = soccr(&[verb]);
             command.args(&which).args(more);
@@ -100,7 +102,7 @@ impl Scenario {
         };
         let send = |recipient: &str, more: &[&str]| {
             let via = world.receive(recipient);
-            with("send", &[&["--timeout", "5", "--via", &via], more].concat())
+            with("send", &[&["--timeout", limit, "--via", &via], more].concat())
         };
         let program = format!("--detach {}", world.program());
         let image = world.image().display().to_string();
@@ -255,7 +257,7 @@ fn every_fault(scenario: Scenario) {
 fn turn(world: &mut World, scenario: Scenario, plan: &Plan) -> Result<End, String> {
     world.begin();
     let names = world.names();
-    let outcome = world.run(&mut scenario.command(world), scenario.shape(), plan);
+    let outcome = world.run(&mut scenario.command(world, plan), scenario.shape(), plan);
     let told = format!("{:?} {:?}", outcome.code, outcome.told);
     let places = world.places();
     let left = world.leftovers(places.as_deref().unwrap_or_default());

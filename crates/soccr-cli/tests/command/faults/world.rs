@@ -1,5 +1,6 @@
 //! A server with connections, the networks around it, and where the connections are.
 
+use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -254,13 +255,14 @@ impl World {
         };
         let peers: Vec<SocketAddr> = self.clients.iter().map(|client| client.local_addr().unwrap()).collect();
         let mut places = peers.iter().map(place).collect::<Result<Vec<_>, _>>()?;
-        self.heirs = images
-            .iter()
-            .filter(|(_, saved)| {
-                peers.iter().zip(&places).any(|(p, at)| *at == Place::Image && saved.contains(p))
-            })
-            .map(|(path, saved)| self.restore(path, saved))
-            .collect();
+        let mut saved: HashSet<SocketAddr> =
+            peers.iter().zip(&places).filter(|(_, at)| **at == Place::Image).map(|(peer, _)| *peer).collect();
+        for (image, its) in &images {
+            if !saved.is_disjoint(its) {
+                saved.retain(|peer| !its.contains(peer));
+                self.heirs.push(self.restore(image, its));
+            }
+        }
         self.network.lead(Goal::Program);
         self.ask(&mut places, true)?;
         if places.iter().all(|place| place.is_old()) {
@@ -444,7 +446,8 @@ fn alive(host: &Host) -> HashSet<SocketAddr> {
     all
 }
 
-/// The images in a directory, and the peers of the connections in each.
+/// The images in a directory, the newest first, and the peers of the connections in each. An older one does not know what has arrived
+/// since.
 fn images(directory: &Path) -> Vec<(PathBuf, HashSet<SocketAddr>)> {
     let peers = |path: &Path| {
         let mut reader = Reader::new(File::open(path).ok()?).ok()?;
@@ -458,5 +461,7 @@ fn images(directory: &Path) -> Vec<(PathBuf, HashSet<SocketAddr>)> {
     };
     let all = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     let images = all.filter(|path| path.extension().is_some_and(|end| end == "soccr"));
-    images.filter_map(|path| peers(&path).map(|peers| (path, peers))).collect()
+    let mut images: Vec<_> = images.filter_map(|path| peers(&path).map(|peers| (path, peers))).collect();
+    images.sort_by_key(|(path, _)| Reverse(fs::metadata(path).unwrap().modified().unwrap()));
+    images
 }
