@@ -135,16 +135,21 @@ static void the_queues_are_those_of_the_save(void)
 static void what_was_not_sent_is_sent_once(void)
 {
 	struct pair pair = kit_connect(IPV4);
-	struct saved saved;
+	struct libsoccr_flow flow = { pair.self, pair.peer };
 	size_t filled = kit_fill(pair.here);
+	/* A late acknowledgement would let it send before it is counted. */
+	struct libsoccr_lock *lock = libsoccr_lock(&flow, 1, 0);
+	struct saved saved;
 	int unsent;
 
-	saved = kit_save(&pair);
+	CHECK(lock);
+	saved = kit_read(pair.here);
 	CHECK(saved.data.unsq_len > 0 && saved.data.unsq_len <= saved.data.outq_len);
 	close(pair.here);
 	libsoccr_release(kit_restore(&pair, &saved));
 	SAME(ioctl(pair.here, SIOCOUTQNSD, &unsent), 0);
 	SAME(unsent, saved.data.unsq_len);
+	SAME(libsoccr_unlock(lock), 0);
 	kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
 	kit_expect_filling(pair.there, filled);
 	kit_talk(&pair);
