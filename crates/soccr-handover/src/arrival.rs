@@ -231,8 +231,11 @@ impl Arrival {
                     (Some(_), Some(_)) => Origin::OtherHost,
                     _ => Origin::Unknown,
                 };
+                let steers = steered.is_some();
                 let prepared = self.prepare_delivery(steered);
-                if let Err(error) = prepared.and_then(|()| self.prepare(connections as usize, answers)) {
+                if let Err(error) =
+                    prepared.and_then(|()| self.prepare(connections as usize, answers, steers))
+                {
                     return self.give_up(error);
                 }
                 self.handle(News::Begin(connections));
@@ -300,9 +303,9 @@ impl Arrival {
     }
 
     /// Does what takes time, and refuses what can already be refused.
-    fn prepare(&mut self, connections: usize, answers: bool) -> Result<()> {
+    fn prepare(&mut self, connections: usize, answers: bool, steers: bool) -> Result<()> {
         Needs { connections, ..Needs::default() }.check()?;
-        let announced = Announced { connections, answers, origin: self.origin };
+        let announced = Announced { connections, answers, origin: self.origin, steers };
         let expected = self.ask(|recipient| recipient.expect(&announced));
         expected.unwrap_or(Ok(())).map_err(|reason| Error::new(ErrorKind::Refused, reason))
     }

@@ -47,6 +47,8 @@ pub struct Announced {
     pub answers: bool,
     /// Where the source is.
     pub origin: Origin,
+    /// Whether it steers their packets here.
+    pub steers: bool,
 }
 
 /// Where the connections of a source are.

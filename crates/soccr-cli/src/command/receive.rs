@@ -258,7 +258,7 @@ struct Intake {
 
 impl soccr_handover::Recipient for Intake {
     fn expect(&mut self, announced: &Announced) -> Result<(), String> {
-        if announced.origin == Origin::SameHost && !self.is_here {
+        if announced.origin == Origin::SameHost && !announced.steers && !self.is_here {
             exit::complain(
                 "the connections come from another network namespace of this host; to restore them there, name it by --netns",
             );

@@ -1,5 +1,6 @@
 //! `soccr steer`: packets that follow connections to another host, and addresses of other hosts that are delivered here.
 
+use std::collections::{HashMap, hash_map};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
@@ -114,8 +115,14 @@ fn remove_all() -> Result<Exit> {
     Ok(exit)
 }
 
-/// A steered connection, its device, and whether its next hop answers.
-type Entry = (Steered, String, bool);
+/// A steered connection.
+struct Entry {
+    steered: Steered,
+    /// Through which it goes to its next hop.
+    device: String,
+    /// Whether the next hop does.
+    answers: bool,
+}
 
 /// Whether these are answers that another host sends back through this one: their local address is not this host's.
 fn are_answers(flow: &Flow, foreign: &[Foreign]) -> Result<bool> {
@@ -123,27 +130,42 @@ fn are_answers(flow: &Flow, foreign: &[Foreign]) -> Result<bool> {
     Ok(foreign.iter().all(|foreign| foreign.address() != local) && steer::is_foreign(local)?)
 }
 
+/// One entry for each connection, by whichever device its packets arrive.
 fn contents() -> Result<Vec<Entry>> {
-    let mut all = Vec::new();
+    let mut all: Vec<Entry> = Vec::new();
+    let mut known: HashMap<_, usize> = HashMap::new();
+    let mut hops = HashMap::new();
     for steering in Steering::list()? {
-        let mut answers = std::collections::HashMap::new();
-        for entry in steering.contents()? {
-            let answers = match answers.get(&entry.next_hop) {
-                Some(answers) => *answers,
-                None => {
-                    let now = NextHop::known(entry.next_hop, steering.egress()).answers().unwrap_or(false);
-                    *answers.entry(entry.next_hop).or_insert(now)
+        let device = steering.egress();
+        for steered in steering.contents()? {
+            match known.entry((steered.flow, steered.next_hop, device.to_owned())) {
+                hash_map::Entry::Occupied(known) => add(&mut all[*known.get()].steered, &steered),
+                hash_map::Entry::Vacant(new) => {
+                    new.insert(all.len());
+                    let hop = NextHop::known(steered.next_hop, device);
+                    let answers = *hops
+                        .entry((steered.next_hop, device.to_owned()))
+                        .or_insert_with(|| hop.answers().unwrap_or(false));
+                    all.push(Entry { steered, device: device.to_owned(), answers });
                 }
-            };
-            all.push((entry, steering.egress().to_owned(), answers));
+            }
         }
     }
     Ok(all)
 }
 
+/// What has arrived by another device.
+fn add(steered: &mut Steered, other: &Steered) {
+    steered.packets += other.packets;
+    steered.bytes += other.bytes;
+    steered.idle = steered.idle.min(other.idle);
+    steered.remaining = steered.remaining.max(other.remaining);
+    steered.closing |= other.closing;
+}
+
 fn print_json(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
     let mut steered = Vec::with_capacity(all.len());
-    for (entry, device, answers) in all {
+    for Entry { steered: entry, device, answers } in all {
         steered.push(json!({
             "local": entry.flow.local,
             "remote": entry.flow.remote,
@@ -182,7 +204,7 @@ fn print_tables(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
         ("LAST SEEN", Align::Right),
         ("STATE", Align::Left),
     ]);
-    for (entry, device, answers) in all {
+    for Entry { steered: entry, device, answers } in all {
         let state = match (answers, entry.closing) {
             (false, _) => "FAILED: it does not answer",
             (true, true) => "closing",
