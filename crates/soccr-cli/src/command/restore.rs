@@ -24,8 +24,9 @@ use crate::{descriptors, network};
 /// Give saved connections to a program
 ///
 /// The program runs in the network namespace of the connections. Nothing is sent before all of them are in place; where one fails,
-/// the image is as good as before. Connections that cannot be given away after that are saved anew, and the messages name the images
-/// that count from then on. An image with keys of kernel TLS can be restored once, and gets a name with .consumed behind it.
+/// the image is as good as before. Connections that cannot be given away after that are saved anew, the messages name the images that
+/// count from then on, and the old one gets a name with .consumed behind it. So does an image with keys of kernel TLS at once: it can be
+/// restored only once.
 #[derive(clap::Args, Debug)]
 #[command(
     override_usage = "\
@@ -110,7 +111,11 @@ impl Restore {
                 }
             }
         }
-        recipient.give(streams, &[], deaf, Parting::default())
+        let given = recipient.give(streams, &[], deaf, Parting::default());
+        if !matches!(given, Ok(Exit::Done)) {
+            consumed::set_aside(file);
+        }
+        given
     }
 }
 

@@ -95,6 +95,12 @@ fn a_restored_connection_is_rescued_from_a_program_that_cannot_start() {
     let complaint = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(126), "{complaint}");
     assert!(complaint.contains(rescued(directory).unwrap().to_str().unwrap()), "{complaint}");
+    let aside = format!("{image}.consumed");
+    assert!(complaint.contains(&aside), "{complaint}");
+    assert!(
+        fs::exists(&aside).unwrap() && !fs::exists(&image).unwrap(),
+        "the old image still looks as if it counted"
+    );
     assert_restores(directory, &mut client);
 }
 

@@ -1,8 +1,12 @@
-//! Images that are restored once: two sockets that continue one sending state of kernel TLS would encrypt different bytes with
-//! the same nonce, which gives both away. Such an image gets another name before its connections live.
+//! Images that must not be restored again get another name. That is so
+//!
+//! - with keys of kernel TLS, before the connections live: two sockets that continue one sending state would encrypt different bytes
+//!   with the same nonce, which gives both away;
+//! - after connections have lived that nobody got: they are in newer images, and the old one does not know what has arrived since.
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -47,13 +51,36 @@ pub(crate) fn mark<'a>(
         );
         return Ok(());
     };
-    let mut marked = OsString::from(path);
-    marked.push(format!(".{ENDING}"));
-    let marked = PathBuf::from(marked);
     let at = || format!("{}: it holds keys of kernel TLS, and cannot be marked as consumed", path.display());
-    std::fs::rename(path, &marked).with_context(at)?;
-    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory).and_then(|directory| directory.sync_all()).with_context(at)?;
+    let marked = rename(path).with_context(at)?;
     exit::complain(&format!("the image is {} now: a second socket must not use its keys", marked.display()));
     Ok(())
+}
+
+/// Sets an image aside whose connections have lived, but were not given away.
+pub(crate) fn set_aside(path: Option<&Path>) {
+    let Some(path) = path else { return };
+    match rename(path) {
+        Ok(aside) => exit::complain(&format!(
+            "{} is {} now: it does not know what has arrived since, the new images do",
+            path.display(),
+            aside.display()
+        )),
+        // It was marked before the connections lived.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => exit::complain(&format!(
+            "{}: do not restore it again, it does not know what has arrived since (it cannot be renamed: {error})",
+            path.display()
+        )),
+    }
+}
+
+fn rename(path: &Path) -> io::Result<PathBuf> {
+    let mut name = OsString::from(path);
+    name.push(format!(".{ENDING}"));
+    let name = PathBuf::from(name);
+    std::fs::rename(path, &name)?;
+    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory)?.sync_all()?;
+    Ok(name)
 }
