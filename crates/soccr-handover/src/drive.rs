@@ -63,6 +63,10 @@ impl Outbox {
     }
 
     pub(crate) fn wrote(&mut self, count: usize) {
+        if self.cut.is_some() {
+            // A thread has written it meanwhile: it counts as passed on already.
+            return;
+        }
         self.written += count;
         if self.written == self.bytes.len() {
             self.before += self.written as u64;
@@ -154,5 +158,23 @@ pub(crate) fn step(
         }
         Err(error) if error.kind() == io::ErrorKind::Interrupted => engine.stop(error.to_string()),
         Err(error) => engine.broken(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_as_written_after_the_cut_counts_no_more() {
+        let mut outbox = Outbox::default();
+        outbox.write_all(b"before").unwrap();
+        outbox.wrote(6);
+        outbox.write_all(b"passed on").unwrap();
+        outbox.doubt();
+        outbox.cut();
+        outbox.wrote(9);
+        assert!(outbox.bytes().is_empty());
+        assert_eq!(outbox.passed_on(), 15);
     }
 }

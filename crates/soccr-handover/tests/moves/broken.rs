@@ -1,5 +1,9 @@
 //! What breaks on the way: who has the connection then.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+
 use super::*;
 
 /// A relay between source and target, which breaks where a test wants it to.
@@ -181,6 +185,74 @@ pub fn a_commit_that_may_have_been_read_is_not_taken_back() {
     drop(here);
     let arrived = listening.join().unwrap().pop().unwrap();
     assert_alive(&arrived.into_stream().unwrap(), &peers[0]);
+}
+
+/// Fails once it is told to, and says so by its end.
+struct Failing {
+    channel: UnixStream,
+    fails: Arc<AtomicBool>,
+    _ended: Sender<()>,
+}
+
+impl Read for Failing {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read = self.channel.read(bytes)?;
+        if self.fails.load(Ordering::SeqCst) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(read) }
+    }
+}
+
+/// Passes a piece on, but tells so only when the reader beside it has failed.
+struct Slow {
+    channel: UnixStream,
+    /// How many pieces come before that one.
+    pieces: usize,
+    fails: Arc<AtomicBool>,
+    has_ended: Receiver<()>,
+}
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let is_late = self.pieces == 0;
+        self.pieces = self.pieces.wrapping_sub(1);
+        if is_late {
+            // Before the other end can answer.
+            self.fails.store(true, Ordering::SeqCst);
+            self.channel.shutdown(Shutdown::Read).unwrap();
+            self.has_ended.recv().unwrap_err();
+        }
+        self.channel.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+pub fn a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else() {
+    // BEGIN, CONNECTION, COMMIT.
+    for pieces in 0..3 {
+        let (mut ours, peers) = connect(1);
+        let (here, there) = UnixStream::pair().unwrap();
+        let listening = listen(there, Terms::default());
+        let (ended, has_ended) = channel();
+        let fails = Arc::new(AtomicBool::new(false));
+        let channel = here.try_clone().unwrap();
+        let reader = Failing { channel, fails: Arc::clone(&fails), _ended: ended };
+        let writer = Slow { channel: here.try_clone().unwrap(), pieces, fails, has_ended };
+        let mut threads = Threads::new(reader, writer).unwrap();
+        let outcome = hasty().take(ours.pop().unwrap()).unwrap().send(&mut threads);
+        drop(threads);
+        here.shutdown(Shutdown::Both).unwrap();
+        let mut arrived = listening.join().unwrap();
+        match (pieces, outcome) {
+            (2, Outcome::Unknown(error)) => {
+                assert_eq!(error.kind(), ErrorKind::Gone);
+                assert_alive(&arrived.pop().unwrap().into_stream().unwrap(), &peers[0]);
+            }
+            (_, outcome) => assert_alive(&stays(outcome, ErrorKind::Gone), &peers[0]),
+        }
+        assert!(arrived.is_empty());
+    }
 }
 
 pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {

@@ -19,6 +19,7 @@ use soccr_lab::{Flags, LIMIT, Lab, Namespace, Side, Sniffer};
 use broken::{
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
     a_commit_that_cannot_have_been_read_is_taken_back, a_commit_that_may_have_been_read_is_not_taken_back,
+    a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_target_that_ends_before_the_commit_leaves_it_here,
 };
@@ -37,6 +38,7 @@ soccr_lab::tests![
     a_commit_that_cannot_have_been_read_is_taken_back,
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
     a_commit_that_may_have_been_read_is_not_taken_back,
+    a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,
