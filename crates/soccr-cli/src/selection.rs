@@ -130,7 +130,7 @@ impl Selection {
                 }
             };
             match is_named {
-                true => process::sockets(pid, note).with_context(|| format!("pid {pid}: its descriptors"))?,
+                true => process::sockets(pid, note).unwrap_or_else(|error| fail(error.into())),
                 false => process::visible_sockets(pid, note)?,
             }
             for holder in holders {

@@ -75,7 +75,10 @@ fn give(pid: Pid, path: &str) -> Result<()> {
 fn captives(pid: Pid) -> Result<Vec<Captive>> {
     let (mut captives, mut seen) = (Vec::new(), HashSet::new());
     for pid in [vec![pid], process::descendants(pid)?].concat() {
-        let process = Process::open(pid)?;
+        let process = match Process::open(pid) {
+            Err(_) if process::has_ended(pid) => continue,
+            opened => opened?,
+        };
         let mut descriptors = Vec::new();
         process::sockets(pid, |fd, inode| {
             if seen.insert(inode) {

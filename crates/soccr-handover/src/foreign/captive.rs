@@ -40,11 +40,8 @@ impl Captive {
 
     /// Duplicates a descriptor of a process, if it is an end of a connection.
     pub fn find(process: &Process, fd: RawFd) -> Result<Option<Self>> {
-        if let Err(Errno::BADF | Errno::SRCH) = process.duplicate(fd) {
-            // Closed since.
-            return Ok(None);
-        }
-        let captive = Self::of(process, fd, process.descriptor(fd))?;
+        let Some(socket) = process.descriptor_if_open(fd).transpose() else { return Ok(None) };
+        let captive = Self::of(process, fd, socket)?;
         Ok(if captive.is_connection()? { Some(captive) } else { None })
     }
 

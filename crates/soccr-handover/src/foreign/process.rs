@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags, RawDir, fstat, open, openat, readlinkat_raw};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::sys;
@@ -24,7 +25,7 @@ impl Process {
     /// There is no such process.
     pub fn open(pid: Pid) -> Result<Self> {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|error| match error {
-            rustix::io::Errno::SRCH => no_process(pid),
+            Errno::SRCH => no_process(pid),
             error => Error::of(ErrorKind::System, format!("pid {pid}: pidfd_open"), error),
         })?;
         Ok(Self { pid, pidfd })
@@ -42,15 +43,29 @@ impl Process {
 
     /// A duplicate of one of its descriptors.
     pub fn descriptor(&self, fd: RawFd) -> Result<OwnedFd> {
-        self.duplicate(fd).map_err(|error| match error {
-            rustix::io::Errno::BADF => Error::system(format!("it has no descriptor {fd}")),
-            rustix::io::Errno::PERM => Error::new(
+        self.duplicate(fd).map_err(|error| Self::refused(fd, error))
+    }
+
+    /// The same; nothing where it has closed that, or has ended.
+    pub(super) fn descriptor_if_open(&self, fd: RawFd) -> Result<Option<OwnedFd>> {
+        match self.duplicate(fd) {
+            Ok(duplicate) => Ok(Some(duplicate)),
+            Err(Errno::BADF | Errno::SRCH) => Ok(None),
+            Err(_) if has_ended(self.pid) => Ok(None),
+            Err(error) => Err(Self::refused(fd, error)),
+        }
+    }
+
+    fn refused(fd: RawFd, error: Errno) -> Error {
+        match error {
+            Errno::BADF => Error::system(format!("it has no descriptor {fd}")),
+            Errno::PERM => Error::new(
                 ErrorKind::NoPermission,
                 "pidfd_getfd: EPERM — needs CAP_SYS_PTRACE over the process: run as root, or as the user that it \
                  belongs to where the sysctl kernel.yama.ptrace_scope is 0",
             ),
             error => Error::of(ErrorKind::System, "pidfd_getfd", error),
-        })
+        }
     }
 }
 
@@ -87,14 +102,16 @@ pub fn look_into(pid: Pid) -> Result<()> {
         let what = format!("pid {pid}: it has ended (a zombie), and has no descriptors any more");
         return Err(Error::system(what));
     }
-    match directory(&format!("/proc/{pid}/fd")) {
-        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
-            let advice =
-                "its descriptors cannot be seen — needs CAP_SYS_PTRACE over the process: run as root";
-            Err(Error::new(ErrorKind::NoPermission, format!("pid {pid}: {advice}")))
-        }
-        looked => looked.map(drop).with_context(|| format!("pid {pid}: its descriptors")),
+    directory(&format!("/proc/{pid}/fd")).map(drop).map_err(|error| unseen(pid, error))
+}
+
+/// Why its descriptors cannot be seen.
+fn unseen(pid: Pid, error: io::Error) -> Error {
+    if error.raw_os_error() == Some(libc::EACCES) {
+        let advice = "its descriptors cannot be seen — needs CAP_SYS_PTRACE over the process: run as root";
+        return Error::new(ErrorKind::NoPermission, format!("pid {pid}: {advice}"));
     }
+    Error::of(ErrorKind::System, format!("pid {pid}: its descriptors"), error)
 }
 
 /// Who traces a process, as `pid 4711 (gdb)`.
@@ -153,8 +170,19 @@ pub fn has_ended(thread: Pid) -> bool {
     })
 }
 
-/// Shows the sockets among the descriptors of a process: descriptor and inode.
-pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
+/// Shows the sockets among the descriptors of a process: descriptor and inode. None where it has ended.
+///
+/// # Errors
+/// We may not look into it.
+pub fn sockets(pid: Pid, each: impl FnMut(RawFd, u64)) -> Result<()> {
+    match read_sockets(pid, each) {
+        // The kernel hides the descriptors of a zombie, though it has none.
+        Err(_) if has_ended(pid) => Ok(()),
+        shown => shown.map_err(|error| unseen(pid, error)),
+    }
+}
+
+fn read_sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
     let directory = directory(&format!("/proc/{pid}/fd"))?;
     let mut target = [0; 32];
     let mut failed = None;
@@ -164,7 +192,7 @@ pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
         let length = match readlinkat_raw(&directory, name, &mut target[..]) {
             Ok(length) => length,
             // The descriptor was closed meanwhile.
-            Err(rustix::io::Errno::NOENT) => return,
+            Err(Errno::NOENT) => return,
             Err(error) => return failed = Some(error),
         };
         let inode = target[..length].strip_prefix(b"socket:[").and_then(|rest| rest.strip_suffix(b"]"));
@@ -177,8 +205,7 @@ pub fn sockets(pid: Pid, mut each: impl FnMut(RawFd, u64)) -> io::Result<()> {
 
 /// The same; none where the process has ended, or may not be looked into.
 pub fn visible_sockets(pid: Pid, each: impl FnMut(RawFd, u64)) -> Result<()> {
-    let shown = unless_hidden(sockets(pid, each));
-    shown.map(drop).with_context(|| format!("pid {pid}: its descriptors"))
+    unless_hidden(read_sockets(pid, each)).map(drop).map_err(|error| unseen(pid, error))
 }
 
 /// Who has a socket open.

@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::{SocketFlags, accept_with, ipproto, sockopt};
@@ -49,8 +49,7 @@ impl Backlog {
                 }
                 _ => {}
             }
-        })
-        .with_context(|| format!("pid {pid}: its descriptors"))?;
+        })?;
         let mut sharing = Sharing::find(&inodes)?;
         let mut backlog = Self::default();
         let _stopped = Stopped::stop(&mut sharing)?;
