@@ -237,7 +237,8 @@ impl Lock {
     ///
     /// # Errors
     /// The first failure of many possible ones, after everything has been tried. `EPERM` where a firewall drops
-    /// what the host sends to itself: the peer sends again what was held.
+    /// what the host sends to itself; refused where a socket cannot hear that, because its address is not this host's, or
+    /// belongs to another device than the one it is bound to. The peer sends again what was held.
     pub fn release(mut self) -> Result<usize> {
         let flows = std::mem::take(&mut self.flows);
         self.shared.release(&flows, &[]).map_err(|error| error.at("unlock"))

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use soccr::lock::{Locker, Mode};
+use soccr::lock::{Lock, Locker, Mode};
 use soccr::{ErrorKind, Flow, Restored, pause};
 use soccr_lab::{Flags, LIMIT, Lab, Pair, Sniffer, State, TcpInfo, Test, harness, wait_until};
 use soccr_netlink::{ACK, Batch, CREATE, EXCLUSIVE, Family, Message, REQUEST, Socket};
@@ -22,6 +22,8 @@ fn main() -> ExitCode {
         a_rule_for_our_mark_brings_them_to_a_transparent_proxy,
         a_socket_that_hears_one_device_hears_them,
         a_socket_that_cannot_hear_them_is_refused,
+        a_socket_that_hears_one_device_hears_what_was_held,
+        what_was_held_is_refused_where_it_cannot_be_heard,
     ])
 }
 
@@ -169,22 +171,65 @@ fn a_socket_that_hears_one_device_hears_them() {
     }
 }
 
-fn a_socket_that_cannot_hear_them_is_refused() {
+fn a_socket_that_hears_one_device_hears_what_was_held() {
+    for family in soccr_lab::Family::ALL {
+        let (pair, mut peer, mut ours) = bound_to("eth0", |pair| match family {
+            soccr_lab::Family::Mapped => pair.b.address(soccr_lab::Family::V4, 80),
+            family => pair.a.address_of(&pair.b, family, 80),
+        });
+        let mut resets = Sniffer::flagged(&pair.a.namespace, "eth0", Flags::RST).unwrap();
+        let flow = Flow::of(&ours).unwrap();
+        let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
+        let ends: [fn(Lock); 2] = [|lock| assert!(lock.release().unwrap() > 0), drop];
+        for end in ends {
+            let lock = hold(&locker, flow, &mut peer);
+            end(lock);
+            expect(&mut ours, b"held");
+            exchange(&mut peer, &mut ours);
+            assert_eq!(resets.segments().unwrap(), [], "{family:?}");
+        }
+        let lock = hold(&locker, flow, &mut peer);
+        let restored = pair.b.run(|| {
+            let paused = pause(&ours).unwrap();
+            let connection = paused.save().unwrap();
+            paused.detach().unwrap();
+            connection.restore().unwrap()
+        });
+        assert!(lock.release_into(&[&restored]).unwrap() > 0);
+        // It is there, and not sent again.
+        wait_until("it has arrived", || unread(&restored) == 4);
+        ours = restored.resume().unwrap();
+        expect(&mut ours, b"held");
+        exchange(&mut peer, &mut ours);
+        assert_eq!(resets.segments().unwrap(), [], "{family:?}");
+    }
+}
+
+fn hold(locker: &Locker, flow: Flow, peer: &mut TcpStream) -> Lock {
+    let lock = locker.lock(&[flow]).unwrap();
+    peer.write_all(b"held").unwrap();
+    wait_until("it is held", || lock.held() > 0);
+    lock
+}
+
+fn unread(socket: impl AsFd) -> u64 {
+    rustix::io::ioctl_fionread(socket).unwrap()
+}
+
+/// The same, for an address of another device than the one it is bound to: packets that this host sends itself never come from
+/// there.
+fn bound_elsewhere() -> (Pair, TcpStream, TcpStream) {
     const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
-    // The address is on another device than the one it is bound to: packets that this host sends itself never come from there.
-    let pair = Pair::new().unwrap();
-    pair.b.run(|| soccr_lab::Rtnetlink::here().unwrap().add_address("lo", ELSEWHERE.into(), 32)).unwrap();
-    pair.a
-        .run(|| {
-            soccr_lab::Rtnetlink::here().unwrap().route(ELSEWHERE.into(), 32, "eth0", Some(pair.b.v4.into()))
-        })
-        .unwrap();
-    let address = SocketAddr::from((ELSEWHERE, 80));
-    let listener = pair.b.run(|| TcpListener::bind(address)).unwrap();
-    SockRef::from(&listener).bind_device(Some(b"eth0")).unwrap();
-    let mut peer = pair.a.run(|| TcpStream::connect(address)).unwrap();
-    let (mut ours, _) = listener.accept().unwrap();
-    exchange(&mut peer, &mut ours);
+    bound_to("eth0", |pair| {
+        let rtnetlink = || soccr_lab::Rtnetlink::here().unwrap();
+        pair.b.run(|| rtnetlink().add_address("lo", ELSEWHERE.into(), 32)).unwrap();
+        pair.a.run(|| rtnetlink().route(ELSEWHERE.into(), 32, "eth0", Some(pair.b.v4.into()))).unwrap();
+        SocketAddr::from((ELSEWHERE, 80))
+    })
+}
+
+fn a_socket_that_cannot_hear_them_is_refused() {
+    let (pair, peer, ours) = bound_elsewhere();
     let mut resets = Sniffer::flagged(&pair.a.namespace, "eth0", Flags::RST).unwrap();
     half_close(&peer, &ours);
     let error = pair.b.run(|| {
@@ -195,6 +240,40 @@ fn a_socket_that_cannot_hear_them_is_refused() {
     });
     assert!(error.remedy().contains("0xc114"), "{error}");
     assert_eq!(resets.segments().unwrap(), []);
+}
+
+fn what_was_held_is_refused_where_it_cannot_be_heard() {
+    let (pair, mut peer, mut ours) = bound_elsewhere();
+    let mut resets = Sniffer::flagged(&pair.a.namespace, "eth0", Flags::RST).unwrap();
+    let flow = Flow::of(&ours).unwrap();
+    let locker = Locker::beside(&ours, Mode::HOLD).unwrap();
+    let ends: [fn(Lock); 2] = [drop, |lock| refused(lock.release())];
+    for end in ends {
+        end(hold(&locker, flow, &mut peer));
+        // The peer sends it again.
+        expect(&mut ours, b"held");
+        exchange(&mut peer, &mut ours);
+        assert_eq!(resets.segments().unwrap(), []);
+    }
+    let lock = hold(&locker, flow, &mut peer);
+    let restored = pair.b.run(|| {
+        let paused = pause(&ours).unwrap();
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        connection.restore().unwrap()
+    });
+    refused(lock.release_into(&[&restored]));
+    ours = restored.resume().unwrap();
+    expect(&mut ours, b"held");
+    exchange(&mut peer, &mut ours);
+    assert_eq!(resets.segments().unwrap(), []);
+}
+
+#[track_caller]
+fn refused(released: soccr::Result<usize>) {
+    let error = released.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+    assert!(error.remedy().contains("0xc114"), "{error}");
 }
 
 /// The peer has said its last, and knows that it was heard.

@@ -9,6 +9,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -24,6 +25,7 @@ use super::table::Unlock;
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::segment::{Parsed, Run};
+use crate::sys::raw::bound_interface;
 
 /// How long connections may catch up with their packets. A peer that gets no answer stops within its window: only one that
 /// never stops makes it as long.
@@ -145,12 +147,20 @@ impl Capture {
                 let held = self.packets.take(flow);
                 if !held.is_empty() {
                     has_all = false;
-                    if sockets.is_empty() && !replays.contains_key(flow) && !self.packets.is_here(flow) {
-                        self.packets.discard(&[*flow]);
-                        continue;
-                    }
-                    let replay = replays.entry(*flow).or_insert_with(|| self.packets.replay_of(*flow));
-                    outcome = outcome.and(self.packets.replay(replay, held, sockets.get(index).copied()));
+                    let socket = sockets.get(index).copied();
+                    let replay = match replays.entry(*flow) {
+                        Entry::Occupied(replay) => replay.into_mut(),
+                        Entry::Vacant(place) => {
+                            let interface =
+                                socket.map(bound_interface).or_else(|| self.packets.bound_interface(flow));
+                            let Some(interface) = interface else {
+                                self.packets.discard(&[*flow]);
+                                continue;
+                            };
+                            place.insert(self.packets.replay_of(*flow, interface))
+                        }
+                    };
+                    outcome = outcome.and(self.packets.replay(replay, held, socket));
                 }
             }
             if has_all || Instant::now() > end {

@@ -197,8 +197,8 @@ impl Packets {
             // from, the peer sends again.
             None => {
                 let flow = scoped(flow, interface);
-                if self.is_here(&flow) {
-                    let mut replay = Replay::new(flow, flow);
+                if let Some(interface) = self.bound_interface(&flow) {
+                    let mut replay = Replay::new(flow, flow, interface);
                     let _ = self.replay(&mut replay, [Run::new(bytes, parsed)], None);
                 }
             }
@@ -216,9 +216,9 @@ impl Packets {
         runs
     }
 
-    /// A replay for this connection.
-    pub(super) fn replay_of(&self, flow: Flow) -> Replay {
-        Replay::new(flow, self.wires.get(&flow.on_the_wire()).copied().unwrap_or(flow))
+    /// A replay for this connection, whose socket is bound to this interface (0: to none).
+    pub(super) fn replay_of(&self, flow: Flow, interface: u32) -> Replay {
+        Replay::new(flow, self.wires.get(&flow.on_the_wire()).copied().unwrap_or(flow), interface)
     }
 
     /// Hands packets to their connection, see [`Replay::packets`].
@@ -228,24 +228,24 @@ impl Packets {
         runs: impl IntoIterator<Item = Run>,
         socket: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
-        self.way(&replay.wire()).and_then(|way| replay.packets(&way, runs, socket))
+        self.way(replay).and_then(|way| replay.packets(&way, runs, socket))
     }
 
     /// Makes the connection answer, see [`Replay::finish`].
     pub(super) fn finish(&mut self, replay: &mut Replay) -> Result<usize> {
-        self.way(&replay.wire()).and_then(|way| replay.finish(&way))
+        self.way(replay).and_then(|way| replay.finish(&way))
     }
 
-    /// Whether a connection has a socket: packets for one that has none would draw a reset. What cannot be found out counts
-    /// as none.
-    pub(super) fn is_here(&mut self, flow: &Flow) -> bool {
-        let find = |back: &mut Back| back.diag.find(flow.local, flow.remote, |_| ());
-        self.back.as_mut().is_some_and(|back| matches!(find(back), Ok(Some(()))))
+    /// The interface to which the socket of a connection is bound (0: to none), or `None` where it has no socket: packets for
+    /// it would draw a reset. What cannot be found out counts as none.
+    pub(super) fn bound_interface(&mut self, flow: &Flow) -> Option<u32> {
+        let back = self.back.as_mut()?;
+        back.diag.find(flow.local, flow.remote, |socket| socket.interface).ok().flatten()
     }
 
-    fn way(&mut self, flow: &Flow) -> Result<Inward<'_>> {
+    fn way(&mut self, replay: &Replay) -> Result<Inward<'_>> {
         let back = self.back.as_mut().ok_or_else(|| Error::invalid("no way back for held packets"))?;
-        back.ways.inward(flow.remote, flow.local, 0)
+        replay.way(&mut back.ways)
     }
 }
 

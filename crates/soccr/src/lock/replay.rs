@@ -11,7 +11,7 @@ use crate::connection::{Flow, after};
 use crate::error::Result;
 use crate::queue;
 use crate::segment::{Run, flags};
-use crate::sys::raw::Inward;
+use crate::sys::raw::{Inward, Ways};
 use crate::sys::tcp;
 use crate::tls;
 
@@ -25,6 +25,8 @@ pub(super) struct Replay {
     flow: Flow,
     /// The same as the packets of the peer must show it to reach it (NAT).
     wire: Flow,
+    /// To which its socket is bound, or 0.
+    interface: u32,
     count: usize,
     /// The end of what reaches furthest into the sequence space, and the sequence number behind it.
     furthest: Option<(Run, u32)>,
@@ -35,12 +37,13 @@ pub(super) struct Replay {
 }
 
 impl Replay {
-    pub(super) fn new(flow: Flow, wire: Flow) -> Self {
-        Self { flow, wire, count: 0, furthest: None, to_be_resumed: false, spent: Vec::new() }
+    pub(super) fn new(flow: Flow, wire: Flow, interface: u32) -> Self {
+        Self { flow, wire, interface, count: 0, furthest: None, to_be_resumed: false, spent: Vec::new() }
     }
 
-    pub(super) fn wire(&self) -> Flow {
-        self.wire
+    /// The way for its packets.
+    pub(super) fn way<'a>(&self, ways: &'a mut Ways) -> Result<Inward<'a>> {
+        ways.inward(self.wire.remote, self.wire.local, self.interface)
     }
 
     /// Hands over undamaged packets: every one is tried, and the first error returned. `socket` is the connection, where
@@ -172,7 +175,6 @@ mod tests {
     use crate::lock::packets::tests::{connection, next};
     use crate::segment::Parsed;
     use crate::sys::filter;
-    use crate::sys::raw::Ways;
 
     /// In the queue beside it, nothing would join the two.
     #[test]
@@ -181,12 +183,13 @@ mod tests {
         let _paused = crate::pause(&ours).unwrap();
         let flow = Flow::of(&ours).unwrap();
         let mut ways = Ways::open().unwrap();
-        let way = ways.inward(flow.remote, flow.local, 0).unwrap();
+        let mut replay = Replay::new(flow, flow, 0);
+        let way = replay.way(&mut ways).unwrap();
         let runs = [200, 0, 100].map(|offset| {
             let packet = next(&ours, &control, offset, &[1; 100]);
             Run::new(&packet, Parsed::new(&packet).unwrap())
         });
-        Replay::new(flow, flow).packets(&way, runs, Some(ours.as_fd())).unwrap();
+        replay.packets(&way, runs, Some(ours.as_fd())).unwrap();
         let all = || Ok((tcp::unread(ours.as_fd())? == 300).then_some(()));
         assert_eq!(wait_for(Duration::from_secs(20), all).unwrap(), Some(()));
     }
@@ -201,12 +204,13 @@ mod tests {
         let _paused = crate::pause(&ours).unwrap();
         let flow = Flow::of(&ours).unwrap();
         let mut ways = Ways::open().unwrap();
-        let way = ways.inward(flow.remote, flow.local, 0).unwrap();
+        let mut replay = Replay::new(flow, flow, 0);
+        let way = replay.way(&mut ways).unwrap();
         let runs = [0u32.wrapping_sub(100), 0].map(|offset| {
             let packet = next(&ours, &control, offset, &[1; 100]);
             Run::new(&packet, Parsed::new(&packet).unwrap())
         });
-        Replay::new(flow, flow).packets(&way, runs, Some(ours.as_fd())).unwrap();
+        replay.packets(&way, runs, Some(ours.as_fd())).unwrap();
         assert_eq!(tcp::unread(ours.as_fd()).unwrap(), 0);
     }
 }
