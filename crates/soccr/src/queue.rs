@@ -82,10 +82,7 @@ pub(crate) fn peek(
     marked: bool,
 ) -> Result<()> {
     bytes.clear();
-    // One byte more than expected, so that a queue that has grown is noticed.
-    bytes
-        .try_reserve_exact(length as usize + 1)
-        .map_err(|_| Error::system("memory for a queue", Errno::NOMEM))?;
+    reserve(bytes, length as usize)?;
     peek_into(fd, queue, bytes, length, marked)
 }
 
@@ -113,8 +110,8 @@ fn peek_into(
     tcp::select_queue(fd, queue)?;
     match queue {
         Queue::Receive if marked => peek_across_mark(fd, room, length)?,
-        Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room))?,
-        Queue::Send => peek_once(fd, room)?,
+        Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room).map(drop))?,
+        Queue::Send => peek_unacknowledged(fd, room, length as usize)?,
     }
     if room.filled() == length as usize { Ok(()) } else { Err(changed()) }
 }
@@ -123,8 +120,11 @@ fn peek_into(
 trait Room {
     fn filled(&self) -> usize;
 
-    /// `recv(2)` behind what is there.
-    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<()>;
+    /// `recv(2)` behind what is there. Returns what the kernel does, which of a send queue is its whole length.
+    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<usize>;
+
+    /// Puts these bytes, for which there is room, in the place of all that is there.
+    fn replace(&mut self, bytes: &[u8]);
 }
 
 impl Room for Vec<u8> {
@@ -132,8 +132,13 @@ impl Room for Vec<u8> {
         self.len()
     }
 
-    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<()> {
-        recv(fd, rustix::buffer::spare_capacity(self), flags).map(drop)
+    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<usize> {
+        recv(fd, rustix::buffer::spare_capacity(self), flags).map(|(_, length)| length)
+    }
+
+    fn replace(&mut self, bytes: &[u8]) {
+        self.clear();
+        self.extend_from_slice(bytes);
     }
 }
 
@@ -147,10 +152,17 @@ impl Room for Uninit<'_> {
         self.filled
     }
 
-    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<()> {
-        let ((received, _), _) = recv(fd, &mut self.bytes[self.filled..], flags)?;
+    fn receive(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> rustix::io::Result<usize> {
+        let ((received, _), length) = recv(fd, &mut self.bytes[self.filled..], flags)?;
         self.filled += received.len();
-        Ok(())
+        Ok(length)
+    }
+
+    fn replace(&mut self, bytes: &[u8]) {
+        self.filled = bytes.len();
+        self.bytes.iter_mut().zip(bytes).for_each(|(place, byte)| {
+            place.write(*byte);
+        });
     }
 }
 
@@ -160,11 +172,33 @@ pub(crate) fn changed() -> Error {
     Error::changed("a connection that changes while it is read", remedy)
 }
 
-fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<()> {
+/// The send queue without what the peer has acknowledged of its first segment. The kernel keeps that, and shows it, until all
+/// of the segment is acknowledged or it is repeated.
+fn peek_unacknowledged(fd: BorrowedFd<'_>, room: &mut impl Room, length: usize) -> Result<()> {
+    let whole_length = peek_once(fd, room)?;
+    if whole_length <= length {
+        return Ok(());
+    }
+    let mut whole = Vec::new();
+    reserve(&mut whole, whole_length)?;
+    if peek_once(fd, &mut whole)? != whole_length {
+        return Err(changed());
+    }
+    room.replace(&whole[whole_length - length..]);
+    Ok(())
+}
+
+/// Room for a queue, and for one byte more than expected, so that one that has grown is noticed.
+fn reserve(bytes: &mut Vec<u8>, length: usize) -> Result<()> {
+    bytes.try_reserve_exact(length + 1).map_err(|_| Error::system("memory for a queue", Errno::NOMEM))
+}
+
+fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<usize> {
     loop {
         match room.receive(fd, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) | Ok(()) => return Ok(()),
+            Err(Errno::AGAIN) => return Ok(0),
+            Ok(length) => return Ok(length),
             Err(error) => return Err(Error::system("recv(MSG_PEEK)", error)),
         }
     }
@@ -174,7 +208,7 @@ fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<()> {
 fn peek_across_mark(fd: BorrowedFd<'_>, room: &mut impl Room, length: u32) -> Result<()> {
     let inline = get_inline(fd)?;
     set_inline(fd, true)?;
-    let read = with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room)).and_then(|()| {
+    let read = with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room)).and_then(|_| {
         let first = room.filled();
         if first >= length as usize {
             return Ok(());

@@ -149,7 +149,9 @@ fn standing_still<T>(
         tcp::select_queue(fd, None)?;
         let unread = (control.inq_len, urgent);
         let position = Position { unread, queued: queued(fd, &info)?, ..Position::of(&info) };
-        if !position.has_same_traffic(&end) {
+        // The send queue may show more than its length, so the length is compared, too.
+        let is_as_long = [0, control.write_seq.wrapping_sub(control.snd_una())].contains(&position.queued);
+        if !position.has_same_traffic(&end) || !is_as_long {
             return Err(changed());
         }
         Ok((position, control, urgent, path(&info), queues))

@@ -146,7 +146,7 @@ impl Ends {
     /// Saves the connection and makes our socket forget it. From now on nothing reaches our host, which would reset the
     /// peer, until [`resume`](Self::resume); what our host sends reaches the peer.
     pub fn take(&self) -> Connection {
-        self.name_neighbour(NOBODY);
+        self.disconnect_hosts();
         self.settle();
         let paused = pause(&self.ours).unwrap().with_peer(self.remote);
         let connection = paused.save().unwrap();
@@ -181,6 +181,11 @@ impl Ends {
     /// Restores a connection and goes on with it.
     pub fn restore_and_resume(&mut self, connection: &Connection) {
         self.resume(self.restore(connection).unwrap());
+    }
+
+    /// What the peer sends reaches no host.
+    pub fn disconnect_hosts(&self) {
+        self.name_neighbour(NOBODY);
     }
 
     /// What the peer sends reaches our host again.

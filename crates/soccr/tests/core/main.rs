@@ -13,6 +13,7 @@ mod lessons;
 mod lock_faults;
 mod matrix;
 mod orphans;
+mod partly;
 mod property;
 mod reset;
 mod stages;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;
         orphans: an_orphan_does_not_hold_its_link;
+        partly: what_is_acknowledged_of_a_segment_is_not_saved;
         property: every_connection_comes_back;
         reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused
             notices_that_never_come_are_told;

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{MaybeUninit, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// The funnel from −1 to errno.
@@ -25,6 +25,16 @@ pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> io::Res
     // SAFETY: `value` is readable for `length` bytes.
     check(unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), length) }.into())?;
     Ok(())
+}
+
+/// Memory for a queue, as a program gives it that is not written in Rust.
+pub struct Memory(pub Vec<u8>);
+
+impl AsMut<[MaybeUninit<u8>]> for Memory {
+    fn as_mut(&mut self) -> &mut [MaybeUninit<u8>] {
+        // SAFETY: the same memory; the library writes bytes alone, none that is not initialized.
+        unsafe { &mut *(&raw mut self.0[..] as *mut [MaybeUninit<u8>]) }
+    }
 }
 
 /// Asks for the signals of a socket, and ignores them.
