@@ -88,7 +88,8 @@ impl Foreign {
     /// reset here (nft `dup`, where the kernel has it), and forgets them; otherwise it would steer them for a day.
     ///
     /// # Errors
-    /// The errors of [`deliver`](Self::deliver); `ENODEV` where there is no such device.
+    /// The errors of [`deliver`](Self::deliver); `ENODEV` where there is no such device. Refused: that host is named by an address of
+    /// another address family.
     pub fn deliver_from(address: IpAddr, numbers: Numbers, from: Option<&NextHop>) -> Result<Self> {
         Steerer::new()?.deliver(address, numbers, from)
     }
@@ -101,6 +102,7 @@ impl Foreign {
         from: Option<&NextHop>,
     ) -> Result<Self> {
         let foreign = Self { address: address.to_canonical(), numbers };
+        from.map_or(Ok(()), |from| foreign.is_reached_by(from))?;
         let known = foreign.check(route)?;
         let made = foreign.route(route).and_then(|()| foreign.filter(socket, route, from));
         if made.is_err() && !known {
@@ -146,9 +148,11 @@ impl Foreign {
     /// foreign sources. That host has to [send it on](super::redirect_answers).
     ///
     /// # Errors
-    /// Refused: others use the routing table. `EPERM` without `CAP_NET_ADMIN`.
+    /// Refused: others use the routing table, or the host is named by an address of another address family. `EPERM` without
+    /// `CAP_NET_ADMIN`.
     pub fn answer_through(&self, hop: &NextHop) -> Result<()> {
         with_route(|route| {
+            self.is_reached_by(hop)?;
             let link = index(route, hop.device())?;
             let (policy, ipv6) = (self.answers(), self.ipv6());
             if system("ip route", route.table_protocols(policy.table, ipv6))?.iter().any(|by| *by != OURS) {
@@ -186,6 +190,14 @@ impl Foreign {
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn remove(&self) -> Result<()> {
         with_route(|route| self.withdraw(route))
+    }
+
+    fn is_reached_by(&self, hop: &NextHop) -> Result<()> {
+        if hop.address().is_ipv6() == self.ipv6() {
+            return Ok(());
+        }
+        let what = format!("packets for {}, whose host is reached as {}", self.address, hop.address());
+        Err(Error::refused(what, "name it by an address of the same address family"))
     }
 
     fn ipv6(&self) -> bool {

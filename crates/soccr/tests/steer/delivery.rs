@@ -4,7 +4,7 @@ use std::io::Write;
 
 use soccr::ErrorKind::Refused;
 use soccr::settings::Value;
-use soccr::steer::{Foreign, Numbers, is_foreign};
+use soccr::steer::{Foreign, NextHop, Numbers, is_foreign};
 use soccr::{Flow, pause};
 use soccr_lab::{Sniffer, TcpInfo, sysctl, wait_until};
 use soccr_netlink::{Policy, Rtnetlink};
@@ -42,6 +42,24 @@ pub fn numbers_of_others_are_refused() {
         refused("which has routes of others");
         route.remove_local_table(numbers.table, false, 4).unwrap();
         Foreign::deliver(home, numbers).unwrap();
+    });
+}
+
+pub fn an_old_host_of_the_other_family_is_refused() {
+    let lan = Net::flat();
+    lan.hosts[1].run(|| {
+        for ipv6 in [false, true] {
+            let home = address(&lan.hosts[0], ipv6);
+            let hop = NextHop::known(address(&lan.hosts[0], !ipv6), "eth0");
+            let error = Foreign::deliver_from(home, Numbers::default(), Some(&hop)).unwrap_err();
+            assert_eq!(error.kind(), Refused, "{error}");
+            assert_eq!(Foreign::list().unwrap(), []);
+            let foreign = Foreign::deliver(home, Numbers::default()).unwrap();
+            let error = foreign.answer_through(&hop).unwrap_err();
+            assert_eq!(error.kind(), Refused, "{error}");
+            assert_eq!(Foreign::list().unwrap(), [foreign]);
+            foreign.remove().unwrap();
+        }
     });
 }
 

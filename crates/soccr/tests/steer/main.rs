@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         tables::a_next_hop_that_is_none_is_refused,
         tables::nothing_is_left_behind,
         delivery::numbers_of_others_are_refused,
+        delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,
         delivery::what_no_socket_has_is_dropped,
         delivery::without_it_a_foreign_address_is_refused,
