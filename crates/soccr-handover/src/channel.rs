@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel}
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, fstat};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 use rustix::net::{SendFlags, send};
 
@@ -189,7 +190,9 @@ fn exchange(
                 written => exchanged.written = written?.unwrap_or(0),
             }
         }
-        if exchanged != Exchanged::default() {
+        let is_late = || deadline.is_some_and(|deadline| deadline <= Instant::now());
+        // What poll(2) calls ready need not be.
+        if exchanged != Exchanged::default() || is_late() {
             return Ok(Some(exchanged));
         }
     }
@@ -197,10 +200,18 @@ fn exchange(
 
 /// Writes without waiting for the reader, where there is room as `poll(2)` says.
 fn write_some(write: BorrowedFd<'_>, output: &[u8]) -> rustix::io::Result<usize> {
+    let piece = &output[..output.len().min(PIECE)];
     match write_at_once(write, output) {
-        Err(Errno::OPNOTSUPP) => rustix::io::write(write, &output[..output.len().min(PIECE)]),
+        Err(Errno::OPNOTSUPP) => rustix::io::write(write, piece),
+        // poll(2) calls a file writable in any case, and some file systems never write without waiting for the disk.
+        Err(Errno::AGAIN) if is_file(write) => rustix::io::write(write, piece),
         written => written,
     }
+}
+
+fn is_file(fd: BorrowedFd<'_>) -> bool {
+    let kind = fstat(fd).map(|status| FileType::from_raw_mode(status.st_mode));
+    matches!(kind, Ok(FileType::RegularFile | FileType::BlockDevice))
 }
 
 /// Writes what there is room for, without waiting. Pipes can do that since Linux 6.4, many other descriptors never.

@@ -11,7 +11,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use soccr_handover::channel::{Channel, Exchanged, Pair, Threads};
+use rustix::event::{EventfdFlags, eventfd};
+use soccr_handover::channel::{Channel, Exchanged, OneWay, Pair, Threads};
 use soccr_handover::protocol::Fate;
 use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
 use soccr_lab::{Flags, LIMIT, Lab, Namespace, Side, Sniffer};
@@ -32,6 +33,7 @@ soccr_lab::tests![
     many_move_together,
     one_channel_carries_many_sends,
     pipes_and_threads_are_channels,
+    what_is_never_written_waits_no_longer_than_the_deadline,
     what_the_target_does_not_want_stays,
     where_nobody_answers_nothing_is_touched,
     a_target_that_ends_before_the_commit_leaves_it_here,
@@ -227,6 +229,15 @@ fn pipes_and_threads_are_channels() {
     assert!(mover.take(streams.next().unwrap()).unwrap().send(&mut here).is_moved());
     closing.shutdown(Shutdown::Both).unwrap();
     assert_alive(&listening.join().unwrap().pop().unwrap().into_stream().unwrap(), &peers[1]);
+}
+
+fn what_is_never_written_waits_no_longer_than_the_deadline() {
+    // It is writable, though not for a number as high as this.
+    let counter = eventfd(1, EventfdFlags::NONBLOCK).unwrap();
+    let output = (u64::MAX - 1).to_ne_bytes();
+    let deadline = Some(Instant::now() + Duration::from_millis(50));
+    let exchanged = OneWay(counter).exchange(&output, &mut [], deadline).unwrap();
+    assert_eq!(exchanged, Exchanged::default());
 }
 
 fn what_the_target_does_not_want_stays() {
