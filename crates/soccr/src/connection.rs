@@ -405,7 +405,7 @@ impl Connection {
         self.buffers.as_ref().map_or(Ok(()), Buffers::validate)?;
         self.path.as_ref().map_or(Ok(()), Path::validate)?;
         if let Some(tracked) = self.tracked {
-            tracked.wire.validate()?;
+            tracked.wire.validate_on_the_wire()?;
             check(
                 tracked.wire.is_ipv4() == self.flow().is_ipv4(),
                 "it is translated to another address family",

@@ -35,6 +35,19 @@ impl Flow {
     /// # Errors
     /// Invalid: addresses of two families, unspecified ones, link-local ones without a scope.
     pub fn validate(&self) -> Result<()> {
+        self.validate_on_the_wire()?;
+        let is_scoped = |end: SocketAddr| match end {
+            SocketAddr::V6(end) => !end.ip().is_unicast_link_local() || end.scope_id() != 0,
+            SocketAddr::V4(_) => true,
+        };
+        if is_scoped(self.local) && is_scoped(self.remote) {
+            return Ok(());
+        }
+        Err(Error::invalid("a link-local address has no scope id"))
+    }
+
+    /// The same for addresses as packets show them: those have no scope.
+    pub(crate) fn validate_on_the_wire(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
         check(self.local.is_ipv4() == self.remote.is_ipv4(), "the addresses are of two families")?;
         if let (IpAddr::V6(local), IpAddr::V6(remote)) = (self.local.ip(), self.remote.ip()) {
@@ -46,13 +59,6 @@ impl Flow {
         check(self.local.port() != 0, "the local port is zero")?;
         check(self.remote.port() != 0, "the remote port is zero")?;
         check(!self.local.ip().is_unspecified(), "the local address is unspecified")?;
-        check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")?;
-        for address in [self.local, self.remote] {
-            if let SocketAddr::V6(address) = address {
-                let scoped = !address.ip().is_unicast_link_local() || address.scope_id() != 0;
-                check(scoped, "a link-local address has no scope id")?;
-            }
-        }
-        Ok(())
+        check(!self.remote.ip().is_unspecified(), "the remote address is unspecified")
     }
 }

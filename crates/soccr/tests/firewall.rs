@@ -50,6 +50,7 @@ fn main() -> ExitCode {
             a_connection_with_another_source_moves_to_another_host,
         ),
         Test::new("without_the_same_nat_it_is_refused", without_the_same_nat_it_is_refused),
+        Test::new("a_link_local_connection_that_we_began_moves", a_link_local_connection_that_we_began_moves),
         Test::new("a_socket_belongs_to_its_owner_again", a_socket_belongs_to_its_owner_again),
     ];
     harness(tests)
@@ -217,6 +218,28 @@ fn without_the_same_nat_it_is_refused() {
     assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     assert!(error.to_string().contains("192.0.2.1:80") && error.to_string().contains("NAT"), "{error}");
     assert_eq!(traveller.resets.segments().unwrap(), []);
+}
+
+/// Connection tracking knows no scopes.
+fn a_link_local_connection_that_we_began_moves() {
+    let rules = "chain input { type filter hook input priority 0; policy drop;
+                               meta l4proto ipv6-icmp accept; iif lo accept; ct state established accept; }";
+    let pair = Pair::new().unwrap();
+    if !apply(&pair.b, rules) {
+        return eprintln!("skipped: nft is not in PATH");
+    }
+    let listener = pair.a.run(|| TcpListener::bind(pair.a.address(Family::LinkLocal, 80))).unwrap();
+    let ours = pair.b.run(|| TcpStream::connect(pair.b.address_of(&pair.a, Family::LinkLocal, 80))).unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.write_all(b"unread").unwrap();
+    wait_until("the bytes have arrived", || ours.peek(&mut [0; 6]).unwrap() == 6);
+    let mut behind = Behind { pair, peer, ours };
+    behind.ours = behind.move_on().unwrap();
+    expect(&mut behind.ours, b"unread");
+    behind.ours.write_all(b"goes on").unwrap();
+    expect(&mut behind.peer, b"goes on");
+    behind.peer.write_all(b"and back").unwrap();
+    expect(&mut behind.ours, b"and back");
 }
 
 fn a_socket_belongs_to_its_owner_again() {
