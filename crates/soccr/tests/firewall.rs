@@ -5,6 +5,10 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
 
+use rustix::process::{
+    DumpableBehavior, Signal, dumpable_behavior, parent_process_death_signal, set_dumpable_behavior,
+    set_parent_process_death_signal,
+};
 use soccr::lock::PersistentLock;
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
@@ -261,9 +265,15 @@ fn a_socket_belongs_to_its_owner_again() {
         assert!(flush(host) && apply(host, rules));
     }
     traveller.talk();
+    // Whoever becomes another user loses both, be it for a moment.
+    set_dumpable_behavior(DumpableBehavior::Dumpable).unwrap();
+    set_parent_process_death_signal(Some(Signal::HUP)).unwrap();
     traveller.travel().unwrap();
     let stat = rustix::fs::fstat(&traveller.ours).unwrap();
     assert_eq!((stat.st_uid, stat.st_gid), (OWNER, OWNER));
+    assert_eq!(dumpable_behavior().unwrap(), DumpableBehavior::Dumpable);
+    assert_eq!(parent_process_death_signal().unwrap(), Some(Signal::HUP));
+    set_parent_process_death_signal(None).unwrap();
 }
 
 /// A connection from `a` to a listener on `b`, behind the firewall of `b`, with bytes that wait on both sides.

@@ -1,5 +1,6 @@
 //! [`Connection::restore`]: all steps in their order, and what makes the connection as fast as it was.
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -130,7 +131,9 @@ impl Connection {
         let ours = Owner { user: geteuid().as_raw(), group: getegid().as_raw() };
         let Some(owner) = self.owner.filter(|owner| *owner != ours) else { return open(self.local) };
         as_owner(owner.user, owner.group, || open(self.local)).unwrap_or_else(|error| {
-            skipped.push(Skipped::new("owner", error));
+            let reason = "it is another user's: needs CAP_SETUID and CAP_SETGID";
+            let denied = error.kind() == io::ErrorKind::PermissionDenied;
+            skipped.push(Skipped::new("owner", if denied { io::Error::other(reason) } else { error }));
             open(self.local)
         })
     }

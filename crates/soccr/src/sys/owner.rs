@@ -1,20 +1,59 @@
 //! Files of another user.
 
 use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::process::{
+    DumpableBehavior, Pid, Signal, dumpable_behavior, getpid, getppid, kill_process,
+    parent_process_death_signal, set_dumpable_behavior, set_parent_process_death_signal,
+};
 
 /// Runs `work` with the calling thread as this user and group where files are concerned (`setfsuid(2)`): what it opens, such as
 /// a socket, is theirs. Rights over the network stay as they are.
 ///
+/// A socket given to them later (`fchown(2)`) would not do: firewalls (`skuid`) go by who has opened it.
+///
 /// # Errors
 /// `EPERM` without `CAP_SETUID` and `CAP_SETGID`.
 pub(crate) fn as_owner<T>(user: u32, group: u32, work: impl FnOnce() -> T) -> io::Result<T> {
+    /// Whether the process can be dumped is read and put back by one thread at a time.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // Dropped last: also the way back takes them away.
+    let _lost = Lost::note()?;
     // The group first: afterwards there may be no right to change it.
-    let group = Changed::set(libc::setfsgid, group)?;
-    let user = Changed::set(libc::setfsuid, user)?;
-    let result = work();
-    drop(user);
-    drop(group);
-    Ok(result)
+    let _group = Changed::set(libc::setfsgid, group)?;
+    let _user = Changed::set(libc::setfsuid, user)?;
+    Ok(work())
+}
+
+/// What the kernel takes from whoever becomes another user; it is put back when this is dropped.
+struct Lost {
+    dumpable: DumpableBehavior,
+    signal: Option<Signal>,
+    parent: Option<Pid>,
+}
+
+impl Lost {
+    fn note() -> io::Result<Self> {
+        Ok(Self { dumpable: dumpable_behavior()?, signal: parent_process_death_signal()?, parent: getppid() })
+    }
+}
+
+impl Drop for Lost {
+    fn drop(&mut self) {
+        // The third behaviour is the kernel's to choose.
+        if self.dumpable != DumpableBehavior::DumpableReadableOnlyByRoot {
+            let _ = set_dumpable_behavior(self.dumpable);
+        }
+        if let Some(signal) = self.signal {
+            let _ = set_parent_process_death_signal(Some(signal));
+            if getppid() != self.parent {
+                // It has died meanwhile.
+                let _ = kill_process(getpid(), signal);
+            }
+        }
+    }
 }
 
 /// A number of the thread that is put back when this is dropped.
