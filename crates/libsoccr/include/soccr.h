@@ -245,7 +245,8 @@ struct libsoccr_flow {
 	union libsoccr_addr peer;
 };
 
-/* What arrives meanwhile is delivered by libsoccr_unlock(), instead of being dropped. A thread collects it. */
+/* What arrives meanwhile is delivered by libsoccr_unlock(), instead of being dropped: a thread collects it, which takes
+ * no signals. */
 #define SOCCR_LOCK_HOLD 0x1
 
 /* A lock, which ends with the process at the latest. */

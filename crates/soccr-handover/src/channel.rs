@@ -263,7 +263,8 @@ impl Threads {
         let (tell, told) = sync_channel(1);
         let (output, pieces) = channel::<Vec<u8>>();
         let tell_wrote = tell.clone();
-        std::thread::Builder::new().name("soccr-read".into()).spawn(move || {
+        let named = |name: &str| std::thread::Builder::new().name(name.into());
+        let read = move || {
             let mut buffer = vec![0; 64 << 10];
             loop {
                 let read = match reader.read(&mut buffer) {
@@ -276,8 +277,8 @@ impl Threads {
                     break;
                 }
             }
-        })?;
-        std::thread::Builder::new().name("soccr-write".into()).spawn(move || {
+        };
+        let write = move || {
             for piece in pieces {
                 let wrote = writer.write_all(&piece).and_then(|()| writer.flush());
                 let wrote = wrote.map_or_else(Told::Failed, |()| Told::Wrote(piece.len()));
@@ -285,7 +286,9 @@ impl Threads {
                     break;
                 }
             }
-        })?;
+        };
+        soccr::without_signals(|| named("soccr-read").spawn(read))?;
+        soccr::without_signals(|| named("soccr-write").spawn(write))?;
         Ok(Self { output, told, writing: false, left: Vec::new() })
     }
 

@@ -90,8 +90,8 @@
 //!
 //! # Threads, blocking, fork, namespaces, epoll after detach
 //! - **Threads.** A [`Mover`] has one, which reads what the lock holds, and one for a moment when it is dropped. Restoring many
-//!   connections uses as many threads as there are processors, until they are restored. Any thread may use a mover, many at a
-//!   time.
+//!   connections uses as many threads as there are processors, until they are restored. All of these block all signals, and leave
+//!   them to yours. Any thread may use a mover, many at a time.
 //! - **Blocking.** `send`, `send_all` and `next` wait for the other end, up to the [`Limits`]. With the feature `tokio` only calls
 //!   of the kernel are waited for, microseconds to milliseconds, on the threads of `spawn_blocking`; the runtime needs its clock
 //!   and I/O driver (`enable_all`). A future that is dropped ends the hand-over then and there: on that thread what can come back is

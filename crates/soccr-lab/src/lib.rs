@@ -37,6 +37,7 @@ mod orphans;
 mod patience;
 mod rtnetlink;
 mod segment;
+mod signals;
 mod sniffer;
 mod sys;
 mod tcp;
@@ -54,6 +55,7 @@ pub use line::{Line, Shape};
 pub use namespace::{Namespace, sysctl};
 pub use rtnetlink::{VethEnd, veth};
 pub use segment::{Flags, Segment};
+pub use signals::blocked_signals;
 pub use sniffer::Sniffer;
 pub use soccr_netlink::Rtnetlink;
 #[cfg(feature = "harness")]

@@ -33,7 +33,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Reading a socket is limited by the system calls and gains nothing from a second thread; making one does.
+//! Reading a socket is limited by the system calls and gains nothing from a second thread; making one does. These threads block
+//! all signals, and so would a program that is started on one.
 
 mod pool;
 mod room;

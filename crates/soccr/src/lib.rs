@@ -110,4 +110,7 @@ pub use report::{Entry, Report};
 pub use restore::Restore;
 pub use resume::Restored;
 pub use save::Position;
+/// For the threads of `soccr-handover`.
+#[doc(hidden)]
+pub use sys::signals::without_signals;
 pub use sys::tcp::Queue;

@@ -56,6 +56,7 @@ use crate::conntrack;
 use crate::diag::Diag;
 use crate::error::{Error, Result};
 use crate::sys::raw::Ways;
+use crate::sys::signals::without_signals;
 use crate::sys::{descriptor, namespace};
 use capture::Capture;
 use packets::Back;
@@ -88,6 +89,8 @@ impl Mode {
 ///
 /// It owns an nftables table, which the kernel removes when the `Locker` and its locks are gone, however the process
 /// ends. Making one takes about a millisecond, a lock from it tens of microseconds: keep one for many locks.
+///
+/// One that holds has a thread, which takes no signals: those that a program blocks in its own threads wait for it.
 ///
 /// Forked children that do not `exec` keep the table, and what is locked, for as long as they live: its socket is open
 /// in them too.
@@ -369,7 +372,8 @@ impl Drop for Shared {
     fn drop(&mut self) {
         if let Some(table) = self.stop() {
             // The kernel takes milliseconds to remove a table: not while connections wait to be resumed.
-            let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(table));
+            let named = std::thread::Builder::new().name("soccr-close".into());
+            let _ = without_signals(|| named.spawn(move || drop(table)));
         }
     }
 }

@@ -315,6 +315,38 @@ static void a_lock_keeps_out_of_the_way(void)
 	}
 }
 
+static volatile sig_atomic_t taken;
+
+static void take(int signal)
+{
+	taken = signal;
+}
+
+/* A signal that the host blocks while the lock has a thread waits for the host. */
+static void a_lock_takes_no_signal(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_flow flow = { pair.self, pair.peer };
+	struct libsoccr_lock *lock;
+	sigset_t set, before;
+
+	signal(SIGUSR1, take);
+	lock = libsoccr_lock(&flow, 1, SOCCR_LOCK_HOLD);
+	CHECK(lock);
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	SAME(sigprocmask(SIG_BLOCK, &set, &before), 0);
+	SAME(sigismember(&before, SIGUSR1), 0);
+	SAME(kill(getpid(), SIGUSR1), 0);
+	/* Its thread would have taken the signal before it ended. */
+	SAME(libsoccr_unlock(lock), 0);
+	SAME(taken, 0);
+	SAME(sigpending(&set), 0);
+	SAME(sigismember(&set, SIGUSR1), 1);
+	SAME(sigprocmask(SIG_SETMASK, &before, NULL), 0);
+	SAME(taken, SIGUSR1);
+}
+
 /* The number may be another socket's by now, and that one is spared. */
 static void a_descriptor_that_is_another_socket_is_spared(void)
 {
@@ -392,6 +424,7 @@ static const struct test tests[] = {
 	TESTS(closing),
 	TESTS(close),
 	TEST(a_lock_keeps_out_of_the_way),
+	TEST(a_lock_takes_no_signal),
 	TEST(a_descriptor_that_is_another_socket_is_spared),
 	TEST(a_failure_leaves_its_errno),
 	TEST(a_child_goes_on_with_what_its_parent_has_begun),

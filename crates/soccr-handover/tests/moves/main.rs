@@ -7,7 +7,8 @@ mod tls;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::channel;
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use soccr_handover::channel::{Channel, Exchanged, OneWay, Pair, Threads};
 use soccr_handover::protocol::Fate;
 use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
-use soccr_lab::{Flags, LIMIT, Lab, Namespace, Side, Sniffer};
+use soccr_lab::{Flags, LIMIT, Lab, Namespace, Side, Sniffer, blocked_signals};
 
 use broken::{
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
@@ -34,6 +35,7 @@ soccr_lab::tests![
     one_channel_carries_many_sends,
     pipes_and_threads_are_channels,
     what_is_never_written_waits_no_longer_than_the_deadline,
+    the_threads_of_a_channel_take_no_signal,
     what_the_target_does_not_want_stays,
     where_nobody_answers_nothing_is_touched,
     a_target_that_ends_before_the_commit_leaves_it_here,
@@ -238,6 +240,43 @@ fn what_is_never_written_waits_no_longer_than_the_deadline() {
     let deadline = Some(Instant::now() + Duration::from_millis(50));
     let exchanged = OneWay(counter).exchange(&output, &mut [], deadline).unwrap();
     assert_eq!(exchanged, Exchanged::default());
+}
+
+/// Tells which signals its thread blocks.
+struct Looking(Sender<u64>);
+
+impl Looking {
+    fn look(&self) -> io::Result<usize> {
+        self.0.send(blocked_signals(Path::new("/proc/thread-self"))?).map_err(io::Error::other)?;
+        Ok(1)
+    }
+}
+
+impl Read for Looking {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        self.look()
+    }
+}
+
+impl Write for Looking {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        self.look()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn the_threads_of_a_channel_take_no_signal() {
+    const SIGTERM: u32 = 15;
+    let (reader, writer) = (channel(), channel());
+    let mut threads = Threads::new(Looking(reader.0), Looking(writer.0)).unwrap();
+    threads.exchange(&[1], &mut [], None).unwrap();
+    for masks in [reader.1, writer.1] {
+        let mask = masks.recv_timeout(LIMIT).unwrap();
+        assert!(mask & 1 << (SIGTERM - 1) != 0, "{mask:x}");
+    }
 }
 
 fn what_the_target_does_not_want_stays() {

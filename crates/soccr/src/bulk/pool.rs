@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
+use crate::sys::signals::without_signals;
+
 /// So much may wait: items, and what they cost together.
 const MOST_WAITING: usize = 512;
 const MOST_COST: usize = 16 << 20;
@@ -73,7 +75,7 @@ pub(super) fn run<T: Send, R, Tools: Default + Send>(
             let Some(waiting) = queue.put(cost(&item), item) else { return };
             if threads == 0 || (threads < most && waiting > WORTH_A_THREAD) {
                 let named = thread::Builder::new().name("soccr-bulk".into());
-                match named.spawn_scoped(scope, serve) {
+                match without_signals(|| named.spawn_scoped(scope, serve)) {
                     Ok(_) => threads += 1,
                     // Slower, but it goes on.
                     Err(_) if threads > 0 => {}

@@ -16,6 +16,7 @@ use rustix::time::{
 
 use super::capture::Capture;
 use crate::sys::descriptor;
+use crate::sys::signals::without_signals;
 
 /// A [`Capture`], and what its thread shares with the locks.
 #[derive(Debug)]
@@ -43,7 +44,8 @@ impl Reader {
             waiting: AtomicUsize::new(0),
         });
         let shared = Arc::clone(&reader);
-        let thread = thread::Builder::new().name("soccr-hold".into()).spawn(move || shared.run()).ok();
+        let named = thread::Builder::new().name("soccr-hold".into());
+        let thread = without_signals(|| named.spawn(move || shared.run())).ok();
         reader.ended.store(thread.is_none(), Ordering::Release);
         Ok((reader, thread))
     }

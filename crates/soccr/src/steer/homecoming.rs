@@ -22,6 +22,7 @@ use crate::nftables::rule::{Direction, Expressions};
 use crate::nftables::set::{CAPACITY, Set};
 use crate::nftables::{self, Hook, Table, Transaction};
 use crate::sys::descriptor;
+use crate::sys::signals::without_signals;
 
 /// Steered connections that are about to come home. While they are [expected](Self::expect) their packets are not steered, but
 /// reach this host: the lock that is on them.
@@ -164,7 +165,8 @@ impl Drop for Homecoming {
         let socket = self.socket.take();
         if !self.devices.is_empty() {
             // The kernel takes milliseconds to remove a table.
-            let _ = std::thread::Builder::new().name("soccr-close".into()).spawn(move || drop(socket));
+            let named = std::thread::Builder::new().name("soccr-close".into());
+            let _ = without_signals(|| named.spawn(move || drop(socket)));
         }
     }
 }

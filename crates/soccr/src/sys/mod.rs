@@ -9,6 +9,7 @@ pub(crate) mod namespace;
 pub(crate) mod owner;
 pub(crate) mod raw;
 pub(crate) mod route;
+pub(crate) mod signals;
 pub(crate) mod sockopt;
 pub(crate) mod tcp;
 pub(crate) mod tls;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use crate::sys::signals::without_signals;
 use crate::sys::sockopt;
 
 /// A number that no two network namespaces share while the machine runs (`SO_NETNS_COOKIE`, Linux 5.14).
@@ -38,10 +39,12 @@ pub(crate) fn run_in<T: Send>(
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("soccr-netns".into()).spawn_scoped(scope, || {
+        let inside = || {
             move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
             work()
-        })?;
+        };
+        let named = std::thread::Builder::new().name("soccr-netns".into());
+        let thread = without_signals(|| named.spawn_scoped(scope, inside))?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
