@@ -87,7 +87,7 @@ impl Lock {
     pub(crate) fn run(&self) -> Result<Exit> {
         let mut flows = self.connections.clone();
         if let Some(image) = &self.image {
-            let (_, saved) = restore::read(Some(image))?;
+            let (_, saved) = restore::image::read(Some(image))?;
             flows.extend(saved.iter().map(|(_, connection)| connection.flow()));
         }
         network::enter(self.netns.as_deref())?;

@@ -1,17 +1,15 @@
 //! `soccr restore`: saved connections for a program.
 
 mod consumed;
+pub(crate) mod image;
 
-use std::fs::File;
-use std::io::{BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use soccr::lock::{Locker, Mode, SILENCE};
 use soccr::{Connection, Flow, Restored};
 use soccr_handover::silence;
 use soccr_image::AddressMap;
-use soccr_image::stream::{Message, Reader};
 
 use crate::command::completions;
 use crate::exit::{self, Exit};
@@ -63,7 +61,7 @@ impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
-        let (file, mut saved) = read(self.file.as_deref())?;
+        let (file, mut saved) = image::read(self.file.as_deref())?;
         let file = file.as_deref();
         consumed::check(file, saved.iter().map(|(_, connection)| connection))?;
         if saved.len() > recipient.capacity() {
@@ -97,6 +95,7 @@ impl Restore {
             // It is released nevertheless, and the peers send again what they had sent.
             exit::complain(&error.to_string());
         }
+        let mut failed = false;
         let mut streams = Vec::with_capacity(restored.len());
         for (restored, flow) in restored.into_iter().zip(&flows) {
             match restored.resume() {
@@ -108,14 +107,24 @@ impl Restore {
                         return Err(error.into());
                     }
                     exit::complain(&format!("{} {}: {error}", flow.local, flow.remote));
+                    failed = true;
                 }
             }
         }
-        let given = recipient.give(streams, &[], deaf, Parting::default());
-        if !matches!(given, Ok(Exit::Done)) {
-            consumed::set_aside(file);
+        if streams.is_empty() {
+            bail!("no connection came to life: the image is as good as before");
         }
-        given
+        match recipient.give(streams, &[], deaf, Parting::default()) {
+            Ok(Exit::Done) if failed => Ok(Exit::SomeFailed),
+            Ok(Exit::Done) => Ok(Exit::Done),
+            // Those that came to life are in newer images. The others are in this one alone.
+            given => {
+                if !failed {
+                    consumed::set_aside(file);
+                }
+                given
+            }
+        }
     }
 }
 
@@ -124,65 +133,4 @@ fn stay_silent(flows: &[Flow]) {
     if let Err(error) = silence::begin(flows, SILENCE) {
         exit::complain(&error.to_string());
     }
-}
-
-/// The connections of an image, and their names.
-type Saved = Vec<(String, Connection)>;
-
-/// The unfinished file of a `soccr save` that was killed after it had taken the connections. (Killed earlier, its keeper removes the
-/// file.) The end of the file may be missing.
-fn left_behind(path: &Path) -> Option<(PathBuf, Saved)> {
-    let prefix = format!(".{}.", path.file_name()?.to_str()?);
-    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let left = std::fs::read_dir(directory).ok()?.flatten().find(|entry| {
-        let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".tmp"));
-        // The `soccr save` may still be running.
-        pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
-    })?;
-    let mut connections = Vec::new();
-    let _ = read_into(&mut connections, File::open(left.path()).ok()?);
-    (!connections.is_empty()).then(|| (left.path(), connections))
-}
-
-/// Reads an image from a file or, without a name, from standard input. Also returns the file in which it was found.
-pub(crate) fn read(path: Option<&Path>) -> Result<(Option<PathBuf>, Saved)> {
-    let mut connections = Vec::new();
-    let path = path.filter(|path| *path != Path::new("-"));
-    match path {
-        Some(path) => {
-            let at = || path.display().to_string();
-            match File::open(path) {
-                Err(error) if !path.exists() => {
-                    let Some((left, found)) = left_behind(path) else { return Err(error).with_context(at) };
-                    exit::complain(&format!(
-                        "{}: a `soccr save` was killed before it was there; {} is restored",
-                        path.display(),
-                        left.display()
-                    ));
-                    return Ok((Some(left), found));
-                }
-                file => read_into(&mut connections, file.with_context(at)?).with_context(at)?,
-            }
-        }
-        None => read_into(&mut connections, File::from(rustix::stdio::stdin().try_clone_to_owned()?))?,
-    }
-    if connections.is_empty() {
-        bail!("there is no connection in it")
-    }
-    Ok((path.map(Path::to_owned), connections))
-}
-
-/// Reads an image to its end.
-fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
-    let mut reader = Reader::new(BufReader::new(source))?;
-    while let Some(message) = reader.receive()? {
-        match message {
-            Message::Connection { name, connection, .. } => connections.push((name, connection)),
-            // Only a hand-over has a recipient for states.
-            Message::State { critical: false, .. } => {}
-            _ => bail!("it is a hand-over, not an image: give it to `soccr receive`"),
-        }
-    }
-    Ok(())
 }

@@ -8,17 +8,19 @@ use std::process::{Command, Stdio};
 use soccr::Connection;
 use soccr::settings::Value;
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{run_and_kill, wait_until};
+use soccr_lab::{Call, run_and_kill, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, python, server,
-    soccr, succeed,
+    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, json, python,
+    server, soccr, succeed,
 };
 
 crate::tests![
     an_image_that_is_there_is_not_replaced,
     what_nobody_reads_goes_back,
     a_killed_save_leaves_the_connection_or_an_image,
+    a_save_killed_halfway_leaves_an_image_of_what_has_left,
+    an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left,
     a_stopped_process_waits_on,
     options_that_concern_more_than_the_connection_are_left_out,
     the_walkthrough_goes_to_its_end,
@@ -75,14 +77,15 @@ fn names(directory: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
+#[cfg(not(target_arch = "aarch64"))]
+use libc::SYS_rename as SYS_RENAME;
+#[cfg(target_arch = "aarch64")]
+use libc::SYS_renameat as SYS_RENAME;
+
 fn a_killed_save_leaves_the_connection_or_an_image() {
     if !installed("python3") {
         return;
     }
-    #[cfg(not(target_arch = "aarch64"))]
-    use libc::SYS_rename as SYS_RENAME;
-    #[cfg(target_arch = "aarch64")]
-    use libc::SYS_renameat as SYS_RENAME;
     for (call, left) in [(libc::SYS_connect, false), (SYS_RENAME, true)] {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image").display().to_string();
@@ -98,6 +101,7 @@ fn a_killed_save_leaves_the_connection_or_an_image() {
             let left = directory.path().join(names(directory.path()).remove(0));
             let running = directory.path().join(format!(".image.{}.tmp", std::process::id()));
             std::fs::rename(&left, &running).unwrap();
+            let _writer = File::open(&running).unwrap();
             assert!(fail(1, &["restore", &image, "--", "true"]).contains("No such file"));
             std::fs::rename(&running, &left).unwrap();
             let mut restore = soccr(&["restore", &image, "--", "python3", "-c", HEIR, "new "]);
@@ -108,6 +112,62 @@ fn a_killed_save_leaves_the_connection_or_an_image() {
             assert_eq!(ask(&mut client, "two", ""), "two");
             wait_until("no file is left", || names(directory.path()).is_empty());
         }
+    }
+}
+
+fn a_save_killed_halfway_leaves_an_image_of_what_has_left() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    let server = server("old ", 2);
+    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
+    for client in &mut clients {
+        assert_eq!(ask(client, "one", "old "), "old one");
+    }
+    let mut save = soccr(&["save", "--pid", &server.pid(), "--all", "--with-local", "-o", &image]);
+    let mut taken = 0;
+    let second = |entered: &Call| {
+        taken += usize::from(entered.number == libc::SYS_connect);
+        taken == 2
+    };
+    assert!(run_and_kill(&mut save, second), "it was killed");
+    assert_runs(&server.pid());
+    let mut restore = soccr(&["restore", &image, "--", "python3", "-c", HEIR, "new "]);
+    let _heir = Program::start(restore.stderr(Stdio::null()));
+    let mut answers = clients.each_mut().map(|client| ask(client, "two", "new "));
+    answers.sort();
+    assert_eq!(answers, ["new two", "old two"]);
+}
+
+fn an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    let server = server("old ", 2);
+    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
+    for client in &mut clients {
+        assert_eq!(ask(client, "one", "old "), "old one");
+    }
+    // The list has an order of its own.
+    let sockets = json(&["list", "--json", "--pid", &server.pid()]);
+    let [first, second] = clients.each_ref().map(|client| {
+        let remote = client.local_addr().unwrap().to_string();
+        sockets.iter().find(|socket| socket["remote"] == remote).unwrap()["processes"][0]["fd"].to_string()
+    });
+    succeed(&["save", "--pid", &server.pid(), "--fd", &first, "-o", &image]);
+    let mut save = soccr(&["save", "--pid", &server.pid(), "--fd", &second, "-o", &image, "--force"]);
+    assert!(run_and_kill(&mut save, |entered| entered.number == SYS_RENAME), "it was killed");
+    assert!(fail(1, &["restore", &image, "--", "true"]).contains("a later `soccr save` was killed"));
+    let older = format!("{image}.older");
+    std::fs::rename(&image, &older).unwrap();
+    for (image, client) in [older, image].into_iter().zip(&mut clients) {
+        let mut restore = soccr(&["restore", &image, "--", "python3", "-c", HEIR, "new "]);
+        let _heir = Program::start(restore.stderr(Stdio::null()));
+        assert_eq!(ask(client, "two", "new "), "new two");
     }
 }
 

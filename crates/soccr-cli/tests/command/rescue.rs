@@ -16,14 +16,15 @@ use soccr_image::stream::{Message, Writer};
 use soccr_lab::{Pair, Side, State, TcpInfo, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_unlocked, connect, descriptors, fail, installed, json, python, server,
-    soccr, succeed,
+    HEIR, Program, SOCCR, ask, assert_unlocked, connect, descriptors, fail, hear, installed, json, python,
+    server, soccr, succeed,
 };
 use crate::transfer::Move;
 
 crate::tests![
     a_restored_connection_is_rescued_from_a_program_that_cannot_start,
     a_restored_connection_is_rescued_from_a_dead_recipient,
+    what_does_not_come_to_life_stays_in_its_image,
     a_received_connection_is_rescued_from_a_program_that_cannot_start,
     what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued,
     the_source_tells_what_the_target_could_not_give_away,
@@ -123,6 +124,46 @@ fn a_restored_connection_is_rescued_from_a_dead_recipient() {
     assert_restores(directory, &mut client);
 }
 
+fn what_does_not_come_to_life_stays_in_its_image() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let [_, hidden] = broken_programs(directory);
+    let (image, mut client) = saved(directory);
+    let connection = soccr_image::load_file(&image).unwrap();
+    let mut unreachable = connection.clone();
+    unreachable.control.state = soccr::connection::State::SynSent;
+    unreachable.local.set_port(1024);
+    unreachable.remote = "198.51.100.9:9".parse().unwrap();
+    let write = |connections: &[&Connection]| {
+        let mut writer = Writer::new(fs::File::create(&image).unwrap()).unwrap();
+        for connection in connections {
+            writer.connection(1, "", connection).unwrap();
+        }
+        writer.finish().unwrap();
+    };
+    write(&[&unreachable]);
+    assert!(fail(1, &["restore", &image, "--", "true"]).contains("ENETUNREACH"));
+    write(&[&unreachable, &connection]);
+    // It is the only one of the first, although the second is in a newer one.
+    let output = soccr(&["restore", &image, "--", &hidden]).current_dir(directory).output().unwrap();
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert!(complaint.contains("ENETUNREACH") && complaint.contains("saved in"), "{complaint}");
+    assert!(fs::exists(&image).unwrap());
+    fs::remove_file(rescued(directory).unwrap()).unwrap();
+    let socket = directory.join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut restore = soccr(&["restore", &image, "--send-fd", socket.to_str().unwrap()]);
+    let mut restore = Program::start(restore.stderr(Stdio::piped()));
+    let mut given = receive(&listener.accept().unwrap().0).remove(0);
+    assert_eq!(restore.0.wait().unwrap().code(), Some(3));
+    given.write_all(b"alive").unwrap();
+    client.set_nonblocking(false).unwrap();
+    assert_eq!(hear(&mut client, 5), "alive");
+}
+
 fn a_received_connection_is_rescued_from_a_program_that_cannot_start() {
     if !installed("python3") {
         return;
@@ -184,8 +225,8 @@ fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> 
     stream.finish().unwrap()
 }
 
-/// The ports of the connections in the next message, which all live.
-fn receive_batch(socket: &UnixStream) -> Vec<u16> {
+/// The connections in the next message.
+fn receive(socket: &UnixStream) -> Vec<TcpStream> {
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut text = vec![0; 1 << 16];
@@ -194,10 +235,16 @@ fn receive_batch(socket: &UnixStream) -> Vec<u16> {
         RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
         _ => Vec::new(),
     });
-    let connections = descriptors.map(TcpStream::from);
+    descriptors.map(TcpStream::from).collect()
+}
+
+/// The ports of the connections in the next message, which all live.
+fn receive_batch(socket: &UnixStream) -> Vec<u16> {
+    let connections = receive(socket);
     connections
+        .iter()
         .map(|connection| {
-            assert_eq!(TcpInfo::of(&connection).unwrap().state, State::Established);
+            assert_eq!(TcpInfo::of(connection).unwrap().state, State::Established);
             connection.peer_addr().unwrap().port()
         })
         .collect()

@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt;
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use soccr::{Flow, Paused};
@@ -37,8 +39,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper of these sockets and of the processes that share them. When it ends, it removes the file if the connections
-    /// are still here.
+    /// Starts the keeper of these sockets and of the processes that share them. When it ends, it removes the file, unless a connection
+    /// has left: then the file may be all that there is of it.
     ///
     /// # Errors
     /// This process has started a thread already, or `fork(2)` fails.
@@ -121,6 +123,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     // A socket that is in repair mode already is somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::leave_paused).is_ok();
     let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
+    let has_connection: Vec<bool> = sockets.iter().map(is_connected).collect();
     // Repair mode overwrites SO_REUSEADDR.
     let reuse: Vec<_> = sockets.iter().map(sockopt::socket_reuseaddr).collect();
     let mut filling = vec![false; sockets.len()];
@@ -158,7 +161,8 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     }
     // Connections that are still here have not left, but a source that died cannot say so.
     let here: Vec<Flow> = sockets.iter().filter_map(|socket| Flow::of(socket).ok()).collect();
-    if let Some(file) = file.filter(|_| !here.is_empty()) {
+    let has_left = sockets.iter().zip(has_connection).any(|(socket, had)| had && !is_connected(socket));
+    if let Some(file) = file.filter(|_| !has_left) {
         // It has been renamed, or the process that wrote it was killed.
         let _ = std::fs::remove_file(file);
     }
@@ -167,6 +171,14 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
         let _ = soccr::steer::stop(&here);
     }
     drop(stopped);
+}
+
+/// Whether the socket has a connection. In SYN_SENT no peer is known; a socket whose connection has left is in CLOSE, and poll(2) says
+/// POLLHUP.
+fn is_connected(socket: &BorrowedFd<'_>) -> bool {
+    let mut events = [PollFd::new(socket, PollFlags::empty())];
+    let polled = retry_on_intr(|| poll(&mut events, Some(&Timespec::default())));
+    Flow::of(socket).is_ok() || polled.is_ok() && !events[0].revents().contains(PollFlags::HUP)
 }
 
 fn answer(talk: &mut UnixStream, outcome: Result<()>) -> std::io::Result<()> {

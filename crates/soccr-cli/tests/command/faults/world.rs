@@ -339,7 +339,8 @@ impl World {
         for entry in fs::read_dir(&self.directory).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-            if !name.ends_with("soccr") || places.iter().all(|place| *place == Place::Old) {
+            let is_image = name.ends_with("soccr") || name.ends_with("soccr.consumed");
+            if !is_image || places.iter().all(|place| *place == Place::Old) {
                 left.push(format!("the file {name}"));
             }
             fs::remove_file(path).unwrap();
