@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Resource, getrlimit};
-use soccr::Connection;
+use soccr::{Connection, Flow};
 
 use crate::exit::{self, Exit};
 use crate::signals::Deaf;
@@ -78,6 +78,13 @@ pub(crate) enum Recipient {
     Socket(UnixStream),
     Server(Box<Server>),
     Relay(Relay),
+}
+
+/// A live connection to be given away. Its addresses go along: of one that the peer has reset, the kernel does not tell them any more.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) flow: Flow,
+    pub(crate) stream: TcpStream,
 }
 
 impl Handover {
@@ -160,7 +167,7 @@ impl Recipient {
     /// cannot be given are [rescued](rescue).
     pub(crate) fn give(
         self,
-        mut connections: Vec<TcpStream>,
+        mut connections: Vec<Live>,
         states: &[State],
         deaf: Deaf,
         mut parting: Parting,
@@ -179,8 +186,8 @@ impl Recipient {
 }
 
 /// Nobody gets these connections, for this reason: they are [rescued](rescue).
-pub(crate) fn give_up(connections: &[TcpStream], reason: &anyhow::Error, parting: &Parting) -> Result<Exit> {
-    let error = rescue(connections, reason);
+pub(crate) fn give_up(connections: &[Live], reason: &anyhow::Error, parting: &Parting) -> Result<Exit> {
+    let error = rescue(connections.iter().map(|live| (live.flow, &live.stream)), reason);
     let is_told = exit::fail_by_source(&error);
     parting.fail();
     match is_told {

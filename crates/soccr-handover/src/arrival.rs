@@ -97,6 +97,7 @@ struct Batch {
 pub(crate) struct Landed {
     pub(crate) number: Id,
     pub(crate) name: String,
+    pub(crate) flow: Flow,
     pub(crate) state: Vec<u8>,
     pub(crate) stream: TcpStream,
 }
@@ -106,6 +107,7 @@ impl std::fmt::Debug for Landed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Landed")
             .field("name", &self.name)
+            .field("flow", &self.flow)
             .field("stream", &self.stream)
             .finish_non_exhaustive()
     }
@@ -437,7 +439,7 @@ impl Arrival {
             // The peer sends again what cannot be delivered.
             let _ = held.replay(&restored);
             self.held_bytes -= bytes_of_packets(&held);
-            ((id, name, state), restored)
+            ((id, name, held.flow, state), restored)
         });
         let restored: Vec<_> = restored.collect();
         match restored.len() == size {
@@ -446,8 +448,8 @@ impl Arrival {
             false => drop(lock),
         }
         let (landed, shared) = (&mut self.landed, &self.shared);
-        shared.kit.resume(restored, |(number, name, state), outcome| match outcome {
-            Ok(stream) => landed.push_back(Landed { number, name, state, stream }),
+        shared.kit.resume(restored, |(number, name, flow, state), outcome| match outcome {
+            Ok(stream) => landed.push_back(Landed { number, name, flow, state, stream }),
             Err(error) => shared.tell(Event::Lost { number, reason: &error.to_string() }),
         });
     }

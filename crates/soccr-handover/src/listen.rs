@@ -53,12 +53,9 @@ impl<S: Stream> Arrived<S> {
         &self.landed.name
     }
 
-    /// The addresses of the connection.
-    ///
-    /// # Errors
-    /// The peer has ended it meanwhile.
-    pub fn flow(&self) -> Result<Flow> {
-        Ok(Flow::of(&self.landed.stream)?)
+    /// The addresses of the connection, also where the peer has reset it meanwhile.
+    pub fn flow(&self) -> Flow {
+        self.landed.flow
     }
 
     /// The stream. It is blocking or not (`O_NONBLOCK`) as it was at the source; in a runtime it never blocks.

@@ -18,7 +18,7 @@ use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Reports, Trust};
 use crate::give::parting::Parting;
 use crate::give::state;
-use crate::give::{Handover, Recipient, give_up};
+use crate::give::{Handover, Live, Recipient, give_up};
 use crate::lifeline::{self, Claim};
 use crate::signals::Bell;
 use crate::{descriptors, exit, network};
@@ -175,8 +175,9 @@ impl Receive {
         }
         let mut streams = Vec::with_capacity(arrived.len());
         for arrived in arrived {
+            let flow = arrived.flow();
             match arrived.into_stream() {
-                Ok(stream) => streams.push(stream),
+                Ok(stream) => streams.push(Live { flow, stream }),
                 Err(error) => left = left.and(Err(error.into())),
             }
         }

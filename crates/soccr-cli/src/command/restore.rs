@@ -14,8 +14,8 @@ use soccr_image::AddressMap;
 use crate::command::completions;
 use crate::exit::{self, Exit};
 use crate::fidelity::{Demands, Trust};
-use crate::give::Handover;
 use crate::give::parting::Parting;
+use crate::give::{Handover, Live};
 use crate::signals::Deaf;
 use crate::{descriptors, network};
 
@@ -97,12 +97,12 @@ impl Restore {
         }
         let mut failed = false;
         let mut streams = Vec::with_capacity(restored.len());
-        for (restored, flow) in restored.into_iter().zip(&flows) {
+        for (restored, flow) in restored.into_iter().zip(flows.iter().copied()) {
             match restored.resume() {
-                Ok(stream) => streams.push(stream),
+                Ok(stream) => streams.push(Live { flow, stream }),
                 // It is in the image alone, and the other connections are alive already.
                 Err(error) => {
-                    stay_silent(&[*flow]);
+                    stay_silent(&[flow]);
                     if flows.len() == 1 {
                         return Err(error.into());
                     }

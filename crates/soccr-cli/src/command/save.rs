@@ -131,7 +131,8 @@ impl Save {
                 if let Err(error) = seat.come_back() {
                     exit::complain(&format!("{name}: {error}"));
                 } else if seat.is_adrift() {
-                    let why = rescue(&[seat.into_socket().into()], &anyhow!("its process has lost it"));
+                    let (flow, stream) = (seat.flow(), seat.into_socket().into());
+                    let why = rescue([(flow, &stream)], &anyhow!("its process has lost it"));
                     exit::complain(&format!("{name}: {}", exit::line(&why)));
                 }
             }

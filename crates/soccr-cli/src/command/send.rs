@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::value_parser;
 use rustix::io::ioctl_fionread;
+use soccr::Flow;
 use soccr_handover::channel::OneWay;
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
@@ -157,20 +158,21 @@ impl Send {
             departing.push(mover.take_seat(seat).named(&name));
             names.push(name);
         }
-        let (path, _made) = self.path(departing.iter().map(|departing| departing.flow()))?;
+        let flows: Vec<Flow> = departing.iter().map(|departing| departing.flow()).collect();
+        let (path, _made) = self.path(&flows)?;
         let sending = mover.sending(departing).used_by(keeper).steered_to(path);
         let outcomes = match via {
             Some(mut via) => {
                 via.listen()?;
                 let outcomes = sending.through(&mut via);
-                report(&names, &outcomes);
+                report(&names, &flows, &outcomes);
                 let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved));
                 failed += usize::from(has_failed || heard.failed.load(Ordering::Relaxed));
                 outcomes
             }
             None => {
                 let outcomes = sending.one_way().through(&mut OneWay(rustix::stdio::stdout()));
-                report(&names, &outcomes);
+                report(&names, &flows, &outcomes);
                 outcomes
             }
         };
@@ -242,11 +244,11 @@ impl Send {
     }
 
     /// How packets follow these connections. To be called in their network namespace.
-    fn path(&self, flows: impl Iterator<Item = soccr::Flow>) -> Result<(Path, Option<Made>)> {
+    fn path(&self, flows: &[Flow]) -> Result<(Path, Option<Made>)> {
         if self.steer.is_empty() {
             return Ok((Path::default(), None));
         }
-        let (path, made) = path(&self.steer, &flows.collect::<Vec<_>>()).context("--steer")?;
+        let (path, made) = path(&self.steer, flows).context("--steer")?;
         Ok((if self.return_via_source { path.with_answers() } else { path }, made))
     }
 }
@@ -266,12 +268,12 @@ impl Heard {
 }
 
 /// Prints which connections have not moved, and why.
-fn report(names: &[String], outcomes: &[Outcome]) {
-    exit::complain_of_all(names.iter().zip(outcomes).filter_map(|(name, outcome)| {
+fn report(names: &[String], flows: &[Flow], outcomes: &[Outcome]) {
+    exit::complain_of_all(names.iter().zip(flows).zip(outcomes).filter_map(|((name, flow), outcome)| {
         let text = match outcome {
             Outcome::Moved => return None,
             Outcome::Stays(stream, error) if error.kind() == ErrorKind::Adrift => {
-                exit::line(&rescue(std::slice::from_ref(stream), &anyhow!("{error}")))
+                exit::line(&rescue([(*flow, stream)], &anyhow!("{error}")))
             }
             Outcome::Stays(_, error) => format!("stays: {error}"),
             Outcome::Unknown(error) if error.kind() == ErrorKind::Lost => format!("lost: {error}"),

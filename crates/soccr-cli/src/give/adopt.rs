@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,8 @@ use soccr::lock::{Locker, Mode};
 use soccr_handover::foreign::process;
 
 use crate::exit;
+
+use super::Live;
 
 /// How long a server may take to accept what is in its queue, before that is reported.
 const ACCEPT: Duration = Duration::from_secs(5);
@@ -51,17 +53,18 @@ impl Server {
     }
 
     /// Gives the connections away and prints how many were accepted. The others stay in `connections`.
-    pub(crate) fn give(&self, connections: &mut Vec<TcpStream>) -> Result<()> {
+    pub(crate) fn give(&self, connections: &mut Vec<Live>) -> Result<()> {
         let mut adopter = self.adopter.borrow_mut();
-        let sockets = connections.drain(..).map(OwnedFd::from).collect();
+        let (flows, sockets): (Vec<_>, Vec<_>) =
+            connections.drain(..).map(|live| (live.flow, OwnedFd::from(live.stream))).unzip();
         let (mut adopted, mut reasons) = (Vec::new(), Vec::new());
-        for outcome in adopter.give(&self.locker, sockets, self.drain) {
+        for (flow, outcome) in flows.into_iter().zip(adopter.give(&self.locker, sockets, self.drain)) {
             match outcome {
                 Ok(there) => adopted.push(there),
                 Err(kept) => {
                     reasons.push(kept.error().to_string());
                     match kept.into_socket() {
-                        Ok(socket) => connections.push(socket.into()),
+                        Ok(socket) => connections.push(Live { flow, stream: socket.into() }),
                         Err(connection) => exit::complain(&format!("{} is lost", connection.remote)),
                     }
                 }

@@ -3,7 +3,6 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
-use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -17,6 +16,7 @@ use crate::exit::{Coded, Exit};
 use crate::signals::Deaf;
 use crate::{descriptors, lifeline, sys};
 
+use super::Live;
 use super::parting::Parting;
 use super::state::State;
 
@@ -60,7 +60,7 @@ pub(super) fn execute(
     path: &Path,
     arguments: &[String],
     stdio: bool,
-    connections: &mut [TcpStream],
+    connections: &mut [Live],
     states: &[State],
     deaf: Deaf,
     parting: &mut Parting,
@@ -71,12 +71,12 @@ pub(super) fn execute(
     command.arg0(&arguments[0]).args(&arguments[1..]);
     let end = FIRST + (connections.len() + states.len()) as RawFd;
     parting.make_room(end)?;
-    for connection in &mut *connections {
+    for Live { stream, .. } in &mut *connections {
         // As systemd and inetd give them. A program that wants another mode sets it.
-        let flags = fcntl_getfl(&*connection).context("fcntl(F_GETFL)")?;
-        fcntl_setfl(&*connection, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
+        let flags = fcntl_getfl(&*stream).context("fcntl(F_GETFL)")?;
+        fcntl_setfl(&*stream, flags - OFlags::NONBLOCK).context("fcntl(F_SETFL)")?;
         // First to numbers above all that they will get, so that none overwrites another.
-        *connection = beyond(connection.as_fd(), end)?.into();
+        *stream = beyond(stream.as_fd(), end)?.into();
     }
     let mut files = Vec::with_capacity(states.len());
     for (_, state) in states {
@@ -85,11 +85,11 @@ pub(super) fn execute(
     match stdio {
         true => {
             let connection = connections.first().context("there is no connection to give")?;
-            rustix::stdio::dup2_stdin(connection).context("dup2")?;
-            rustix::stdio::dup2_stdout(connection).context("dup2")?;
+            rustix::stdio::dup2_stdin(&connection.stream).context("dup2")?;
+            rustix::stdio::dup2_stdout(&connection.stream).context("dup2")?;
         }
         false => {
-            let connections = connections.iter().map(AsRawFd::as_raw_fd);
+            let connections = connections.iter().map(|connection| connection.stream.as_raw_fd());
             let placed: Vec<RawFd> = connections.chain(files.iter().map(AsRawFd::as_raw_fd)).collect();
             sys::place(&placed, FIRST).context("dup2")?;
             let names = names(placed.len() - files.len(), states.iter().map(|(of, _)| *of));

@@ -16,9 +16,12 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown, sockopt};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
+use soccr::Flow;
 
-use crate::give::parting::Parting;
 use crate::signals::Deaf;
+
+use super::Live;
+use super::parting::Parting;
 
 /// How long the server may take to accept a connection.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -53,16 +56,11 @@ impl Relay {
     }
 
     /// Relays until every connection has ended. Where the server does not accept them, all are left in `connections`.
-    pub(crate) fn give(
-        self,
-        connections: &mut Vec<TcpStream>,
-        deaf: Deaf,
-        parting: &mut Parting,
-    ) -> Result<()> {
+    pub(crate) fn give(self, connections: &mut Vec<Live>, deaf: Deaf, parting: &mut Parting) -> Result<()> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).context("epoll_create")?;
         let mut servers = Vec::with_capacity(connections.len());
-        for (client, number) in connections.iter().zip(0..) {
-            let server = self.connect(client).with_context(|| format!("--connect {}", self.server))?;
+        for (Live { flow, stream: client }, number) in connections.iter().zip(0..) {
+            let server = self.connect(*flow).with_context(|| format!("--connect {}", self.server))?;
             for side in [client, &server] {
                 side.set_nonblocking(true).context("fcntl(O_NONBLOCK)")?;
                 let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
@@ -77,15 +75,15 @@ impl Relay {
         parting.leave()?;
         *parting = Parting::default();
         let pairs = connections.drain(..).zip(servers).map(|(client, server)| {
-            Some(Pair { ways: [Way::default(), Way::default()], sides: [client, server] })
+            Some(Pair { ways: [Way::default(), Way::default()], sides: [client.stream, server] })
         });
         run(&epoll, pairs.collect())
     }
 
-    fn connect(&self, client: &TcpStream) -> std::io::Result<TcpStream> {
+    fn connect(&self, client: Flow) -> std::io::Result<TcpStream> {
         let mut server = TcpStream::connect_timeout(&self.server, LIMIT)?;
         server.set_nodelay(true)?;
-        let ends = [client.peer_addr()?, client.local_addr()?];
+        let ends = [client.remote, client.local];
         match self.protocol {
             Some(Protocol::Text) => server.write_all(text_header(ends).as_bytes())?,
             Some(Protocol::Binary) => server.write_all(&binary_header(ends))?,

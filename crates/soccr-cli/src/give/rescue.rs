@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use soccr::Connection;
-use soccr::connection::Flow;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::getpeername;
 use soccr::lock::{Locker, Mode, SILENCE};
+use soccr::{Connection, Flow};
 use soccr_handover::silence;
 
 use crate::exit::{self, Coded, Exit};
@@ -18,33 +20,49 @@ const SETTLING: Duration = Duration::from_secs(2);
 
 /// Saves each connection in the working directory, or else in the directory for temporary files. The error gives the `reason`,
 /// then what became of the connections.
-pub(crate) fn rescue(connections: &[TcpStream], reason: &anyhow::Error) -> anyhow::Error {
+pub(crate) fn rescue<'a>(
+    connections: impl IntoIterator<Item = (Flow, &'a TcpStream)>,
+    reason: &anyhow::Error,
+) -> anyhow::Error {
     let _deaf = Deaf::begin();
     let code = exit::code(reason);
-    let mut lost = 0;
+    let (mut count, mut lost, mut ended) = (0, 0, 0);
     let mut boat = None;
-    for connection in connections {
-        match Lifeboat::aboard(&mut boat).and_then(|boat| boat.save(connection)) {
-            Ok((flow, path)) => exit::complain(&format!(
-                "{} {}: saved in {}: see `soccr restore`",
-                flow.local,
-                flow.remote,
-                path.display()
-            )),
+    for (flow, stream) in connections {
+        count += 1;
+        let name = format!("{} {}", flow.local, flow.remote);
+        match Lifeboat::aboard(&mut boat).and_then(|boat| boat.save(flow, stream)) {
+            Ok(path) => {
+                exit::complain(&format!("{name}: saved in {}: see `soccr restore`", path.display()));
+            }
+            Err(error) if has_ended(stream) => {
+                ended += 1;
+                exit::complain(&format!("{name}: it has ended, and cannot be saved: {}", exit::line(&error)));
+            }
             Err(error) => {
                 lost += 1;
-                exit::complain(&format!("a connection is lost: {}", exit::line(&error)));
+                exit::complain(&format!("{name}: it is lost: {}", exit::line(&error)));
             }
         }
     }
     let reason = exit::line(reason);
-    match (connections.len(), lost) {
-        (0, _) => Coded(code, reason).into(),
-        (_, 0) => Coded(code, format!("{reason}; no connection is lost: each is saved in an image")).into(),
-        (count, lost) => {
-            Coded(Exit::Lost, format!("{reason}; {lost} of {count} connections are lost")).into()
+    let (code, outcome) = match (count, lost, ended) {
+        (0, ..) => (code, String::new()),
+        (_, 0, 0) => (code, "; no connection is lost: each is saved in an image".to_owned()),
+        (_, 0, _) => {
+            (code, "; no connection is lost: each that has not ended is saved in an image".to_owned())
         }
-    }
+        (count, lost, _) => (Exit::Lost, format!("; {lost} of {count} connections are lost")),
+    };
+    Coded(code, reason + &outcome).into()
+}
+
+/// Whether the connection is in CLOSE: its peer has reset or refused it, or both ends have closed it.
+fn has_ended(stream: &TcpStream) -> bool {
+    let mut events = [PollFd::new(stream, PollFlags::empty())];
+    retry_on_intr(|| poll(&mut events, Some(&Timespec::default()))).is_ok()
+        && events[0].revents().contains(PollFlags::HUP)
+        && getpeername(stream) == Err(Errno::NOTCONN)
 }
 
 /// What saving needs, opened once for all connections.
@@ -62,12 +80,11 @@ impl Lifeboat {
         })
     }
 
-    fn save(&mut self, stream: &TcpStream) -> Result<(Flow, PathBuf)> {
-        let flow = Flow::of(stream)?;
+    fn save(&mut self, flow: Flow, stream: &TcpStream) -> Result<PathBuf> {
         soccr::tls::settle(stream, SETTLING)?;
         // Nothing may arrive between the image and the end of the socket; the peer sends it again.
         let _lock = self.locker.lock(&[flow])?;
-        let paused = soccr::pause(stream)?.with_tls();
+        let paused = soccr::pause(stream)?.with_tls().with_peer(flow.remote);
         let path = self.write(&paused.save()?)?;
         silence::begin(&[flow], SILENCE)?;
         if let Err(error) = paused.detach() {
@@ -76,7 +93,7 @@ impl Lifeboat {
             let _ = std::fs::remove_file(&path);
             return Err(error.into());
         }
-        Ok((flow, path))
+        Ok(path)
     }
 
     fn write(&mut self, connection: &Connection) -> Result<PathBuf> {

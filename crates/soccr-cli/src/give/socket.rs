@@ -1,7 +1,6 @@
 //! Connections through a UNIX socket, as descriptors (`SCM_RIGHTS`).
 
 use std::io::IoSlice;
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
@@ -9,28 +8,25 @@ use anyhow::{Context, Result};
 use rustix::io::retry_on_intr;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+use super::Live;
 use super::state::State;
 
 /// The kernel takes no more descriptors in one message (`SCM_MAX_FD`).
 const BATCH: usize = 253;
 
 /// Takes the connections that have been sent out of `connections`.
-pub(super) fn send(
-    socket: &UnixStream,
-    connections: &mut Vec<TcpStream>,
-    mut states: &[State],
-) -> Result<()> {
+pub(super) fn send(socket: &UnixStream, connections: &mut Vec<Live>, mut states: &[State]) -> Result<()> {
     let all = connections.len();
     while !connections.is_empty() {
         let (mut text, mut fds, mut batch) = (String::new(), Vec::new(), 0);
         let mut number = all - connections.len();
-        for connection in &*connections {
+        for Live { flow, stream } in &*connections {
             let state = states.first().filter(|(of, _)| *of == number);
             if fds.len() + 1 + usize::from(state.is_some()) > BATCH {
                 break;
             }
-            text += &format!("{} {}", connection.local_addr()?, connection.peer_addr()?);
-            fds.push(connection.as_fd());
+            text += &format!("{} {}", flow.local, flow.remote);
+            fds.push(stream.as_fd());
             if let Some((_, state)) = state {
                 text += " state";
                 fds.push(state.as_fd());

@@ -10,6 +10,7 @@ mod completions;
 mod demo;
 mod documents;
 mod dry_run;
+mod ended;
 #[cfg(target_arch = "x86_64")]
 mod faults;
 mod idle;
@@ -46,6 +47,7 @@ fn main() -> std::process::ExitCode {
         demo::tests(),
         documents::tests(),
         dry_run::tests(),
+        ended::tests(),
         #[cfg(target_arch = "x86_64")]
         faults::tests(),
         images::tests(),

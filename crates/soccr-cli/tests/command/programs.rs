@@ -1,7 +1,7 @@
 //! Programs that the tests run.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
@@ -116,6 +116,19 @@ pub fn connect(address: impl Into<SocketAddr>) -> TcpStream {
         stream.is_some()
     });
     let stream = stream.unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream
+}
+
+/// The next connection to a listener.
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let mut stream = None;
+    wait_until("somebody connects", || {
+        stream = listener.accept().ok();
+        stream.is_some()
+    });
+    let (stream, _) = stream.unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream
 }

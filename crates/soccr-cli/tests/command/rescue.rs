@@ -48,7 +48,7 @@ fn rescued(directory: &Path) -> Option<PathBuf> {
     all_rescued(directory).next()
 }
 
-fn all_rescued(directory: &Path) -> impl Iterator<Item = PathBuf> {
+pub fn all_rescued(directory: &Path) -> impl Iterator<Item = PathBuf> {
     let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("soccr-rescued-"))
 }

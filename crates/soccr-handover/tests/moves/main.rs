@@ -120,10 +120,7 @@ fn state_and_what_was_read_move_along() {
     assert!(departing.send(&mut here).is_moved());
     drop(here);
     let arrived = listening.join().unwrap().pop().unwrap();
-    assert_eq!(
-        (arrived.state(), arrived.flow().unwrap().remote),
-        (&b"session 7"[..], peer.local_addr().unwrap())
-    );
+    assert_eq!((arrived.state(), arrived.flow().remote), (&b"session 7"[..], peer.local_addr().unwrap()));
     let ours = arrived.into_stream().unwrap();
     assert_eq!(read(&ours, 10), b"half of it");
     assert_alive(&ours, peer);

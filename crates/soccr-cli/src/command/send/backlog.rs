@@ -23,7 +23,15 @@ const MOST: usize = 1 << 16;
 
 /// Connections that we have accepted instead of their server. Dropping this puts those that have not left back into the queue.
 #[derive(Debug, Default)]
-pub(crate) struct Backlog(Vec<(String, OwnedFd)>);
+pub(crate) struct Backlog(Vec<Waiting>);
+
+/// A connection that its server has not accepted.
+#[derive(Debug)]
+struct Waiting {
+    name: String,
+    flow: Flow,
+    socket: OwnedFd,
+}
 
 impl Backlog {
     /// Accepts, in their order, the connections that wait for a process. Meanwhile the processes that share its listeners are stopped.
@@ -66,23 +74,22 @@ impl Backlog {
         let waits = || poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&Timespec::default()));
         while self.0.len() < MOST && retry_on_intr(waits)? > 0 {
             let socket = accept_with(listener, SocketFlags::CLOEXEC)?;
-            // A client has given up.
-            if Flow::of(&socket).is_ok() {
-                self.0.push((format!("{name}, not accepted"), socket));
+            // Otherwise the client has given up.
+            if let Ok(flow) = Flow::of(&socket) {
+                self.0.push(Waiting { name: format!("{name}, not accepted"), flow, socket });
             }
         }
         Ok(())
     }
 
     pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.0.iter().map(|(_, socket)| socket.as_fd())
+        self.0.iter().map(|waiting| waiting.socket.as_fd())
     }
 
     /// The connections, to be sent. They are duplicates of the sockets here, which show whether a connection has come back.
     pub(crate) fn seats(&self) -> Result<Vec<(String, Seat)>> {
-        let seat = |(name, socket): &(String, OwnedFd)| {
-            let flow = Flow::of(socket)?;
-            Ok((name.clone(), Seat::new(socket.try_clone()?, flow)))
+        let seat = |Waiting { name, flow, socket }: &Waiting| {
+            Ok((name.clone(), Seat::new(socket.try_clone()?, *flow)))
         };
         self.0.iter().map(seat).collect()
     }
@@ -92,8 +99,8 @@ impl Drop for Backlog {
     fn drop(&mut self) {
         let _deaf = Deaf::begin();
         // A connection that has left is no longer in its socket.
-        let stay = self.0.drain(..).map(|(_, socket)| socket).filter(|socket| Flow::of(socket).is_ok());
-        let stay: Vec<OwnedFd> = stay.collect();
+        let stay: Vec<Waiting> =
+            self.0.drain(..).filter(|waiting| Flow::of(&waiting.socket).is_ok()).collect();
         if !stay.is_empty()
             && let Err(error) = give_back(stay)
         {
@@ -103,22 +110,24 @@ impl Drop for Backlog {
 }
 
 /// Puts connections back into the queues of their listeners, or saves them in images if that fails.
-fn give_back(sockets: Vec<OwnedFd>) -> Result<()> {
-    let tools = namespace::enter_of(sockets[0].as_fd())
+fn give_back(stay: Vec<Waiting>) -> Result<()> {
+    let tools = namespace::enter_of(stay[0].socket.as_fd())
         .map_err(anyhow::Error::from)
         .and_then(|()| Ok((Adopter::new()?, Locker::new(Mode::HOLD)?)));
+    let (flows, sockets): (Vec<_>, Vec<_>) =
+        stay.into_iter().map(|waiting| (waiting.flow, waiting.socket)).unzip();
     let (mut kept, mut reason) = (Vec::new(), None);
     match tools {
         Err(error) => {
-            kept.extend(sockets.into_iter().map(TcpStream::from));
+            kept.extend(flows.into_iter().zip(sockets.into_iter().map(TcpStream::from)));
             reason = Some(error);
         }
         Ok((mut adopter, locker)) => {
-            for outcome in adopter.give(&locker, sockets, DRAIN) {
+            for (flow, outcome) in flows.into_iter().zip(adopter.give(&locker, sockets, DRAIN)) {
                 let Err(there) = outcome else { continue };
                 reason = Some(anyhow!("{}", there.error()));
                 match there.into_socket() {
-                    Ok(socket) => kept.push(socket.into()),
+                    Ok(socket) => kept.push((flow, socket.into())),
                     Err(connection) => exit::complain(&format!("{} is lost", connection.remote)),
                 }
             }
@@ -126,6 +135,9 @@ fn give_back(sockets: Vec<OwnedFd>) -> Result<()> {
     }
     match reason {
         None => Ok(()),
-        Some(reason) => Err(rescue(&kept, &reason.context("back into the accept queue"))),
+        Some(reason) => Err(rescue(
+            kept.iter().map(|(flow, stream)| (*flow, stream)),
+            &reason.context("back into the accept queue"),
+        )),
     }
 }
