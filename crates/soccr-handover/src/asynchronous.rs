@@ -1,16 +1,17 @@
 //! The feature `tokio`: nothing that waits is done on the threads of the executor.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::net::TcpStream;
 use ::tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use ::tokio::task::spawn_blocking;
-use ::tokio::time::timeout_at;
+use ::tokio::time::{timeout, timeout_at};
 
 use crate::arrival::{Arrival, Landed};
 use crate::channel::Exchanged;
@@ -68,6 +69,7 @@ impl Mover {
             }
             happened = Some(line.wait(&mut engine).await);
         }
+        line.flush(self.shared.limits.answer).await;
         engine.outcomes().into_iter().map(|ended| Outcome::of(&self.shared, ended)).collect()
     }
 
@@ -120,16 +122,18 @@ where
     let mut engine = Arrival::new(Arc::clone(&mover.shared), terms.clone());
     let mut line = Line::new(&mut channel);
     let mut happened = None;
-    loop {
+    let error = loop {
         engine = match aside(engine, happened.take()).await {
             Ok(engine) => engine,
             Err(()) => return,
         };
-        while let Some(one) = engine.landed() {
+        // Whoever has the connection may stop listening: the source is told before.
+        let has_said_all = engine.output().bytes().is_empty();
+        while has_said_all && let Some(one) = engine.landed() {
             // If nobody takes the connection, it ends as any dropped stream does.
             let _ = landed.send(Ok(one));
         }
-        if engine.is_over() && engine.output().bytes().is_empty() {
+        if engine.is_over() && has_said_all {
             match engine.next_stream(line.is_open) {
                 Ok(Some(rest)) => {
                     terms.room = engine.room();
@@ -137,14 +141,20 @@ where
                     engine.feed(&rest);
                     continue;
                 }
-                Ok(None) => return,
-                Err(error) => return drop(landed.send(Err(error))),
+                Ok(None) => break None,
+                Err(error) => break Some(error),
             }
         }
         ::tokio::select! {
             waited = line.wait(&mut engine) => happened = Some(waited),
-            () = landed.closed() => return,
+            () = landed.closed() => break None,
         }
+    };
+    // What has not arrived is closed before anybody is waited for.
+    drop(engine);
+    line.flush(mover.shared.limits.answer).await;
+    if let Some(error) = error {
+        let _ = landed.send(Err(error));
     }
 }
 
@@ -194,13 +204,20 @@ impl<'a, C: AsyncRead + AsyncWrite + Unpin> Line<'a, C> {
         Self { channel, input: vec![0; PIECE], is_open: true, is_unflushed: false }
     }
 
+    /// Has the last words arrive, as far as the other end reads them in time.
+    async fn flush(&mut self, limit: Duration) {
+        if self.is_unflushed {
+            let _ = timeout(limit, poll_fn(|context| Pin::new(&mut *self.channel).poll_flush(context))).await;
+        }
+    }
+
     /// Writes, reads or waits once.
     async fn wait(&mut self, engine: &mut impl Engine) -> Happened {
         let deadline = engine.deadline();
         // Such a channel may have passed on more than it tells.
         engine.output().doubt();
         let output = engine.output().bytes();
-        let exchanged = std::future::poll_fn(|context| self.exchange(output, context));
+        let exchanged = poll_fn(|context| self.exchange(output, context));
         let exchanged = match deadline {
             Some(deadline) if deadline <= Instant::now() => return Happened::Late,
             Some(deadline) => match timeout_at(deadline.into(), exchanged).await {

@@ -5,7 +5,8 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use soccr_handover::{ErrorKind, Limits, Mover, Outcome, Terms};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use soccr_image::stream::{Decoded, Decoder, Message, Writer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufStream, DuplexStream, duplex};
 use tokio::net::TcpStream;
 
 soccr_lab::tests![
@@ -13,6 +14,9 @@ soccr_lab::tests![
     a_future_that_is_dropped_leaves_the_connection_here,
     what_is_refused_serves_on,
     the_executor_goes_on_meanwhile,
+    through_a_buffer_the_last_words_of_a_source_arrive,
+    through_a_buffer_the_last_words_of_a_target_arrive,
+    who_stops_listening_has_told_the_source,
 ];
 
 fn run<T>(work: impl Future<Output = T>) -> T {
@@ -131,5 +135,76 @@ fn the_executor_goes_on_meanwhile() {
             }
             other => panic!("{other:?}"),
         }
+    });
+}
+
+/// Reads until something of this kind has been said.
+async fn hear(channel: &mut DuplexStream, decoder: &mut Decoder, is_it: impl Fn(&Decoded) -> bool) {
+    loop {
+        match decoder.decode().unwrap() {
+            Decoded::Incomplete => {
+                let mut bytes = [0; 4096];
+                let length = channel.read(&mut bytes).await.unwrap();
+                assert!(length > 0, "more was to come");
+                decoder.feed(&bytes[..length]);
+            }
+            heard if is_it(&heard) => return,
+            _ => {}
+        }
+    }
+}
+
+fn through_a_buffer_the_last_words_of_a_source_arrive() {
+    run(async {
+        let (stream, peer) = connect().await;
+        let (here, mut there) = duplex(1 << 20);
+        let mut here = BufStream::new(here);
+        let send = Mover::new().unwrap().take(stream).unwrap().send(&mut here);
+        let target = async {
+            let decoder = &mut Decoder::new();
+            let mut writer = Writer::new(Vec::new()).unwrap();
+            there.write_all(&std::mem::take(writer.get_mut())).await.unwrap();
+            hear(&mut there, decoder, |heard| matches!(heard, Decoded::Message(Message::Connection { .. })))
+                .await;
+            writer.send(&Message::Refused { connection: 1, reason: "not today".into() }).unwrap();
+            writer.end().unwrap();
+            there.write_all(writer.get_mut()).await.unwrap();
+            hear(&mut there, decoder, |heard| matches!(heard, Decoded::End)).await;
+        };
+        let both = async { tokio::join!(send, target).0 };
+        match tokio::time::timeout(soccr_lab::LIMIT, both).await.unwrap() {
+            Outcome::Stays(mut stream, _) => assert_alive(&mut stream, &peer).await,
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
+fn through_a_buffer_the_last_words_of_a_target_arrive() {
+    run(async {
+        let (mut here, there) = duplex(1 << 20);
+        let mut arrivals = Mover::new().unwrap().listen_async(BufStream::new(there));
+        let begin =
+            Message::Begin { connections: 1, answers: true, notes: false, place: None, steered: None };
+        let mut writer = Writer::new(Vec::new()).unwrap();
+        writer.send(&begin).unwrap();
+        // That is not for a source to say.
+        writer.send(&Message::Ready { connection: 1 }).unwrap();
+        here.write_all(writer.get_mut()).await.unwrap();
+        assert_eq!(arrivals.next().await.unwrap_err().kind(), ErrorKind::Violation);
+        hear(&mut here, &mut Decoder::new(), |heard| matches!(heard, Decoded::End)).await;
+    });
+}
+
+fn who_stops_listening_has_told_the_source() {
+    run(async {
+        let (stream, peer) = connect().await;
+        // No word fits into it as a whole.
+        let (mut here, there) = duplex(8);
+        let mut arrivals = Mover::new().unwrap().listen_async(BufStream::new(there));
+        let send = async { Mover::new().unwrap().take(stream).unwrap().send(&mut here).await };
+        let listen = async move { arrivals.next().await.unwrap().unwrap().into_stream().unwrap() };
+        let (outcome, mut stream) = tokio::join!(send, listen);
+        assert!(outcome.is_moved(), "{outcome:?}");
+        assert_alive(&mut stream, &peer).await;
     });
 }
