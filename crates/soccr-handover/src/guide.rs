@@ -5,7 +5,7 @@ use soccr::diag::Diag;
 use soccr::steer::{NextHop, Tunnel, narrow};
 use soccr_image::stream::{Place, Steered};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::mover::{Event, Shared, is_in_use};
 
 /// How packets follow connections to another host, see [`soccr::steer`].
@@ -40,7 +40,8 @@ impl Path {
 }
 
 impl From<Vec<NextHop>> for Path {
-    /// To these next hops on networks that both hosts share, one for each address family.
+    /// To these next hops on networks that both hosts share, one for each address family. A connection of a
+    /// family without one stays, and so do those that would leave together with it.
     fn from(hops: Vec<NextHop>) -> Self {
         Self { hops, ..Self::default() }
     }
@@ -95,7 +96,12 @@ impl Guide {
             if flows.is_empty() {
                 continue;
             }
-            let Some(hop) = self.path.hop(ipv6)? else { continue };
+            let Some(hop) = self.path.hop(ipv6)? else {
+                // Its packets would neither follow it nor be dropped here: this host would reset it.
+                let family = if ipv6 { "IPv6" } else { "IPv4" };
+                let what = format!("no next hop for {family}: name one more");
+                return Err(Error::new(ErrorKind::System, what));
+            };
             let answers = self.path.answers;
             let mut steerer = shared.steerer();
             steerer.redirect(&flows, &hop)?;

@@ -13,10 +13,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
+use soccr::steer::NextHop;
 use soccr_handover::channel::{Channel, Exchanged, OneWay, Pair, Threads};
 use soccr_handover::protocol::Fate;
 use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
-use soccr_lab::{Flags, LIMIT, Lab, Namespace, Side, Sniffer, blocked_signals};
+use soccr_lab::{Flags, LIMIT, Lab, Lan, Namespace, Side, Sniffer, blocked_signals};
 
 use broken::{
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
@@ -37,6 +38,7 @@ soccr_lab::tests![
     what_is_never_written_waits_no_longer_than_the_deadline,
     the_threads_of_a_channel_take_no_signal,
     what_the_target_does_not_want_stays,
+    what_no_next_hop_is_named_for_stays,
     where_nobody_answers_nothing_is_touched,
     a_target_that_ends_before_the_commit_leaves_it_here,
     a_commit_that_cannot_have_been_read_is_taken_back,
@@ -306,6 +308,33 @@ fn what_the_target_does_not_want_stays() {
     }
     assert!(outcomes.remove(0).is_moved());
     assert_eq!(listening.join().unwrap().len(), 2);
+}
+
+fn what_no_next_hop_is_named_for_stays() {
+    let lan = Lan::new().unwrap();
+    let (home, away) = (&lan.hosts[0], &lan.hosts[1]);
+    let listener = home.run(|| TcpListener::bind((home.v6, 80))).unwrap();
+    let peer = lan.peer.run(|| TcpStream::connect((home.v6, 80))).unwrap();
+    peer.set_read_timeout(Some(LIMIT)).unwrap();
+    let (ours, _) = listener.accept().unwrap();
+    let (mut here, there) = UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        let listening = scope.spawn(|| away.run(|| listen(there, Terms::default())).join().unwrap());
+        let outcome = home.run(|| {
+            let (mover, hop) = (Mover::new().unwrap(), NextHop::new(away.v4.into()).unwrap());
+            let sending = mover.sending([mover.take(ours).unwrap()]).steered_to(vec![hop]);
+            sending.through(&mut here).pop().unwrap()
+        });
+        drop(here);
+        match outcome {
+            Outcome::Stays(ours, error) => {
+                assert!(error.to_string().contains("no next hop for IPv6"), "{error}");
+                assert_alive(&ours, &peer);
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(listening.join().unwrap().len(), 0);
+    });
 }
 
 fn where_nobody_answers_nothing_is_touched() {
