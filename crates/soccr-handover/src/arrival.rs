@@ -152,6 +152,8 @@ pub(crate) struct Arrival {
     reading: Option<Instant>,
     /// The source has only asked.
     was_trial: bool,
+    /// How many connections would be taken of which it has only asked. They use up room for the rest of this stream.
+    tried: usize,
     /// We have said END.
     has_said_all: bool,
     /// Bytes have come.
@@ -192,6 +194,7 @@ impl Arrival {
             decision: None,
             reading: None,
             was_trial: false,
+            tried: 0,
             has_said_all: false,
             has_begun: false,
             is_complete: false,
@@ -204,9 +207,9 @@ impl Arrival {
         self.landed.pop_front()
     }
 
-    /// How many more connections are taken.
+    /// How many more connections are taken behind this stream.
     pub(crate) fn room(&self) -> Option<usize> {
-        self.terms.room
+        self.terms.room.map(|room| room + self.tried)
     }
 
     /// The bytes that came after this stream; `None` if no more can come.

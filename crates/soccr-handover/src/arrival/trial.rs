@@ -30,13 +30,19 @@ impl Arrival {
         let mut arriving = Arriving { id, name, state: Vec::new(), is_critical: false, connection };
         let shared = std::sync::Arc::clone(&self.shared);
         let accepted = shared.with_diag(|diag| self.accept(&mut arriving, diag));
+        let is_accepted = accepted.is_ok();
         let outcome = accepted.and_then(|()| {
             // The old socket keeps its addresses in this network.
             match self.origin {
-                Origin::Here => has_address(flow.local),
+                Origin::Here => has_address(arriving.connection.local),
                 _ => has_place(&arriving.connection),
             }
         });
+        match (is_accepted, &outcome) {
+            (true, Ok(())) => self.tried += 1,
+            (true, Err(_)) => self.make_room(),
+            (false, _) => {}
+        }
         self.say(&match outcome {
             Ok(()) => Message::Ready { connection: id },
             Err(reason) => Message::Refused { connection: id, reason },

@@ -13,10 +13,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
+use soccr::Flow;
 use soccr::steer::NextHop;
 use soccr_handover::channel::{Channel, Exchanged, OneWay, Pair, Threads};
 use soccr_handover::protocol::Fate;
-use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms};
+use soccr_handover::{Arrived, ErrorKind, Event, Limits, Mover, Outcome, Terms, try_out};
 use soccr_lab::{Flags, LIMIT, Lab, Lan, Namespace, Side, Sniffer, blocked_signals};
 
 use broken::{
@@ -39,6 +40,8 @@ soccr_lab::tests![
     the_threads_of_a_channel_take_no_signal,
     what_the_target_does_not_want_stays,
     what_no_next_hop_is_named_for_stays,
+    a_question_takes_no_room,
+    a_question_is_about_the_address_that_is_mapped,
     where_nobody_answers_nothing_is_touched,
     a_target_that_ends_before_the_commit_leaves_it_here,
     a_commit_that_cannot_have_been_read_is_taken_back,
@@ -308,6 +311,42 @@ fn what_the_target_does_not_want_stays() {
     }
     assert!(outcomes.remove(0).is_moved());
     assert_eq!(listening.join().unwrap().len(), 2);
+}
+
+fn a_question_takes_no_room() {
+    let (mut ours, peers) = connect(2);
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let mut terms = Terms::default();
+    terms.room = Some(1);
+    let listening = listen(there, terms);
+    let flows: Vec<_> = ours.iter().map(|stream| ("x".to_owned(), Flow::of(stream).unwrap())).collect();
+    for _ in 0..2 {
+        let answers = try_out(flows.clone(), &mut here, LIMIT, |_| {}).unwrap();
+        // There is room for one of the two.
+        assert_eq!(answers.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false]);
+    }
+    let mover = Mover::new().unwrap();
+    assert!(mover.take(ours.pop().unwrap()).unwrap().send(&mut here).is_moved());
+    // That was the room.
+    let stream = stays(mover.take(ours.pop().unwrap()).unwrap().send(&mut here), ErrorKind::Refused);
+    drop(here);
+    assert_alive(&stream, &peers[0]);
+    assert_alive(&listening.join().unwrap().pop().unwrap().into_stream().unwrap(), &peers[1]);
+}
+
+fn a_question_is_about_the_address_that_is_mapped() {
+    let (ours, _peers) = connect(1);
+    for (to, is_here) in [("127.0.0.2", true), ("192.0.2.9", false)] {
+        let (mut here, there) = UnixStream::pair().unwrap();
+        let mut terms = Terms::default();
+        terms.map.push(format!("127.0.0.1:8080={to}:8080").parse().unwrap());
+        let listening = listen(there, terms);
+        let flow = Flow::of(&ours[0]).unwrap();
+        let answer = try_out([("x".into(), flow)], &mut here, LIMIT, |_| {}).unwrap().pop().unwrap();
+        assert_eq!(answer.is_ok(), is_here, "{answer:?}");
+        drop(here);
+        assert!(listening.join().unwrap().is_empty());
+    }
 }
 
 fn what_no_next_hop_is_named_for_stays() {
