@@ -25,7 +25,8 @@ pub(crate) enum Trust {
 
 impl Trust {
     fn takes(self, name: &str) -> bool {
-        const SAFE: [&str; 26] = [
+        const SAFE: [&str; 27] = [
+            "SHUT_RD",
             "SO_REUSEADDR",
             "SO_KEEPALIVE",
             "SO_LINGER",

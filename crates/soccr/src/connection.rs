@@ -53,7 +53,7 @@ pub struct Connection {
     pub buffers: Option<Buffers>,
     /// What the connection had learned about its path.
     pub path: Option<Path>,
-    /// The socket options that the application had set.
+    /// The socket options that the application had set, and `SHUT_RD` where it had said that it reads no more.
     pub settings: Settings,
     /// The descriptor does not wait (`O_NONBLOCK`).
     pub nonblocking: bool,

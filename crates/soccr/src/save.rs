@@ -69,6 +69,8 @@ pub(crate) fn save(
         let is_read = arrived.as_ref().is_some_and(|arrived| arrived.is_read());
         tls::check_settled(fd, flow, layer, is_read)?;
     }
+    // Asked for before the state is read, which tells a FIN of the peer.
+    let reads_no_more = pending(fd)?.contains(PollFlags::RDHUP);
     // Late, so that little can arrive between this and a detach.
     let (position, mut control, urgent, path, ()) = standing_still(fd, decrypts, |control, marked| {
         if layer.is_some() {
@@ -88,6 +90,9 @@ pub(crate) fn save(
         tls.unread.clone_from(&arrived.records);
         connection.receive_queue.clone_from(&arrived.rest);
         control.inq_len = arrived.rest.len() as u32;
+    }
+    if reads_no_more && !control.state.fin_received() && !control.reset {
+        connection.settings.note_shutdown();
     }
     connection.urgent = urgent;
     connection.path = Some(path);

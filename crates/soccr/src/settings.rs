@@ -64,6 +64,8 @@ impl Settings {
     }
 }
 
+const SHUT_RD: &str = "SHUT_RD";
+
 /// Names of the table are carried as their place in it: 10,000 connections have half a million of them.
 #[derive(Clone, PartialEq, Eq)]
 enum Name {
@@ -164,6 +166,12 @@ impl Settings {
         });
     }
 
+    /// Notes that the application has said that it reads no more (`shutdown(2)`): no option tells that, but it travels and
+    /// comes back as one.
+    pub(crate) fn note_shutdown(&mut self) {
+        self.0.push((Name::Unknown(SHUT_RD.into()), Value::Number(1)));
+    }
+
     /// Sets the options of one stage, and adds to `skipped` what could not be set.
     pub(crate) fn apply(
         &self,
@@ -188,6 +196,10 @@ impl Settings {
                     }
                 }
                 Name::Unknown(_) if stage != Stage::Last => continue,
+                // Behind everything that is injected: in FIN_WAIT1 and FIN_WAIT2 data would reset the connection then.
+                Name::Unknown(name) if **name == *SHUT_RD && *value == Value::Number(1) => {
+                    rustix::net::shutdown(fd, rustix::net::Shutdown::Read).map_err(io::Error::from)
+                }
                 Name::Unknown(name) => {
                     skipped.extend(process::compare(name, value));
                     continue;

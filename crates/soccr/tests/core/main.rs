@@ -16,6 +16,7 @@ mod orphans;
 mod partly;
 mod property;
 mod reset;
+mod shut;
 mod stages;
 mod states;
 mod supervised;
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
             unsent_bytes_come_back_where_little_may_wait_unsent;
         values: the_timeout_is_saved_without_its_doublings
             the_window_is_announced_as_it_was_agreed the_clock_is_ahead_of_what_pacing_holds_back;
+        shut: who_reads_no_more_does_not_afterwards;
         states: a_handshake_that_the_peer_has_answered_goes_on;
     };
     tests.extend(states::tests());
