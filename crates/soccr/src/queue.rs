@@ -172,6 +172,12 @@ pub(crate) fn changed() -> Error {
     Error::changed("a connection that changes while it is read", remedy)
 }
 
+/// Bytes are in the send queue of a socket in SYN_SENT, of which no length tells.
+pub(crate) fn sends_before_handshake(fd: BorrowedFd<'_>) -> Result<bool> {
+    tcp::select_queue(fd, Queue::Send)?;
+    peek_once(fd, &mut Uninit { bytes: &mut [MaybeUninit::uninit()], filled: 0 }).map(|length| length > 0)
+}
+
 /// The send queue without what the peer has acknowledged of its first segment. The kernel keeps that, and shows it, until all
 /// of the segment is acknowledged or it is repeated.
 fn peek_unacknowledged(fd: BorrowedFd<'_>, room: &mut impl Room, length: usize) -> Result<()> {

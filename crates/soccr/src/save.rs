@@ -1,13 +1,15 @@
 //! Kernel → [`Connection`], in the order the kernel demands.
 
+mod savable;
+
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{RecvFlags, getpeername, getsockname, recv};
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{getpeername, getsockname};
 
 use crate::connection::{
     Bare, Connection, ControlBlock, Flow, Options, Owner, Path, SEGMENTS_LIMIT, State, Urgent, Window,
@@ -23,6 +25,8 @@ use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 use crate::tls::{self, Arrived};
 use crate::{buffers, conntrack};
+pub(crate) use savable::refuse_layer;
+use savable::{check_savable, pending, refuse_authentication};
 
 impl Flow {
     /// The addresses of a connected socket (`getsockname(2)`, `getpeername(2)`).
@@ -58,6 +62,10 @@ pub(crate) fn save(
         return Err(Error::refused("a socket with kernel TLS (kTLS)", remedy));
     }
     let memory = buffers::read(fd)?;
+    if memory.options > 0 {
+        // Keys are among what takes it.
+        refuse_authentication(fd)?;
+    }
     connection.buffers = Some(memory.buffers);
     connection.settings.read_into(fd, connection.local, memory.options);
     steer::forget_transparency(fd, connection.local, &mut connection.settings);
@@ -109,17 +117,6 @@ pub(crate) fn save(
     Ok(position)
 }
 
-pub(crate) fn refuse_layer(fd: BorrowedFd<'_>) -> Result<()> {
-    if tls::has_layer(fd)? {
-        let what = "a socket with an upper layer protocol (kTLS)";
-        return Err(Error::refused(
-            what,
-            "its keys have no place in the plain structure: save it as a whole (C: libsoccr_write)",
-        ));
-    }
-    Ok(())
-}
-
 /// Everything that moves with the traffic, its queues in memory that `memory` gives.
 pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
     fd: BorrowedFd<'_>,
@@ -132,6 +129,7 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
         Ok(room)
     };
     refuse_layer(fd)?;
+    refuse_authentication(fd)?;
     let (position, control, urgent, path, (send_queue, receive_queue)) =
         standing_still(fd, false, |control, marked| {
             Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))
@@ -305,55 +303,6 @@ fn path(info: &TcpInfo) -> Path {
         snd_ssthresh: info.snd_ssthresh,
         rcv_ssthresh: info.rcv_ssthresh,
     }
-}
-
-/// Refuses what cannot be carried without loss, whatever a dump would return. True where the connection is broken, and the
-/// application has not been told.
-fn check_savable(fd: BorrowedFd<'_>, state: State, decrypts: bool) -> Result<bool> {
-    let refuse = |what, remedy| Err(Error::refused(what, remedy));
-    let events = pending(fd)?;
-    // SO_ERROR would tell more, and take it from the application. Where nothing is in the error queue, it is an error
-    // that has closed the connection: a reset most often; one for another reason comes back as a reset.
-    let reset = events.contains(PollFlags::ERR) && state == State::Close && has_no_notices(fd)?;
-    if events.contains(PollFlags::ERR) && !reset {
-        return refuse(
-            "a socket with a pending error or an unread error queue",
-            "read SO_ERROR or MSG_ERRQUEUE first",
-        );
-    }
-    if state == State::Close && !events.contains(PollFlags::RDHUP) {
-        return refuse("a socket that is not connected", "there is no connection to save");
-    }
-    if decrypts {
-        return Ok(reset);
-    }
-    // TCP itself takes nothing from a queue in repair mode, not even no bytes; a BPF map of sockets answers in its place, and
-    // then a queue that SIOCINQ calls empty may hold bytes.
-    match retry_on_intr(|| recv(fd, &mut [0; 0], RecvFlags::DONTWAIT)) {
-        Err(Errno::PERM) => Ok(reset),
-        Ok(_) | Err(Errno::AGAIN) => refuse(
-            "a socket in a BPF map of sockets (sockmap)",
-            "neither its program nor what waits there can be carried: delete it from the map first",
-        ),
-        Err(error) => Err(Error::system("recv", error)),
-    }
-}
-
-/// Nothing is in the error queue. Nobody can look into it without taking what is there, but its memory tells: notices of
-/// `MSG_ZEROCOPY` are counted among the options, and timestamps with the receive queue.
-fn has_no_notices(fd: BorrowedFd<'_>) -> Result<bool> {
-    let memory = buffers::read(fd)?;
-    let is_off = |name, text| Ok(tcp::get_int(fd, libc::SOL_SOCKET, name, text)? == 0);
-    Ok((memory.options == 0 || is_off(libc::SO_ZEROCOPY, "SO_ZEROCOPY")?)
-        && (memory.receive_queue == 0 || is_off(libc::SO_TIMESTAMPING, "SO_TIMESTAMPING")?))
-}
-
-/// Errors and hang-ups that wait for the application; nothing is consumed, unlike with `SO_ERROR`.
-fn pending(fd: BorrowedFd<'_>) -> Result<PollFlags> {
-    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    retry_on_intr(|| poll(&mut polled, Some(&now))).map_err(|error| Error::system("poll", error))?;
-    Ok(polled[0].revents())
 }
 
 pub(crate) fn state(fd: BorrowedFd<'_>) -> Result<State> {

@@ -94,6 +94,7 @@ fn name(call: Call) -> Option<&'static str> {
             (libc::IPPROTO_TCP, 25) => "TCP_NOTSENT_LOWAT",
             (libc::IPPROTO_TCP, 29) => "TCP_REPAIR_WINDOW",
             (libc::IPPROTO_TCP, 31) => "TCP_ULP",
+            (libc::IPPROTO_TCP, 40) => "TCP_AO_INFO",
             (libc::IPPROTO_IP, libc::IP_OPTIONS) => "IP_OPTIONS",
             (libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS) => "IPV6_HOPOPTS",
             (libc::IPPROTO_IPV6, libc::IPV6_RTHDR) => "IPV6_RTHDR",

@@ -15,6 +15,7 @@ mod matrix;
 mod orphans;
 mod partly;
 mod property;
+mod refused;
 mod reset;
 mod shut;
 mod stages;
@@ -86,6 +87,7 @@ fn main() -> ExitCode {
         orphans: an_orphan_does_not_hold_its_link;
         partly: what_is_acknowledged_of_a_segment_is_not_saved;
         property: every_connection_comes_back;
+        refused: a_handshake_that_carries_data a_socket_that_signs_its_segments;
         reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused
             notices_that_never_come_are_told;
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
