@@ -49,6 +49,11 @@ impl Error {
         Self { step: "", what, kind: Kind::System(error), remedy: remedy.into() }
     }
 
+    /// This process, not the kernel, has no memory for a queue.
+    pub(crate) fn out_of_memory() -> Self {
+        Self::system(OUR_MEMORY, rustix::io::Errno::NOMEM)
+    }
+
     /// This library cannot carry it, and says why.
     pub(crate) fn refused(what: impl Into<Cow<'static, str>>, remedy: impl Into<Cow<'static, str>>) -> Self {
         Self { step: "", what: what.into(), kind: Kind::Refused, remedy: remedy.into() }
@@ -158,9 +163,16 @@ impl From<Error> for io::Error {
     }
 }
 
+/// What a queue is read into.
+const OUR_MEMORY: &str = "memory for a queue";
+
 /// What helps against an errno, by experience.
 fn remedy(what: &str, errno: i32) -> &'static str {
     match (what, errno) {
+        ("bind", libc::EACCES) => {
+            "the port is below net.ipv4.ip_unprivileged_port_start: needs CAP_NET_BIND_SERVICE in the network namespace's user \
+             namespace"
+        }
         (_, libc::EPERM | libc::EACCES) => {
             "needs CAP_NET_ADMIN and CAP_NET_RAW in the network namespace's user namespace; \
              run as root or under `unshare -Urn`"
@@ -174,6 +186,9 @@ fn remedy(what: &str, errno: i32) -> &'static str {
         ("bind", libc::EADDRINUSE) => "another socket holds this port without SO_REUSEADDR",
         ("connect", libc::ENETUNREACH | libc::EHOSTUNREACH) => "there is no route to the peer from here",
         (_, libc::EMFILE | libc::ENFILE) => "too many open files: raise RLIMIT_NOFILE (`ulimit -n`)",
+        (OUR_MEMORY, libc::ENOMEM) => {
+            "this process gets no more memory: raise its limit (RLIMIT_AS, its control group), or free some"
+        }
         (_, libc::ENOMEM | libc::ENOBUFS) => {
             "out of socket memory: see net.ipv4.tcp_mem and net.core.optmem_max"
         }
@@ -207,5 +222,13 @@ mod tests {
         assert!(error.to_string().starts_with("pause: TCP_REPAIR: EPERM — needs CAP_NET_ADMIN"), "{error}");
         assert_eq!((error.errno(), error.kind()), (Some(libc::EPERM), ErrorKind::System));
         assert_eq!(io::Error::from(error).kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    #[test]
+    fn memory_of_the_process_is_no_memory_of_sockets() {
+        let ours = Error::out_of_memory();
+        assert!(ours.errno() == Some(libc::ENOMEM) && ours.remedy().contains("RLIMIT_AS"), "{ours}");
+        let of_sockets = Error::system("the send queue", rustix::io::Errno::NOMEM);
+        assert!(of_sockets.remedy().contains("tcp_mem"), "{of_sockets}");
     }
 }

@@ -196,7 +196,7 @@ fn peek_unacknowledged(fd: BorrowedFd<'_>, room: &mut impl Room, length: usize) 
 
 /// Room for a queue, and for one byte more than expected, so that one that has grown is noticed.
 fn reserve(bytes: &mut Vec<u8>, length: usize) -> Result<()> {
-    bytes.try_reserve_exact(length + 1).map_err(|_| Error::system("memory for a queue", Errno::NOMEM))
+    bytes.try_reserve_exact(length + 1).map_err(|_| Error::out_of_memory())
 }
 
 fn peek_once(fd: BorrowedFd<'_>, room: &mut impl Room) -> Result<usize> {

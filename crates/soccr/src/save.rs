@@ -124,7 +124,7 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
 ) -> Result<(Position, Bare<M>)> {
     let mut peek = |queue, length: u32, marked| {
         let room = memory(length as usize + 1);
-        let mut room = room.ok_or_else(|| Error::system("memory for a queue", rustix::io::Errno::NOMEM))?;
+        let mut room = room.ok_or_else(Error::out_of_memory)?;
         queue::peek_uninit(fd, queue, room.as_mut(), length, marked)?;
         Ok(room)
     };

@@ -1,5 +1,6 @@
 //! What people read when it does not work: the step, the option, the errno, and what to do.
 
+use std::net::{SocketAddr, TcpStream};
 use std::thread;
 
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
@@ -44,6 +45,17 @@ pub fn a_restore_without_capabilities() {
     without(CapabilitySet::NET_ADMIN, || {
         assert_line(connection.restore(), "restore: TCP_REPAIR: EPERM", "CAP_NET_ADMIN");
     });
+    ends.restore_and_resume(&connection);
+    ends.finish();
+}
+
+pub fn a_restore_at_a_port_of_services_without_capability() {
+    let at_80 = |socket: &TcpStream| rustix::net::bind(socket, &SocketAddr::from(([0; 4], 80))).unwrap();
+    let mut ends = Ends::with(Family::V4, at_80, |_| {});
+    let connection = ends.take();
+    let restored =
+        ends.pair.a.run(|| without(CapabilitySet::NET_BIND_SERVICE, || connection.restore().map(drop)));
+    assert_line(restored, "restore: bind: EACCES", "CAP_NET_BIND_SERVICE");
     ends.restore_and_resume(&connection);
     ends.finish();
 }

@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         detach: what_moves_between_two_guards_stops_the_detach a_connection_that_stands_still_between_two_guards_leaves;
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
+            a_restore_at_a_port_of_services_without_capability
             a_restore_where_the_old_socket_lives
             a_restore_where_the_address_is_not
             a_restore_where_the_address_is_tentative_waits
