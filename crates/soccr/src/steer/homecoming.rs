@@ -100,12 +100,13 @@ impl Homecoming {
         let mut steered = HashSet::new();
         let mut devices = BTreeSet::new();
         for steering in Steering::list_by(self.socket())? {
-            let before = steered.len();
             let contents = steering.contents_by(self.socket())?.into_iter().map(|entry| entry.flow);
-            steered.extend(contents.filter(|flow| wanted.contains(flow)));
-            if steered.len() > before && !self.devices.contains(steering.ingress()) {
+            let found: Vec<Flow> = contents.filter(|flow| wanted.contains(flow)).collect();
+            // It may be in the table of another device, too.
+            if !found.is_empty() && !self.devices.contains(steering.ingress()) {
                 devices.insert(steering.ingress().to_owned());
             }
+            steered.extend(found);
         }
         if steered.is_empty() {
             return Ok(());

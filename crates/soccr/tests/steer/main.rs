@@ -1,8 +1,10 @@
 //! Steering on real networks: a peer, a router, and three hosts of which one has the address.
 
 mod delivery;
+mod devices;
 #[path = "../lock/firewall.rs"]
 mod firewall;
+mod homecoming;
 mod moves;
 mod tables;
 mod traffic;
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         tables::two_processes_at_once,
         tables::a_next_hop_that_is_none_is_refused,
         tables::nothing_is_left_behind,
+        homecoming::by_whichever_device_it_arrives,
         delivery::numbers_of_others_are_refused,
         delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,

@@ -19,12 +19,12 @@ use soccr_lab::{LIMIT, Sniffer, TcpInfo, wait_until};
 use super::moves::transfer;
 use super::{Net, address, connect, listings};
 
-fn contents() -> Vec<Steered> {
+pub fn contents() -> Vec<Steered> {
     Steering::list().unwrap().iter().flat_map(|steering| steering.contents().unwrap()).collect()
 }
 
 /// Connections that exist nowhere.
-fn flows(count: u16, ipv6: bool) -> Vec<Flow> {
+pub fn flows(count: u16, ipv6: bool) -> Vec<Flow> {
     let (local, remote): (IpAddr, IpAddr) = match ipv6 {
         false => ([192, 0, 2, 1].into(), [198, 51, 100, 1].into()),
         true => {
@@ -271,7 +271,7 @@ pub fn who_waits_for_a_killed_process_is_steered_again() {
 }
 
 /// Segments with RST that the first host has sent.
-fn resets(lan: &Net) -> u32 {
+pub fn resets(lan: &Net) -> u32 {
     let table = lan.hosts[0].run(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
     let mut lines = table.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split(' '));
     let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
@@ -279,7 +279,7 @@ fn resets(lan: &Net) -> u32 {
 }
 
 /// An ACK from the peer, which draws a reset where nobody knows the connection.
-fn stray_segment(flow: Flow) -> Vec<u8> {
+pub fn stray_segment(flow: Flow) -> Vec<u8> {
     let (IpAddr::V4(from), IpAddr::V4(to)) = (flow.remote.ip(), flow.local.ip()) else { panic!("IPv4 only") };
     let ports = [flow.remote.port(), flow.local.port()].map(u16::to_be_bytes).concat();
     let mut tcp = [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]].concat();
