@@ -10,7 +10,7 @@ mod look;
 pub(crate) mod rule;
 pub(crate) mod set;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::time::Duration;
 
@@ -293,13 +293,14 @@ pub(crate) fn has_chain_of_type(socket: &mut Socket, wanted: &str) -> io::Result
 
 /// As many elements as always come in one part of a dump.
 const ONE_PART: usize = 64;
-/// How often a set is read until it is the same twice in a row.
-const READINGS: usize = 10;
+/// How often a set is read at most until it is the same twice in a row.
+const READINGS: usize = 4;
 
 /// What `read` makes of every element of a set: of its connection, and its attributes.
 ///
 /// Each part of a dump counts from the beginning how many elements to skip, and the kernel rearranges a hash table that has
-/// grown or shrunk meanwhile: elements can be missing, and nothing says so. So a long set is read until it stays the same.
+/// grown or shrunk meanwhile: elements can be missing, and nothing says so. So a long set is read until it stays the same. One that packets
+/// change all the time never does: then it is what any of the readings has found.
 pub(crate) fn contents<T>(
     socket: &mut Socket,
     table: Table<'_>,
@@ -313,6 +314,7 @@ pub(crate) fn contents<T>(
         m.string(ELEMENTS_SET, set);
     });
     let mut before = None;
+    let mut found = HashMap::new();
     for _ in 0..READINGS {
         let contents = socket.dump_all(&batch, |contents, payload| {
             let list = value(payload.get(HEADER..).unwrap_or_default(), ELEMENTS).unwrap_or_default();
@@ -328,8 +330,9 @@ pub(crate) fn contents<T>(
             return Ok(contents.into_iter().map(|(_, what)| what).collect());
         }
         before = Some(flows);
+        found.extend(contents);
     }
-    Err(rustix::io::Errno::INTR.into())
+    Ok(found.into_values().collect())
 }
 
 /// The connections of `flows` that are in a set, and maybe others.

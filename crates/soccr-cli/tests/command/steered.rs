@@ -24,6 +24,7 @@ crate::tests![
     a_next_hop_that_does_not_fit_is_refused_before_anything_stops,
     a_source_killed_before_it_lets_go_steers_nothing,
     a_connection_that_does_not_come_home_is_steered_again,
+    a_home_that_cannot_ask_what_it_steers_refuses,
     hosts_in_other_networks_are_reached_through_a_tunnel,
     a_hand_over_that_fails_leaves_no_tunnel,
     an_end_killed_between_two_messages_leaves_no_silence,
@@ -338,6 +339,31 @@ fn a_connection_that_does_not_come_home_is_steered_again() {
     }
     exchange(&mut peer, &mut stream);
     assert_eq!(steering.resets.segments().unwrap().len(), 0);
+}
+
+/// Restored there, it would be steered away for ever.
+fn a_home_that_cannot_ask_what_it_steers_refuses() {
+    if !installed("python3") || !installed("nft") {
+        return;
+    }
+    let mut steering = Steering::new(1, false);
+    steering.move_to(&steering.old.pid(), 1, "second ", true);
+    let nft = |command: &str| {
+        let run = || Command::new("nft").args(command.split(' ')).status().unwrap();
+        assert!(steering.lan.hosts[0].run(run).success(), "{command}");
+    };
+    // Its name is one of ours, but not its map.
+    nft("add table netdev soccr-steer-x/y");
+    nft("add map netdev soccr-steer-x/y to4 { type inet_service : ipv4_addr; }");
+    let home = steering.receive(0, "home ", "");
+    let output = steering.send(&steering.holder(1), &home, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nft list"), "{output:?}");
+    nft("delete table netdev soccr-steer-x/y");
+    steering.assert_lives("second ");
+    steering.move_to(&steering.holder(1), 0, "home ", false);
+    steering.assert_lives("home ");
+    steering.end();
 }
 
 fn hosts_in_other_networks_are_reached_through_a_tunnel() {

@@ -100,19 +100,17 @@ impl Arrival {
         // In the network of the source the old sockets are in the way.
         let (behind, free) =
             if self.origin == Origin::Here { (batch, Vec::new()) } else { (Vec::new(), batch) };
-        // They may have left this host not long ago, and be silent still. From here on our own lock keeps them silent.
+        // They may have left this host not long ago, and be silent or steered still. From here on our own lock keeps them silent.
         let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
-        if let Err(error) = self.shared.end_silence(&flows) {
-            // These would stay silent here.
+        let ready = self.shared.end_silence(&flows).and_then(|()| self.shared.homecoming().expect(&flows));
+        if let Err(error) = ready {
+            // These would stay silent here, or steered away.
             for Arriving { id, .. } in free {
                 self.make_room();
                 self.placed(id, Err(error.to_string()));
                 self.decided(number);
             }
             return;
-        }
-        if let Err(error) = self.shared.homecoming().expect(&flows) {
-            self.shared.warn(error);
         }
         for Arriving { id, name, state, connection, .. } in behind {
             let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());

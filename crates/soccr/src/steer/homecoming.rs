@@ -11,6 +11,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 
+use rustix::net::netdevice::name_to_index;
 use soccr_netlink::{Batch, Family, Socket};
 
 use super::redirect::stop_by;
@@ -34,7 +35,8 @@ use crate::sys::signals::without_signals;
 pub struct Homecoming {
     socket: Option<Socket>,
     table: String,
-    /// The sets with a chain.
+    is_made: bool,
+    /// Those with a chain.
     devices: BTreeSet<String>,
     expected: HashSet<Flow>,
 }
@@ -52,7 +54,8 @@ impl Homecoming {
         let socket =
             locker.with_descriptor(|other| socket.with_descriptor(|fd| descriptor::above(fd, other)));
         let table = format!("soccr-home-{port:08x}");
-        Ok(Self { socket: Some(socket), table, devices: BTreeSet::new(), expected: HashSet::new() })
+        let (devices, expected) = (BTreeSet::new(), HashSet::new());
+        Ok(Self { socket: Some(socket), table, is_made: false, devices, expected })
     }
 
     /// Suspends the steering of those of the connections that are steered.
@@ -92,7 +95,7 @@ impl Homecoming {
     }
 
     fn suspend(&mut self, flows: &[Flow]) -> Result<()> {
-        let wanted: HashSet<Flow> =
+        let wanted: Vec<Flow> =
             flows.iter().map(Flow::on_the_wire).filter(|flow| !self.expected.contains(flow)).collect();
         if wanted.is_empty() {
             return Ok(());
@@ -100,10 +103,12 @@ impl Homecoming {
         let mut steered = HashSet::new();
         let mut devices = BTreeSet::new();
         for steering in Steering::list_by(self.socket())? {
-            let contents = steering.contents_by(self.socket())?.into_iter().map(|entry| entry.flow);
-            let found: Vec<Flow> = contents.filter(|flow| wanted.contains(flow)).collect();
-            // It may be in the table of another device, too.
-            if !found.is_empty() && !self.devices.contains(steering.ingress()) {
+            let found = steering.entered_by(self.socket(), &wanted)?;
+            // It may be in the table of another device, too. By one that is gone nothing arrives.
+            if !found.is_empty()
+                && !self.devices.contains(steering.ingress())
+                && name_to_index(self.socket(), steering.ingress()).is_ok()
+            {
                 devices.insert(steering.ingress().to_owned());
             }
             steered.extend(found);
@@ -112,7 +117,7 @@ impl Homecoming {
             return Ok(());
         }
         let flows: Vec<Flow> = steered.into_iter().collect();
-        let is_first = self.devices.is_empty();
+        let is_first = !self.is_made;
         self.transact("nft add table netdev", |transaction| {
             if is_first {
                 create(transaction);
@@ -122,6 +127,7 @@ impl Homecoming {
                 transaction.add(SETS[usize::from(ipv6)], of_family(&flows, ipv6), |_, _| ());
             }
         })?;
+        self.is_made = true;
         self.devices.extend(devices);
         self.expected.extend(flows);
         Ok(())
@@ -164,7 +170,7 @@ impl Drop for Homecoming {
         let away: Vec<Flow> = self.expected.iter().copied().collect();
         let _ = self.stay_away(&away);
         let socket = self.socket.take();
-        if !self.devices.is_empty() {
+        if self.is_made {
             // The kernel takes milliseconds to remove a table.
             let named = std::thread::Builder::new().name("soccr-close".into());
             let _ = without_signals(|| named.spawn(move || drop(socket)));

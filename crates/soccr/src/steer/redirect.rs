@@ -145,13 +145,15 @@ pub fn stop(flows: &[Flow]) -> Result<usize> {
 
 pub(super) fn stop_by(socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
     let all = [flows, &reversed(flows)].concat();
-    let mut most = 0;
+    let mut most = Ok(0);
     for steering in Steering::list_by(socket)? {
+        // One failure must not keep the others from ending.
+        let counted = steering.count_by(socket, flows);
+        let ended = steering.forget_by(socket, &all).and(counted);
         // Each may arrive by several devices.
-        most = steering.count_by(socket, flows)?.max(most);
-        steering.forget_by(socket, &all)?;
+        most = most.and_then(|most| ended.map(|count| count.max(most)));
     }
-    Ok(most)
+    most
 }
 
 /// The devices by which connections arrive.

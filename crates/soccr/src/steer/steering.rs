@@ -216,8 +216,8 @@ impl Steering {
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn stop(&self, flows: &[Flow]) -> Result<usize> {
         with_socket(|socket| {
-            let stopped = self.count_by(socket, flows)?;
-            self.forget_by(socket, flows).map(|()| stopped)
+            let stopped = self.count_by(socket, flows);
+            self.forget_by(socket, flows).and(stopped)
         })
     }
 
@@ -232,6 +232,17 @@ impl Steering {
             }
         }
         Ok(steered)
+    }
+
+    /// Those of the connections that are in the map: all that are steered, and maybe some whose steering has ended by itself. Packets do
+    /// not change that meanwhile.
+    pub(super) fn entered_by(&self, socket: &mut Socket, flows: &[Flow]) -> Result<Vec<Flow>> {
+        let mut entered = Vec::new();
+        for ipv6 in [false, true] {
+            let present = self.present(socket, ipv6, &of_family(flows, ipv6), &[TO]).map_err(failed)?;
+            entered.extend(present.into_iter().filter(|(_, entry)| entry.steered).map(|(flow, _)| flow));
+        }
+        Ok(entered)
     }
 
     /// Ends the steering of those of the connections that are steered.

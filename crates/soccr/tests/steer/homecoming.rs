@@ -1,13 +1,17 @@
 //! Connections that are expected home.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
 use soccr::Flow;
 use soccr::lock::{Locker, Mode};
-use soccr::steer::{Homecoming, Steering, Times};
+use soccr::steer::{Homecoming, Steered, Steering, Times, stop};
 use soccr_lab::{sysctl, wait_until};
 
 use super::Net;
-use super::devices::{connect_by_another, send};
-use super::tables::{contents, resets};
+use super::devices::{connect_by_another, raw, send, send_by};
+use super::tables::{contents, flows, resets, segment, stray_segment};
 
 /// A connection can arrive by several devices. While it is expected, packets that come by neither of them are steered.
 pub fn by_whichever_device_it_arrives() {
@@ -37,4 +41,66 @@ pub fn by_whichever_device_it_arrives() {
         homecoming.arrived(&[flow]).unwrap();
         assert_eq!(contents(), []);
     });
+}
+
+/// By a device that is gone nothing arrives: it is in nobody's way.
+pub fn by_a_device_that_is_gone() {
+    let lan = Net::flat();
+    let [home, away, peer] = &lan.hosts;
+    connect_by_another(home, peer);
+    let flows = flows(2, false);
+    home.run(|| {
+        Steering::open("eth1", "eth0", Times::default()).unwrap().steer(&flows, away.v4.into()).unwrap();
+        home.namespace.rtnetlink().unwrap().remove_link("eth1").unwrap();
+        let mut homecoming = Homecoming::new(&Locker::new(Mode::HOLD).unwrap()).unwrap();
+        homecoming.expect(&flows[..1]).unwrap();
+        homecoming.expect(&flows).unwrap();
+        homecoming.arrived(&flows).unwrap();
+        assert_eq!(contents(), []);
+    });
+}
+
+pub fn while_packets_change_the_sets() {
+    const RST: u8 = 0x04;
+    let lan = Net::flat();
+    let [home, away, _] = &lan.hosts;
+    let flows = flows(2000, false);
+    let mut times = Times::default();
+    times.reset = Duration::from_millis(100);
+    let steering = home.run(|| Steering::open("eth0", "eth0", times)).unwrap();
+    let steer = || home.run(|| steering.steer(&flows, away.v4.into())).unwrap();
+    steer();
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let socket = raw(&lan.peer, None);
+            let mut all = flows.iter().cycle();
+            while !is_over.load(Ordering::Relaxed) {
+                let flow = *all.next().unwrap();
+                // The connection ends soon, and then it does not, because packets go on.
+                for packet in [segment(flow, RST), stray_segment(flow)] {
+                    send_by(&socket, &packet, flow);
+                }
+            }
+        });
+        let outcome = home.run(|| {
+            wait_until("many seem to end", || {
+                let closing = |all: Vec<_>| all.iter().filter(|one: &&Steered| one.closing).count();
+                steering.contents().map(closing).is_ok_and(|count| count > 200)
+            });
+            for _ in 0..2 {
+                steering.contents()?;
+            }
+            let mut homecoming = Homecoming::new(&Locker::new(Mode::HOLD)?)?;
+            homecoming.expect(&flows)?;
+            homecoming.arrived(&flows)?;
+            assert_eq!(contents(), []);
+            drop(homecoming);
+            steer();
+            stop(&flows)
+        });
+        is_over.store(true, Ordering::Relaxed);
+        outcome.unwrap();
+    });
+    assert_eq!(home.run(contents), []);
 }

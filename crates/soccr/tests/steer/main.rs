@@ -46,6 +46,8 @@ fn main() -> ExitCode {
         tables::a_next_hop_that_is_none_is_refused,
         tables::nothing_is_left_behind,
         homecoming::by_whichever_device_it_arrives,
+        homecoming::by_a_device_that_is_gone,
+        homecoming::while_packets_change_the_sets,
         delivery::numbers_of_others_are_refused,
         delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,

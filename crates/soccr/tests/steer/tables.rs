@@ -280,9 +280,14 @@ pub fn resets(lan: &Net) -> u32 {
 
 /// An ACK from the peer, which draws a reset where nobody knows the connection.
 pub fn stray_segment(flow: Flow) -> Vec<u8> {
+    segment(flow, 0x10)
+}
+
+/// A segment from the peer, with these flags.
+pub fn segment(flow: Flow, flags: u8) -> Vec<u8> {
     let (IpAddr::V4(from), IpAddr::V4(to)) = (flow.remote.ip(), flow.local.ip()) else { panic!("IPv4 only") };
     let ports = [flow.remote.port(), flow.local.port()].map(u16::to_be_bytes).concat();
-    let mut tcp = [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]].concat();
+    let mut tcp = [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0, 0, 0, 0]].concat();
     let pseudo = [&from.octets()[..], &to.octets(), &[0, 6, 0, tcp.len() as u8], &tcp].concat();
     let sum: u32 = pseudo.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     let sum = (sum & 0xffff) + (sum >> 16);
