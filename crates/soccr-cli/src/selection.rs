@@ -3,9 +3,10 @@
 pub(crate) mod matching;
 
 use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, RawFd};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use rustix::process::Pid;
 use soccr::Flow;
 use soccr_handover::ErrorKind;
@@ -63,18 +64,22 @@ impl Selection {
     }
 
     /// The connections that are asked for, all in the network namespace of the first. A connection that cannot be taken is
-    /// reported by itself.
+    /// reported by itself. `peer` is that of a connection whose peer the kernel has forgotten.
     ///
     /// # Errors
     /// No such process or connection.
-    pub(crate) fn find(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
+    pub(crate) fn find(
+        &self,
+        peer: Option<SocketAddr>,
+        fail: &mut impl FnMut(anyhow::Error),
+    ) -> Result<Vec<Captive>> {
         self.pid.iter().try_for_each(|pid| process::look_into(*pid))?;
         let mut has_failed = false;
         let fail = &mut |error| {
             has_failed = true;
             fail(error);
         };
-        let mut captives = self.select(fail)?;
+        let mut captives = self.select(peer, fail)?;
         let Some(first) = captives.first() else {
             match has_failed {
                 true => bail!("there is no other connection"),
@@ -82,17 +87,14 @@ impl Selection {
             }
         };
         let first = Identity::of_socket(first.as_fd())?;
-        captives.retain(|captive| match Identity::of_socket(captive.as_fd()) {
-            Ok(identity) if identity == first => true,
-            Ok(_) => {
-                fail(anyhow!("{}: it is in another network namespace: take it by itself", captive.name()));
-                false
+        let check = |captive: &Captive| {
+            if Identity::of_socket(captive.as_fd()).with_context(|| captive.name().to_owned())? != first {
+                bail!("{}: it is in another network namespace: take it by itself", captive.name());
             }
-            Err(error) => {
-                fail(anyhow::Error::new(error).context(captive.name().to_owned()));
-                false
-            }
-        });
+            captive.flow()?;
+            Ok(())
+        };
+        captives.retain(|captive| check(captive).map_err(&mut *fail).is_ok());
         if captives.is_empty() {
             bail!("there is no other connection");
         }
@@ -102,14 +104,14 @@ impl Selection {
         Ok(captives)
     }
 
-    fn select(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
+    fn select(&self, peer: Option<SocketAddr>, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
         let mut captives = Vec::new();
         let mut seen = HashSet::new();
         if !self.fd.is_empty() {
             let pid = self.one_process("--fd")?.context("--fd without --pid")?;
             let process = Process::open(pid)?;
             for fd in &self.fd {
-                match Captive::new(&process, *fd) {
+                match Captive::new(&process, *fd).map(|captive| captive.with_peer(peer)) {
                     Ok(captive) if seen.insert(captive.inode()) => captives.push(captive),
                     Ok(_) => {}
                     Err(error) => fail(error.into()),
@@ -134,7 +136,7 @@ impl Selection {
                 false => process::visible_sockets(pid, note)?,
             }
             for holder in holders {
-                match Captive::find(&process, holder.fd) {
+                match Captive::find(&process, holder.fd).map(|captive| Some(captive?.with_peer(peer))) {
                     Ok(None) => {}
                     Ok(Some(captive)) => match self.wants(&captive) {
                         Ok(true) => captives.push(captive),
@@ -199,8 +201,14 @@ impl Selection {
     }
 
     fn wants(&self, captive: &Captive) -> soccr_handover::Result<bool> {
-        let is_wanted = |flow: Flow| self.matching.wants(flow.local, flow.remote);
-        Ok(!self.matching.is_any() || captive.known_flow()?.is_some_and(is_wanted))
+        if !self.matching.is_any() {
+            return Ok(true);
+        }
+        let Some(Flow { local, remote }) = captive.known_flow()? else {
+            // The kernel has forgotten its peer.
+            return Ok(self.matching.wants(captive.local()?, (Ipv4Addr::UNSPECIFIED, 0).into()));
+        };
+        Ok(self.matching.wants(local, remote))
     }
 }
 

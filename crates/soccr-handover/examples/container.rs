@@ -52,7 +52,11 @@ fn give(pid: Pid, path: &str) -> Result<()> {
     let mut departing = Vec::new();
     for captive in captives {
         let name = captive.name().to_owned();
-        departing.push(mover.take_seat(captive.into_seat()?).named(name));
+        match captive.into_seat() {
+            Ok(seat) => departing.push(mover.take_seat(seat).named(name)),
+            // It has ended, and the kernel has forgotten its peer.
+            Err(why) => eprintln!("stays: {why}"),
+        }
     }
     let mut channel = UnixStream::connect(path)?;
     let outcomes = mover.sending(departing).used_by(keeper).through(&mut channel);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
+use soccr::connection::State;
 use soccr::settings::{Settings, Value};
 use soccr::{Connection, Flow, Position};
 
@@ -211,6 +212,10 @@ impl Seat {
         let socket = self.socket.as_fd();
         let system = |what: &'static str| move |errno: Errno| Error::of(ErrorKind::System, what, errno);
         let paused = soccr::pause(&socket)?;
+        if connection.control.state == State::SynSent {
+            paused.connect_anew(connection.flow(), connection.control.write_seq)?;
+            return self.set_reuse(connection);
+        }
         let mut steps = paused.restore(&connection.control, connection.buffers)?;
         match rustix::net::bind(socket, &connection.local) {
             // A socket that was bound to its port by bind(2) still has it. Any other has given it back, though getsockname(2) may still

@@ -28,6 +28,14 @@ use crate::sys::{descriptor, namespace, sockopt};
 use socket::{INET_DIAG_CONG, INET_DIAG_INFO, decode};
 pub use socket::{Socket, Timer};
 
+/// The state of the connection in a TCP socket (`TCP_INFO`).
+///
+/// # Errors
+/// System: the option, of any other socket.
+pub fn state<Fd: AsFd + ?Sized>(socket: &Fd) -> Result<State> {
+    crate::save::state(socket.as_fd()).map_err(|error| error.at("diag"))
+}
+
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 const RTM_GETLINK: u16 = 18;
@@ -204,8 +212,12 @@ impl Diag {
         }
     }
 
-    /// The peer of the connection in SYN_SENT that has this cookie: `getpeername(2)` does not tell it yet.
-    pub(crate) fn peer_of_handshake(&mut self, local: SocketAddr, cookie: u64) -> Result<Option<SocketAddr>> {
+    /// The peer of the connection in SYN_SENT that has this address and this cookie (`SO_COOKIE`): `getpeername(2)` does not tell it
+    /// yet. `None` where there is none.
+    ///
+    /// # Errors
+    /// The errors of `sock_diag(7)`.
+    pub fn peer_of_handshake(&mut self, local: SocketAddr, cookie: u64) -> Result<Option<SocketAddr>> {
         let states = 1 << State::SynSent as u8;
         let request =
             Request { family: family(local), states, local: Some(local), dump: true, ..Request::default() };

@@ -62,7 +62,7 @@ pub(crate) struct Save {
     #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
         value_parser = value_parser!(u64).range(..=86400), conflicts_with = "keep")]
     silence: u64,
-    /// The address of the peer, for a connection that both ends have closed
+    /// The address of the peer, for a connection that was reset, or that both ends have closed
     #[arg(long, value_name = "ADDRESS:PORT")]
     forgotten_peer: Option<SocketAddr>,
 }
@@ -89,14 +89,14 @@ impl Save {
             exit::complain(&exit::line(&error));
             failed += 1;
         };
-        let captives = self.selection.find(&mut fail)?;
+        let captives = self.selection.find(self.forgotten_peer, &mut fail)?;
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
         let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).collect();
         let sink = self.open()?;
         let mut keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
         namespace::enter_of(sockets[0]).with_context(|| captives[0].name().to_owned())?;
         let mut known = Vec::with_capacity(captives.len());
-        for captive in captives.into_iter().map(|captive| captive.with_peer(self.forgotten_peer)) {
+        for captive in captives {
             let name = captive.name().to_owned();
             match self.take(captive) {
                 Ok(seat) => known.push((name, seat)),

@@ -113,8 +113,8 @@ impl Send {
         };
         let mut captives = match self.listener {
             true if !self.selection.is_any() => Vec::new(),
-            true => self.selection.find(&mut fail).unwrap_or_default(),
-            false => self.selection.find(&mut fail)?,
+            true => self.selection.find(None, &mut fail).unwrap_or_default(),
+            false => self.selection.find(None, &mut fail)?,
         };
         // Sockets that cannot be had.
         let unseen = failed;
@@ -144,11 +144,22 @@ impl Send {
         }));
         let heard = Arc::new(Heard::default());
         let mover = self.mover(sockets.len(), Arc::clone(&heard))?;
-        let mut names: Vec<String> = captives.iter().map(|captive| captive.name().to_owned()).collect();
         let waiting = backlog.seats()?;
         let mut departing = Vec::with_capacity(sockets.len());
-        for (captive, name) in captives.into_iter().zip(&names) {
-            let leaves = mover.take_seat(captive.into_seat()?).named(name);
+        let mut names = Vec::with_capacity(sockets.len());
+        for captive in captives {
+            let name = captive.name().to_owned();
+            let seat = match captive.into_seat() {
+                Ok(seat) => seat,
+                // It has ended a moment ago.
+                Err(error) => {
+                    exit::complain(&error.to_string());
+                    failed += 1;
+                    continue;
+                }
+            };
+            let leaves = mover.take_seat(seat).named(&name);
+            names.push(name);
             departing.push(match idle {
                 Some(time) => leaves.provided(move |socket| is_still_idle(socket, time)),
                 None => leaves,
@@ -157,6 +168,9 @@ impl Send {
         for (name, seat) in waiting {
             departing.push(mover.take_seat(seat).named(&name));
             names.push(name);
+        }
+        if departing.is_empty() {
+            return Ok(Exit::Failed);
         }
         let flows: Vec<Flow> = departing.iter().map(|departing| departing.flow()).collect();
         let (path, _made) = self.path(&flows)?;

@@ -1,15 +1,21 @@
-//! Which connections of which processes `send` moves.
+//! Which connections of which processes `send` and `save` take.
 
-use std::io::{BufRead, BufReader, Seek};
+use std::io::{BufRead, BufReader, Seek, Write};
+use std::net::TcpListener;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use soccr_lab::{Lab, Side};
+use soccr_lab::{Lab, Pair, Side, attach_filter, wait_until};
 
-use crate::programs::{HEIR, Program, SERVER, SOCCR, ask, connect, installed, python, run, soccr};
+use crate::programs::{
+    HEIR, Program, SERVER, SOCCR, ask, connect, fail, installed, json, python, run, soccr, succeed,
+};
 
 crate::tests![
     connections_are_chosen_by_process_and_by_peer,
     descendants_that_have_ended_or_hide_are_no_obstacle,
+    what_is_still_connecting_is_taken_too,
+    what_was_reset_with_unread_bytes_is_taken_or_named,
 ];
 
 /// A shell whose child has the connections.
@@ -114,4 +120,153 @@ fn descendants_that_have_ended_or_hide_are_no_obstacle() {
         soccr(&["receive", "--", "python3", "-c", HEIR, "new "]).stdin(stream).stderr(Stdio::null()),
     );
     assert_eq!(ask(&mut client, "more", "new "), "new more");
+}
+
+/// Has a connection to port 7, and connects two sockets to port 8, which takes long; to one of them it has given a port.
+const CONNECTING: &str = r#"
+import signal, socket, sys
+established = socket.create_connection((sys.argv[1], 7))
+connecting = [socket.socket(), socket.socket()]
+connecting[1].bind(("", 5000))
+for one in connecting:
+    one.setblocking(False)
+    one.connect_ex((sys.argv[1], 8))
+    one.setblocking(True)
+signal.pause()
+"#;
+
+/// The connections of a process: their ends and their states.
+fn connections(pid: &str) -> Vec<[String; 3]> {
+    let sockets = json(&["list", "--json", "--pid", pid]);
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    let mut connections: Vec<_> =
+        sockets.iter().map(|socket| ["local", "remote", "state"].map(|field| text(&socket[field]))).collect();
+    connections.sort_by_key(|[local, remote, _]| (remote.clone(), local.clone()));
+    connections
+}
+
+/// Lets a listener hear nothing, or everything.
+fn set_hearing(listener: &TcpListener, hears: bool) {
+    let bytes = if hears { u32::MAX } else { 0 };
+    let code = (libc::BPF_RET | libc::BPF_K) as u16;
+    attach_filter(listener, &[libc::sock_filter { code, jt: 0, jf: 0, k: bytes }]).unwrap();
+}
+
+fn what_is_still_connecting_is_taken_too() {
+    if !installed("python3") {
+        return;
+    }
+    let pair = Pair::new().unwrap();
+    let [listener, deaf] = [7, 8].map(|port| pair.b.run(|| TcpListener::bind((pair.b.v4, port)).unwrap()));
+    set_hearing(&deaf, false);
+    let client = pair.a.run(|| Program::start(&mut python(CONNECTING, &[&pair.b.v4.to_string()])));
+    let pid = client.pid();
+    let mut first = listener.accept().unwrap().0;
+    wait_until("it connects", || connections(&pid).len() == 3);
+    let before: [_; 3] = connections(&pid).try_into().unwrap();
+    assert_eq!(before.each_ref().map(|connection| &connection[2]), ["ESTABLISHED", "SYN_SENT", "SYN_SENT"]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    // From another network; and by its port, of which only that network knows.
+    succeed(&["save", "--keep", "--pid", &pid, "--port", "5000", "-o", &path("one")]);
+    assert_eq!(soccr_image::load_file(path("one")).unwrap().remote.port(), 8);
+    assert_eq!(connections(&pid), before);
+    succeed(&["save", "--pid", &pid, "--all", "-o", &path("all")]);
+    let heir = pair.a.run(|| {
+        let arguments = ["restore", &path("all"), "--", "python3", "-c", HEIR, "new "];
+        Program::start(soccr(&arguments).stderr(Stdio::null()))
+    });
+    assert_eq!(ask(&mut first, "more", "new "), "new more");
+    assert_eq!(connections(&heir.pid()), before);
+    set_hearing(&deaf, true);
+    deaf.set_nonblocking(true).unwrap();
+    let mut others = Vec::new();
+    wait_until("they are connected", || {
+        others.extend(deaf.accept().ok());
+        others.len() == 2
+    });
+    others.sort_by_key(|(_, address)| address.to_string());
+    for ((mut other, address), before) in others.into_iter().zip(&before[1..]) {
+        assert_eq!(address.to_string(), before[0]);
+        other.set_nonblocking(false).unwrap();
+        assert_eq!(ask(&mut other, "more", "new "), "new more");
+    }
+}
+
+/// Accepts two connections, waits until the second is reset, and reads of the first. It also has sockets that are not connected, one of
+/// which nobody wanted to connect to.
+const RESET: &str = r#"
+import select, socket
+listener = socket.create_server(("", 7))
+first, second = listener.accept()[0], listener.accept()[0]
+sockets = [socket.socket(), socket.socket()]
+sockets[1].connect_ex(("127.0.0.1", 9))
+poll = select.poll()
+poll.register(second, 0)
+poll.poll()
+print(second.fileno(), flush=True)
+while data := first.recv(100):
+    first.sendall(b"old " + data)
+"#;
+
+/// Tells what it can read of the connection that was reset, and how that ends; then it serves the other one.
+const READER: &str = r#"
+import socket
+for fd in (3, 4):
+    connection = socket.socket(fileno=fd)
+    try:
+        connection.getpeername()
+        other = connection
+    except OSError:
+        reset = connection
+print(reset.recv(100), flush=True)
+try:
+    reset.recv(100)
+except OSError as error:
+    print(error.errno, flush=True)
+other.sendall(b"new " + other.recv(100))
+"#;
+
+fn what_was_reset_with_unread_bytes_is_taken_or_named() {
+    if !installed("python3") {
+        return;
+    }
+    let mut server = Program::start(python(RESET, &[]).stderr(Stdio::null()));
+    let pid = server.pid();
+    let mut first = connect(([127, 0, 0, 1], 7));
+    let mut second = connect(([127, 0, 0, 1], 7));
+    let peer = second.local_addr().unwrap().to_string();
+    second.write_all(b"unread").unwrap();
+    rustix::net::sockopt::set_socket_linger(&second, Some(Duration::ZERO)).unwrap();
+    drop(second);
+    let mut fd = String::new();
+    BufReader::new(server.0.stdout.take().unwrap()).read_line(&mut fd).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let named = format!("soccr: pid {pid} fd {}: it is not connected (", fd.trim_end());
+    for which in [&["--all"][..], &["--port", "7"]] {
+        let save = ["save", "--keep", "--pid", &pid, "--with-local", "-o", &path("first"), "--force"];
+        let complaint = fail(3, &[&save, which].concat());
+        assert!(complaint.starts_with(&named) && complaint.lines().count() == 1, "{complaint}");
+        assert_eq!(soccr_image::load_file(path("first")).unwrap().remote, first.local_addr().unwrap());
+    }
+    let asked = run(&[
+        "send",
+        "--pid",
+        &pid,
+        "--all",
+        "--with-local",
+        "--dry-run",
+        "--via",
+        &format!("{SOCCR} receive -- true"),
+    ]);
+    assert_eq!(asked.status.code(), Some(3), "{asked:?}");
+    assert!(String::from_utf8_lossy(&asked.stdout).contains("1 of 1 would move"), "{asked:?}");
+    let save =
+        ["save", "--pid", &pid, "--all", "--with-local", "-o", &path("both"), "--forgotten-peer", &peer];
+    succeed(&save);
+    let arguments = ["restore", &path("both"), "--", "python3", "-c", READER];
+    let heir = Program::start(soccr(&arguments).stdout(Stdio::piped()).stderr(Stdio::null()));
+    assert_eq!(ask(&mut first, "more", "new "), "new more");
+    assert_eq!(heir.output(), "b'unread'\n104\n");
 }

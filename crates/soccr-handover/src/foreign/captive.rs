@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{ipproto, sockopt};
 use soccr::Flow;
+use soccr::connection::State;
 use soccr::diag::Diag;
 
+use super::namespace::{self, Identity};
 use super::process::{self, Process};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::seat::Seat;
@@ -38,7 +40,8 @@ impl Captive {
         }
     }
 
-    /// Duplicates a descriptor of a process, if it is an end of a connection.
+    /// Duplicates a descriptor of a process, if it is an end of a connection: one that is not established yet, and one that has ended
+    /// but for unread bytes, included.
     pub fn find(process: &Process, fd: RawFd) -> Result<Option<Self>> {
         let Some(socket) = process.descriptor_if_open(fd).transpose() else { return Ok(None) };
         let captive = Self::of(process, fd, socket)?;
@@ -73,8 +76,19 @@ impl Captive {
         }
         match rustix::net::getpeername(&self.socket) {
             Ok(_) => Ok(true),
-            Err(Errno::NOTCONN) => Ok(false),
+            Err(Errno::NOTCONN) => self.is_connecting_or_unread(),
             Err(error) => Err(self.failed("getpeername", error)),
+        }
+    }
+
+    /// Of two kinds of connections the kernel does not tell the peer: those that are not established yet, and those that were reset, or
+    /// closed by both ends, and have unread bytes.
+    fn is_connecting_or_unread(&self) -> Result<bool> {
+        match soccr::diag::state(&self.socket).with_context(|| self.name.clone())? {
+            State::Close => ioctl_fionread(&self.socket)
+                .map(|unread| unread > 0)
+                .map_err(|error| self.failed("FIONREAD", error)),
+            _ => Ok(true),
         }
     }
 
@@ -92,13 +106,19 @@ impl Captive {
         self.inode
     }
 
-    /// Its addresses; to be called in its network namespace.
+    /// Its own address.
+    pub fn local(&self) -> Result<SocketAddr> {
+        self.local_address().with_context(|| self.name.clone())
+    }
+
+    /// Its addresses; to be called in its network namespace, or before this process starts a thread.
     ///
     /// # Errors
     /// The socket is not connected, or the kernel has forgotten its peer.
     pub fn flow(&self) -> Result<Flow> {
         self.known_flow()?.ok_or_else(|| {
-            let what = "it is not connected (where both ends have closed, and its peer is forgotten, name that by --forgotten-peer)";
+            let what = "it is not connected (where it was reset, or both ends have closed, its peer is forgotten: \
+                        `soccr save --forgotten-peer` names that)";
             Error::system(format!("{}: {what}", self.name))
         })
     }
@@ -118,21 +138,35 @@ impl Captive {
     }
 
     fn addresses(&self) -> Result<Option<Flow>> {
-        let local = rustix::net::getsockname(&self.socket).context("getsockname")?;
-        let Ok(local) = SocketAddr::try_from(local) else {
-            return Err(Error::system("it is no TCP socket"));
+        let local = self.local_address()?;
+        let connected = || rustix::net::getpeername(&self.socket).ok().flatten()?.try_into().ok();
+        let remote = match connected().or(self.peer) {
+            // It may be connected since.
+            None => self.peer_of_handshake(local)?.or_else(connected),
+            known => known,
         };
-        let known = rustix::net::getpeername(&self.socket).ok().flatten();
-        if let Some(remote) = known.and_then(|address| address.try_into().ok()).or(self.peer) {
-            return Ok(Some(Flow { local, remote }));
-        }
-        // In SYN_SENT only sock_diag tells the peer.
-        let mut remote = None;
-        Diag::open()?.visit(|socket| {
-            if u64::from(socket.inode) == self.inode && socket.remote.port() != 0 {
-                remote = Some(socket.remote);
-            }
-        })?;
         Ok(remote.map(|remote| Flow { local, remote }))
+    }
+
+    fn local_address(&self) -> Result<SocketAddr> {
+        let local = rustix::net::getsockname(&self.socket).context("getsockname")?;
+        SocketAddr::try_from(local).map_err(|_| Error::system("it is no TCP socket"))
+    }
+
+    /// In SYN_SENT only sock_diag tells the peer, in the network namespace of the socket.
+    fn peer_of_handshake(&self, local: SocketAddr) -> Result<Option<SocketAddr>> {
+        if soccr::diag::state(&self.socket)? != State::SynSent {
+            return Ok(None);
+        }
+        let cookie = sockopt::socket_cookie(&self.socket).context("SO_COOKIE")?;
+        let ask = || Ok(Diag::open()?.peer_of_handshake(local, cookie)?);
+        if Identity::here()? == Identity::of_socket(self.as_fd())? {
+            return ask();
+        }
+        let answer = namespace::ask_beside(self.as_fd(), || match ask() {
+            Ok(peer) => peer.map(|peer| peer.to_string()).unwrap_or_default().into_bytes(),
+            Err(_) => Vec::new(),
+        })?;
+        Ok(String::from_utf8_lossy(&answer).parse().ok())
     }
 }

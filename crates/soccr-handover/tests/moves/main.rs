@@ -1,6 +1,7 @@
 //! Connections and the state of their owners move between two ends of a channel, on the real kernel.
 
 mod broken;
+mod seat;
 mod silence;
 mod tls;
 
@@ -27,6 +28,7 @@ use broken::{
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_target_that_ends_before_the_commit_leaves_it_here,
 };
+use seat::a_handshake_comes_back;
 use silence::{a_silence_begins_again, silences_do_not_end_each_other};
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 
@@ -51,6 +53,7 @@ soccr_lab::tests![
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,
+    a_handshake_comes_back,
     a_silence_begins_again,
     silences_do_not_end_each_other,
     with_kernel_tls_it_moves_with_its_session,

@@ -12,8 +12,13 @@ use crate::sys::tcp::{self, Queue, Repair};
 
 /// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
 pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Result<()> {
-    bind_anew(fd, flow.local, write_seq)?;
-    start_handshake(fd, flow.remote)
+    match bind_anew(fd, flow.local, write_seq) {
+        // A socket that got its port by bind(2) still has that, and maybe no address: connect(2) chooses it again.
+        Err(error) if error.errno() == Some(libc::EINVAL) => leave_repair_at(fd, write_seq)?,
+        bound => bound?,
+    }
+    start_handshake(fd, flow.remote)?;
+    derived::check_local(fd, flow.local)
 }
 
 /// Readies a fresh socket for the same SYN once more. A peer that has answered the first one refuses the connection for
@@ -23,6 +28,10 @@ pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -
     tcp::set_repair(fd, Repair::On)?;
     bind(fd, local)?;
     derived::check_local(fd, local)?;
+    leave_repair_at(fd, write_seq)
+}
+
+fn leave_repair_at(fd: BorrowedFd<'_>, write_seq: u32) -> Result<()> {
     tcp::set_queue_seq(fd, Queue::Send, write_seq.wrapping_sub(1))?;
     tcp::set_repair(fd, Repair::OffNoProbe)
 }
