@@ -344,10 +344,10 @@ impl Arrival {
             }
             Deed::Refuse(id) => {
                 let reason = self.refusals.remove(&id).or_else(|| self.stopped.clone()).unwrap_or_default();
-                match (self.lost.contains(&id), &self.writer) {
+                match (self.lost.contains(&id), self.is_heard()) {
                     (true, _) => self.shared.tell(Event::Lost { number: id, reason: &reason }),
-                    (false, Some(_)) => self.shared.tell(Event::Refused { number: id, reason: &reason }),
-                    (false, None) => drop(self.unheard_refusals.insert(id, reason.clone())),
+                    (false, true) => self.shared.tell(Event::Refused { number: id, reason: &reason }),
+                    (false, false) => drop(self.unheard_refusals.insert(id, reason.clone())),
                 }
                 self.say(&Message::Refused { connection: id, reason });
             }
@@ -384,6 +384,11 @@ impl Arrival {
         if let Some(writer) = &mut self.writer {
             writer.send(message).expect("memory takes every byte");
         }
+    }
+
+    /// Whether the source may still hear what is said, and take back what is refused.
+    fn is_heard(&mut self) -> bool {
+        self.writer.as_mut().is_some_and(|writer| !writer.get_mut().is_cut())
     }
 
     /// The source hears nothing any more: its notes are told here.

@@ -90,6 +90,11 @@ impl Outbox {
         self.cut.unwrap_or(self.before + self.written.max(self.doubtful) as u64)
     }
 
+    /// Whether no more is taken.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.cut.is_some()
+    }
+
     /// Throws away what is not written, now and later.
     pub(crate) fn cut(&mut self) {
         self.cut = Some(self.passed_on());

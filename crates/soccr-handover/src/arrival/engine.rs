@@ -28,7 +28,7 @@ impl Engine for Arrival {
                 Ok(_) => {}
                 Err(error) => match error.connection() {
                     // Nobody would take the connection back; the peer sends the held packets again.
-                    Some(id) if self.writer.is_none() && self.machine.waits(id) => self.shared.warn(error),
+                    Some(id) if !self.is_heard() && self.machine.waits(id) => self.shared.warn(error),
                     Some(id) => {
                         self.state = None;
                         self.refuse(id, error);

@@ -179,7 +179,8 @@ impl Arrival {
         // A source on this host is silent about what has left it, since a moment ago if it does not hear us. That lock does not stop the
         // segments that a restore plays to its socket.
         let silent = self.shared.end_silence(&flows).map_err(|error| error.to_string());
-        if let (Err(error), None) = (&silent, &self.writer) {
+        let is_heard = self.is_heard();
+        if let (Err(error), false) = (&silent, is_heard) {
             // Nobody would take them back.
             self.shared.warn(error);
         }
@@ -187,7 +188,7 @@ impl Arrival {
             let mut waiting = others.remove(&id).expect("each comes back once");
             let inspected = self.inspect(&waiting.name, outcome);
             match inspected.and_then(|restored| match &silent {
-                Err(error) if self.writer.is_some() => Err(error.clone()),
+                Err(error) if is_heard => Err(error.clone()),
                 _ => Ok(restored),
             }) {
                 Ok(restored) => {
@@ -196,7 +197,7 @@ impl Arrival {
                     self.take(id);
                 }
                 Err(reason) => {
-                    if self.writer.is_none() {
+                    if !is_heard {
                         self.lost.insert(id);
                     }
                     self.held_bytes -= bytes_of_packets(&waiting.held);

@@ -1,8 +1,11 @@
 //! What breaks on the way: who has the connection then.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
+
+use soccr_image::stream::{Message, Place};
 
 use super::*;
 
@@ -297,4 +300,64 @@ pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
     });
     assert_eq!(free, 0);
     assert_alive(&ours, &peer);
+}
+
+/// A source that says the next thing when nothing waits to be read by it, and never reads.
+struct Deaf(VecDeque<Vec<u8>>);
+
+impl Channel for Deaf {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        if !output.is_empty() {
+            thread::sleep(deadline.unwrap().saturating_duration_since(Instant::now()));
+            return Ok(Exchanged::default());
+        }
+        let words = self.0.pop_front().unwrap_or_default();
+        input[..words.len()].copy_from_slice(&words);
+        Ok(Exchanged { written: 0, read: Some(words.len()) })
+    }
+}
+
+/// This network, as a target here names it.
+fn place() -> Place {
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    let begin = Message::Begin { connections: 0, answers: true, notes: false, place: None, steered: None };
+    soccr_image::stream::Writer::new(&here).unwrap().send(&begin).unwrap();
+    let first = soccr_image::stream::Reader::new(&here).unwrap().receive().unwrap();
+    drop(here);
+    assert!(listening.join().unwrap().is_empty());
+    match first {
+        Some(Message::Here { place }) => place,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub fn a_target_that_is_not_heard_tells_what_is_lost() {
+    let (ours, peers) = connect(1);
+    // Its socket stays: it cannot be restored beside that.
+    let saved = soccr::pause(&ours[0]).unwrap().save().unwrap();
+    let mut writer = soccr_image::stream::Writer::new(Vec::new()).unwrap();
+    let place = Some(place());
+    let begin = Message::Begin { connections: 1, answers: true, notes: false, place, steered: None };
+    writer.send(&begin).unwrap();
+    writer.connection(1, "x", &saved).unwrap();
+    let offer = std::mem::take(writer.get_mut());
+    writer.send(&Message::Commit { connection: 1 }).unwrap();
+    let commit = std::mem::take(writer.get_mut());
+    let (tell, told) = channel();
+    let mover = hasty().on_event(move |event| match event {
+        Event::Lost { number, .. } => tell.send(("lost", number)).unwrap(),
+        Event::Refused { number, .. } => tell.send(("refused", number)).unwrap(),
+        _ => {}
+    });
+    let mut arriving = mover.listen(Deaf([offer, commit].into()));
+    assert_eq!(arriving.next().unwrap_err().kind(), ErrorKind::Gone);
+    drop(arriving);
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [("lost", 1)]);
+    assert_alive(&ours[0], &peers[0]);
 }
