@@ -26,6 +26,8 @@ const LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Stopped {
     threads: BTreeMap<i32, Thread>,
+    /// How long to wait for a thread: no longer at all once one has not stopped.
+    limit: Duration,
     /// Only the thread that has seized another can stop or continue it.
     same_thread: PhantomData<*const ()>,
 }
@@ -51,7 +53,7 @@ impl Stopped {
     /// `EPERM` where one belongs to another user, or is traced already; or a thread waits for a device.
     pub fn stop(sharing: &mut Sharing) -> Result<Self> {
         sharing.look_again()?;
-        let mut stopped = Self { threads: BTreeMap::new(), same_thread: PhantomData };
+        let mut stopped = Self { threads: BTreeMap::new(), limit: LIMIT, same_thread: PhantomData };
         loop {
             // A thread may have started another one before it stopped, and a process another process.
             if !stopped.seize_new_threads(sharing.processes())? && !sharing.look_again()? {
@@ -70,8 +72,9 @@ impl Stopped {
             }
         }
         let start = Instant::now();
-        for thread in self.threads.values_mut().filter(running) {
-            while thread.state == State::Running {
+        loop {
+            let mut late = None;
+            for thread in self.threads.values_mut().filter(running) {
                 match sys::status(thread.id) {
                     Ok(Some(status)) => {
                         thread.state = after(status);
@@ -80,16 +83,18 @@ impl Stopped {
                             let _ = sys::make_call_again(thread.id);
                         }
                     }
-                    Ok(None) if start.elapsed() > LIMIT => {
-                        let what = format!("thread {} does not stop: it waits for a device", thread.id);
-                        return Err(Error::system(what));
-                    }
-                    Ok(None) => std::thread::sleep(Duration::from_micros(20)),
+                    Ok(None) => late = late.or(Some(thread.id)),
                     Err(_) => thread.state = State::Gone,
                 }
             }
+            let Some(late) = late else { return Ok(()) };
+            if start.elapsed() > self.limit {
+                // Those that have stopped do not stand still for it once more.
+                self.limit = Duration::ZERO;
+                return Err(Error::system(format!("thread {late} does not stop: it waits for a device")));
+            }
+            std::thread::sleep(Duration::from_micros(20));
         }
-        Ok(())
     }
 
     /// Whether there were new ones.

@@ -3,6 +3,7 @@
 mod broken;
 mod seat;
 mod silence;
+mod stop;
 mod tls;
 
 use std::io::{self, Read, Write};
@@ -30,6 +31,7 @@ use broken::{
 };
 use seat::a_handshake_comes_back;
 use silence::{a_silence_begins_again, silences_do_not_end_each_other};
+use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 
 soccr_lab::tests![
@@ -57,6 +59,7 @@ soccr_lab::tests![
     a_handshake_comes_back,
     a_silence_begins_again,
     silences_do_not_end_each_other,
+    a_thread_that_does_not_stop_holds_no_other_up,
     with_kernel_tls_it_moves_with_its_session,
     with_kernel_tls_what_is_refused_goes_on,
 ];

@@ -1,0 +1,66 @@
+//! Other processes stand still for an instant.
+
+use std::fs::File;
+use std::process::{Command, Stdio};
+
+use rustix::fs::fstat;
+use rustix::io::ioctl_fionbio;
+use soccr_handover::foreign::{Sharing, Stopped};
+use soccr_lab::wait_until;
+
+use super::*;
+
+/// A thread ticks; another one is in `vfork(2)` until its child can open a FIFO, and until then nothing but a kill ends that.
+const PROGRAM: &str = r#"
+import ctypes, os, sys, threading, time
+def tick():
+    while True:
+        os.write(1, b".")
+        time.sleep(0.01)
+threading.Thread(target=tick, daemon=True).start()
+c = ctypes.CDLL(None)
+actions, child = ctypes.create_string_buffer(256), ctypes.c_int()
+c.posix_spawn_file_actions_init(actions)
+c.posix_spawn_file_actions_addopen(actions, 9, sys.argv[1].encode(), os.O_RDONLY, 0)
+arguments = (ctypes.c_char_p * 2)(b"true", None)
+c.posix_spawn(ctypes.byref(child), b"/bin/true", actions, None, arguments, arguments)
+"#;
+
+pub fn a_thread_that_does_not_stop_holds_no_other_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let (socket, _other_end) = UnixStream::pair().unwrap();
+    let inode = fstat(&socket).unwrap().st_ino;
+    let program = Command::new("python3")
+        .args(["-c", PROGRAM])
+        .arg(&fifo)
+        .stdin(Stdio::from(std::os::fd::OwnedFd::from(socket)))
+        .stdout(Stdio::piped())
+        .spawn();
+    // There is no python3.
+    let Ok(mut program) = program else { return };
+    let mut ticks = program.stdout.take().unwrap();
+    ioctl_fionbio(&ticks, true).unwrap();
+    let mut ticked = || {
+        let mut length = 0;
+        while let Ok(more @ 1..) = ticks.read(&mut [0; 4096]) {
+            length += more;
+        }
+        length > 0
+    };
+    wait_until("it ticks", &mut ticked);
+    wait_until("it waits for its child", || {
+        let status = std::fs::read_to_string(format!("/proc/{}/stat", program.id())).unwrap();
+        status.split_once(") ").unwrap().1.starts_with('D')
+    });
+    let mut sharing = Sharing::find(&[inode]).unwrap();
+    let error = Stopped::stop(&mut sharing).unwrap_err();
+    assert!(error.to_string().contains(&format!("thread {} does not stop", program.id())), "{error}");
+    ticked();
+    // This thread goes on tracing it.
+    wait_until("it ticks again", &mut ticked);
+    drop(File::options().write(true).open(&fifo).unwrap());
+    program.kill().unwrap();
+    program.wait().unwrap();
+}
