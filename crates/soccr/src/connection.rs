@@ -97,7 +97,7 @@ pub struct ControlBlock {
     pub reset: bool,
     /// What the two ends agreed upon when they connected.
     pub options: Options,
-    /// The windows; `None` where the kernel is older than `TCP_REPAIR_WINDOW` (Linux 4.8).
+    /// The windows; `None` where an image does not tell them, as CRIU's of kernels before Linux 4.8.
     pub window: Option<Window>,
 }
 

@@ -90,9 +90,8 @@ pub(crate) fn acknowledgement(
     };
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     tcp::select_queue(fd, None)?;
-    let room = tcp::window(fd)?.map_or(i32::from(i16::MAX), |window| {
-        window.rcv_wup.wrapping_add(window.rcv_wnd).wrapping_sub(rcv_nxt) as i32
-    });
+    let window = tcp::window(fd)?;
+    let room = window.rcv_wup.wrapping_add(window.rcv_wnd).wrapping_sub(rcv_nxt) as i32;
     let clock = match control.options.timestamps {
         // An echo of zero says nothing, and Linux takes no round-trip time from it.
         Some(_) => Some((tcp::timestamp(fd)?, 0)),

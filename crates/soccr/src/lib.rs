@@ -11,7 +11,7 @@
 //!                     └──────────────── any bytes, any time ────────┘
 //! ```
 //!
-//! It rests on `TCP_REPAIR` (Linux 3.5; 4.8 for windows, 5.14 for buffers that stay tuned), and needs `CAP_NET_ADMIN` and
+//! It rests on `TCP_REPAIR` (Linux 4.12; 5.14 for buffers that stay tuned), and needs `CAP_NET_ADMIN` and
 //! `CAP_NET_RAW` in the user namespace that owns the network namespace: root, or anybody under `unshare -Urn`.
 //!
 //! # Example

@@ -344,7 +344,7 @@ impl<'fd> Restore<'fd> {
 
     /// Makes room for the segments that are injected, and says what they have to tell.
     fn seen_from_peer(&self) -> Result<ControlBlock> {
-        let window = self.open_window()?;
+        let window = Some(self.open_window()?);
         Ok(ControlBlock { window, ..self.control.clone() })
     }
 
@@ -364,9 +364,7 @@ impl<'fd> Restore<'fd> {
 
     /// Runs `write` out of repair mode, while the peer's window seems closed: what it writes is queued, not sent.
     fn with_closed_window(&mut self, write: impl FnOnce(BorrowedFd<'fd>) -> Result<()>) -> Result<()> {
-        if self.open_window()?.is_none() {
-            return Err(Error::refused("unsent bytes", "the kernel lacks TCP_REPAIR_WINDOW (Linux 4.8)"));
-        }
+        self.open_window()?;
         // Out of repair mode it may be limited to what TCP_NOTSENT_LOWAT allows.
         let (level, name, text) = (tcp::SOL_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT");
         let limit = |value| tcp::set_int(self.fd, level, name, text, value);
@@ -382,14 +380,13 @@ impl<'fd> Restore<'fd> {
 
     /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being: that of
     /// the peer seems closed where there is something that was never sent, which an ACK or a timer would set free.
-    fn open_window(&self) -> Result<Option<Window>> {
+    fn open_window(&self) -> Result<Window> {
         self.open_window_at(tcp::queue_seq(self.fd, Queue::Receive)?)
     }
 
     /// The same where `rcv_nxt` is known.
-    fn open_window_at(&self, rcv_nxt: u32) -> Result<Option<Window>> {
-        let saved = self.control.window.map_or_else(|| tcp::window(self.fd), |window| Ok(Some(window)))?;
-        let Some(saved) = saved else { return Ok(None) };
+    fn open_window_at(&self, rcv_nxt: u32) -> Result<Window> {
+        let saved = self.control.window.map_or_else(|| tcp::window(self.fd), Ok)?;
         let holds_back = self.control.unsq_len > 0 || self.control.fin_unsent;
         let window = Window {
             snd_wl1: rcv_nxt,
@@ -399,7 +396,7 @@ impl<'fd> Restore<'fd> {
             ..saved
         };
         tcp::set_window(self.fd, &window)?;
-        Ok(Some(window))
+        Ok(window)
     }
 
     /// The buffers as saved, but never smaller than what lies in them.

@@ -77,7 +77,7 @@ impl Seed {
             return Err("the connection has no timestamps, by which alone it can be told");
         }
         if control.window.is_none() {
-            return Err("needs TCP_REPAIR_WINDOW (Linux 4.8)");
+            return Err("the windows of the connection are not known");
         }
         if SWALLOWED.holds_at(fd) {
             return Err("a segment that plays the peer's was swallowed a moment ago");

@@ -194,7 +194,7 @@ fn control_block(
     let fin = u32::from(state.fin_queued() && unacknowledged > 0);
     let fin_unsent = fin.min(unsent);
     let options = options(fd, info)?;
-    let window = tcp::window(fd)?.map(|window| up_to_edge(window, rcv_nxt));
+    let window = Some(up_to_edge(tcp::window(fd)?, rcv_nxt));
     let control = ControlBlock {
         state,
         rcv_nxt,

@@ -33,6 +33,12 @@ impl Speed {
     }
 }
 
+/// There is something to control: it may send again, and what it knew about that was saved.
+pub(super) fn has_congestion(control: &ControlBlock, path: Option<&Path>) -> bool {
+    let sends = !control.state.fin_acknowledged() && !control.reset;
+    sends && (path.is_some() || control.options.ecn)
+}
+
 impl Restore<'_> {
     /// Step 1, too: what the connection had learned about its path comes back as well, as far as this kernel and this user
     /// can do that. What is zero is not known.
@@ -77,12 +83,6 @@ impl Restore<'_> {
         Ok(false)
     }
 
-    /// There is something to control: it may send again, and what it knew about that was saved.
-    pub(super) fn has_congestion(&self) -> bool {
-        let sends = !self.control.state.fin_acknowledged() && !self.control.reset;
-        sends && (self.speed.path.is_some() || self.control.options.ecn)
-    }
-
     /// In the end: brings back congestion window, threshold and ECN, and reports how fast the connection will be. `info` is
     /// what the kernel has told of the socket.
     pub(super) fn restore_speed(&mut self, info: TcpInfo) -> Result<()> {
@@ -90,7 +90,7 @@ impl Restore<'_> {
             let name = libc::TCP_WINDOW_CLAMP;
             tcp::set_int(self.fd, tcp::SOL_TCP, name, "TCP_WINDOW_CLAMP", bytes as i32)?;
         }
-        if !self.has_congestion() {
+        if !has_congestion(&self.control, self.speed.path.as_ref()) {
             return Ok(());
         }
         let (info, unwritten) = self.restore_congestion(info)?;

@@ -9,6 +9,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use super::Restore;
 use super::anew::bind_anew;
 use super::bind::{bind_freely, connect};
+use super::speed::has_congestion;
 use crate::congestion;
 use crate::connection::{Connection, ControlBlock, Owner, State};
 use crate::error::{Error, Result};
@@ -55,7 +56,7 @@ impl Connection {
     }
 
     fn restore_socket(&self, injectors: &mut Injectors) -> Result<Restored> {
-        if self.has_congestion() {
+        if has_congestion(&self.control, self.path.as_ref()) {
             // The first time it takes long, and from here on the timers of a socket run.
             congestion::prepare();
         }
@@ -136,12 +137,6 @@ impl Connection {
             skipped.push(Skipped::new("owner", if denied { io::Error::other(reason) } else { error }));
             open(self.local)
         })
-    }
-
-    /// There is something to control: it may send again, and what it knew about that was saved.
-    fn has_congestion(&self) -> bool {
-        let sends = !self.control.state.fin_acknowledged() && !self.control.reset;
-        sends && (self.path.is_some() || self.control.options.ecn)
     }
 
     fn apply(&self, fd: BorrowedFd<'_>, stage: Stage, skipped: &mut Vec<Skipped>) {

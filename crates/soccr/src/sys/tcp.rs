@@ -218,15 +218,10 @@ pub(crate) fn get_int(fd: BorrowedFd<'_>, level: i32, name: i32, text: &'static 
     named(text, sockopt::get(fd, level, name))
 }
 
-/// The windows; `None` where the kernel does not know them.
-pub(crate) fn window(fd: BorrowedFd<'_>) -> Result<Option<Window>> {
-    match sockopt::get::<[u32; 5]>(fd, SOL_TCP, TCP_REPAIR_WINDOW) {
-        Ok([snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup]) => {
-            Ok(Some(Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup }))
-        }
-        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
-        Err(error) => named("TCP_REPAIR_WINDOW", Err(error)),
-    }
+pub(crate) fn window(fd: BorrowedFd<'_>) -> Result<Window> {
+    let [snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup] =
+        named("TCP_REPAIR_WINDOW", sockopt::get(fd, SOL_TCP, TCP_REPAIR_WINDOW))?;
+    Ok(Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup })
 }
 
 pub(crate) fn set_window(fd: BorrowedFd<'_>, window: &Window) -> Result<()> {
@@ -245,8 +240,9 @@ pub(crate) fn congestion(fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {
     let mut info = [0; size_of::<TcpInfo>()];
     let length = named("TCP_INFO", sockopt::get_bytes(fd, SOL_TCP, libc::TCP_INFO, &mut info))?;
-    sockopt::read_from(&info[..length])
-        .ok_or_else(|| Error::refused("a kernel that tells too little of its connections", "needs Linux 4.6"))
+    sockopt::read_from(&info[..length]).ok_or_else(|| {
+        Error::refused("a kernel that tells too little of its connections", "needs Linux 4.12")
+    })
 }
 
 /// `rcv_wnd`, out of repair mode too; `None` before Linux 6.2.
