@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// `struct tcp_info`, as long as the kernel makes it (`TCP_INFO`).
@@ -22,6 +23,14 @@ pub(crate) fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     check(result.into())?;
     info.truncate(length as usize);
     Ok(info)
+}
+
+/// Whether the next byte to be read is an urgent one (`SIOCATMARK`).
+pub(crate) fn is_at_mark(socket: BorrowedFd<'_>) -> rustix::io::Result<bool> {
+    const SIOCATMARK: Opcode = 0x8905;
+    // SAFETY: the kernel writes an int.
+    let answer = unsafe { ioctl(socket, Getter::<SIOCATMARK, libc::c_int>::new())? };
+    Ok(answer != 0)
 }
 
 /// The time of day where this command runs, such as 15:04:31.

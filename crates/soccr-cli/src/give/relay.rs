@@ -1,7 +1,7 @@
 //! Connections relayed to a server that cannot take them over: for each, this process opens a new one to the server, and passes the bytes on.
 //!
 //! The bytes never enter this process: splice(2) moves them from socket to pipe to socket. A side that does not read slows the
-//! other; the end of one direction is passed on alone, a reset as a reset.
+//! other; the end of one direction is passed on alone, a reset as a reset, an urgent byte as an urgent byte.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -14,11 +14,12 @@ use clap::ValueEnum;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
-use rustix::net::{Shutdown, shutdown, sockopt};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use soccr::Flow;
 
 use crate::signals::Deaf;
+use crate::sys;
 
 use super::Live;
 use super::parting::Parting;
@@ -63,6 +64,8 @@ impl Relay {
             let server = self.connect(*flow).with_context(|| format!("--connect {}", self.server))?;
             for side in [client, &server] {
                 side.set_nonblocking(true).context("fcntl(O_NONBLOCK)")?;
+                // An urgent byte stays in its place, where `pass_urgent` finds it.
+                sockopt::set_socket_oobinline(side, true).context("SO_OOBINLINE")?;
                 let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
                 epoll::add(&epoll, side, EventData::new_u64(number), events).context("epoll_ctl")?;
             }
@@ -221,14 +224,7 @@ impl Way {
                 Some(pipe) => pipe,
                 None => Pipe::new()?,
             };
-            let before = pipe.filled;
-            if !self.has_ended && before < PIECE {
-                match moved(from, pipe.write.as_fd(), PIECE - before)? {
-                    Some(0) => self.has_ended = true,
-                    read => pipe.filled += read.unwrap_or(0),
-                }
-            }
-            let read = pipe.filled - before;
+            let read = self.take_in(from, to, &mut pipe)?;
             let written = match pipe.filled {
                 0 => 0,
                 filled => moved(pipe.read.as_fd(), to, filled)?.unwrap_or(0),
@@ -253,6 +249,29 @@ impl Way {
         }
         Ok(Progress::More)
     }
+
+    /// Reads into the pipe; the number of bytes that have moved on.
+    fn take_in(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        pipe: &mut Pipe,
+    ) -> rustix::io::Result<usize> {
+        if self.has_ended || pipe.filled == PIECE {
+            return Ok(0);
+        }
+        let mut read = moved(from, pipe.write.as_fd(), PIECE - pipe.filled)?;
+        if let Some(length @ 1..) = read {
+            pipe.filled += length;
+            return Ok(length);
+        }
+        // Before an urgent byte splice(2) finds nothing, or the end that is behind it. What is in the pipe goes first.
+        if is_urgent(from)? {
+            read = if pipe.filled == 0 { pass_urgent(from, to)? } else { None };
+        }
+        self.has_ended = read == Some(0);
+        Ok(read.unwrap_or(0))
+    }
 }
 
 impl Pipe {
@@ -264,10 +283,36 @@ impl Pipe {
 
 /// Moves bytes; `None` where `from` is empty or `to` is full.
 fn moved(from: BorrowedFd<'_>, to: BorrowedFd<'_>, length: usize) -> rustix::io::Result<Option<usize>> {
-    match splice(from, None, to, None, length, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
+    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+    unless_empty_or_full(splice(from, None, to, None, length, flags))
+}
+
+fn unless_empty_or_full(moved: rustix::io::Result<usize>) -> rustix::io::Result<Option<usize>> {
+    match moved {
         Err(Errno::AGAIN | Errno::INTR) => Ok(None),
         moved => moved.map(Some),
     }
+}
+
+/// Whether an urgent byte is next. With kernel TLS the mark is among the encrypted bytes, which only the kernel reads.
+fn is_urgent(from: BorrowedFd<'_>) -> rustix::io::Result<bool> {
+    Ok(sys::is_at_mark(from)? && !soccr::tls::is_on(&from).unwrap_or(false))
+}
+
+/// Passes an urgent byte on; the answers are those of [`moved`].
+fn pass_urgent(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<Option<usize>> {
+    let mut byte = [0];
+    let mut pass = || {
+        // The byte stays until the other side has it.
+        match recv(from, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT)? {
+            (_, 0) => Ok(0),
+            _ => {
+                send(to, &byte, SendFlags::OOB | SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+                recv(from, &mut byte, RecvFlags::DONTWAIT).map(|(_, length)| length)
+            }
+        }
+    };
+    unless_empty_or_full(pass())
 }
 
 #[cfg(test)]

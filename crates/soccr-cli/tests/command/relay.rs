@@ -1,21 +1,25 @@
 //! `--connect`: connections are relayed to a server that cannot have them.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 
-use soccr_lab::{Side, wait_until};
+use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+use soccr_lab::{Side, State, TcpInfo, wait_until};
 
-use crate::programs::{Program, SOCCR, ask, installed, python};
+use crate::programs::{Program, SOCCR, accept, ask, connect, hear, installed, python, soccr};
 use crate::transfer::Move;
 
 crate::tests![
     clients_talk_to_a_server_that_never_had_their_connections,
     a_reset_is_passed_on_in_both_directions,
+    urgent_bytes_hold_nothing_up,
+    an_urgent_byte_that_nobody_has_read_moves_along,
+    among_urgent_bytes_everything_keeps_its_place,
     where_no_server_listens_they_stay,
 ];
 
 /// A server that knows the PROXY protocol, on port 9: it says back what it hears, and at the end whose connection that was. What
-/// begins with "reset" it answers with a reset; it prints what becomes of each connection.
+/// begins with "reset" it answers with a reset, what begins with "urgent" with an urgent byte in front; it prints what becomes of each connection.
 const RELAYED: &str = r#"
 import os, socket, struct, threading
 listener = socket.create_server(("127.0.0.1", 9), backlog=64)
@@ -33,6 +37,8 @@ def serve(connection):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 connection.close()
                 return
+            if data.startswith(b"urgent"):
+                connection.send(b"?", socket.MSG_OOB)
             connection.sendall(data)
         connection.sendall(header)
         connection.close()
@@ -126,10 +132,118 @@ fn a_reset_is_passed_on_in_both_directions() {
     assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     let mut client: TcpStream = moving.clients.pop().unwrap();
     assert_eq!(ask(&mut client, "more", ""), "more");
-    rustix::net::sockopt::set_socket_linger(&client, Some(std::time::Duration::ZERO)).unwrap();
+    sockopt::set_socket_linger(&client, Some(std::time::Duration::ZERO)).unwrap();
     drop(client);
     assert_eq!(says(&mut server), "ConnectionResetError\n");
     moving.end();
+}
+
+/// The byte that came out of band, as soon as it is here.
+fn urgent(stream: &TcpStream) -> u8 {
+    let mut byte = [0];
+    wait_until("the urgent byte is here", || recv(stream, &mut byte, RecvFlags::OOB).is_ok());
+    byte[0]
+}
+
+fn urgent_bytes_hold_nothing_up() {
+    if !installed("python3") {
+        return;
+    }
+    let (mut moving, mut server) = relayed(1);
+    let client = &mut moving.clients[0];
+    for round in 0..3 {
+        send(&*client, b"!", SendFlags::OOB).unwrap();
+        assert_eq!(ask(client, "more", ""), "more", "{round}");
+        client.write_all(b"urgent").unwrap();
+        assert_eq!(urgent(client), b'?');
+        assert_eq!(hear(client, 6), "urgent", "{round}");
+    }
+    // Nothing else comes behind it.
+    send(&*client, b"!", SendFlags::OOB).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut rest = String::new();
+    client.read_to_string(&mut rest).unwrap();
+    assert!(rest.starts_with("PROXY TCP4 "), "{rest}");
+    assert_eq!(says(&mut server), "end\n");
+    moving.end();
+}
+
+/// A connection that is relayed out of an image: its peer, the relay, and the end that the server has. Before it was saved, its peer
+/// has said this, which has brought it into this state.
+fn restored(say: impl FnOnce(&mut TcpStream), state: State) -> (TcpStream, Program, TcpStream) {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let listener = TcpListener::bind("127.0.0.1:7").unwrap();
+    let mut client = connect(([127, 0, 0, 1], 7));
+    let ours = accept(&listener);
+    drop(listener);
+    say(&mut client);
+    wait_until("all is there", || TcpInfo::of(&ours).unwrap().state == state);
+    let paused = soccr::pause(&ours).unwrap();
+    soccr_image::save_file(&image, &paused.save().unwrap()).unwrap();
+    paused.detach().unwrap();
+    let server = TcpListener::bind("127.0.0.1:9").unwrap();
+    let mut relay = soccr(&["restore", image.to_str().unwrap(), "--connect", "127.0.0.1:9"]);
+    let relay = Program::start(relay.current_dir(directory.path()));
+    // The first only asks whether the server is there.
+    drop(accept(&server));
+    (client, relay, accept(&server))
+}
+
+fn an_urgent_byte_that_nobody_has_read_moves_along() {
+    let say = |client: &mut TcpStream| {
+        client.write_all(b"before").unwrap();
+        send(&*client, b"!", SendFlags::OOB).unwrap();
+        client.write_all(b"behind").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        // While the connection is nowhere, the host would answer what is sent again with a reset.
+        wait_until("all is acknowledged", || TcpInfo::of(&*client).unwrap().state == State::FinWait2);
+    };
+    let (mut client, mut relay, mut stream) = restored(say, State::CloseWait);
+    assert_eq!(hear(&mut stream, 6), "before");
+    assert_eq!(urgent(&stream), b'!');
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "behind");
+    send(&stream, b"?", SendFlags::OOB).unwrap();
+    stream.write_all(b"answer").unwrap();
+    drop(stream);
+    assert_eq!(urgent(&client), b'?');
+    client.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "behindanswer");
+    assert!(relay.0.wait().unwrap().success());
+}
+
+fn among_urgent_bytes_everything_keeps_its_place() {
+    const PIECES: usize = 200;
+    let (client, mut relay, mut stream) = restored(|_| {}, State::Established);
+    // Urgent bytes are read where they are.
+    sockopt::set_socket_oobinline(&stream, true).unwrap();
+    let piece = |number: usize| vec![number as u8; 40_000];
+    let writing = std::thread::spawn(move || {
+        for number in 0..PIECES {
+            { &client }.write_all(&piece(number)).unwrap();
+            send(&client, b"!", SendFlags::OOB).unwrap();
+        }
+        client
+    });
+    // Nothing fits anywhere any more.
+    let mut before = 0;
+    wait_until("the way is full", || {
+        let now = rustix::io::ioctl_fionread(&stream).unwrap();
+        let is_full = now > 0 && now == before;
+        before = now;
+        is_full
+    });
+    for number in 0..PIECES {
+        let mut heard = vec![0; 40_001];
+        stream.read_exact(&mut heard).unwrap();
+        assert!(heard == [piece(number), b"!".to_vec()].concat(), "piece {number}");
+    }
+    drop(writing.join().unwrap());
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    drop(stream);
+    assert!(relay.0.wait().unwrap().success());
 }
 
 fn where_no_server_listens_they_stay() {
