@@ -143,8 +143,9 @@ impl<'a> Transaction<'a> {
         self.message(NEW_SET, CREATE, |m| set.write(m, id));
     }
 
+    /// Makes a chain; `EEXIST` where there is one of this name.
     pub(crate) fn create_chain(&mut self, name: &str, hook: Hook<'_>) {
-        self.message(NEW_CHAIN, CREATE, |m| {
+        self.message(NEW_CHAIN, CREATE | EXCLUSIVE, |m| {
             m.string(CHAIN_NAME, name);
             m.nested(CHAIN_HOOK, |h| {
                 h.be32(HOOK_NUMBER, hook.number);
@@ -155,6 +156,11 @@ impl<'a> Transaction<'a> {
             });
             m.string(CHAIN_TYPE, "filter");
         });
+    }
+
+    /// Removes a chain with its rules.
+    pub(crate) fn delete_chain(&mut self, name: &str) {
+        self.message(DELETE_CHAIN, 0, |m| m.string(CHAIN_NAME, name));
     }
 
     /// Appends a rule to a chain.
@@ -198,9 +204,7 @@ impl<'a> Transaction<'a> {
     /// Removes the table with these chains and sets; `EBUSY` where a set has elements.
     pub(crate) fn remove_empty<'n>(&mut self, chains: &[&str], sets: impl IntoIterator<Item = &'n str>) {
         // A set can go when no rule refers to it.
-        for chain in chains {
-            self.message(DELETE_CHAIN, 0, |m| m.string(CHAIN_NAME, chain));
-        }
+        chains.iter().for_each(|chain| self.delete_chain(chain));
         for set in sets {
             self.message(DELETE_SET, NOT_RECURSIVE, |m| m.string(set::SET_NAME, set));
         }
@@ -278,6 +282,18 @@ pub(crate) fn has_chain(socket: &mut Socket, table: Table<'_>, name: &str) -> io
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         answer => answer.map(|()| true),
     }
+}
+
+/// The names of the chains of a table.
+pub(crate) fn chains(socket: &mut Socket, table: Table<'_>) -> io::Result<Vec<String>> {
+    let mut batch = Batch::new();
+    batch.message(SUBSYSTEM | GET_CHAIN, REQUEST | DUMP, |m| m.bytes(&header(table.family as u8, 0)));
+    socket.dump_all(&batch, |names, payload| {
+        let chain = payload.get(HEADER..).unwrap_or_default();
+        if text(chain, TABLE).is_some_and(|name| name == table.name) {
+            names.extend(text(chain, CHAIN_NAME));
+        }
+    })
 }
 
 /// Whether any table in the namespace of `socket` has a base chain of this type.

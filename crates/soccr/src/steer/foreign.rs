@@ -11,7 +11,7 @@
 //!     ip daddr 192.0.2.1 meta l4proto icmp socket transparent 1  meta mark set 0x50cc accept
 //!     ip daddr 192.0.2.1 meta l4proto tcp  meta mark != 0xc114   drop
 //!   }
-//!   chain resets-192.0.2.1/eth0 { type filter hook output priority filter
+//!   chain resets-192.0.2.1/2 { type filter hook output priority filter
 //!     ip saddr 192.0.2.1 tcp flags rst  dup to 192.0.2.1 device eth0         the old host forgets the connection
 //! } }
 //! ```
@@ -242,7 +242,9 @@ impl Foreign {
     ) -> Result<bool> {
         let name = self.table();
         for hop in hops {
-            if system("nft list", nftables::has_chain(socket, Table::ip(&name, self.ipv6()), &resets(hop)))? {
+            let Ok(device) = route.index(hop.device()) else { continue };
+            let chain = resets(hop, device);
+            if system("nft list", nftables::has_chain(socket, Table::ip(&name, self.ipv6()), &chain))? {
                 return Ok(true);
             }
         }
@@ -302,7 +304,7 @@ impl Foreign {
         let name = self.table();
         let table = Table::ip(&name, self.ipv6());
         let hop = from.map(|hop| Ok((hop, index(route, hop.device())?))).transpose()?;
-        let out = hop.map_or(CHAIN.to_owned(), |(hop, _)| resets(hop));
+        let out = hop.map_or(CHAIN.to_owned(), |(hop, device)| resets(hop, device));
         if system("nft list", nftables::has_chain(socket, table, &out))? {
             return Ok(());
         }
@@ -339,8 +341,9 @@ impl Foreign {
         });
         if let Some((hop, device)) = hop {
             let hook = Hook { number: Hook::OUTPUT, priority: Hook::FILTER, device: None };
-            transaction.create_chain(&resets(hop), hook);
-            transaction.rule(&resets(hop), |rule| {
+            let chain = resets(hop, device);
+            transaction.create_chain(&chain, hook);
+            transaction.rule(&chain, |rule| {
                 rule.is_from(self.address);
                 rule.is_protocol(libc::IPPROTO_TCP);
                 rule.has_tcp_flags(flags::RST, flags::RST);
@@ -375,9 +378,10 @@ impl Foreign {
 
 const CHAIN: &str = "in";
 
-/// The chain that copies resets to a host. Its name tells to which: `:` does not go into one.
-fn resets(hop: &NextHop) -> String {
-    format!("resets-{}/{}", hop.address(), hop.device()).replace(':', "-")
+/// The chain that copies resets to a host. Its name tells to which: `:` does not go into one. The device is named by its index, because it
+/// may be made anew under the same name.
+fn resets(hop: &NextHop, device: u32) -> String {
+    format!("resets-{}/{device}", hop.address()).replace(':', "-")
 }
 
 fn is_missing(error: &io::Error) -> bool {

@@ -5,7 +5,7 @@
 //!   map to4    { ipv4_addr . inet_service . ipv4_addr . inet_service : ipv4_addr }    # remote, local : next hop
 //!   set alive4 { …; flags dynamic,timeout; timeout 1d; counter }   # steered as long as it is in both
 //!   set end4   { …; flags dynamic,timeout }                        # the peer has sent a FIN or an RST
-//!   chain in { type filter hook ingress device eth0 priority -300
+//!   chain in-2-3 { type filter hook ingress device eth0 priority -300                      # the indices of the devices
 //!     meta mark 0x50cd       meta mark set 0                                               accept     # see homecoming.rs
 //!     no fin, syn, rst       KEY not @end4, KEY @to4, @alive4   update @alive4                fwd        # nearly all packets
 //!     tcp flags fin          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1h }  fwd
@@ -15,7 +15,7 @@
 //!     tcp flags syn          KEY @to4, @alive4   update @alive4                            fwd
 //!     icmp errors            KEY of the packet that they quote, the same
 //!   }
-//!   chain back { type filter hook ingress device eth1 priority -301     # part of the other, where there is one device
+//!   chain back-2-3 { type filter hook ingress device eth1 priority -301     # part of the other, where there is one device
 //!     tcp flags rst          KEY the other way round @to4, @alive4   update @end4, @alive4 { KEY timeout 1m }
 //! } }
 //! ```
@@ -41,7 +41,7 @@ use crate::error::{Error, Result};
 use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
 use crate::nftables::{self, Table, Transaction, milliseconds, value};
 
-use rules::{ALIVE, END, Names, TO, create};
+use rules::{ALIVE, Chains, END, Names, TO, create_chains, create_sets};
 pub(super) use rules::{ICMP_ERRORS, NOT_STEERED};
 
 const PREFIX: &str = "soccr-steer-";
@@ -69,7 +69,8 @@ impl Default for Times {
 /// Packets that arrive by one device and leave by another, or by the same. It belongs to no process.
 ///
 /// In `nft list ruleset` it is the table `soccr-steer-` and the two devices. The device of arrival keeps it when it goes
-/// down and up; when it is removed, nothing is steered any more.
+/// down and up. When one of the devices is removed, nothing is steered any more: until there is one of the same name, and the steering is
+/// [opened](Self::open) again, or something [redirected](super::redirect) by it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Steering {
     ingress: String,
@@ -106,7 +107,8 @@ struct Entry {
 
 impl Steering {
     /// The steering between two devices of the network namespace of the calling thread; makes it where there is none.
-    /// Where there is one, its times stay.
+    /// Where there is one, its times stay. Where one of its devices has been made anew since then, all that was steered is steered again,
+    /// and ends after the given times, but for `idle`.
     ///
     /// # Errors
     /// `ENODEV` where there is no such device; `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` or `ENOENT` where the
@@ -122,21 +124,50 @@ impl Steering {
         egress: &str,
         times: Times,
     ) -> Result<Self> {
+        /// Others may make it, or remove it, at the same time.
+        const ATTEMPTS: usize = 4;
         let steering = Self { ingress: ingress.to_owned(), egress: egress.to_owned() };
-        index(route, ingress)?;
-        let device = index(route, egress)?;
-        if Self::list_by(socket)?.contains(&steering) {
-            return Ok(steering);
+        let chains = Chains::new(index(route, ingress)?, index(route, egress)?);
+        let mut outcome = Ok(());
+        for _ in 0..ATTEMPTS {
+            if steering.has(socket, &chains).map_err(failed)? {
+                return Ok(steering);
+            }
+            outcome = steering.make(socket, &chains, times);
+            match outcome.as_ref().map_err(io::Error::raw_os_error) {
+                // Somebody else was quicker.
+                Err(Some(libc::EEXIST | libc::ENOENT)) => {}
+                _ => break,
+            }
         }
-        let (mut batch, name) = (Batch::new(), steering.table());
-        let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-        create(&mut transaction, [ingress, egress], device, times);
-        match transaction.commit(socket) {
-            // Somebody else was quicker.
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(steering),
-            Err(error) => Err(Error::system("nft add table netdev", error).advise(NEEDS)),
-            Ok(()) => Ok(steering),
+        outcome.map(|()| steering).map_err(|error| Error::system("nft add table netdev", error).advise(NEEDS))
+    }
+
+    fn has(&self, socket: &mut Socket, chains: &Chains) -> io::Result<bool> {
+        let name = self.table();
+        for chain in chains.names() {
+            if !nftables::has_chain(socket, Table::netdev(&name), chain)? {
+                return Ok(false);
+            }
         }
+        Ok(true)
+    }
+
+    /// Makes the table, or, where there is one, the chains anew: those of a device that was removed are gone or lead nowhere, and the
+    /// sets are as they were.
+    fn make(&self, socket: &mut Socket, chains: &Chains, times: Times) -> io::Result<()> {
+        let name = self.table();
+        let table = Table::netdev(&name);
+        let is_there = nftables::names(socket, nftables::Family::Netdev)?.contains(&name);
+        let old = if is_there { nftables::chains(socket, table)? } else { Vec::new() };
+        let mut batch = Batch::new();
+        let mut transaction = Transaction::begin(&mut batch, table);
+        match is_there {
+            true => old.iter().for_each(|chain| transaction.delete_chain(chain)),
+            false => create_sets(&mut transaction, times),
+        }
+        create_chains(&mut transaction, chains, [&self.ingress, &self.egress], times);
+        transaction.commit(socket)
     }
 
     /// Everything that steers, in the network namespace of the calling thread.

@@ -30,14 +30,26 @@ impl Names {
     }
 }
 
-pub(super) fn create(
-    transaction: &mut Transaction<'_>,
-    [ingress, back]: [&str; 2],
+/// The chains of a table, of which the second is none where packets arrive and leave by one device. They know devices by their
+/// indices, and are named after these: a device that is made anew under the same name has another one.
+pub(super) struct Chains {
+    forward: String,
+    back: Option<String>,
     egress: u32,
-    times: Times,
-) {
-    const CHAIN: &str = "in";
-    const BACK: &str = "back";
+}
+
+impl Chains {
+    pub(super) fn new(ingress: u32, egress: u32) -> Self {
+        let back = (ingress != egress).then(|| format!("back-{ingress}-{egress}"));
+        Self { forward: format!("in-{ingress}-{egress}"), back, egress }
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        [&self.forward].into_iter().chain(&self.back).map(String::as_str)
+    }
+}
+
+pub(super) fn create_sets(transaction: &mut Transaction<'_>, times: Times) {
     transaction.create_table(false);
     for ipv6 in [false, true] {
         let set = Set { name: "", ipv6, size: Some(CAPACITY), timeout: false, map: false, dynamic: None };
@@ -45,16 +57,23 @@ pub(super) fn create(
         transaction.create_set(&Set { name: ALIVE.name(ipv6), dynamic: Some(times.idle), ..set });
         transaction.create_set(&Set { name: END.name(ipv6), dynamic: Some(times.closing), ..set });
     }
+}
+
+pub(super) fn create_chains(
+    transaction: &mut Transaction<'_>,
+    chains: &Chains,
+    [ingress, egress]: [&str; 2],
+    times: Times,
+) {
     let hook = |device, priority| Hook { number: Hook::INGRESS, priority, device: Some(device) };
-    transaction.create_chain(CHAIN, hook(ingress, Hook::RAW));
-    let back = if back == ingress {
-        CHAIN
-    } else {
+    let chain = chains.forward.as_str();
+    transaction.create_chain(chain, hook(ingress, Hook::RAW));
+    let back = chains.back.as_deref().map_or(chain, |back| {
         // Before a table that forwards what comes from there.
-        transaction.create_chain(BACK, hook(back, Hook::RAW - 1));
-        BACK
-    };
-    transaction.rule(CHAIN, |rule| {
+        transaction.create_chain(back, hook(egress, Hook::RAW - 1));
+        back
+    });
+    transaction.rule(chain, |rule| {
         rule.has_mark(NOT_STEERED);
         rule.mark(0);
         rule.accept();
@@ -72,11 +91,11 @@ pub(super) fn create(
             rule.keep_in(END.name(ipv6), timeout);
         }
         rule.keep_in(ALIVE.name(ipv6), timeout);
-        rule.forward(egress, ipv6);
+        rule.forward(chains.egress, ipv6);
     };
     // Nearly all packets, so they pass as few rules as can be.
     for ipv6 in [false, true] {
-        transaction.rule(CHAIN, |rule| {
+        transaction.rule(chain, |rule| {
             tcp(rule, ipv6, FIN | SYN | RST, 0);
             rule.lacks_key(END.name(ipv6));
             forward(rule, ipv6, false, None);
@@ -96,32 +115,32 @@ pub(super) fn create(
     }
     for ipv6 in [false, true] {
         for (flag, timeout) in [(FIN, times.closing), (RST, times.reset)] {
-            transaction.rule(CHAIN, |rule| {
+            transaction.rule(chain, |rule| {
                 tcp(rule, ipv6, flag, flag);
                 forward(rule, ipv6, true, Some(timeout));
             });
         }
         // A peer that has ended the connection begins another one: with this host.
-        transaction.rule(CHAIN, |rule| {
+        transaction.rule(chain, |rule| {
             tcp(rule, ipv6, SYN | ACK, SYN);
             rule.has_key(END.name(ipv6));
             rule.take_out(END.name(ipv6));
             rule.take_out(ALIVE.name(ipv6));
             rule.accept();
         });
-        transaction.rule(CHAIN, |rule| {
+        transaction.rule(chain, |rule| {
             const ANY: u8 = 0;
             tcp(rule, ipv6, ANY, ANY);
             rule.has_key(END.name(ipv6));
             forward(rule, ipv6, false, Some(times.closing));
         });
         // The socket answers it.
-        transaction.rule(CHAIN, |rule| {
+        transaction.rule(chain, |rule| {
             tcp(rule, ipv6, SYN, SYN);
             forward(rule, ipv6, false, None);
         });
         for kind in ICMP_ERRORS[usize::from(ipv6)] {
-            transaction.rule(CHAIN, |rule| {
+            transaction.rule(chain, |rule| {
                 rule.carries_ipv6(ipv6);
                 rule.is_icmp(ipv6, *kind);
                 rule.load_quoted_key(ipv6);
