@@ -185,6 +185,10 @@ fn remedy(what: &str, errno: i32) -> &'static str {
         }
         ("bind", libc::EADDRINUSE) => "another socket holds this port without SO_REUSEADDR",
         ("connect", libc::ENETUNREACH | libc::EHOSTUNREACH) => "there is no route to the peer from here",
+        (what, libc::ENFILE) if what.starts_with("nft ") => {
+            "a set holds 65,536 connections of one address family at most: `soccr steer --list` shows what is steered, and \
+             `soccr steer --remove` ends it"
+        }
         (_, libc::EMFILE | libc::ENFILE) => "too many open files: raise RLIMIT_NOFILE (`ulimit -n`)",
         (OUR_MEMORY, libc::ENOMEM) => {
             "this process gets no more memory: raise its limit (RLIMIT_AS, its control group), or free some"

@@ -23,15 +23,16 @@
 //! The new host sends a copy of each RST of its own (see foreign.rs), or its answers come this way: the last rule sees them.
 //!
 //! Rules change the sets and never the map: a packet that is under way while its connection is taken out may bring it
-//! back into `alive`, which has no effect by itself.
+//! back into `alive`, which has no effect by itself. So what ends by itself stays in the map, until that is full.
 
+mod room;
 mod rules;
 
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use soccr_netlink::{Batch, Message, Rtnetlink, Socket};
 
@@ -201,7 +202,7 @@ impl Steering {
     ///
     /// # Errors
     /// Refused: the next hop has another address family than a connection. `ENFILE` for more than 65536 connections of
-    /// one family.
+    /// one family that have not ended, two seconds later.
     pub fn steer(&self, flows: &[Flow], next_hop: IpAddr) -> Result<()> {
         with_socket(|socket| self.steer_by(socket, flows, next_hop, false))
     }
@@ -335,8 +336,10 @@ impl Steering {
     ) -> Result<()> {
         /// Packets and other processes change the sets; not that often.
         const ATTEMPTS: usize = 32;
+        /// The kernel collects what has expired once a second, and counts it until then.
+        const COLLECTION: Duration = Duration::from_secs(2);
         static CAN_DESTROY: AtomicBool = AtomicBool::new(true);
-        let mut are_new = seem_new;
+        let (mut are_new, began) = (seem_new, Instant::now());
         if flows.is_empty() {
             return Ok(());
         }
@@ -362,6 +365,11 @@ impl Steering {
                     (Err(Some(libc::EEXIST)), Known::New) => are_new = false,
                     (Err(Some(libc::EINVAL)), Known::Nothing) => CAN_DESTROY.store(false, Ordering::Relaxed),
                     (Err(Some(libc::ENOENT | libc::EEXIST)), Known::Present(_)) => {}
+                    (Err(Some(libc::ENFILE)), _) if began.elapsed() < COLLECTION => {
+                        if !self.make_room(socket, ipv6)? {
+                            std::thread::sleep(COLLECTION / 20);
+                        }
+                    }
                     _ => break,
                 }
             }

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         tables::two_processes_at_once,
         tables::a_next_hop_that_is_none_is_refused,
         tables::nothing_is_left_behind,
+        tables::what_has_ended_makes_room,
         homecoming::by_whichever_device_it_arrives,
         homecoming::by_a_device_that_is_gone,
         homecoming::while_packets_change_the_sets,

@@ -17,7 +17,7 @@ use soccr::steer::{
 use soccr_lab::{LIMIT, Sniffer, TcpInfo, wait_until};
 
 use super::moves::transfer;
-use super::{Net, address, connect, listings};
+use super::{Net, address, connect, devices, listings};
 
 pub fn contents() -> Vec<Steered> {
     Steering::list().unwrap().iter().flat_map(|steering| steering.contents().unwrap()).collect()
@@ -127,6 +127,35 @@ pub fn an_entry_ends_with_its_connection() {
         wait_until("it has ended after an RST", gone);
         drop(stream);
     }
+}
+
+pub fn what_has_ended_makes_room() {
+    const FIN: u8 = 0x01;
+    let lan = Net::flat();
+    let mut times = Times::default();
+    times.idle = Duration::from_secs(1);
+    let raw = devices::raw(&lan.peer, None);
+    lan.hosts[0].run(|| {
+        let hop = NextHop::new(lan.hosts[1].v4.into()).unwrap();
+        Steering::open("eth0", "eth0", times).unwrap();
+        let flows = |port| {
+            let mut flows = flows(25_000, false);
+            flows.iter_mut().for_each(|flow| flow.local.set_port(port));
+            flows
+        };
+        let living = flows(79)[0];
+        wait_until("one connection stays for an hour", || {
+            redirect(&[living], &hop).unwrap();
+            devices::send_by(&raw, &segment(living, FIN), living);
+            contents().first().is_some_and(|steered| steered.closing)
+        });
+        let steered = || contents().iter().map(|steered| steered.flow).collect::<Vec<_>>();
+        // More than a set can hold, one third after the other.
+        for port in 80..83 {
+            redirect(&flows(port), &hop).unwrap();
+            wait_until("they have ended", || steered() == [living]);
+        }
+    });
 }
 
 pub fn a_new_connection_with_the_same_ports_is_not_steered() {
