@@ -42,7 +42,8 @@ pub(crate) struct Handover {
     #[arg(long, conflicts_with_all = ["stdio", "send_fd", "program"])]
     adopt: bool,
     /// With --adopt: how long a peer may take to acknowledge what was sent to it, before its connection moves on
-    #[arg(long, value_name = "SECONDS", default_value = "5", requires = "adopt")]
+    #[arg(long, value_name = "SECONDS", default_value = "5", requires = "adopt",
+        value_parser = clap::value_parser!(u64).range(..=86400))]
     drain: u64,
     /// Relay each connection to the server at this address: any server, on any host, which gets new connections
     ///

@@ -10,13 +10,14 @@ use std::time::Duration;
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::adopt::{End, adoption_works, epoll, moves, wait_for_listener};
-use crate::programs::{SOCCR, complaints, connect, descriptors, hear, installed, json, soccr};
+use crate::programs::{SOCCR, complaints, connect, descriptors, fail, hear, installed, json, soccr};
 use crate::transfer::Move;
 
 crate::tests![
     only_idle_connections_leave,
     what_is_no_longer_idle_stays,
     every_byte_arrives_while_clients_that_pause_are_drained,
+    nobody_is_waited_for_longer_than_a_day,
 ];
 
 impl Move {
@@ -174,4 +175,9 @@ fn every_byte_arrives_while_clients_that_pause_are_drained() {
         let turns: usize = talking.into_iter().map(|talk| talk.join().unwrap()).sum();
         eprintln!("{} moves, {turns} turns, {stayed} times something stayed", rounds * clients);
     });
+}
+
+fn nobody_is_waited_for_longer_than_a_day() {
+    let complaint = fail(2, &["receive", "--adopt", "--drain", "86401"]);
+    assert!(complaint.contains("86400"), "{complaint}");
 }

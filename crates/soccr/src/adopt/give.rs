@@ -77,7 +77,8 @@ impl Adopter {
         sockets: Vec<OwnedFd>,
         limit: Duration,
     ) -> Vec<std::result::Result<Adopted, Kept>> {
-        let deadline = Instant::now() + limit;
+        let begin = Instant::now();
+        let is_late = || begin.elapsed() >= limit;
         let mut outcomes = Vec::with_capacity(sockets.len());
         let mut sockets = sockets.into_iter();
         loop {
@@ -85,15 +86,20 @@ impl Adopter {
             if window.is_empty() {
                 return outcomes;
             }
-            outcomes.extend(self.give_window(locker, window, deadline));
+            outcomes.extend(self.give_window(locker, window, is_late));
         }
     }
 
-    fn give_window(&mut self, locker: &Locker, sockets: Vec<OwnedFd>, deadline: Instant) -> Vec<Outcome> {
+    fn give_window(
+        &mut self,
+        locker: &Locker,
+        sockets: Vec<OwnedFd>,
+        is_late: impl Fn() -> bool,
+    ) -> Vec<Outcome> {
         let mut outcomes: Vec<Option<Outcome>> = sockets.iter().map(|_| None).collect();
         let mut waiting: Vec<(usize, OwnedFd)> = sockets.into_iter().enumerate().collect();
         while !waiting.is_empty() {
-            let late = Instant::now() >= deadline;
+            let late = is_late();
             // Only what is drained is locked: the acknowledgements for the others must come through.
             let (ready, rest): (Vec<_>, Vec<_>) =
                 waiting.into_iter().partition(|(_, socket)| late || is_drained(socket));
