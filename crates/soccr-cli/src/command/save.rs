@@ -30,8 +30,9 @@ use pipe::{Output, Reading};
 /// Save connections of running processes in a file
 ///
 /// The processes are stopped for the instant. Unless --keep is given they lose the connections: silently on the wire,
-/// with an ordinary error (ECONNABORTED) for the process. This host stays silent about the connections afterwards, for the time
-/// of --silence, so that packets of the peers draw no reset; `soccr restore` on this host ends that.
+/// with an ordinary error (ECONNABORTED) for the process; one that waits in connect(2) connects once more. This host stays silent about
+/// the connections afterwards, for the time of --silence, so that packets of the peers draw no reset; `soccr restore` on this host
+/// ends that.
 ///
 /// Connections with kernel TLS (kTLS) are saved with their keys, and go on in programs that leave TLS to the kernel as well. Such an
 /// image can be restored once.
