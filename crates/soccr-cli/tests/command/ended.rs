@@ -1,21 +1,18 @@
 //! Connections that their peers have reset, among others, on their way to a recipient: the others do not suffer for it.
 
 use std::fs;
-use std::io::{ErrorKind, IoSliceMut, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType, connect,
-    recvmsg, socket_with, sockopt,
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 use soccr::Connection;
 use soccr_image::stream::Writer;
 use soccr_lab::{State, TcpInfo, attach_filter, wait_until};
 
-use crate::programs::{Program, accept, hear, soccr};
+use crate::programs::{Program, accept, hear, receive, soccr};
 
 crate::tests![
     a_recipient_of_descriptors_gets_them_with_the_others,
@@ -76,21 +73,6 @@ fn saved(directory: &Path) -> Saved {
 fn run(directory: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     let output = soccr(arguments).current_dir(directory).output().unwrap();
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
-}
-
-/// The lines and the descriptors of a message.
-fn receive(socket: &UnixStream) -> (String, Vec<TcpStream>) {
-    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut text = vec![0; 4096];
-    let message =
-        recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
-    text.truncate(message.bytes);
-    let descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
-        _ => Vec::new(),
-    });
-    (String::from_utf8(text).unwrap(), descriptors.map(TcpStream::from).collect())
 }
 
 /// What the peer had said before it reset the connection is heard first.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -26,17 +27,24 @@ crate::tests![
     the_walkthrough_goes_to_its_end,
 ];
 
+/// A server, and two clients that it has answered.
+fn two_connections(prefix: &str) -> (Program, [TcpStream; 2]) {
+    let server = server(prefix, 2);
+    let clients = [(); 2].map(|()| {
+        let mut client = connect(([127, 0, 0, 1], 7));
+        assert_eq!(ask(&mut client, "one", prefix), format!("{prefix}one"));
+        client
+    });
+    (server, clients)
+}
+
 fn an_image_that_is_there_is_not_replaced() {
     if !installed("python3") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image").display().to_string();
-    let server = server("", 2);
-    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
-    for client in &mut clients {
-        assert_eq!(ask(client, "one", ""), "one");
-    }
+    let (server, _clients) = two_connections("");
     let [first, second] = descriptors(&server.pid()).try_into().unwrap();
     let save = |fd| ["save", "--pid", &server.pid(), "--fd", fd, "-o", &image].map(str::to_owned).to_vec();
     let run = |arguments: Vec<String>| soccr(&[]).args(arguments).stderr(Stdio::piped()).output().unwrap();
@@ -121,11 +129,7 @@ fn a_save_killed_halfway_leaves_an_image_of_what_has_left() {
     }
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image").display().to_string();
-    let server = server("old ", 2);
-    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
-    for client in &mut clients {
-        assert_eq!(ask(client, "one", "old "), "old one");
-    }
+    let (server, mut clients) = two_connections("old ");
     let mut save = soccr(&["save", "--pid", &server.pid(), "--all", "--with-local", "-o", &image]);
     let mut taken = 0;
     let second = |entered: &Call| {
@@ -147,11 +151,7 @@ fn an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left() {
     }
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image").display().to_string();
-    let server = server("old ", 2);
-    let mut clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
-    for client in &mut clients {
-        assert_eq!(ask(client, "one", "old "), "old one");
-    }
+    let (server, mut clients) = two_connections("old ");
     // The list has an order of its own.
     let sockets = json(&["list", "--json", "--pid", &server.pid()]);
     let [first, second] = clients.each_ref().map(|client| {

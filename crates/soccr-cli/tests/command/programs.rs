@@ -1,9 +1,12 @@
 //! Programs that the tests run.
 
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Output, Stdio};
 
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 use soccr_lab::{LIMIT, wait_until};
 
@@ -143,6 +146,22 @@ pub fn hear(stream: &mut TcpStream, length: usize) -> String {
     let mut bytes = vec![0; length];
     stream.read_exact(&mut bytes).unwrap();
     String::from_utf8(bytes).unwrap()
+}
+
+/// The lines and the connections of the next message that a recipient of descriptors gets.
+pub fn receive(socket: &UnixStream) -> (String, Vec<TcpStream>) {
+    const MOST: usize = 253; // SCM_MAX_FD
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut text = vec![0; 1 << 16];
+    let message =
+        recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    text.truncate(message.bytes);
+    let descriptors = control.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        _ => Vec::new(),
+    });
+    (String::from_utf8(text).unwrap(), descriptors.map(TcpStream::from).collect())
 }
 
 pub fn soccr(arguments: &[&str]) -> Command {

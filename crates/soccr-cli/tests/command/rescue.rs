@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, IoSliceMut, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
+use rustix::net::sockopt;
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use soccr::Connection;
 use soccr_image::stream::{Message, Writer};
@@ -17,7 +17,7 @@ use soccr_lab::{Pair, Side, State, TcpInfo, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_unlocked, connect, descriptors, fail, hear, installed, json, python,
-    server, soccr, succeed,
+    receive, server, soccr, succeed,
 };
 use crate::transfer::Move;
 
@@ -157,7 +157,7 @@ fn what_does_not_come_to_life_stays_in_its_image() {
     let listener = UnixListener::bind(&socket).unwrap();
     let mut restore = soccr(&["restore", &image, "--send-fd", socket.to_str().unwrap()]);
     let mut restore = Program::start(restore.stderr(Stdio::piped()));
-    let mut given = receive(&listener.accept().unwrap().0).remove(0);
+    let mut given = receive(&listener.accept().unwrap().0).1.remove(0);
     assert_eq!(restore.0.wait().unwrap().code(), Some(3));
     given.write_all(b"alive").unwrap();
     client.set_nonblocking(false).unwrap();
@@ -225,22 +225,9 @@ fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> 
     stream.finish().unwrap()
 }
 
-/// The connections in the next message.
-fn receive(socket: &UnixStream) -> Vec<TcpStream> {
-    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut text = vec![0; 1 << 16];
-    recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
-    let descriptors = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
-        _ => Vec::new(),
-    });
-    descriptors.map(TcpStream::from).collect()
-}
-
 /// The ports of the connections in the next message, which all live.
 fn receive_batch(socket: &UnixStream) -> Vec<u16> {
-    let connections = receive(socket);
+    let (_, connections) = receive(socket);
     connections
         .iter()
         .map(|connection| {
