@@ -339,7 +339,7 @@ impl Steering {
         /// The kernel collects what has expired once a second, and counts it until then.
         const COLLECTION: Duration = Duration::from_secs(2);
         static CAN_DESTROY: AtomicBool = AtomicBool::new(true);
-        let (mut are_new, began) = (seem_new, Instant::now());
+        let (mut are_new, mut full_since) = (seem_new, None);
         if flows.is_empty() {
             return Ok(());
         }
@@ -365,9 +365,12 @@ impl Steering {
                     (Err(Some(libc::EEXIST)), Known::New) => are_new = false,
                     (Err(Some(libc::EINVAL)), Known::Nothing) => CAN_DESTROY.store(false, Ordering::Relaxed),
                     (Err(Some(libc::ENOENT | libc::EEXIST)), Known::Present(_)) => {}
-                    (Err(Some(libc::ENFILE)), _) if began.elapsed() < COLLECTION => {
-                        if !self.make_room(socket, ipv6)? {
-                            std::thread::sleep(COLLECTION / 20);
+                    (Err(Some(libc::ENFILE)), _)
+                        if full_since.get_or_insert_with(Instant::now).elapsed() < COLLECTION =>
+                    {
+                        match self.make_room(socket, ipv6)? {
+                            true => full_since = None,
+                            false => std::thread::sleep(COLLECTION / 20),
                         }
                     }
                     _ => break,
