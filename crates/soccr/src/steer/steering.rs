@@ -347,36 +347,40 @@ impl Steering {
         // Each connection may be in all three sets, and in the map twice; its answers in all three.
         let most = (nftables::most_elements(socket)? / 7).max(1);
         let (mut batch, name) = (Batch::new(), self.table());
-        for flows in flows.chunks(most) {
-            let mut outcome = Ok(());
-            for _ in 0..ATTEMPTS {
-                let known = match CAN_DESTROY.load(Ordering::Relaxed) {
-                    _ if are_new => Known::New,
-                    true => Known::Nothing,
-                    false => {
-                        let all = [flows, &reversed(flows)].concat();
-                        Known::Present(self.present(socket, ipv6, &all, &[TO, ALIVE, END]).map_err(failed)?)
-                    }
-                };
-                let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-                fill(&mut Change { transaction: &mut transaction, ipv6, flows, known: &known });
-                outcome = transaction.commit(socket);
-                match (outcome.as_ref().map_err(io::Error::raw_os_error), known) {
-                    (Err(Some(libc::EEXIST)), Known::New) => are_new = false,
-                    (Err(Some(libc::EINVAL)), Known::Nothing) => CAN_DESTROY.store(false, Ordering::Relaxed),
-                    (Err(Some(libc::ENOENT | libc::EEXIST)), Known::Present(_)) => {}
-                    (Err(Some(libc::ENFILE)), _)
-                        if full_since.get_or_insert_with(Instant::now).elapsed() < COLLECTION =>
-                    {
-                        match self.make_room(socket, ipv6)? {
-                            true => full_since = None,
-                            false => std::thread::sleep(COLLECTION / 20),
-                        }
-                    }
-                    _ => break,
+        let (mut rest, mut at_once, mut attempts) = (flows, most, 0);
+        while !rest.is_empty() {
+            let (flows, behind) = rest.split_at(at_once.min(rest.len()));
+            let known = match CAN_DESTROY.load(Ordering::Relaxed) {
+                _ if are_new => Known::New,
+                true => Known::Nothing,
+                false => {
+                    let all = [flows, &reversed(flows)].concat();
+                    Known::Present(self.present(socket, ipv6, &all, &[TO, ALIVE, END]).map_err(failed)?)
                 }
+            };
+            let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
+            fill(&mut Change { transaction: &mut transaction, ipv6, flows, known: &known });
+            let Err(error) = transaction.commit(socket) else {
+                (rest, attempts) = (behind, 0);
+                continue;
+            };
+            attempts += 1;
+            match (error.raw_os_error(), known) {
+                _ if attempts == ATTEMPTS => return Err(Error::system("nft element", error)),
+                (Some(libc::EEXIST), Known::New) => are_new = false,
+                (Some(libc::EINVAL), Known::Nothing) => CAN_DESTROY.store(false, Ordering::Relaxed),
+                // Of fewer connections, less changes meanwhile.
+                (Some(libc::ENOENT | libc::EEXIST), Known::Present(_)) => at_once = flows.len().div_ceil(2),
+                (Some(libc::ENFILE), _)
+                    if full_since.get_or_insert_with(Instant::now).elapsed() < COLLECTION =>
+                {
+                    match self.make_room(socket, ipv6)? {
+                        true => full_since = None,
+                        false => std::thread::sleep(COLLECTION / 20),
+                    }
+                }
+                _ => return Err(Error::system("nft element", error)),
             }
-            outcome.map_err(|error| Error::system("nft element", error))?;
         }
         Ok(())
     }
