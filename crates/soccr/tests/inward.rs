@@ -158,12 +158,7 @@ fn a_socket_that_hears_one_device_hears_them() {
         });
         let mut resets = Sniffer::flagged(&pair.a.namespace, "eth0", Flags::RST).unwrap();
         half_close(&peer, &ours);
-        let restored = pair.b.run(|| {
-            let paused = pause(&ours).unwrap();
-            let connection = paused.save().unwrap();
-            paused.detach().unwrap();
-            connection.restore().unwrap()
-        });
+        let restored = moved(&pair, &ours).unwrap();
         let mut ours = restored.resume().unwrap();
         ours.write_all(b"the rest").unwrap();
         expect(&mut peer, b"the rest");
@@ -189,12 +184,7 @@ fn a_socket_that_hears_one_device_hears_what_was_held() {
             assert_eq!(resets.segments().unwrap(), [], "{family:?}");
         }
         let lock = hold(&locker, flow, &mut peer);
-        let restored = pair.b.run(|| {
-            let paused = pause(&ours).unwrap();
-            let connection = paused.save().unwrap();
-            paused.detach().unwrap();
-            connection.restore().unwrap()
-        });
+        let restored = moved(&pair, &ours).unwrap();
         assert!(lock.release_into(&[&restored]).unwrap() > 0);
         // It is there, and not sent again.
         wait_until("it has arrived", || unread(&restored) == 4);
@@ -210,6 +200,16 @@ fn hold(locker: &Locker, flow: Flow, peer: &mut TcpStream) -> Lock {
     peer.write_all(b"held").unwrap();
     wait_until("it is held", || lock.held() > 0);
     lock
+}
+
+/// The connection in another socket of the same host.
+fn moved(pair: &Pair, ours: &TcpStream) -> soccr::Result<Restored> {
+    pair.b.run(|| {
+        let paused = pause(ours)?;
+        let connection = paused.save()?;
+        paused.detach()?;
+        connection.restore()
+    })
 }
 
 fn unread(socket: impl AsFd) -> u64 {
@@ -232,12 +232,7 @@ fn a_socket_that_cannot_hear_them_is_refused() {
     let (pair, peer, ours) = bound_elsewhere();
     let mut resets = Sniffer::flagged(&pair.a.namespace, "eth0", Flags::RST).unwrap();
     half_close(&peer, &ours);
-    let error = pair.b.run(|| {
-        let paused = pause(&ours).unwrap();
-        let connection = paused.save().unwrap();
-        paused.detach().unwrap();
-        connection.restore().unwrap_err()
-    });
+    let error = moved(&pair, &ours).unwrap_err();
     assert!(error.remedy().contains("0xc114"), "{error}");
     assert_eq!(resets.segments().unwrap(), []);
 }
@@ -256,12 +251,7 @@ fn what_was_held_is_refused_where_it_cannot_be_heard() {
         assert_eq!(resets.segments().unwrap(), []);
     }
     let lock = hold(&locker, flow, &mut peer);
-    let restored = pair.b.run(|| {
-        let paused = pause(&ours).unwrap();
-        let connection = paused.save().unwrap();
-        paused.detach().unwrap();
-        connection.restore().unwrap()
-    });
+    let restored = moved(&pair, &ours).unwrap();
     refused(lock.release_into(&[&restored]));
     ours = restored.resume().unwrap();
     expect(&mut ours, b"held");

@@ -302,7 +302,7 @@ pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
     assert_alive(&ours, &peer);
 }
 
-/// A source that says the next thing when nothing waits to be read by it, and never reads.
+/// A source that never reads what the target writes. While the target writes nothing, it says its next message.
 struct Deaf(VecDeque<Vec<u8>>);
 
 impl Channel for Deaf {
