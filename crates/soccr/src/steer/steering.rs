@@ -25,14 +25,14 @@
 //! Rules change the sets and never the map: a packet that is under way while its connection is taken out may bring it
 //! back into `alive`, which has no effect by itself. So what ends by itself stays in the map, until that is full.
 
+mod change;
 mod room;
 mod rules;
 
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use soccr_netlink::{Batch, Message, Rtnetlink, Socket};
 
@@ -42,6 +42,7 @@ use crate::error::{Error, Result};
 use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
 use crate::nftables::{self, Table, Transaction, milliseconds, value};
 
+use change::Entry;
 use rules::{ALIVE, Chains, END, Names, TO, create_chains, create_sets};
 pub(super) use rules::{ICMP_ERRORS, NOT_STEERED};
 
@@ -96,14 +97,6 @@ pub struct Steered {
     pub remaining: Duration,
     /// The peer has sent a FIN, or one of the two an RST.
     pub closing: bool,
-}
-
-/// What is in the tables about one connection.
-#[derive(Default)]
-struct Entry {
-    steered: bool,
-    alive: bool,
-    ends: bool,
 }
 
 impl Steering {
@@ -322,69 +315,6 @@ impl Steering {
         format!("{PREFIX}{}/{}", self.ingress, self.egress)
     }
 
-    /// Commits what `fill` writes about chunks of connections. A transaction without effect costs nothing; one that fails waits for
-    /// an RCU grace period, which takes milliseconds.
-    ///
-    /// Kernels before 6.3 delete only what is there. It is looked up then, and again where somebody changes it meanwhile.
-    fn change(
-        &self,
-        socket: &mut Socket,
-        ipv6: bool,
-        flows: &[Flow],
-        seem_new: bool,
-        mut fill: impl FnMut(&mut Change<'_, '_>),
-    ) -> Result<()> {
-        /// Packets and other processes change the sets; not that often.
-        const ATTEMPTS: usize = 32;
-        /// The kernel collects what has expired once a second, and counts it until then.
-        const COLLECTION: Duration = Duration::from_secs(2);
-        static CAN_DESTROY: AtomicBool = AtomicBool::new(true);
-        let (mut are_new, mut full_since) = (seem_new, None);
-        if flows.is_empty() {
-            return Ok(());
-        }
-        nftables::set_longest(socket)?;
-        // Each connection may be in all three sets, and in the map twice; its answers in all three.
-        let most = (nftables::most_elements(socket)? / 7).max(1);
-        let (mut batch, name) = (Batch::new(), self.table());
-        let (mut rest, mut at_once, mut attempts) = (flows, most, 0);
-        while !rest.is_empty() {
-            let (flows, behind) = rest.split_at(at_once.min(rest.len()));
-            let known = match CAN_DESTROY.load(Ordering::Relaxed) {
-                _ if are_new => Known::New,
-                true => Known::Nothing,
-                false => {
-                    let all = [flows, &reversed(flows)].concat();
-                    Known::Present(self.present(socket, ipv6, &all, &[TO, ALIVE, END]).map_err(failed)?)
-                }
-            };
-            let mut transaction = Transaction::begin(&mut batch, Table::netdev(&name));
-            fill(&mut Change { transaction: &mut transaction, ipv6, flows, known: &known });
-            let Err(error) = transaction.commit(socket) else {
-                (rest, attempts) = (behind, 0);
-                continue;
-            };
-            attempts += 1;
-            match (error.raw_os_error(), known) {
-                _ if attempts == ATTEMPTS => return Err(Error::system("nft element", error)),
-                (Some(libc::EEXIST), Known::New) => are_new = false,
-                (Some(libc::EINVAL), Known::Nothing) => CAN_DESTROY.store(false, Ordering::Relaxed),
-                // Of fewer connections, less changes meanwhile.
-                (Some(libc::ENOENT | libc::EEXIST), Known::Present(_)) => at_once = flows.len().div_ceil(2),
-                (Some(libc::ENFILE), _)
-                    if full_since.get_or_insert_with(Instant::now).elapsed() < COLLECTION =>
-                {
-                    match self.make_room(socket, ipv6)? {
-                        true => full_since = None,
-                        false => std::thread::sleep(COLLECTION / 20),
-                    }
-                }
-                _ => return Err(Error::system("nft element", error)),
-            }
-        }
-        Ok(())
-    }
-
     /// Which of these connections are in the sets.
     fn present(
         &self,
@@ -435,55 +365,6 @@ impl Steering {
             Some(Steered { flow, next_hop, packets, bytes, idle, remaining, closing: ends.is_some() })
         })?;
         Ok(contents.into_iter().flatten().collect())
-    }
-}
-
-/// What a transaction does about some connections of one family.
-struct Change<'a, 't> {
-    transaction: &'a mut Transaction<'t>,
-    ipv6: bool,
-    flows: &'a [Flow],
-    known: &'a Known,
-}
-
-/// What is known of some connections.
-enum Known {
-    Nothing,
-    /// They are in no set, or the transaction fails.
-    New,
-    /// The sets that each is in.
-    Present(HashMap<Flow, Entry>),
-}
-
-impl Change<'_, '_> {
-    /// Takes out of a set those that are in it.
-    fn take_out(&mut self, set: Names, flows: &[Flow], is_in: fn(&Entry) -> bool) {
-        let name = set.name(self.ipv6);
-        match self.known {
-            Known::Nothing => self.transaction.destroy(name, flows.iter()),
-            Known::New => {}
-            Known::Present(present) => {
-                self.transaction.delete(name, flows.iter().filter(|flow| is_in(&present[*flow])));
-            }
-        }
-    }
-
-    /// Takes them out of all sets.
-    fn forget(&mut self, flows: &[Flow]) {
-        self.take_out(TO, flows, |entry| entry.steered);
-        self.take_out(ALIVE, flows, |entry| entry.alive);
-        self.take_out(END, flows, |entry| entry.ends);
-    }
-
-    fn have_alive(&mut self) {
-        let name = ALIVE.name(self.ipv6);
-        match self.known {
-            Known::Nothing | Known::New => self.transaction.complete(name, self.flows.iter()),
-            Known::Present(present) => {
-                let missing = self.flows.iter().filter(|flow| !present[*flow].alive);
-                self.transaction.add(name, missing, |_, _| ());
-            }
-        }
     }
 }
 
