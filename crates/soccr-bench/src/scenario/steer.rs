@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use crate::arguments::Arguments;
 use crate::connections::budget;
 use crate::report::{Report, Row};
 use crate::statistics::{Samples, repeat};
+use crate::sys;
 
 pub(crate) fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
     let lan = Lan::new()?;
@@ -104,6 +106,27 @@ fn throughput(lan: &Lan, hop: &NextHop, arguments: &Arguments, report: &mut Repo
     report.add(Row::goodput("steer", "direct, then steered", runs, [direct, steered]));
     report.add(Row::goodput("steer", "direct, then routed by the old host", runs, [direct, routed]));
     report.add(Row::goodput("steer", "direct, then relayed by a program", runs, [direct, relayed]));
+    on_a_line(lan, hop, runs, report)
+}
+
+/// The hosts of this machine share its processors, so without a line between them the second hop takes from both ends.
+fn on_a_line(lan: &Lan, hop: &NextHop, runs: usize, report: &mut Report) -> Result<()> {
+    for gigabits in [10, 25] {
+        let on_the_line = |peer: TcpStream, ours| {
+            sys::set(peer.as_fd(), libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, &[gigabits * 125_000_000]);
+            rate(peer, ours)
+        };
+        let (mut direct, mut steered) = (Vec::new(), Vec::new());
+        for _ in 0..runs {
+            let (peer, ours) = connect(lan, &lan.hosts[0], 80)?;
+            direct.push(on_the_line(peer, ours)?);
+            let (peer, ours) = connect(lan, &lan.hosts[0], 80)?;
+            let ours = transfer(lan, hop, ours)?;
+            steered.push(on_the_line(peer, ours)?);
+        }
+        let what = format!("direct, then steered, {gigabits} Gbit/s at most");
+        report.add(Row::goodput("steer", what, runs, [direct, steered].map(median)));
+    }
     Ok(())
 }
 
