@@ -4,7 +4,8 @@
 //! What every function of the header asks of its caller, beyond what it checks:
 //!
 //! - A handle comes from `libsoccr_pause`, is used by one thread at a time, and not after `libsoccr_resume` or
-//!   `libsoccr_release`. Its descriptor stays open until then.
+//!   `libsoccr_release`. Its descriptor is open while the connection is paused, saved, asked for its addresses,
+//!   restored or resumed.
 //! - A pointer to an object is null or points to one of that type; with a size, to that many bytes. No alignment is
 //!   asked for. What is only read is never written.
 //! - A queue given by `libsoccr_set_queue_bytes` has the length that the data of the restore tells, and stays readable

@@ -14,11 +14,11 @@ use crate::show::table::printable;
 pub(crate) const HELP: &str = "\
 Exit codes:
   0    done
-  1    failed; nothing has changed
+  1    failed; nothing has changed, or standard error names the images that hold the connections now
   2    the command line is wrong
   3    some of several connections failed, or one that has moved could not be given to its program: standard error names each
   4    what became of a connection is unknown, or it is lost
-  126  the program was found but could not be started
+  126  the program was found but could not be started; the connections are as with 1
   127  the program was not found";
 
 /// How the command ended, by exit code.

@@ -78,7 +78,7 @@
 //! - A connection is never in two programs. It can be in none only if the outcome is [`Unknown`](Outcome::Unknown), or if a program is
 //!   killed while the connection is in its memory alone. [`protocol`] has the table; the tests lead its machines through every order
 //!   of messages, cuts and kills.
-//! - Nothing is locked before the target has said that it is there and prepared. From then on the connections of a window, up to
+//! - Nothing is locked before the target has said that it is there and prepared. From then on the connections of a batch, up to
 //!   128, are silent until they have arrived or stay: what their peers send meanwhile goes along.
 //! - The program at the other end of a channel can make any connection, on behalf of any address of this host: trust the channel as
 //!   far as that program. Look at each connection before it is taken ([`Terms::accept_if`]), and give the channel to nobody else.
@@ -101,8 +101,8 @@
 //! - **Namespaces.** A mover belongs to the network namespace of the thread that has made it. Threads that use it must be in the
 //!   same one, those of a runtime included.
 //! - **epoll.** A connection that has left leaves a socket behind, which `send` closes; processes with duplicates of it see `EPOLLHUP`
-//!   and `ECONNABORTED`. A connection that stays keeps its socket and its epoll registrations, but events may have been reported that
-//!   are over. A tokio stream is registered anew.
+//!   and `ECONNABORTED`. A connection that stays keeps its socket and its epoll registrations, but epoll may have reported events
+//!   that no longer hold. A tokio stream is registered anew.
 //!
 //! # Rights
 //! `CAP_NET_ADMIN` and `CAP_NET_RAW` in the user namespace that owns the network namespace, at both ends; see [`soccr`].

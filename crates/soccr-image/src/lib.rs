@@ -9,7 +9,7 @@
 //! | [`AddressMap`] | `OLD=NEW`: where a connection comes back under another address |
 //! | [`draw()`] | the sequence spaces of a connection, for people |
 //!
-//! Bytes that come in are trusted in nothing: every length is checked before memory is taken, no input panics, and what
+//! Bytes that come in are not trusted: every length is checked before memory is taken, no input panics, and what
 //! is read is [validated](soccr::Connection::validate) before it is given to the caller.
 //!
 //! ```

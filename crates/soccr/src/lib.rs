@@ -7,12 +7,13 @@
 //!
 //! ```text
 //!  here                                                          there
-//!  lock ── pause ── save ── detach          Connection           restore ── resume ── unlock
+//!  lock ── pause ── save ── detach          Connection           restore ── unlock ── resume
 //!                     └──────────────── any bytes, any time ────────┘
 //! ```
 //!
-//! It rests on `TCP_REPAIR` (Linux 4.12; 5.14 for buffers that stay tuned), and needs `CAP_NET_ADMIN` and
-//! `CAP_NET_RAW` in the user namespace that owns the network namespace: root, or anybody under `unshare -Urn`.
+//! It rests on `TCP_REPAIR` (Linux 4.12; 5.14 for buffers that stay tuned), and needs `CAP_NET_ADMIN` in the
+//! user namespace that owns the network namespace, and `CAP_NET_RAW` there to hold packets and for half-closed connections: root, or
+//! anybody under `unshare -Urn`.
 //!
 //! # Example
 //! A connection leaves its socket and continues in another one:

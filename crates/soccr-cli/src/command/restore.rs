@@ -30,6 +30,7 @@ use crate::{descriptors, network};
     override_usage = "\
 soccr restore [OPTIONS] [FILE] [--stdio] -- PROGRAM [ARGUMENT]...
        soccr restore [OPTIONS] [FILE] --send-fd UNIX_SOCKET
+       soccr restore [OPTIONS] [FILE] --connect ADDRESS:PORT [--proxy-protocol 1|2]
        soccr restore [OPTIONS] [FILE] --adopt",
     after_help = "\
 Examples:

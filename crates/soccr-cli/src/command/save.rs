@@ -29,7 +29,7 @@ use pipe::{Output, Reading};
 
 /// Save connections of running processes in a file
 ///
-/// The processes are stopped for the instant. Unless --keep is given they lose the connections: silently on the wire,
+/// The processes are stopped for a moment. Unless --keep is given they lose the connections: silently on the wire,
 /// with an ordinary error (ECONNABORTED) for the process; one that waits in connect(2) connects once more. This host stays silent about
 /// the connections afterwards, for the time of --silence, so that packets of the peers draw no reset; `soccr restore` on this host
 /// ends that.

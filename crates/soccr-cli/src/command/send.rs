@@ -68,7 +68,7 @@ pub(crate) struct Send {
     #[arg(long, value_name = "SECONDS")]
     idle: Option<u32>,
     /// Also move the connections that wait in the accept queues of the process, in order. Those that stay return to the queue (root,
-    /// Linux 6.9), or else are saved in images; so do all of them if this command is asked to end before one has left
+    /// Linux 6.9), or are saved in images. If this command is asked to end before one has left, this happens to all of them
     #[arg(long, requires = "pid", requires = "via", group = "which")]
     listener: bool,
     /// Run this command of the shell as the target, with both its ends connected, in the network of the caller
