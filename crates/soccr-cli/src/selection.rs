@@ -98,6 +98,9 @@ impl Selection {
         if captives.is_empty() {
             bail!("there is no other connection");
         }
+        if peer.is_some() {
+            refuse_several_forgotten(&captives)?;
+        }
         if self.fd.is_empty() && !self.with_local {
             leave_out_local(&mut captives)?;
         }
@@ -111,7 +114,7 @@ impl Selection {
             let pid = self.one_process("--fd")?.context("--fd without --pid")?;
             let process = Process::open(pid)?;
             for fd in &self.fd {
-                match Captive::new(&process, *fd).map(|captive| captive.with_peer(peer)) {
+                match Captive::new(&process, *fd).and_then(|captive| told(captive, peer)) {
                     Ok(captive) if seen.insert(captive.inode()) => captives.push(captive),
                     Ok(_) => {}
                     Err(error) => fail(error.into()),
@@ -136,7 +139,8 @@ impl Selection {
                 false => process::visible_sockets(pid, note)?,
             }
             for holder in holders {
-                match Captive::find(&process, holder.fd).map(|captive| Some(captive?.with_peer(peer))) {
+                let found = Captive::find(&process, holder.fd);
+                match found.and_then(|captive| captive.map(|captive| told(captive, peer)).transpose()) {
                     Ok(None) => {}
                     Ok(Some(captive)) => match self.wants(&captive) {
                         Ok(true) => captives.push(captive),
@@ -209,6 +213,31 @@ impl Selection {
             return Ok(self.matching.wants(captive.local()?, (Ipv4Addr::UNSPECIFIED, 0).into()));
         };
         Ok(self.matching.wants(local, remote))
+    }
+}
+
+/// A connection with its peer, if the kernel has forgotten that. One that ends later has another peer.
+fn told(captive: Captive, peer: Option<SocketAddr>) -> soccr_handover::Result<Captive> {
+    match peer {
+        Some(peer) if captive.has_forgotten_peer()? => Ok(captive.with_peer(peer)),
+        _ => Ok(captive),
+    }
+}
+
+/// One address is not the peer of several connections.
+fn refuse_several_forgotten(captives: &[Captive]) -> Result<()> {
+    let mut forgotten = Vec::new();
+    for captive in captives {
+        if captive.has_forgotten_peer()? {
+            forgotten.push(captive.name());
+        }
+    }
+    match forgotten.len() {
+        0 | 1 => Ok(()),
+        _ => bail!(
+            "{}: --forgotten-peer is the peer of one connection: take each of these by itself (--fd)",
+            forgotten.join(", ")
+        ),
     }
 }
 

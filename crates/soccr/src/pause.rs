@@ -138,7 +138,8 @@ impl<'fd> Paused<'fd> {
         }
     }
 
-    /// Tells the address of the peer, for a connection in CLOSE: the kernel has forgotten it.
+    /// Tells the address of the peer, for a connection in CLOSE: the kernel has forgotten it. In any other state what the kernel says
+    /// counts.
     pub fn with_peer(mut self, peer: SocketAddr) -> Self {
         self.peer = Some(peer);
         self

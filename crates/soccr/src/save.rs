@@ -328,30 +328,40 @@ pub(crate) fn local_address(fd: BorrowedFd<'_>) -> Result<SocketAddr> {
         .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried"))
 }
 
+/// `peer` counts only where the kernel has forgotten it.
 pub(crate) fn remote_address(fd: BorrowedFd<'_>, peer: Option<SocketAddr>) -> Result<SocketAddr> {
-    let address = getpeername(fd);
-    match address {
-        Ok(Some(address)) => SocketAddr::try_from(address)
-            .map_err(|_| Error::refused("a socket that is not IP", "only TCP is carried")),
-        Err(Errno::NOTCONN) | Ok(None) => {
-            let state = state(fd)?;
-            match peer.map_or_else(|| peer_of_handshake(fd, state), |peer| Ok(Some(peer)))? {
-                Some(peer) => Ok(peer),
-                None => Err(Error::refused(
-                    format!("a connection in {state} without its peer's address"),
-                    "the kernel has forgotten it: tell it by Paused::with_peer",
-                )),
-            }
-        }
+    if let Some(address) = connected_to(fd)? {
+        return Ok(address);
+    }
+    let state = state(fd)?;
+    let known = match state {
+        State::Close => peer,
+        State::SynSent => peer_of_handshake(fd)?,
+        _ => None,
+    };
+    // It may be connected since.
+    match known.map_or_else(|| connected_to(fd), |address| Ok(Some(address)))? {
+        Some(address) => Ok(address),
+        None => Err(Error::refused(
+            format!("a connection in {state} without its peer's address"),
+            "the kernel has forgotten it: tell it by Paused::with_peer",
+        )),
+    }
+}
+
+fn connected_to(fd: BorrowedFd<'_>) -> Result<Option<SocketAddr>> {
+    match getpeername(fd) {
+        Ok(Some(address)) => match SocketAddr::try_from(address) {
+            Ok(address) => Ok(Some(address)),
+            Err(_) => Err(Error::refused("a socket that is not IP", "only TCP is carried")),
+        },
+        Err(Errno::NOTCONN) | Ok(None) => Ok(None),
         Err(error) => Err(Error::system("getpeername", error)),
     }
 }
 
 /// Of a connection in SYN_SENT the kernel knows the peer, but tells it only to others.
-fn peer_of_handshake(fd: BorrowedFd<'_>, state: State) -> Result<Option<SocketAddr>> {
-    if state != State::SynSent {
-        return Ok(None);
-    }
+fn peer_of_handshake(fd: BorrowedFd<'_>) -> Result<Option<SocketAddr>> {
     let local = local_address(fd)?;
     let cookie = sockopt::get(fd, libc::SOL_SOCKET, libc::SO_COOKIE)
         .map_err(|error| Error::system("SO_COOKIE", error))?;

@@ -63,7 +63,7 @@ pub(crate) struct Save {
     #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),
         value_parser = value_parser!(u64).range(..=86400), conflicts_with = "keep")]
     silence: u64,
-    /// The address of the peer, for a connection that was reset, or that both ends have closed
+    /// The address of the peer, for the one connection that was reset, or that both ends have closed
     #[arg(long, value_name = "ADDRESS:PORT")]
     forgotten_peer: Option<SocketAddr>,
 }

@@ -16,6 +16,7 @@ crate::tests![
     descendants_that_have_ended_or_hide_are_no_obstacle,
     what_is_still_connecting_is_taken_too,
     what_was_reset_with_unread_bytes_is_taken_or_named,
+    a_told_peer_is_that_of_one_forgotten_connection,
 ];
 
 /// A shell whose child has the connections.
@@ -269,4 +270,59 @@ fn what_was_reset_with_unread_bytes_is_taken_or_named() {
     let heir = Program::start(soccr(&arguments).stdout(Stdio::piped()).stderr(Stdio::null()));
     assert_eq!(ask(&mut first, "more", "new "), "new more");
     assert_eq!(heir.output(), "b'unread'\n104\n");
+}
+
+/// Connects to port 8, which takes long, and accepts two connections, which are reset. Prints the descriptors of all three.
+const FORGETFUL: &str = r#"
+import select, signal, socket
+listener = socket.create_server(("", 7))
+connecting = socket.socket()
+connecting.setblocking(False)
+connecting.connect_ex(("127.0.0.1", 8))
+reset = [listener.accept()[0] for _ in range(2)]
+for one in reset:
+    poll = select.poll()
+    poll.register(one, 0)
+    poll.poll()
+print(connecting.fileno(), *(one.fileno() for one in reset), flush=True)
+signal.pause()
+"#;
+
+fn a_told_peer_is_that_of_one_forgotten_connection() {
+    if !installed("python3") {
+        return;
+    }
+    let deaf = TcpListener::bind("127.0.0.1:8").unwrap();
+    set_hearing(&deaf, false);
+    let mut server = Program::start(&mut python(FORGETFUL, &[]));
+    let pid = server.pid();
+    let peers = [(); 2].map(|()| {
+        let mut client = connect(([127, 0, 0, 1], 7));
+        client.write_all(b"unread").unwrap();
+        rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+        client.local_addr().unwrap().to_string()
+    });
+    let mut fds = String::new();
+    BufReader::new(server.0.stdout.take().unwrap()).read_line(&mut fds).unwrap();
+    let fds: Vec<&str> = fds.split_whitespace().collect();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let peers_in = |name: &str| {
+        let remote = |value: serde_json::Value| value["remote"].as_str().unwrap().to_owned();
+        json(&["inspect", "--json", &path(name)]).into_iter().map(remote).collect::<Vec<_>>()
+    };
+    let all = ["save", "--pid", &pid, "--all", "--with-local", "-o"];
+    for which in [&["--all", "--with-local"][..], &["--fd", fds[1], "--fd", fds[2]]] {
+        let save = ["save", "--pid", &pid, "-o", &path("none"), "--forgotten-peer", &peers[0]];
+        let complaint = fail(1, &[&save, which].concat());
+        let named = format!("pid {pid} fd {}, pid {pid} fd {}: --forgotten-peer", fds[1], fds[2]);
+        assert!(complaint.contains(&named), "{complaint}");
+    }
+    let first = ["--fd", fds[0], "--fd", fds[1], "--forgotten-peer", &peers[0]];
+    let save = ["save", "--keep", "--pid", &pid, "-o", &path("both")];
+    succeed(&[&save[..], &first].concat());
+    assert_eq!(peers_in("both"), ["127.0.0.1:8", &peers[0]]);
+    succeed(&["save", "--pid", &pid, "--fd", fds[1], "--forgotten-peer", &peers[0], "-o", &path("first")]);
+    succeed(&[&all[..], &[&path("rest"), "--forgotten-peer", &peers[1]]].concat());
+    assert_eq!(peers_in("rest"), ["127.0.0.1:8", &peers[1]]);
 }

@@ -48,9 +48,17 @@ impl Captive {
         Ok(if captive.is_connection()? { Some(captive) } else { None })
     }
 
-    /// Says who the peer is, if the kernel has forgotten it.
-    pub fn with_peer(self, peer: Option<SocketAddr>) -> Self {
-        Self { peer, ..self }
+    /// Says who the peer is, [if the kernel has forgotten it](Self::has_forgotten_peer). Otherwise what the kernel says counts.
+    pub fn with_peer(self, peer: SocketAddr) -> Self {
+        Self { peer: Some(peer), ..self }
+    }
+
+    /// Whether the kernel has forgotten the peer: in state CLOSE.
+    ///
+    /// # Errors
+    /// The state cannot be read.
+    pub fn has_forgotten_peer(&self) -> Result<bool> {
+        Ok(soccr::diag::state(&self.socket).with_context(|| self.name.clone())? == State::Close)
     }
 
     fn of(process: &Process, fd: RawFd, socket: Result<OwnedFd>) -> Result<Self> {
@@ -140,9 +148,13 @@ impl Captive {
     fn addresses(&self) -> Result<Option<Flow>> {
         let local = self.local_address()?;
         let connected = || rustix::net::getpeername(&self.socket).ok().flatten()?.try_into().ok();
-        let remote = match connected().or(self.peer) {
-            // It may be connected since.
-            None => self.peer_of_handshake(local)?.or_else(connected),
+        let remote = match connected() {
+            None => match soccr::diag::state(&self.socket)? {
+                State::Close => self.peer,
+                // It may be connected since.
+                State::SynSent => self.peer_of_handshake(local)?.or_else(connected),
+                _ => connected(),
+            },
             known => known,
         };
         Ok(remote.map(|remote| Flow { local, remote }))
@@ -155,9 +167,6 @@ impl Captive {
 
     /// In SYN_SENT only sock_diag tells the peer, in the network namespace of the socket.
     fn peer_of_handshake(&self, local: SocketAddr) -> Result<Option<SocketAddr>> {
-        if soccr::diag::state(&self.socket)? != State::SynSent {
-            return Ok(None);
-        }
         let cookie = sockopt::socket_cookie(&self.socket).context("SO_COOKIE")?;
         let ask = || Ok(Diag::open()?.peer_of_handshake(local, cookie)?);
         if Identity::here()? == Identity::of_socket(self.as_fd())? {

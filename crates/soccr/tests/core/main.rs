@@ -100,7 +100,7 @@ fn main() -> ExitCode {
         values: the_timeout_is_saved_without_its_doublings
             the_window_is_announced_as_it_was_agreed the_clock_is_ahead_of_what_pacing_holds_back;
         shut: who_reads_no_more_does_not_afterwards;
-        states: a_handshake_that_the_peer_has_answered_goes_on;
+        states: a_handshake_that_the_peer_has_answered_goes_on a_handshake_goes_on_with_its_own_peer;
     };
     tests.extend(states::tests());
     tests.extend(unread::tests());

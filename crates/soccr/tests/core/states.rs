@@ -99,6 +99,21 @@ pub fn a_handshake_that_the_peer_has_answered_goes_on() {
     }
 }
 
+/// Whoever tells a peer for the case that the kernel has forgotten it, may be wrong about one that it knows.
+pub fn a_handshake_goes_on_with_its_own_peer() {
+    for family in [Family::V4, Family::V6, Family::Mapped] {
+        let pair = Pair::new().unwrap();
+        let case = Case { family, state: State::SynSent, received: 0, sent: 0, unsent: 0 };
+        let Made { socket, remote, .. } = case.make(&pair.a, &pair.b);
+        let mut other = remote;
+        other.set_port(remote.port() + 1);
+        let paused = pair.a.run(|| pause(&socket)).unwrap().with_peer(other);
+        assert_eq!(paused.peer_address().unwrap(), remote);
+        assert_eq!(paused.save().unwrap().remote, remote);
+        paused.resume().unwrap();
+    }
+}
+
 /// A connection that waits for its SYN|ACK starts anew, with the same addresses.
 fn carry_handshake(case: Case, as_bytes: bool) {
     let pair = Pair::new().unwrap();
