@@ -139,6 +139,7 @@ impl Run {
         let ip = header.start;
         let (headers, payload) = self.packet.split_at(payload.start);
         let room = limit.saturating_sub(headers.len()).max(1);
+        let urgent = u16::from_be_bytes([headers[ip + 18], headers[ip + 19]]);
         let mut piece = Vec::with_capacity(headers.len() + room);
         for (index, data) in payload.chunks(room).enumerate() {
             let offset = index * room;
@@ -146,11 +147,15 @@ impl Run {
             let mut kept = *flags;
             kept &= if is_last { 0xff } else { !(flags::FIN | flags::PSH) };
             kept &= if index == 0 { 0xff } else { !flags::CWR };
+            // The pointer counts from the sequence number, to behind the urgent byte (`tcp_check_urg`).
+            let urgent = usize::from(urgent).saturating_sub(offset) as u16;
+            kept &= if urgent > 0 || index == 0 { 0xff } else { !flags::URG };
             piece.clear();
             piece.extend_from_slice(headers);
             piece.extend_from_slice(data);
             piece[ip + 4..ip + 8].copy_from_slice(&seq.wrapping_add(offset as u32).to_be_bytes());
             piece[ip + 13] = kept;
+            piece[ip + 18..ip + 20].copy_from_slice(&urgent.to_be_bytes());
             finish(&mut piece, ip);
             each(&piece)?;
         }

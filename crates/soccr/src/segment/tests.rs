@@ -147,6 +147,26 @@ fn a_long_segment_becomes_several() {
     }
 }
 
+/// The pointer counts from the sequence number of its segment, to behind the urgent byte.
+#[test]
+fn each_piece_points_to_the_same_urgent_byte() {
+    for (addresses, urgent) in
+        [V4, V6].into_iter().flat_map(|v| [1, 1400, 3000, 4000, 0xffff].map(|u| (v, u)))
+    {
+        let mut long = segment(addresses, &[1; 4000]);
+        (long.flags, long.urgent) = (long.flags | flags::URG, urgent);
+        for piece in rewritten(&packet(&long), 1500) {
+            let parsed = Parsed::new(&piece).unwrap();
+            let pointer = u16::from_be_bytes(*piece[parsed.header.start + 18..].first_chunk().unwrap());
+            let offset = parsed.seq.wrapping_sub(long.seq);
+            let expected = u32::from(urgent).checked_sub(offset).filter(|rest| *rest > 0);
+            let found = (parsed.flags & flags::URG != 0).then_some(u32::from(pointer));
+            assert_eq!(found, expected, "{urgent} at {offset}");
+            assert!(found.is_some() || pointer == 0);
+        }
+    }
+}
+
 #[test]
 fn what_was_cut_off_is_not_acknowledged_as_finished() {
     let mut long = segment(V4, &[1; 1000]);

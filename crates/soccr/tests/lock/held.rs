@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use soccr::Lock;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode};
 use soccr_lab::{Family, Namespace, OnCpu, Pair, Shape, TcpInfo, sysctl, wait_until};
@@ -169,6 +171,49 @@ pub fn a_narrow_way_back_gets_it_in_pieces() {
         assert!(lock.release().unwrap() > 0);
         expect(&mut connected.ours, &bytes(10_000));
         transfer(&mut connected.ours, &mut connected.peer, b"and back");
+    }
+}
+
+/// The peer sends one segment of full length that ends with an urgent byte, and more behind it. Returns what is not urgent.
+fn send_urgent(mut peer: &TcpStream) -> Vec<u8> {
+    let before = vec![b'a'; TcpInfo::of(peer).unwrap().snd_mss as usize - 1];
+    assert_eq!(send(peer, &before, SendFlags::MORE), Ok(before.len()));
+    assert_eq!(send(peer, b"U", SendFlags::OOB), Ok(1));
+    let behind = vec![b'b'; 5_000];
+    peer.write_all(&behind).unwrap();
+    [before, behind].concat()
+}
+
+fn expect_urgent(ours: &mut TcpStream, stream: &[u8]) {
+    let mut urgent = [0];
+    wait_until("the urgent byte has come", || recv(&*ours, &mut urgent, RecvFlags::OOB).is_ok());
+    assert_eq!(&urgent, b"U");
+    expect(ours, stream);
+}
+
+/// A pointer to urgent data counts from the beginning of its segment.
+pub fn urgent_data_in_a_long_packet_stays_where_it_is() {
+    for address in ["127.0.0.1:80", "[::1]:80"] {
+        let listener = TcpListener::bind(address).unwrap();
+        let (mut ours, peer) = grown(&listener, &bytes(3_000_000));
+        let lock = Lock::hold(&[Flow::of(&ours).unwrap()]).unwrap();
+        let sent = send_urgent(&peer);
+        wait_until("all is held", || lock.held() > 1 && TcpInfo::of(&peer).unwrap().unsent == 0);
+        lock.release().unwrap();
+        expect_urgent(&mut ours, &sent);
+    }
+}
+
+pub fn urgent_data_comes_in_pieces_by_a_narrow_way() {
+    for family in [Family::V4, Family::V6] {
+        let mut connected = connect(family);
+        connected.pair.b.namespace.rtnetlink().unwrap().set_mtu("lo", 1400).unwrap();
+        let lock = connected.lock(Mode::HOLD);
+        let sent = send_urgent(&connected.peer);
+        wait_until("all is sent", || TcpInfo::of(&connected.peer).unwrap().unsent == 0);
+        connected.settle();
+        lock.release().unwrap();
+        expect_urgent(&mut connected.ours, &sent);
     }
 }
 

@@ -45,6 +45,8 @@ fn main() -> ExitCode {
         a_strict_firewall_that_has_never_seen_the_connection_lets_it_pass,
         held::the_longest_packets_are_held_whole,
         held::a_narrow_way_back_gets_it_in_pieces,
+        held::urgent_data_in_a_long_packet_stays_where_it_is,
+        held::urgent_data_comes_in_pieces_by_a_narrow_way,
         held::what_is_held_has_a_limit,
         much::a_restored_connection_gets_it_in_its_queue,
         much::a_connection_that_stayed_gets_it_too,
