@@ -8,10 +8,15 @@ use std::ptr;
 use crate::failure::{Failure, Result};
 use crate::handle::Handle;
 use crate::sys::border::{run, told, with};
+use crate::sys::sigpipe::WithoutSigpipe;
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn libsoccr_write(handle: *mut Handle, fd: c_int) -> c_int {
-    let write = |handle: &mut Handle| handle.write(file("write", fd)?).map(|()| 0);
+    let write = |handle: &mut Handle| {
+        let file = file("write", fd)?;
+        let _quiet = WithoutSigpipe::new();
+        handle.write(file).map(|()| 0)
+    };
     // SAFETY: by contract.
     let written = unsafe { with(handle, -1, write) };
     told(written, || format!("write: the connection is in descriptor {fd}"))

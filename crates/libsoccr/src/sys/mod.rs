@@ -11,3 +11,4 @@ mod exports_image;
 mod exports_lock;
 pub(crate) mod log;
 pub(crate) mod memory;
+mod sigpipe;

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 /* Locks a connection, writes it, and closes its socket. */
@@ -129,6 +130,51 @@ static void what_is_no_image_is_refused(void)
 	kit_talk(&pair);
 }
 
+/* Writes to a pipe that nobody reads: it is told, and neither ends the process nor is left for it. */
+static void write_in_vain(struct libsoccr_sk *sk)
+{
+	sigset_t before, after, pending;
+	int ends[2];
+
+	SAME(pipe(ends), 0);
+	close(ends[0]);
+	SAME(pthread_sigmask(SIG_BLOCK, NULL, &before), 0);
+	SAME(libsoccr_write(sk, ends[1]), -1);
+	SAME(errno, EPIPE);
+	SAME(libsoccr_last_kind(sk), SOCCR_SYSTEM);
+	SAME(pthread_sigmask(SIG_BLOCK, NULL, &after), 0);
+	for (int signal = 1; signal < NSIG; signal++)
+		SAME(sigismember(&after, signal), sigismember(&before, signal));
+	SAME(sigpending(&pending), 0);
+	SAME(sigismember(&pending, SIGPIPE), 0);
+	close(ends[1]);
+}
+
+static void a_pipe_without_a_reader_is_a_failure(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_sk *sk = libsoccr_pause(pair.here);
+	sigset_t pipe_signal, pending;
+
+	write_in_vain(sk);
+	signal(SIGPIPE, SIG_IGN);
+	write_in_vain(sk);
+	signal(SIGPIPE, SIG_DFL);
+
+	/* The program blocks it; then it has got one that is not ours. */
+	sigemptyset(&pipe_signal);
+	sigaddset(&pipe_signal, SIGPIPE);
+	SAME(pthread_sigmask(SIG_BLOCK, &pipe_signal, NULL), 0);
+	write_in_vain(sk);
+	raise(SIGPIPE);
+	SAME(libsoccr_write(sk, memfd_create("image", MFD_CLOEXEC)), 0);
+	SAME(sigpending(&pending), 0);
+	SAME(sigismember(&pending, SIGPIPE), 1);
+
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
 /* For other readers: the image goes into the file that IMAGE names. */
 static void a_file_for_others(void)
 {
@@ -146,6 +192,7 @@ static const struct test tests[] = {
 	TEST(a_connection_moves_in_an_image_over_ipv6),
 	TEST(memory_of_what_is_read),
 	TEST(what_is_no_image_is_refused),
+	TEST(a_pipe_without_a_reader_is_a_failure),
 	TEST(a_file_for_others),
 };
 
