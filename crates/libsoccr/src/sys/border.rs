@@ -21,7 +21,8 @@ pub(crate) const LEAST_DATA: usize = 68;
 const LARGEST_DATA: usize = c_int::MAX as usize;
 
 thread_local! {
-    /// The last failure on this thread, whichever handle it was about, or none: what `errno` is to system calls.
+    /// The last failure on this thread, whichever handle it was about, or none: what `errno` is to system calls. A
+    /// handler of atexit(3) runs after it has ended: nothing is kept then.
     static LAST_ERROR: RefCell<Option<LastError>> = const { RefCell::new(None) };
 }
 
@@ -70,11 +71,11 @@ pub(super) unsafe fn with<T>(
 }
 
 /// What there is to tell of the last failure of a handle, or of this thread; `none` if there is none.
-pub(super) fn last_error<T>(handle: Option<&Handle>, none: T, tell: impl FnOnce(&LastError) -> T) -> T {
+pub(super) fn last_error<T: Copy>(handle: Option<&Handle>, none: T, tell: impl FnOnce(&LastError) -> T) -> T {
     let tell = |error: &Option<LastError>| error.as_ref().map_or(none, tell);
     match handle {
         Some(handle) => tell(&handle.last_error),
-        None => LAST_ERROR.with_borrow(tell),
+        None => LAST_ERROR.try_with(|error| tell(&error.borrow())).unwrap_or(none),
     }
 }
 
@@ -94,7 +95,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 /// Keeps the failure for [`last_error`].
 fn record(failure: &Failure) -> LastError {
     let error = LastError::new(failure, log::c_string(failure.to_string()));
-    LAST_ERROR.set(Some(error.clone()));
+    let _ = LAST_ERROR.try_with(|last| last.replace(Some(error.clone())));
     error
 }
 

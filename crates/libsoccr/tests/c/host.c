@@ -412,6 +412,30 @@ static void a_child_goes_on_with_what_its_parent_has_begun(void)
 	kit_talk(&pair);
 }
 
+static void fail_at_exit(void)
+{
+	errno = 0;
+	CHECK(!libsoccr_pause(-1));
+	SAME(errno, EINVAL);
+	CHECK(!libsoccr_last_error(NULL));
+	SAME(libsoccr_last_errno(NULL), 0);
+}
+
+/* glibc ends the variables of the thread before it calls the handlers. */
+static void a_failure_while_the_process_exits_is_one(void)
+{
+	int status;
+
+	if (fork() == 0) {
+		CHECK(!libsoccr_pause(-1));
+		kit_error_has(NULL, "descriptor");
+		atexit(fail_at_exit);
+		exit(7);
+	}
+	CHECK(wait(&status) > 0 && WIFEXITED(status));
+	SAME(WEXITSTATUS(status), 7);
+}
+
 #define TESTS(name) TEST(name##_over_ipv4), TEST(name##_over_ipv6), TEST(name##_over_mapped_ipv4)
 
 static const struct test tests[] = {
@@ -427,6 +451,7 @@ static const struct test tests[] = {
 	TEST(a_lock_takes_no_signal),
 	TEST(a_descriptor_that_is_another_socket_is_spared),
 	TEST(a_failure_leaves_its_errno),
+	TEST(a_failure_while_the_process_exits_is_one),
 	TEST(a_child_goes_on_with_what_its_parent_has_begun),
 };
 
