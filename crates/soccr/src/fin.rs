@@ -117,10 +117,10 @@ pub(crate) fn window_field(control: &ControlBlock, window: u32) -> u16 {
 }
 
 /// Sends a segment of ours to the peer.
-pub(crate) fn send_to_peer(injector: &Injector, segment: &Segment<'_>) -> Result<()> {
+pub(crate) fn send_to_peer(injector: &Injector, fd: BorrowedFd<'_>, segment: &Segment<'_>) -> Result<()> {
     let mut packet = Vec::with_capacity(128);
     segment.write(&mut packet);
-    injector.send(&packet, segment.destination)
+    injector.send_ours(fd, &packet, segment.destination)
 }
 
 pub(crate) fn from_peer<'a>(

@@ -110,7 +110,7 @@ impl<Fd: AsFd> Restored<Fd> {
             tcp::set_reuse_address(fd, true)?;
         }
         // Without it the peer would have to wait for its own timer; with a firewall in the way it still does.
-        let _ = injector.and_then(|injector| fin::send_to_peer(injector, &acknowledgement));
+        let _ = injector.and_then(|injector| fin::send_to_peer(injector, fd, &acknowledgement));
         if self.control.unsq_len > 0 || self.control.fin_unsent {
             push(fd)?;
         }

@@ -131,8 +131,11 @@ fn a_rule_for_our_mark_brings_them_to_a_transparent_proxy() {
     exchange(&mut proxy.peer, &mut proxy.ours);
 
     half_close(&proxy.peer, &proxy.ours);
-    proxy.ours = proxy.move_on().unwrap().resume().unwrap();
+    let restored = proxy.move_on().unwrap();
+    let mut told = Sniffer::on(&proxy.lab.peer.namespace, "eth0").unwrap();
+    proxy.ours = restored.resume().unwrap();
     assert!(is_in(&proxy.ours, State::CloseWait));
+    wait_until("the peer is told", || told.segments().unwrap().iter().any(|one| one.source == flow.local));
     proxy.ours.write_all(b"the rest").unwrap();
     expect(&mut proxy.peer, b"the rest");
     proxy.assert_nothing_left();

@@ -5,13 +5,13 @@
 //! removed for as long as the socket lives.
 
 use std::io;
-use std::mem::{size_of, zeroed};
 use std::net::{Ipv6Addr, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, socket_with};
 
+use super::message::{self, Item};
 use crate::sys::sockopt;
 
 /// A discard address (RFC 6666), which nobody has.
@@ -37,55 +37,24 @@ pub(crate) fn send(fd: BorrowedFd<'_>, packet: &[u8], destination: SocketAddrV6)
     let source = header[8..24].try_into().map_err(|_| Errno::INVAL)?;
     let information = libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: source }, ipi6_ifindex: 0 };
     let class = (header[0] & 15) << 4 | header[1] >> 4;
-    let mut control = Control {
-        source: Item::new(libc::IPV6_PKTINFO, information),
-        class: Item::new(libc::IPV6_TCLASS, class.into()),
-        hops: Item::new(libc::IPV6_HOPLIMIT, header[7].into()),
+    let control = Control {
+        source: Item::new(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, information),
+        class: Item::new(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class.into()),
+        hops: Item::new(libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT, header[7].into()),
     };
-    let mut name = libc::sockaddr_in6 {
+    let name = libc::sockaddr_in6 {
         sin6_family: libc::AF_INET6 as libc::sa_family_t,
         sin6_port: 0,
         sin6_flowinfo: 0,
         sin6_addr: libc::in6_addr { s6_addr: destination.ip().octets() },
         sin6_scope_id: destination.scope_id(),
     };
-    let mut piece = libc::iovec { iov_base: segment.as_ptr().cast_mut().cast(), iov_len: segment.len() };
-    // SAFETY: numbers and pointers, for which zero is a value.
-    let mut message: libc::msghdr = unsafe { zeroed() };
-    message.msg_name = (&raw mut name).cast();
-    message.msg_namelen = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
-    message.msg_iov = &raw mut piece;
-    message.msg_iovlen = 1;
-    message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = size_of::<Control>() as _;
-    // SAFETY: all that the message points to outlives the call, and the kernel only reads it.
-    if unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) } < 0 {
-        return Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO));
-    }
-    Ok(())
+    message::send(fd, segment, name, control)
 }
 
-/// Control messages, as `CMSG_NXTHDR` finds them: each aligned as its header is.
 #[repr(C)]
 struct Control {
     source: Item<libc::in6_pktinfo>,
     class: Item<i32>,
     hops: Item<i32>,
-}
-
-#[repr(C)]
-struct Item<T> {
-    header: libc::cmsghdr,
-    value: T,
-}
-
-impl<T> Item<T> {
-    fn new(kind: i32, value: T) -> Self {
-        // SAFETY: numbers, for which zero is a value.
-        let mut header: libc::cmsghdr = unsafe { zeroed() };
-        header.cmsg_len = (size_of::<libc::cmsghdr>() + size_of::<T>()) as _;
-        header.cmsg_level = libc::IPPROTO_IPV6;
-        header.cmsg_type = kind;
-        Self { header, value }
-    }
 }

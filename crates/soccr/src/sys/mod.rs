@@ -4,7 +4,9 @@
 pub(crate) mod bpf;
 pub(crate) mod descriptor;
 pub(crate) mod filter;
+pub(crate) mod ipv4;
 pub(crate) mod ipv6;
+pub(crate) mod message;
 pub(crate) mod namespace;
 pub(crate) mod owner;
 pub(crate) mod raw;

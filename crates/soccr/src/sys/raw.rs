@@ -1,7 +1,7 @@
 //! Raw sockets: packets as if the peer had sent them, and ours to the peer.
 //!
 //! # References
-//! `raw(7)`, `packet(7)`; RFC 3542 §3 (raw sockets of IPv6).
+//! `raw(7)`, `ip(7)`, `packet(7)`; RFC 3542 §3 (raw sockets of IPv6).
 
 use std::cell::Cell;
 use std::io;
@@ -20,7 +20,7 @@ use soccr_netlink::{Family, Socket};
 use crate::error::{Error, Result};
 use crate::sys::route::Routes;
 use crate::sys::{LOOPBACK, MARK};
-use crate::sys::{descriptor, ipv6, namespace, sockopt};
+use crate::sys::{descriptor, ipv4, ipv6, namespace, sockopt};
 
 /// How an [`Injector`] hands its packets to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,11 +66,12 @@ impl Via {
     }
 }
 
-/// A raw socket in one network namespace, marked with [`MARK`].
+/// A raw socket in one network namespace, marked with [`MARK`] but for packets that go [as TCP's do](Injector::send_ours).
 #[derive(Debug)]
 pub(crate) struct Injector {
     fd: OwnedFd,
     via: Via,
+    mark: Cell<u32>,
     /// The interface to which it is bound (`SO_BINDTOIFINDEX`), or 0.
     interface: Cell<u32>,
     priority: Cell<u32>,
@@ -105,6 +106,7 @@ impl<'a> Inward<'a> {
         if injector.via != Via::Loopback {
             injector.bind_to(interface).map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
         }
+        injector.mark_with(MARK)?;
         Ok(Self { injector, local })
     }
 
@@ -291,7 +293,17 @@ impl Injector {
             Via::Loopback => raw(AddressFamily::PACKET, SocketType::DGRAM, None::<Protocol>)?,
         };
         sockopt::set(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
-        Ok(Self { fd, via, interface: Cell::new(0), priority: Cell::new(0) })
+        Ok(Self { fd, via, mark: Cell::new(MARK), interface: Cell::new(0), priority: Cell::new(0) })
+    }
+
+    /// Gives its packets this mark.
+    fn mark_with(&self, mark: u32) -> Result<()> {
+        if self.mark.get() != mark {
+            sockopt::set(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &mark)
+                .map_err(|error| Error::system("SO_MARK", error))?;
+            self.mark.set(mark);
+        }
+        Ok(())
     }
 
     /// Makes its packets take this interface, or any (0).
@@ -329,12 +341,41 @@ impl Injector {
             }
             _ => Err(rustix::io::Errno::AFNOSUPPORT),
         };
-        match retry_on_intr(send) {
-            Ok(()) => Ok(()),
-            Err(errno @ rustix::io::Errno::PERM) => Err(Error::system("raw sendto", errno)
-                .advise("a firewall rule drops outgoing packets with mark 0xC114: let them pass on `lo`")),
-            Err(errno) => Err(Error::system("raw sendto", errno)),
+        answer(send)
+    }
+
+    /// Sends a packet of `socket` to its peer, by the way that those take which TCP sends: source and mark decide as well.
+    /// Where a lock drops it, it has the mark that locks let pass.
+    ///
+    /// # Errors
+    /// Those of [`send`](Self::send).
+    pub(crate) fn send_ours(
+        &self,
+        socket: BorrowedFd<'_>,
+        packet: &[u8],
+        destination: SocketAddr,
+    ) -> Result<()> {
+        let send = || match (self.via, destination.ip().to_canonical()) {
+            (Via::Ipv4, IpAddr::V4(to)) => answer(|| ipv4::send(self.fd.as_fd(), packet, to)),
+            _ => self.send(packet, destination),
+        };
+        self.mark_with(sockopt::get(socket, libc::SOL_SOCKET, libc::SO_MARK).unwrap_or(MARK))?;
+        match send() {
+            Err(error) if error.errno() == Some(libc::EPERM) => {
+                self.mark_with(MARK)?;
+                send()
+            }
+            outcome => outcome,
         }
+    }
+}
+
+fn answer(send: impl FnMut() -> rustix::io::Result<()>) -> Result<()> {
+    match retry_on_intr(send) {
+        Ok(()) => Ok(()),
+        Err(errno @ rustix::io::Errno::PERM) => Err(Error::system("raw sendto", errno)
+            .advise("a firewall rule drops outgoing packets with mark 0xC114: let them pass on `lo`")),
+        Err(errno) => Err(Error::system("raw sendto", errno)),
     }
 }
 

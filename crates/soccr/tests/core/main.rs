@@ -13,6 +13,7 @@ mod lessons;
 mod lock_faults;
 mod matrix;
 mod orphans;
+mod outward;
 mod partly;
 mod property;
 mod refused;
@@ -86,6 +87,7 @@ fn main() -> ExitCode {
             both_sides_full_on_ipv6_then_drained_25_times
             queues_of_64_mib;
         orphans: an_orphan_does_not_hold_its_link;
+        outward: a_rule_for_its_source_counts a_rule_for_its_mark_counts;
         partly: what_is_acknowledged_of_a_segment_is_not_saved;
         property: every_connection_comes_back;
         refused: a_handshake_that_carries_data a_socket_that_signs_its_segments;
