@@ -16,7 +16,7 @@ Exit codes:
   0    done
   1    failed; nothing has changed, or standard error names the images that hold the connections now
   2    the command line is wrong
-  3    some of several connections failed, or one that has moved could not be given to its program: standard error names each
+  3    some of several connections failed, or one that has moved was not given to its program, or nobody knows: standard error names each
   4    what became of a connection is unknown, or it is lost
   126  the program was found but could not be started; the connections are as with 1
   127  the program was not found";

@@ -68,8 +68,10 @@ pub(crate) struct Departure {
     /// The first connection has left.
     has_begun: bool,
     is_one_way: bool,
-    /// END has been written.
-    is_finished: bool,
+    /// When END was written.
+    finished: Option<Instant>,
+    /// The target has said END.
+    has_heard_all: bool,
     writer: Writer<Outbox>,
     /// Where in the stream each COMMIT ends.
     commits: Vec<(u64, Id)>,
@@ -115,7 +117,8 @@ impl Departure {
             is_diverted: false,
             has_begun: false,
             is_one_way,
-            is_finished: false,
+            finished: None,
+            has_heard_all: false,
             writer,
             commits: Vec::new(),
             decoder: Decoder::with_limit(LONGEST_ANSWER),
@@ -141,6 +144,10 @@ impl Departure {
     fn take_outcomes(&mut self) -> Vec<Ended> {
         let (kind, why) = self.reason.take().unwrap_or((ErrorKind::Gone, "it was not sent".into()));
         (1..=self.items.len() as Id).for_each(|id| self.tell(id));
+        let has_moved = |id| self.machine.fate(id) == Some(Fate::Moved);
+        if !self.is_one_way && !self.has_heard_all && (1..=self.items.len() as Id).any(has_moved) {
+            self.shared.tell(Told::Unfinished(&why));
+        }
         let items = std::mem::take(&mut self.items).into_iter().zip(1..);
         let ended = items.map(|(item, id)| Ended {
             fate: self.fate(id, &item).unwrap_or(Fate::Unknown),
@@ -215,7 +222,7 @@ impl Departure {
             Action::Unlock(first, last) => self.unlock(first, last),
             Action::Finish => {
                 self.writer.end().expect("memory takes every byte");
-                self.is_finished = true;
+                self.finished = Some(Instant::now());
                 self.extend_deadline();
             }
         }
@@ -315,7 +322,7 @@ impl Departure {
         for (_, id) in std::mem::take(&mut self.commits) {
             self.handle(Event::Heard(id, Answer::Taken));
         }
-        if self.is_finished {
+        if self.finished.is_some() {
             self.handle(Event::End);
         }
     }
@@ -342,7 +349,7 @@ impl Departure {
             Ok(Decoded::Message(message)) => self.hear(message),
             Ok(Decoded::Incomplete) => return false,
             Ok(_) => {
-                self.is_deaf = true;
+                (self.is_deaf, self.has_heard_all) = (true, true);
                 self.handle(Event::End);
             }
             Err(error) => self.give_up(Error::of(ErrorKind::Violation, "the target", error), false),
@@ -441,7 +448,7 @@ impl Engine for Departure {
     }
 
     fn has_said_all(&self) -> bool {
-        self.is_finished
+        self.finished.is_some()
     }
 
     fn stop(&mut self, reason: String) {
@@ -449,12 +456,16 @@ impl Engine for Departure {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.deadline
+        match self.finished {
+            // The target may be passing them on.
+            Some(at) if !self.wants_proof() => Some(at + self.shared.limits.end),
+            _ => self.deadline,
+        }
     }
 
     fn late(&mut self) {
         let late = Error::new(ErrorKind::Late, "the target answers too late");
-        if self.is_one_way || self.is_finished || self.broken.is_some() {
+        if self.is_one_way || self.finished.is_some() || self.broken.is_some() {
             return self.give_up(late, false);
         }
         self.begin_nothing(late);

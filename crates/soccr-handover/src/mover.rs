@@ -38,6 +38,9 @@ pub struct Limits {
     pub answer: Duration,
     /// For the source to decide about connections that are ready. After that they are refused.
     pub decision: Duration,
+    /// For the source to wait for the target's last word once all connections have come to rest: the target may be passing them on.
+    /// Nothing is silent meanwhile.
+    pub end: Duration,
     /// How long this host stays silent about connections that have left it, so that late packets draw no reset.
     pub silence: Duration,
 }
@@ -48,6 +51,7 @@ impl Default for Limits {
             start: Duration::from_secs(60),
             answer: Duration::from_secs(10),
             decision: Duration::from_secs(60),
+            end: Duration::from_secs(60),
             silence: SILENCE,
         }
     }
@@ -97,6 +101,9 @@ pub enum Event<'a> {
         /// The target has not done with all connections what it was to do.
         failed: bool,
     },
+    /// The target has connections, and has not said its last word, for this reason: nobody knows whether it could pass them on. Told once,
+    /// in the end.
+    Unfinished(&'a str),
     /// Something could have gone better. No connection is lost by it.
     Warning(&'a str),
 }

@@ -68,6 +68,15 @@ pub struct LastWords {
 }
 
 impl LastWords {
+    /// What people are told with it, as far as it has been said by now.
+    pub fn notes(&self) -> Vec<String> {
+        let text = |note: &Message| match note {
+            Message::Note { text, .. } => Some(text.clone()),
+            _ => None,
+        };
+        self.notes.pending().notes.iter().filter_map(text).collect()
+    }
+
     /// The bytes to be written into the channel, all of them. Nothing can be said after that.
     pub fn into_bytes(self) -> Vec<u8> {
         let notes = self.notes.close();

@@ -44,7 +44,7 @@ use via::Via;
 /// has left: if the target fails then, it is saved in an image.
 ///
 /// The exit status is 0 only if the target has not failed either. A target on this host that gives the connections to a server
-/// (--adopt, --send-fd) is waited for.
+/// (--adopt, --send-fd) is waited for. A target that has taken connections and does not say within a minute what it has done with them has failed.
 ///
 /// Without --via the stream goes to standard output. There is no way back then: a connection leaves as soon as it has been
 /// written, and this command cannot know whether it arrived.
@@ -180,7 +180,8 @@ impl Send {
                 via.listen()?;
                 let outcomes = sending.through(&mut via);
                 report(&names, &flows, &outcomes);
-                let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved));
+                let has_said_all = !heard.is_unfinished.load(Ordering::Relaxed);
+                let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved), has_said_all);
                 failed += usize::from(has_failed || heard.failed.load(Ordering::Relaxed));
                 outcomes
             }
@@ -213,6 +214,7 @@ impl Send {
         let mut limits = Limits::default();
         limits.start = Duration::from_secs(self.timeout);
         limits.answer = limits.start;
+        limits.end = limits.end.max(limits.answer);
         limits.silence = Duration::from_secs(self.silence);
         let what = if self.via.is_some() { "handed over" } else { "sent" };
         let progress = Mutex::new(Progress::new(what, count));
@@ -230,6 +232,12 @@ impl Send {
             Event::Note { text, failed } => {
                 exit::complain(text);
                 heard.failed.fetch_or(failed, Ordering::Relaxed);
+            }
+            Event::Unfinished(why) => {
+                let what = "the target has not said whether it could give the connections away";
+                exit::complain(&format!("{what} ({why}): look there"));
+                heard.failed.store(true, Ordering::Relaxed);
+                heard.is_unfinished.store(true, Ordering::Relaxed);
             }
             Event::Warning(what) => exit::complain(what),
             _ => {}
@@ -272,6 +280,8 @@ impl Send {
 struct Heard {
     /// The target has not done with all connections what it was to do.
     failed: AtomicBool,
+    /// The target has not said its last word.
+    is_unfinished: AtomicBool,
     silent_until: Mutex<Option<SystemTime>>,
 }
 

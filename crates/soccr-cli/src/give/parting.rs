@@ -16,7 +16,7 @@ use rustix::process::{
 use soccr_handover::LastWords;
 use soccr_handover::foreign::process::fork;
 
-use crate::exit::{Coded, Exit};
+use crate::exit::{self, Coded, Exit};
 
 /// Messages of the child to the process that has been started: the first behind the last words to the source. The last one counts.
 const RUNS: &[u8] = b"+";
@@ -154,10 +154,13 @@ impl Parting {
         Ok(())
     }
 
-    /// The connections are given: sends the last words.
+    /// The connections are given: sends the last words. If the source does not take them, people hear of them here.
     pub(crate) fn end(&mut self) {
         if let Some((source, end)) = self.source.take() {
-            send(&source, &end.into_bytes());
+            let notes = end.notes();
+            if !send(&source, &end.into_bytes()) {
+                notes.iter().for_each(|note| exit::complain(note));
+            }
         }
     }
 
@@ -178,13 +181,12 @@ fn unknown(error: std::io::Error) -> Coded {
     Coded(Exit::Lost, format!("what becomes of the connections is unknown: {error}"))
 }
 
-/// Says the last words to the source.
-fn send(source: &OwnedFd, words: &[u8]) {
+/// Says the last words to the source; returns whether it takes them.
+fn send(source: &OwnedFd, words: &[u8]) -> bool {
     // A source that does not read has ended, or does not wait.
     let mut events = [PollFd::new(source, PollFlags::OUT)];
-    if retry_on_intr(|| poll(&mut events, Some(&Timespec::default()))).is_ok_and(|count| count > 0) {
-        let _ = write_all(source, words);
-    }
+    retry_on_intr(|| poll(&mut events, Some(&Timespec::default()))).is_ok_and(|count| count > 0)
+        && write_all(source, words).is_ok()
 }
 
 fn write_all(to: &OwnedFd, mut bytes: &[u8]) -> rustix::io::Result<()> {

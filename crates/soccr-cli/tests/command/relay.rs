@@ -1,9 +1,10 @@
 //! `--connect`: connections are relayed to a server that cannot have them.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
 use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+use soccr::diag::Diag;
 use soccr_lab::{Side, State, TcpInfo, wait_until};
 
 use crate::programs::{Program, SOCCR, accept, ask, connect, hear, installed, python, soccr};
@@ -16,6 +17,8 @@ crate::tests![
     an_urgent_byte_that_nobody_has_read_moves_along,
     among_urgent_bytes_everything_keeps_its_place,
     where_no_server_listens_they_stay,
+    what_no_server_accepts_is_in_an_image_that_the_source_names,
+    what_the_source_no_longer_hears_the_target_tells,
 ];
 
 /// A server that knows the PROXY protocol, on port 9: it says back what it hears, and at the end whose connection that was. What
@@ -262,4 +265,68 @@ fn where_no_server_listens_they_stay() {
     assert_eq!(code, 1, "{complaints}");
     assert!(complaints.contains("--connect 127.0.0.1:9"), "{complaints}");
     moving.assert_lives_at(Side::A, "old ");
+}
+
+/// A server on port 9 that is there and accepts nothing: what asks whether it is there fills its queue.
+const FULL: &str = r#"
+import signal, socket
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(("127.0.0.1", 9))
+listener.listen(0)
+print("listens", flush=True)
+signal.pause()
+"#;
+
+/// Moves a connection to host `b`, whose server accepts nothing.
+fn full(directory: &tempfile::TempDir) -> (Move, Program) {
+    let mut moving = Move::new(1);
+    moving.directory = directory.path().into();
+    let mut server = moving.lab.b.run(|| Program::start(&mut python(FULL, &[])));
+    assert_eq!(says(&mut server), "listens\n");
+    (moving, server)
+}
+
+/// The target gives up much later than an answer may take.
+fn what_no_server_accepts_is_in_an_image_that_the_source_names() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (moving, _server) = full(&directory);
+    let (code, complaints) = moving.try_send(&["--all", "--timeout", "1", "--via", &receive(&moving)]);
+    assert_eq!(code, 3, "{complaints}");
+    let saved = complaints.split("saved in ").nth(1).and_then(|text| text.split(": see").next());
+    assert!(std::fs::exists(saved.unwrap()).unwrap(), "{complaints}");
+    assert!(complaints.contains("no connection is lost"), "{complaints}");
+}
+
+fn what_the_source_no_longer_hears_the_target_tells() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (moving, _server) = full(&directory);
+    let mut stderr = tempfile::tempfile().unwrap();
+    let mut send = moving.send(&["--all", "--via", &receive(&moving)]);
+    let mut source = send.stderr(stderr.try_clone().unwrap()).spawn().unwrap();
+    wait_until("the target asks the server to accept it", || {
+        let mut asks = false;
+        moving.lab.b.run(|| {
+            let mut diag = Diag::open().unwrap();
+            diag.visit(|socket| asks |= socket.state == soccr::connection::State::SynSent).unwrap();
+        });
+        asks
+    });
+    source.kill().unwrap();
+    source.wait().unwrap();
+    let mut told = String::new();
+    wait_until("the target tells it", || {
+        stderr.rewind().unwrap();
+        told.clear();
+        stderr.read_to_string(&mut told).unwrap();
+        told.contains("no connection is lost")
+    });
+    let saved = told.split("saved in ").nth(1).and_then(|text| text.split(": see").next());
+    assert!(std::fs::exists(saved.unwrap()).unwrap(), "{told}");
 }

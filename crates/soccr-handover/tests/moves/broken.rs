@@ -302,6 +302,31 @@ pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {
     assert_alive(&ours, &peer);
 }
 
+/// The target takes them, and does not say its last word.
+pub fn a_target_that_has_not_said_its_last_word_is_told_of() {
+    let (ours, peers) = connect(2);
+    let (mut here, mut there) = UnixStream::pair().unwrap();
+    let (send, told) = channel();
+    let mut limits = Limits::default();
+    limits.end = Duration::from_millis(300);
+    let mover = Mover::with(limits).unwrap().on_event(move |event| {
+        if let Event::Unfinished(why) = event {
+            send.send(why.to_owned()).unwrap();
+        }
+    });
+    let receiving = thread::spawn(move || {
+        let received = Mover::new().unwrap().receive_all(&mut there, Terms::default());
+        (there, received)
+    });
+    let departing: Vec<_> = ours.into_iter().map(|stream| mover.take(stream).unwrap()).collect();
+    assert!(mover.send_all(departing, &mut here).iter().all(Outcome::is_moved));
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), ["the target answers too late"]);
+    let (_there, received) = receiving.join().unwrap();
+    for (arrived, peer) in received.arrived.into_iter().zip(&peers) {
+        assert_alive(&arrived.into_stream().unwrap(), peer);
+    }
+}
+
 /// A source that never reads what the target writes. While the target writes nothing, it says its next message.
 struct Deaf(VecDeque<Vec<u8>>);
 

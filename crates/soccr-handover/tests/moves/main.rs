@@ -27,7 +27,8 @@ use broken::{
     a_commit_that_cannot_have_been_read_is_taken_back, a_commit_that_may_have_been_read_is_not_taken_back,
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
-    a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_is_not_heard_tells_what_is_lost,
+    a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_has_not_said_its_last_word_is_told_of,
+    a_target_that_is_not_heard_tells_what_is_lost,
 };
 use seat::a_handshake_comes_back;
 use silence::{a_silence_begins_again, silences_do_not_end_each_other};
@@ -53,6 +54,7 @@ soccr_lab::tests![
     a_commit_that_may_have_been_read_is_not_taken_back,
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
+    a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost,
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,

@@ -38,7 +38,7 @@ impl Send {
         let named: Vec<(String, Flow)> = named.collect::<Result<_>>()?;
         via.listen()?;
         let asked = try_out(named.clone(), &mut via, Duration::from_secs(self.timeout), exit::complain);
-        let has_failed = !via.part(asked.is_ok());
+        let has_failed = !via.part(asked.is_ok(), true);
         let answers: Vec<Answer> = named
             .into_iter()
             .zip(asked?)

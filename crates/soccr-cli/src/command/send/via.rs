@@ -33,7 +33,8 @@ pub(crate) struct Via<'a> {
     child: Child,
     /// `None` when nothing more is to be said to it.
     to: Option<ChildStdin>,
-    from: ChildStdout,
+    /// `None` when nothing more is to be heard from it.
+    from: Option<ChildStdout>,
     /// A thread passes this on until the pipe is closed.
     messages: Option<(OwnedFd, JoinHandle<()>)>,
     /// The answer is read once.
@@ -51,7 +52,7 @@ impl<'a> Via<'a> {
         descriptors::keep_limit_from(&mut command);
         let (lifeline, mut child) =
             Lifeline::with(&mut command, |command| command.spawn().context("--via: /bin/sh"))?;
-        let (to, from) = (child.stdin.take(), child.stdout.take().context("--via: no pipes")?);
+        let (to, from) = (child.stdin.take(), child.stdout.take());
         if let Some(to) = &to {
             // A larger pipe needs fewer switches between the two processes. If the user may not have that size, the pipe stays as it is.
             let _ = fcntl_setpipe_size(to, ROOM);
@@ -71,9 +72,12 @@ impl<'a> Via<'a> {
     }
 
     /// Whether the command has succeeded, as far as is known: the exit status of a target that gives connections away tells whether it
-    /// could.
-    pub(crate) fn part(mut self, all_moved: bool) -> bool {
+    /// could. One that has not said its last word by now cannot say it to us any more, but to people.
+    pub(crate) fn part(mut self, all_moved: bool, has_said_all: bool) -> bool {
         self.to = None;
+        if !has_said_all {
+            self.from = None;
+        }
         let gives = self.lifeline.wait_while_giving(GIVING);
         if (gives || !all_moved)
             && let Ok(ended) = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())
@@ -120,8 +124,9 @@ impl Channel for Via<'_> {
         input: &mut [u8],
         deadline: Option<Instant>,
     ) -> io::Result<Exchanged> {
-        let write = self.to.as_ref().map_or(self.from.as_fd(), AsFd::as_fd);
-        let mut pair = Pair { read: &self.from, write };
+        let from = self.from.as_ref().ok_or(ErrorKind::BrokenPipe)?;
+        let write = self.to.as_ref().map_or(from.as_fd(), AsFd::as_fd);
+        let mut pair = Pair { read: from, write };
         let Some(bell) = self.bell else { return pair.exchange(output, input, deadline) };
         let exchanged =
             pair.until(bell, "this command has been asked to end").exchange(output, input, deadline);
