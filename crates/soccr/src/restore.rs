@@ -315,7 +315,7 @@ impl<'fd> Restore<'fd> {
             info = tcp::info(self.fd)?;
         }
         if self.control.reset {
-            fin::inject_reset(injectors, self.fd, self.flow()?, &self.control)?;
+            fin::inject_reset(injectors, self.fd, self.wire()?, &self.control)?;
         }
         Ok(info)
     }

@@ -1,10 +1,12 @@
 //! Moves beside firewalls that other people have set up: they work, or say why not. The firewalls are made by the
 //! program `nft`; where it is not installed, the tests say so and pass over it.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
+use rustix::net::sockopt::set_socket_linger;
 use rustix::process::{
     DumpableBehavior, Signal, dumpable_behavior, parent_process_death_signal, set_dumpable_behavior,
     set_parent_process_death_signal,
@@ -54,6 +56,10 @@ fn main() -> ExitCode {
             a_connection_with_another_source_moves_to_another_host,
         ),
         Test::new("without_the_same_nat_it_is_refused", without_the_same_nat_it_is_refused),
+        Test::new(
+            "a_redirected_connection_that_was_reset_is_carried",
+            a_redirected_connection_that_was_reset_is_carried,
+        ),
         Test::new("a_link_local_connection_that_we_began_moves", a_link_local_connection_that_we_began_moves),
         Test::new("a_socket_belongs_to_its_owner_again", a_socket_belongs_to_its_owner_again),
     ];
@@ -222,6 +228,34 @@ fn without_the_same_nat_it_is_refused() {
     assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     assert!(error.to_string().contains("192.0.2.1:80") && error.to_string().contains("NAT"), "{error}");
     assert_eq!(traveller.resets.segments().unwrap(), []);
+}
+
+/// The reset that is played shows the addresses that the peer knows, as all that is played does.
+fn a_redirected_connection_that_was_reset_is_carried() {
+    let strict =
+        "chain first { type filter hook input priority -1; ct state invalid,new tcp flags & syn == 0 drop; }";
+    for rules in ["", strict] {
+        let Some(Traveller { lab, mut peer, ours, .. }) =
+            Traveller::to(&format!("{REDIRECT}\n{rules}"), 80, 8080)
+        else {
+            return;
+        };
+        let remote = ours.peer_addr().unwrap();
+        peer.write_all(b"unread").unwrap();
+        wait_until("the bytes have arrived", || ours.peek(&mut [0; 6]).unwrap() == 6);
+        set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
+        drop(peer);
+        wait_until("the reset has arrived", || TcpInfo::of(&ours).unwrap().state == State::Close);
+        let mut ours = lab.a.run(|| {
+            let paused = soccr::pause(&ours).unwrap().with_peer(remote);
+            let connection = paused.save().unwrap();
+            assert!(connection.control.reset && connection.tracked.is_some());
+            paused.detach().unwrap();
+            connection.restore().unwrap().resume().unwrap()
+        });
+        expect(&mut ours, b"unread");
+        assert_eq!(ours.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
 }
 
 /// Connection tracking knows no scopes.
