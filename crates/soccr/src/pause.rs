@@ -1,7 +1,7 @@
 //! [`pause`] a socket: repair mode on, behind a guard that turns it off again.
 
 use std::cell::{Cell, RefCell};
-use std::mem::{self, MaybeUninit};
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -92,6 +92,8 @@ pub struct Paused<'fd> {
     /// What only this has any more, since it was read from a socket on which the kernel decrypts.
     arrived: RefCell<Arrived>,
     carries_tls: bool,
+    /// Dropping it resumes the connection.
+    on_guard: bool,
 }
 
 impl<'fd> Paused<'fd> {
@@ -120,6 +122,7 @@ impl<'fd> Paused<'fd> {
             saved: Cell::new(None),
             arrived: RefCell::default(),
             carries_tls: false,
+            on_guard: true,
         }
     }
 
@@ -253,7 +256,7 @@ impl<'fd> Paused<'fd> {
     /// The errors of [`Restore::unbound`].
     pub fn restore(self, control: &ControlBlock, buffers: Option<Buffers>) -> Result<Restore<'fd>> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
-        mem::forget(self);
+        self.leave_paused();
         Restore::onto(fd, control, buffers, reuse_address, true).map_err(|error| error.at("restore"))
     }
 
@@ -264,7 +267,7 @@ impl<'fd> Paused<'fd> {
     /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`.
     pub fn connect_anew(self, flow: Flow, write_seq: u32) -> Result<()> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
-        mem::forget(self);
+        self.leave_paused();
         flow.validate()
             .and_then(|()| restore::connect_anew(fd, flow, write_seq))
             .and_then(|()| tcp::set_reuse_address(fd, reuse_address))
@@ -277,7 +280,7 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The option that failed; the guard is gone nevertheless.
     pub fn resume(self) -> Result<()> {
-        mem::ManuallyDrop::new(self).turn_off().map_err(|error| error.at("resume"))
+        self.end(Repair::Off)
     }
 
     /// Like [`resume`](Self::resume), without the window probe: for a connection that a lock keeps silent, of which nothing would
@@ -286,13 +289,18 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// The option that failed; the guard is gone nevertheless.
     pub fn resume_silently(self) -> Result<()> {
-        let paused = mem::ManuallyDrop::new(self);
-        paused.leave_repair(Repair::OffNoProbe).map_err(|error| error.at("resume"))
+        self.end(Repair::OffNoProbe)
+    }
+
+    fn end(self, how: Repair) -> Result<()> {
+        let left = self.leave_repair(how).map_err(|error| error.at("resume"));
+        self.leave_paused();
+        left
     }
 
     /// Leaves the socket in repair mode, and gives up the guard. Closing the socket is silent then.
-    pub fn leave_paused(self) {
-        mem::forget(self);
+    pub fn leave_paused(mut self) {
+        self.on_guard = false;
     }
 
     /// Makes the socket forget its connection without a packet: neither FIN nor RST. The connection lives on in what
@@ -311,7 +319,7 @@ impl<'fd> Paused<'fd> {
             // Repair mode would turn the owner's later calls into EPERM, which says less. It is all that can still go wrong.
             let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
         }
-        mem::forget(self);
+        self.leave_paused();
         Ok(())
     }
 
@@ -327,7 +335,7 @@ impl<'fd> Paused<'fd> {
         };
         check().and_then(|()| self.disconnect()).map_err(|error| error.at("detach"))?;
         let _ = tcp::set_repair(self.fd, Repair::OffNoProbe);
-        mem::forget(self);
+        self.leave_paused();
         Ok(())
     }
 
@@ -349,10 +357,6 @@ impl<'fd> Paused<'fd> {
         rustix::net::connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))
     }
 
-    fn turn_off(&self) -> Result<()> {
-        self.leave_repair(Repair::Off)
-    }
-
     fn leave_repair(&self, how: Repair) -> Result<()> {
         if self.arrived.borrow().is_taken() {
             let remedy = "close the socket, and restore the connection that was saved: it has them";
@@ -366,7 +370,43 @@ impl<'fd> Paused<'fd> {
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
-        // There is nobody left to tell.
-        let _ = self.turn_off();
+        if self.on_guard {
+            // There is nobody left to tell.
+            let _ = self.leave_repair(Repair::Off);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketType, socket};
+
+    use super::*;
+
+    /// A program that hands on thousands of connections lives on.
+    #[test]
+    fn every_end_gives_back_what_was_read() {
+        /// More than the allocator keeps for itself.
+        const MUCH: usize = 64 << 20;
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            let pages: usize = statm.split(' ').nth(1).unwrap().parse().unwrap();
+            pages * rustix::param::page_size()
+        };
+        let before = resident();
+        let ends: [fn(Paused<'_>); 5] = [
+            |paused| drop(paused),
+            |paused| paused.leave_paused(),
+            |paused| paused.detach().unwrap(),
+            |paused| drop(paused.resume().unwrap_err()),
+            |paused| drop(paused.resume_silently().unwrap_err()),
+        ];
+        for (number, end) in ends.into_iter().enumerate() {
+            let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+            let paused = Paused::of(socket.as_fd(), false);
+            paused.arrived.borrow_mut().rest = vec![1; MUCH];
+            end(paused);
+            assert!(resident() < before + MUCH / 2, "end {number}");
+        }
     }
 }
