@@ -62,7 +62,7 @@ pub use soccr_netlink::Rtnetlink;
 pub use sys::{Call, let_fail, run_and_kill, run_and_watch};
 #[cfg(all(feature = "harness", target_arch = "x86_64"))]
 pub use sys::{End, Entry, Verdict, run_family};
-pub use sys::{as_owner, attach_filter, programs_on_lo, set_option};
+pub use sys::{as_owner, attach_filter, option, programs_on_lo, set_option};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
 pub use wait::{LIMIT, wait_until};

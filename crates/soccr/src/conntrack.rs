@@ -166,8 +166,8 @@ fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> boo
 /// Somebody else has rules in the namespace of `socket`, or may have.
 fn has_rules(netlink: &mut Socket, socket: BorrowedFd<'_>) -> bool {
     let ours = |tables: Vec<String>| tables.iter().all(|table| table.starts_with(nftables::PREFIX));
-    let here = || legacy_tables().next().is_none() && namespace::is_here(socket).unwrap_or(false);
-    !nftables::names(netlink, None).is_ok_and(ours) || !here()
+    !nftables::names(netlink, None).is_ok_and(ours)
+        || !legacy_tables_beside(socket).is_ok_and(|tables| tables.is_empty())
 }
 
 /// The tables of iptables and ip6tables in the network namespace of the thread.
@@ -175,6 +175,11 @@ pub(crate) fn legacy_tables() -> impl Iterator<Item = String> {
     let read = |file| std::fs::read_to_string(Path::new("/proc/thread-self/net").join(file));
     let names = ["ip_tables_names", "ip6_tables_names"].into_iter().filter_map(move |file| read(file).ok());
     names.flat_map(|names| names.lines().map(str::to_owned).collect::<Vec<_>>())
+}
+
+/// The same in the namespace of a socket.
+fn legacy_tables_beside(socket: BorrowedFd<'_>) -> io::Result<Vec<String>> {
+    namespace::run_beside(socket, || Ok(legacy_tables().collect()))
 }
 
 fn untranslated(wanted: Tracked, reason: &str) -> Error {
@@ -212,7 +217,8 @@ pub(crate) fn is_loaded() -> bool {
 
 /// Something here translates addresses: without such a rule no entry is ever applied.
 fn translates(netlink: &mut Socket) -> io::Result<bool> {
-    Ok(legacy_tables().any(|name| name == "nat") || nftables::has_chain_of_type(netlink, "nat")?)
+    let legacy = legacy_tables_beside(netlink.as_fd())?;
+    Ok(legacy.iter().any(|name| name == "nat") || nftables::has_chain_of_type(netlink, "nat")?)
 }
 
 /// Finds the entry of a connection by what its socket sends.

@@ -11,12 +11,13 @@ use rustix::process::{
     DumpableBehavior, Signal, dumpable_behavior, parent_process_death_signal, set_dumpable_behavior,
     set_parent_process_death_signal,
 };
-use soccr::lock::PersistentLock;
+use soccr::lock::{Locker, Mode, PersistentLock};
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
-    Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, sysctl,
-    wait_until,
+    Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, option,
+    sysctl, wait_until,
 };
+use socket2::{Domain, Protocol, Socket, Type};
 
 fn main() -> ExitCode {
     let tests = [
@@ -59,6 +60,10 @@ fn main() -> ExitCode {
         Test::new(
             "a_redirected_connection_that_was_reset_is_carried",
             a_redirected_connection_that_was_reset_is_carried,
+        ),
+        Test::new(
+            "legacy_iptables_translate_in_another_namespace",
+            legacy_iptables_translate_in_another_namespace,
         ),
         Test::new("a_link_local_connection_that_we_began_moves", a_link_local_connection_that_we_began_moves),
         Test::new("a_socket_belongs_to_its_owner_again", a_socket_belongs_to_its_owner_again),
@@ -208,7 +213,7 @@ fn a_connection_with_another_source_moves_to_another_host() {
         }
         let listener = lab.peer.run(|| TcpListener::bind(lab.peer.address(Family::V4, 80))).unwrap();
         let ours = lab.a.run(|| {
-            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             socket.bind(&std::net::SocketAddr::from((own, 0)).into()).unwrap();
             socket.connect(&listener.local_addr().unwrap().into()).unwrap();
             TcpStream::from(socket)
@@ -256,6 +261,33 @@ fn a_redirected_connection_that_was_reset_is_carried() {
         expect(&mut ours, b"unread");
         assert_eq!(ours.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
+}
+
+/// Their tables are known in the network namespace that they are in, and not where the lock is made.
+fn legacy_iptables_translate_in_another_namespace() {
+    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
+    let host = &traveller.lab.a;
+    // Whoever asks for the table has made it (linux/netfilter_ipv4/ip_tables.h), and entries are applied on.
+    const IPT_SO_GET_INFO: i32 = 64;
+    let mut table = [0; 84];
+    table[..3].copy_from_slice(b"nat");
+    let asked = host.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::from(libc::SOCK_RAW), Some(Protocol::TCP)).unwrap();
+        option(&socket, libc::IPPROTO_IP, IPT_SO_GET_INFO, &mut table)
+    });
+    if let Err(error) = asked {
+        return eprintln!("\nSKIPPED: LEGACY IPTABLES: this kernel has none ({error})\n");
+    }
+    // No table of nftables translates any more, and connections are tracked on.
+    assert!(flush(host) && apply(host, STRICT));
+    traveller.talk();
+    let flow = Flow::of(&traveller.ours).unwrap();
+    let lock = Locker::beside(&traveller.ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
+    traveller.peer.write_all(b"held").unwrap();
+    wait_until("it is here", || lock.held() > 0 || TcpInfo::of(&traveller.ours).unwrap().unread > 0);
+    assert!(lock.release().unwrap() > 0);
+    expect(&mut traveller.ours, b"held");
+    traveller.talk();
 }
 
 /// Connection tracking knows no scopes.

@@ -71,7 +71,10 @@ pub fn set_option(socket: impl AsFd, level: c_int, name: c_int, value: &[u8]) ->
 }
 
 /// Reads a socket option into `value`; returns how many bytes the kernel has (`getsockopt(2)`).
-pub(crate) fn option(socket: impl AsFd, level: c_int, name: c_int, value: &mut [u8]) -> io::Result<usize> {
+///
+/// # Errors
+/// The errors of `getsockopt(2)`.
+pub fn option(socket: impl AsFd, level: c_int, name: c_int, value: &mut [u8]) -> io::Result<usize> {
     let fd = socket.as_fd().as_raw_fd();
     let mut length = value.len() as libc::socklen_t;
     // SAFETY: the kernel writes at most length bytes to value, and the length to length.

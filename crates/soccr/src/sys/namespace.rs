@@ -54,6 +54,14 @@ pub(crate) fn is_here(socket: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(cookie(UnixDatagram::unbound()?.as_fd())? == cookie(socket)?)
 }
 
+/// Runs `work` in the namespace of `socket`.
+pub(crate) fn run_beside<T: Send>(
+    socket: BorrowedFd<'_>,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    if is_here(socket)? { work() } else { run_in(of_socket(socket)?.as_fd(), work) }
+}
+
 /// Opens something in the namespace of `socket`: on this thread, where it is in that namespace.
 pub(crate) fn open_beside<T: AsFd + Send>(
     socket: BorrowedFd<'_>,
