@@ -11,7 +11,7 @@ use rustix::process::Pid;
 use soccr::Flow;
 use soccr_handover::ErrorKind;
 use soccr_handover::foreign::namespace::{self, Identity};
-use soccr_handover::foreign::process::{self, Holder};
+use soccr_handover::foreign::process;
 use soccr_handover::foreign::{Captive, Process};
 
 use crate::command::completions;
@@ -108,52 +108,72 @@ impl Selection {
     }
 
     fn select(&self, peer: Option<SocketAddr>, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
-        let mut captives = Vec::new();
-        let mut seen = HashSet::new();
+        let mut found = Found::default();
         if !self.fd.is_empty() {
             let pid = self.one_process("--fd")?.context("--fd without --pid")?;
             let process = Process::open(pid)?;
             for fd in &self.fd {
                 match Captive::new(&process, *fd).and_then(|captive| told(captive, peer)) {
-                    Ok(captive) if seen.insert(captive.inode()) => captives.push(captive),
+                    Ok(captive) if found.seen.insert(captive.inode()) => found.captives.push(captive),
                     Ok(_) => {}
                     Err(error) => fail(error.into()),
                 }
             }
-            return Ok(captives);
+            return Ok(found.captives);
         }
+        // A process may leave its connections to a child that it starts meanwhile.
+        let mut known = HashSet::from([rustix::process::getpid()]);
+        for _ in 0..LOOKS {
+            let mut processes = self.processes()?;
+            processes.retain(|pid| known.insert(*pid));
+            if processes.is_empty() {
+                break;
+            }
+            for pid in processes {
+                self.select_of(pid, peer, &mut found, fail)?;
+            }
+        }
+        Ok(found.captives)
+    }
+
+    /// The connections of one process.
+    fn select_of(
+        &self,
+        pid: Pid,
+        peer: Option<SocketAddr>,
+        found: &mut Found,
+        fail: &mut impl FnMut(anyhow::Error),
+    ) -> Result<()> {
+        let process = match Process::open(pid) {
+            Err(_) if process::has_ended(pid) => return Ok(()),
+            opened => opened?,
+        };
         let is_named = !self.pid.is_empty();
-        for pid in self.processes()?.into_iter().filter(|pid| *pid != rustix::process::getpid()) {
-            let process = match Process::open(pid) {
-                Err(_) if process::has_ended(pid) => continue,
-                opened => opened?,
-            };
-            let mut holders = Vec::new();
-            let note = |fd, inode| {
-                if seen.insert(inode) {
-                    holders.push(Holder { pid, fd });
-                }
-            };
-            match is_named {
-                true => process::sockets(pid, note).unwrap_or_else(|error| fail(error.into())),
-                false => process::visible_sockets(pid, note)?,
+        let mut listed = Vec::new();
+        let note = |fd, inode| listed.push((fd, inode));
+        match is_named {
+            true => process::sockets(pid, note).unwrap_or_else(|error| fail(error.into())),
+            false => process::visible_sockets(pid, note)?,
+        }
+        for (fd, inode) in listed {
+            if found.seen.contains(&inode) {
+                continue;
             }
-            for holder in holders {
-                let found = Captive::find(&process, holder.fd);
-                match found.and_then(|captive| captive.map(|captive| told(captive, peer)).transpose()) {
-                    Ok(None) => {}
-                    Ok(Some(captive)) => match self.wants(&captive) {
-                        Ok(true) => captives.push(captive),
-                        Ok(false) => {}
-                        Err(error) => fail(error.into()),
-                    },
-                    // Nobody has asked for this process by its number: it is left out.
-                    Err(error) if error.kind() == ErrorKind::NoPermission && !is_named => {}
+            let captive = Captive::find(&process, fd);
+            match captive.and_then(|captive| captive.map(|captive| told(captive, peer)).transpose()) {
+                // What has left this descriptor since may be in another process, and it may have got another connection.
+                Ok(Some(captive)) if found.seen.insert(captive.inode()) => match self.wants(&captive) {
+                    Ok(true) => found.captives.push(captive),
+                    Ok(false) => {}
                     Err(error) => fail(error.into()),
-                }
+                },
+                Ok(_) => {}
+                // Nobody has asked for this process by its number: it is left out.
+                Err(error) if error.kind() == ErrorKind::NoPermission && !is_named => {}
+                Err(error) => fail(error.into()),
             }
         }
-        Ok(captives)
+        Ok(())
     }
 
     /// The processes whose connections are meant.
@@ -214,6 +234,17 @@ impl Selection {
         };
         Ok(self.matching.wants(local, remote))
     }
+}
+
+/// How often processes are looked for that have started meanwhile: somewhere they start all the time.
+const LOOKS: usize = 8;
+
+/// What a selection has found by now.
+#[derive(Default)]
+struct Found {
+    captives: Vec<Captive>,
+    /// The inodes of all connections that were looked at: processes share them.
+    seen: HashSet<u64>,
 }
 
 /// A connection with its peer, if the kernel has forgotten that. One that ends later has another peer.

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use soccr_lab::{Lab, Pair, Side, attach_filter, wait_until};
+use soccr_lab::{Call, Lab, Pair, Side, attach_filter, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SERVER, SOCCR, ask, connect, fail, installed, json, python, run, soccr, succeed,
@@ -17,6 +17,7 @@ crate::tests![
     what_is_still_connecting_is_taken_too,
     what_was_reset_with_unread_bytes_is_taken_or_named,
     a_told_peer_is_that_of_one_forgotten_connection,
+    what_a_process_leaves_to_its_child_meanwhile_is_taken_once,
 ];
 
 /// A shell whose child has the connections.
@@ -325,4 +326,72 @@ fn a_told_peer_is_that_of_one_forgotten_connection() {
     succeed(&["save", "--pid", &pid, "--fd", fds[1], "--forgotten-peer", &peers[0], "-o", &path("first")]);
     succeed(&[&all[..], &[&path("rest"), "--forgotten-peer", &peers[1]]].concat());
     assert_eq!(peers_in("rest"), ["127.0.0.1:8", &peers[1]]);
+}
+
+/// Accepts two connections. A child gets both, at once or `late`: when a line comes, and the parent closes the first. Or its number
+/// becomes another one of the second connection.
+const LEAVING: &str = r#"
+import os, signal, socket, sys
+listener = socket.create_server(("", 7))
+connections = [listener.accept()[0] for _ in range(2)]
+listener.close()
+def fork():
+    if not os.fork():
+        connections[0].recv(1) # until the client has gone
+        os._exit(0)
+if sys.argv[1] != "late":
+    fork()
+print(connections[0].fileno(), flush=True)
+sys.stdin.readline()
+if sys.argv[1] == "late":
+    fork()
+if sys.argv[1] == "reused":
+    os.dup2(connections[1].fileno(), connections[0].fileno())
+else:
+    connections[0].close()
+print("left", flush=True)
+signal.pause()
+"#;
+
+fn what_a_process_leaves_to_its_child_meanwhile_is_taken_once() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    for when in ["early", "late", "reused"] {
+        let mut server = Program::start(python(LEAVING, &[when]).stdin(Stdio::piped()));
+        let clients = [(); 2].map(|()| connect(([127, 0, 0, 1], 7)));
+        let mut output = BufReader::new(server.0.stdout.take().unwrap());
+        let mut line = || {
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            line.trim_end().to_owned()
+        };
+        let fd: u64 = line().parse().unwrap();
+        let mut input = server.0.stdin.take();
+        let (pid, image) = (server.pid(), path(when));
+        let mut save =
+            soccr(&["save", "--keep", "--pid", &pid, "--children", "--all", "--with-local", "-o", &image]);
+        let code = run_and_watch(&mut save, |call: &Call| {
+            // The command has read which descriptors there are.
+            if call.number == libc::SYS_pidfd_getfd
+                && call.arguments[1] == fd
+                && let Some(mut input) = input.take()
+            {
+                input.write_all(b"\n").unwrap();
+                assert_eq!(line(), "left");
+            }
+        });
+        assert_eq!(code, Some(0), "{when}");
+        assert!(input.is_none(), "{when}: nobody has asked for the descriptor");
+        let mut peers: Vec<_> = json(&["inspect", "--json", &image])
+            .iter()
+            .map(|connection| connection["remote"].as_str().unwrap().to_owned())
+            .collect();
+        let mut wanted = clients.each_ref().map(|client| client.local_addr().unwrap().to_string());
+        peers.sort();
+        wanted.sort();
+        assert_eq!(peers, wanted, "{when}");
+    }
 }
