@@ -26,6 +26,8 @@ Exit codes:
 pub(crate) enum Exit {
     Done = 0,
     Failed = 1,
+    /// Beside what the parser of the command line finds.
+    Usage = 2,
     SomeFailed = 3,
     Lost = 4,
     NotStarted = 126,

@@ -43,7 +43,7 @@ pub(crate) struct Handover {
     adopt: bool,
     /// With --adopt: how long a peer may take to acknowledge what was sent to it, before its connection moves on
     #[arg(long, value_name = "SECONDS", default_value = "5", requires = "adopt",
-        value_parser = clap::value_parser!(u64).range(..=86400))]
+        conflicts_with_all = ["connect", "stdio", "send_fd", "program"], value_parser = clap::value_parser!(u64).range(..=86400))]
     drain: u64,
     /// Relay each connection to the server at this address: any server, on any host, which gets new connections
     ///
@@ -51,7 +51,8 @@ pub(crate) struct Handover {
     #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["adopt", "stdio", "send_fd", "program"])]
     connect: Option<SocketAddr>,
     /// With --connect: tell the server the addresses of each connection by the PROXY protocol of this version
-    #[arg(long, value_name = "VERSION", requires = "connect")]
+    #[arg(long, value_name = "VERSION", requires = "connect",
+        conflicts_with_all = ["adopt", "stdio", "send_fd", "program"])]
     proxy_protocol: Option<Protocol>,
     /// Give the connection as standard input and output, like inetd
     #[arg(long, requires = "program", conflicts_with = "send_fd")]

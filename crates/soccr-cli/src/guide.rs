@@ -62,6 +62,18 @@ impl Hop {
     }
 }
 
+/// Refuses next hops of which not all can serve: what is named must count.
+pub(crate) fn check_hops(hops: &[Hop]) -> Result<()> {
+    let serve = |ipv4: bool| hops.iter().filter(move |hop| hop.serves(ipv4)).count();
+    match [true, false].into_iter().all(|ipv4| serve(ipv4) <= 1) {
+        true => Ok(()),
+        false => {
+            let what = "--steer: one next hop for each address family, or one tunnel, which serves both";
+            bail!(Coded(Exit::Usage, what.into()))
+        }
+    }
+}
+
 /// The next hops for connections, one for each address family that they have.
 fn find_hops(hops: &[Hop], flows: &[Flow]) -> Result<Vec<NextHop>> {
     let mut found = Vec::new();
@@ -96,9 +108,6 @@ pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<(Path, Option<Made>)>
             let tunnel = Tunnel::to(*remote)?;
             let made = tunnel.open()?.then_some(Made(tunnel));
             Ok((tunnel.into(), made))
-        }
-        hops if hops.iter().any(|hop| matches!(hop, Hop::Tunnel(_))) => {
-            bail!("a tunnel serves both address families: name nothing else")
         }
         hops => Ok((find_hops(hops, flows)?.into(), None)),
     }

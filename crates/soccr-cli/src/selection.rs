@@ -15,7 +15,7 @@ use soccr_handover::foreign::process;
 use soccr_handover::foreign::{Captive, Process};
 
 use crate::command::completions;
-use crate::exit;
+use crate::exit::{self, Coded, Exit};
 use crate::network;
 use crate::pid::parse_pid;
 
@@ -24,13 +24,14 @@ use matching::Matching;
 /// Connections of running processes
 #[derive(clap::Args, Debug)]
 #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["fd", "all", "port", "peer"]))]
+#[command(group = clap::ArgGroup::new("connections").multiple(true).args(["fd", "all", "port", "peer"]))]
 #[command(group = clap::ArgGroup::new("whose").multiple(true).args(["pid", "name"]))]
 pub(crate) struct Selection {
     /// A process that has connections; may be repeated. Without it, all processes that can be seen
     #[arg(long, value_name = "PID", value_parser = parse_pid, add = completions::processes())]
     pid: Vec<Pid>,
     /// Also the descendants of these processes
-    #[arg(long, requires = "whose", conflicts_with = "fd")]
+    #[arg(long, requires_all = ["whose", "connections"], conflicts_with = "fd")]
     children: bool,
     /// The number of a descriptor of the one process (see `soccr list`); may be repeated
     #[arg(long, value_name = "FD", requires = "pid", conflicts_with_all = ["all", "port", "peer", "name"], add = completions::descriptors())]
@@ -41,7 +42,7 @@ pub(crate) struct Selection {
     #[command(flatten)]
     matching: Matching,
     /// Also connections to this host itself, whose peers cannot follow them to another host; --fd takes those anyway
-    #[arg(long, conflicts_with = "fd")]
+    #[arg(long, requires = "connections", conflicts_with = "fd")]
     with_local: bool,
 }
 
@@ -54,13 +55,24 @@ impl Selection {
         match self.pid[..] {
             [] => Ok(None),
             [pid] => Ok(Some(pid)),
-            _ => bail!("{why} is of one process: name one --pid"),
+            _ => bail!(Coded(Exit::Usage, format!("{why} is of one process: name one --pid"))),
         }
     }
 
     /// Whether connections are named, not only a process.
     pub(crate) fn is_any(&self) -> bool {
         self.all || !self.fd.is_empty() || self.matching.is_any()
+    }
+
+    /// Refuses a name that says nothing: no connections are asked for.
+    ///
+    /// # Errors
+    /// There is one.
+    pub(crate) fn refuse_name(&self, why: &str) -> Result<()> {
+        match self.matching.wants_all_names() {
+            true => Ok(()),
+            false => bail!(Coded(Exit::Usage, format!("{why} alone takes no --name: name one --pid"))),
+        }
     }
 
     /// The connections that are asked for, all in the network namespace of the first. A connection that cannot be taken is
@@ -73,6 +85,29 @@ impl Selection {
         peer: Option<SocketAddr>,
         fail: &mut impl FnMut(anyhow::Error),
     ) -> Result<Vec<Captive>> {
+        match self.search(peer, fail)? {
+            (captives, false) if captives.is_empty() => {
+                bail!("there is no such connection{}", self.elsewhere())
+            }
+            (captives, true) if captives.is_empty() => bail!("there is no other connection"),
+            (captives, _) => Ok(captives),
+        }
+    }
+
+    /// The same, where none is no error.
+    pub(crate) fn find_any(&self, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
+        self.search(None, fail).map(|(captives, _)| captives)
+    }
+
+    /// The connections, and whether others were named that are not among them.
+    fn search(
+        &self,
+        peer: Option<SocketAddr>,
+        fail: &mut impl FnMut(anyhow::Error),
+    ) -> Result<(Vec<Captive>, bool)> {
+        if !self.fd.is_empty() {
+            self.one_process("--fd")?;
+        }
         self.pid.iter().try_for_each(|pid| process::look_into(*pid))?;
         let mut has_failed = false;
         let fail = &mut |error| {
@@ -80,12 +115,7 @@ impl Selection {
             fail(error);
         };
         let mut captives = self.select(peer, fail)?;
-        let Some(first) = captives.first() else {
-            match has_failed {
-                true => bail!("there is no other connection"),
-                false => bail!("there is no such connection{}", self.elsewhere()),
-            }
-        };
+        let Some(first) = captives.first() else { return Ok((captives, has_failed)) };
         let first = Identity::of_socket(first.as_fd())?;
         let check = |captive: &Captive| {
             if Identity::of_socket(captive.as_fd()).with_context(|| captive.name().to_owned())? != first {
@@ -95,16 +125,13 @@ impl Selection {
             Ok(())
         };
         captives.retain(|captive| check(captive).map_err(&mut *fail).is_ok());
-        if captives.is_empty() {
-            bail!("there is no other connection");
-        }
         if peer.is_some() {
             refuse_several_forgotten(&captives)?;
         }
-        if self.fd.is_empty() && !self.with_local {
-            leave_out_local(&mut captives)?;
+        if self.fd.is_empty() && !self.with_local && !captives.is_empty() {
+            has_failed |= leave_out_local(&mut captives)?;
         }
-        Ok(captives)
+        Ok((captives, has_failed))
     }
 
     fn select(&self, peer: Option<SocketAddr>, fail: &mut impl FnMut(anyhow::Error)) -> Result<Vec<Captive>> {
@@ -272,8 +299,8 @@ fn refuse_several_forgotten(captives: &[Captive]) -> Result<()> {
     }
 }
 
-/// Leaves out connections whose peers stay on this host and would not find them elsewhere.
-fn leave_out_local(captives: &mut Vec<Captive>) -> Result<()> {
+/// Leaves out connections whose peers stay on this host and would not find them elsewhere; tells whether there are any.
+fn leave_out_local(captives: &mut Vec<Captive>) -> Result<bool> {
     let remotes = || captives.iter().map(|captive| captive.flow().map(|flow| flow.remote));
     let local = namespace::ask_beside(captives[0].as_fd(), || {
         remotes().map(|remote| remote.is_ok_and(network::is_local).into()).collect()
@@ -289,9 +316,7 @@ fn leave_out_local(captives: &mut Vec<Captive>) -> Result<()> {
         }
         !stays
     });
+    let has_some = !left_out.is_empty();
     exit::complain_of_all(left_out);
-    match captives.is_empty() {
-        true => bail!("there is no other connection"),
-        false => Ok(()),
-    }
+    Ok(has_some)
 }

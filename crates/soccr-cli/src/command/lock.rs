@@ -39,10 +39,10 @@ pub(crate) struct Lock {
         value_parser = clap::value_parser!(u64).range(1..=86400))]
     seconds: u64,
     /// The locks that are there
-    #[arg(long, conflicts_with_all = ["name", "connections", "image"])]
+    #[arg(long, conflicts_with_all = ["name", "connections", "image", "seconds"])]
     list: bool,
     /// One JSON array, an object for each lock
-    #[arg(long, requires = "list")]
+    #[arg(long, requires = "list", conflicts_with_all = ["name", "connections", "image", "seconds"])]
     json: bool,
     /// The network namespace: a path, a name of ip-netns(8), or the number of a process
     #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]

@@ -20,7 +20,7 @@ pub(crate) struct Man {
 }
 
 /// When the text of the pages has changed last.
-const DATE: &str = "2026-11-27";
+const DATE: &str = "2026-11-28";
 
 impl Man {
     /// `command` is the whole command line.

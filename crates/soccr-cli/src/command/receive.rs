@@ -62,10 +62,10 @@ pub(crate) struct Receive {
     #[arg(long, value_name = "MARK,TABLE,PRIORITY", value_parser = parse_numbers, default_value = "0x50cc,20684,1000")]
     steered_numbers: Numbers,
     /// End when the program runs: without it, this command and ssh(1) stay as long as the program
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["adopt", "send_fd"])]
     detach: bool,
     /// Append the program's standard error to this file. Without it, and where standard error is a pipe, it is lost
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["adopt", "send_fd"])]
     log: Option<PathBuf>,
     #[command(flatten)]
     demands: Demands,
@@ -106,6 +106,9 @@ fn parse_numbers(text: &str) -> Result<Numbers, String> {
 
 impl Receive {
     pub(crate) fn run(&self) -> Result<Exit> {
+        if matches!(self.steered, Steered::Never) && self.steered_numbers != Numbers::default() {
+            bail!(Coded(Exit::Usage, "--steered never: there is no delivery for --steered-numbers".into()));
+        }
         let mut parting = match self.detach || self.handover.is_kept_here() {
             false => Parting::default(),
             true => match Parting::apart(self.detach)? {

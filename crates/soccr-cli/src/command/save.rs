@@ -51,13 +51,14 @@ pub(crate) struct Save {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Replace an image that is there
-    #[arg(long, requires = "output")]
+    #[arg(long, requires = "output", conflicts_with = "timeout")]
     force: bool,
     /// Leave the connections where they are: they go on
     #[arg(long)]
     keep: bool,
     /// How many seconds the reader of standard output may take to read on; then the connections stay where they are
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = value_parser!(u64).range(1..=86400),
+        conflicts_with = "output")]
     timeout: u64,
     /// For how many seconds this host stays silent about connections that have left it
     #[arg(long, value_name = "SECONDS", default_value_t = soccr::lock::SILENCE.as_secs(),

@@ -20,7 +20,7 @@ use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
 
 use crate::exit::{self, Exit};
 use crate::give::rescue::rescue;
-use crate::guide::{Hop, Made, parse_hop, path};
+use crate::guide::{Hop, Made, check_hops, parse_hop, path};
 use crate::nat::Nat;
 use crate::selection::Selection;
 use crate::show::progress::Progress;
@@ -65,7 +65,7 @@ pub(crate) struct Send {
     selection: Selection,
     /// Only connections that have been idle for this time: nothing sent or received, and nothing in their queues. The others stay.
     /// A request that the program has read and not yet answered cannot be seen: give more seconds than an answer takes
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", requires = "connections")]
     idle: Option<u32>,
     /// Also move the connections that wait in the accept queues of the process, in order. Those that stay return to the queue (root,
     /// Linux 6.9), or are saved in images. If this command is asked to end before one has left, this happens to all of them
@@ -89,14 +89,14 @@ pub(crate) struct Send {
     steer: Vec<Hop>,
     /// Have the target's answers come back through this host, where the network between it and the peers lets no foreign addresses
     /// pass
-    #[arg(long, requires = "steer")]
+    #[arg(long, requires = "steer", conflicts_with_all = ["silence", "dry_run"])]
     return_via_source: bool,
     /// Only ask the target whether it would have the connections: their addresses, a route, room, the rights and its program. Nothing is
     /// stopped, locked or moved; what can only be seen by reading a connection is not looked at
-    #[arg(long, requires = "via", conflicts_with_all = ["listener", "steer"])]
+    #[arg(long, requires = "via", conflicts_with_all = ["listener", "steer", "silence"])]
     dry_run: bool,
     /// One JSON array, an object for each connection
-    #[arg(long, requires = "dry_run")]
+    #[arg(long, requires = "dry_run", conflicts_with_all = ["listener", "steer", "silence"])]
     json: bool,
 }
 
@@ -104,6 +104,13 @@ impl Send {
     pub(crate) fn run(&self) -> Result<Exit> {
         if self.via.is_none() && std::io::stdout().is_terminal() {
             bail!("connections are not for a terminal: pipe them into `soccr receive`, or name it by --via");
+        }
+        check_hops(&self.steer)?;
+        if self.listener {
+            self.selection.one_process("--listener")?;
+            if !self.selection.is_any() {
+                self.selection.refuse_name("--listener")?;
+            }
         }
         descriptors::raise_limit();
         let mut failed = 0;
@@ -113,7 +120,7 @@ impl Send {
         };
         let mut captives = match self.listener {
             true if !self.selection.is_any() => Vec::new(),
-            true => self.selection.find(None, &mut fail).unwrap_or_default(),
+            true => self.selection.find_any(&mut fail)?,
             false => self.selection.find(None, &mut fail)?,
         };
         // Sockets that cannot be had.

@@ -23,6 +23,7 @@ use crate::show::table::{Align, Table};
 #[derive(clap::Args, Debug)]
 #[command(
     group = clap::ArgGroup::new("what").required(true).args(["list", "to", "remove", "adopt_address"]),
+    group = clap::ArgGroup::new("which").args(["all", "connections"]),
     after_help = "\
 Examples:
   soccr steer --list
@@ -36,29 +37,29 @@ pub(crate) struct Steer {
     #[arg(long)]
     list: bool,
     /// One JSON object
-    #[arg(long, requires = "list")]
+    #[arg(long, requires = "list", conflicts_with_all = ["to", "remove", "adopt_address"])]
     json: bool,
     /// Steer connections to this address on a common network from now on, or to ADDRESS dev DEVICE, or through the tunnel
     /// vxlan:ADDRESS that is there already
     #[arg(long, value_name = "NEXT_HOP", value_parser = parse_hop, requires = "connections")]
     to: Option<Hop>,
     /// Do not steer the connections any more
-    #[arg(long)]
+    #[arg(long, requires = "which")]
     remove: bool,
     /// With --remove: all connections, the delivery of all addresses, and all tunnels
-    #[arg(long, requires = "remove", conflicts_with = "connections")]
+    #[arg(long, requires = "remove", conflicts_with_all = ["list", "to", "adopt_address"])]
     all: bool,
     /// Give this host an address for which packets are delivered here, tell the network, and end the delivery
     #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = parse_network, requires = "device")]
     adopt_address: Option<(IpAddr, u8)>,
     /// The device that gets the address
-    #[arg(long, value_name = "DEVICE", requires = "adopt_address")]
+    #[arg(long, value_name = "DEVICE", requires = "adopt_address", conflicts_with_all = ["list", "to", "remove"])]
     device: Option<String>,
     /// The network namespace: a path, a name of ip-netns(8), or the number of a process
     #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
     /// Both ends of a connection, the one on this host first
-    #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow)]
+    #[arg(value_name = "LOCAL-REMOTE", value_parser = parse_flow, conflicts_with_all = ["list", "adopt_address"])]
     connections: Vec<Flow>,
 }
 
@@ -92,7 +93,6 @@ impl Steer {
             return remove_all();
         }
         match (self.connections.len(), steer::stop(&self.connections)?) {
-            (0, _) => bail!("name the connections, or --all"),
             (count, 0) => bail!("{count} of them are not steered"),
             (count, stopped) if stopped < count => {
                 exit::complain(&format!("{} of them are not steered", count - stopped));

@@ -8,7 +8,7 @@ use std::process::{Command, ExitStatus, Output, Stdio};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
-use soccr_lab::{Lab, Side, wait_until};
+use soccr_lab::{Lab, Side, let_fail, wait_until};
 
 use crate::adopt::adoption_works;
 use crate::programs::{Program, SOCCR, ask, assert_runs, connect, hear, installed, python, soccr};
@@ -21,6 +21,7 @@ crate::tests![
     a_request_to_end_leaves_the_queue_as_it_was,
     clients_of_the_queue_see_that_soccr_was_killed,
     where_nothing_waits_there_is_nothing_to_send,
+    what_waits_stays_where_the_others_cannot_be_chosen,
 ];
 
 /// Accepts one connection and answers it; all others, one after the other, when it gets SIGUSR1.
@@ -235,4 +236,21 @@ fn where_nothing_waits_there_is_nothing_to_send() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output).contains("none waits to be accepted"), "{}", text(&output));
     assert_eq!(ask(&mut client, "two", "old "), "old two");
+}
+
+fn what_waits_stays_where_the_others_cannot_be_chosen() {
+    if !installed("python3") {
+        return;
+    }
+    let queue = Queue::new();
+    let pid = queue.server.pid();
+    let mut send = soccr(&["send", "--pid", &pid, "--all", "--listener", "--via", "cat"]);
+    // The command asks beside the connections which of their peers are local.
+    let_fail(&mut send, libc::SYS_socketpair, libc::AF_UNIX as u32, libc::EMFILE);
+    let output = queue.lab.a.run(|| send.output()).unwrap();
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    let named = format!("soccr: pid {pid} fd ");
+    assert!(complaint.starts_with(&named) && complaint.contains("socketpair"), "{complaint}");
+    assert_eq!((output.status.code(), complaint.lines().count()), (Some(1), 1), "{complaint}");
+    queue.assert_answered_by_the_old_one();
 }

@@ -34,6 +34,7 @@ mod terminal;
 mod tls;
 mod transfer;
 mod trust;
+mod usage;
 
 fn main() -> std::process::ExitCode {
     let tests = [
@@ -67,6 +68,7 @@ fn main() -> std::process::ExitCode {
         reboot::tests(),
         rescue::tests(),
         trust::tests(),
+        usage::tests(),
         only::tests(),
         steered::tests(),
         tls::tests(),
