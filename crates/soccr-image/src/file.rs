@@ -5,6 +5,8 @@ use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use soccr::Connection;
 
 use crate::error::{Error, Result};
@@ -30,6 +32,8 @@ pub struct AtomicFile {
     file: File,
     temporary: PathBuf,
     path: PathBuf,
+    /// What was at the path when this was created: device and inode.
+    before: Option<(u64, u64)>,
 }
 
 impl AtomicFile {
@@ -41,6 +45,7 @@ impl AtomicFile {
     /// destroy; `PermissionDenied` for the link of another user; those of open(2).
     pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = destination(path.as_ref())?;
+        let before = identity(&path)?;
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let mut number = std::process::id();
         loop {
@@ -49,7 +54,7 @@ impl AtomicFile {
             temporary.push(format!(".{number}.tmp"));
             let temporary = path.with_file_name(temporary);
             match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary) {
-                Ok(file) => return Ok(Self { file, temporary, path }),
+                Ok(file) => return Ok(Self { file, temporary, path, before }),
                 // Another thread's, or left behind by a process that was killed.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     number = number.wrapping_add(1);
@@ -87,11 +92,56 @@ impl AtomicFile {
     pub fn commit(self) -> io::Result<Option<io::Error>> {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
-        // The name is durable when its directory is; not every filesystem can say so.
+        Ok(self.sync_name())
+    }
+
+    /// As [`commit`](Self::commit), but leaves alone what somebody else has put at the path since [`create`](Self::create):
+    /// it may be the only copy of a connection.
+    ///
+    /// # Errors
+    /// `AlreadyExists` where another file is there now; those of `commit`.
+    pub fn commit_unless_replaced(self) -> io::Result<Option<io::Error>> {
+        self.file.sync_all()?;
+        let now = identity(&self.path)?;
+        if now.is_some() && now != self.before {
+            return Err(replaced());
+        }
+        match now {
+            Some(_) => std::fs::rename(&self.temporary, &self.path)?,
+            None => put(&self.temporary, &self.path)?,
+        }
+        Ok(self.sync_name())
+    }
+
+    /// The name is durable when its directory is; not every filesystem can say so.
+    fn sync_name(&self) -> Option<io::Error> {
         let directory = Path::new(".").join(self.path.parent().unwrap_or("".as_ref()));
         let synced = File::open(directory).and_then(|file| file.sync_all());
         let denied = [io::ErrorKind::InvalidInput, io::ErrorKind::PermissionDenied];
-        Ok(synced.err().filter(|error| !denied.contains(&error.kind())))
+        synced.err().filter(|error| !denied.contains(&error.kind()))
+    }
+}
+
+/// Gives a file a name that nobody else has.
+fn put(file: &Path, name: &Path) -> io::Result<()> {
+    let put = match renameat_with(CWD, file, CWD, name, RenameFlags::NOREPLACE) {
+        // Not every filesystem knows this. The first name is removed later.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(file, name),
+        put => put.map_err(io::Error::from),
+    };
+    put.map_err(|error| if error.kind() == io::ErrorKind::AlreadyExists { replaced() } else { error })
+}
+
+fn replaced() -> io::Error {
+    io::Error::new(io::ErrorKind::AlreadyExists, "somebody else has put a file there meanwhile")
+}
+
+/// Device and inode of what is there.
+fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(Some((metadata.dev(), metadata.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -244,6 +294,33 @@ mod tests {
         new.commit().unwrap();
         assert!(link.is_symlink());
         assert_eq!(std::fs::read(&file).unwrap(), b"new");
+    }
+
+    #[test]
+    fn what_another_has_put_there_is_not_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        let with = |bytes: &[u8]| {
+            let mut file = AtomicFile::create(&path).unwrap();
+            file.write_all(bytes).unwrap();
+            file
+        };
+        for there in [false, true] {
+            let [first, second] = [with(b"first"), with(b"second")];
+            second.commit_unless_replaced().unwrap();
+            let error = first.commit_unless_replaced().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AlreadyExists, "{there}: {error}");
+            assert_eq!(std::fs::read(&path).unwrap(), b"second");
+        }
+        let error = put(&path, &path.with_file_name(".")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists, "{error}");
+        // What was there from the beginning is replaced, and who is asked to replaces anything.
+        with(b"third").commit_unless_replaced().unwrap();
+        let first = with(b"first");
+        with(b"second").commit().unwrap();
+        first.commit().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"first");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -206,7 +206,8 @@ impl Save {
     /// Ends the image, and gives the file its name.
     fn finish(&self, image: Writer<Sink>) -> Result<()> {
         let finish = || match image.finish()? {
-            Sink::File(file) => Ok(file.commit()?),
+            Sink::File(file) if self.force => Ok(file.commit()?),
+            Sink::File(file) => Ok(file.commit_unless_replaced()?),
             // A slow reader can still read all of it.
             Sink::Output(output) if output.read() == Reading::Closed => bail!("it is not read to its end"),
             Sink::Output(_) => Ok(None),

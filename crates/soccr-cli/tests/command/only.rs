@@ -2,22 +2,23 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use soccr::Connection;
 use soccr::settings::Value;
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{Call, run_and_kill, wait_until};
+use soccr_lab::{Call, run_and_kill, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, json, python,
-    server, soccr, succeed,
+    server, server_at, soccr, succeed,
 };
 
 crate::tests![
     an_image_that_is_there_is_not_replaced,
+    an_image_that_appears_meanwhile_is_not_replaced,
     what_nobody_reads_goes_back,
     a_killed_save_leaves_the_connection_or_an_image,
     a_save_killed_halfway_leaves_an_image_of_what_has_left,
@@ -60,6 +61,44 @@ fn an_image_that_is_there_is_not_replaced() {
     assert_ne!(std::fs::read(&image).unwrap(), before);
 }
 
+fn an_image_that_appears_meanwhile_is_not_replaced() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    // Where an empty file is there at the start, as from mktemp(1), and where nothing is.
+    for is_there in [true, false] {
+        let [mut first, mut second] = ["127.0.0.1", "127.0.0.2"].map(|address| {
+            let server = server_at(address, "", 1);
+            let mut client = connect((address.parse::<IpAddr>().unwrap(), 7));
+            assert_eq!(ask(&mut client, "one", ""), "one");
+            (server, client)
+        });
+        let save = |(server, _): &(Program, _)| {
+            soccr(&["save", "--pid", &server.pid(), "--all", "-o", &image, "--with-local"])
+        };
+        if is_there {
+            File::create(&image).unwrap();
+        }
+        let mut is_saved = false;
+        let code = run_and_watch(&mut save(&first), |call| {
+            // It has written the image, and is about to take the connection.
+            if call.number == libc::SYS_fsync && !is_saved {
+                is_saved = save(&second).status().unwrap().success();
+            }
+        });
+        assert_eq!((code, is_saved), (Some(1), true));
+        assert_runs(&first.0.pid());
+        assert_eq!(ask(&mut first.1, "two", ""), "two");
+        assert_eq!(names(directory.path()), ["image"]);
+        let mut restore = soccr(&["restore", &image, "--", "python3", "-c", HEIR, "new "]);
+        let _heir = Program::start(&mut restore);
+        assert_eq!(ask(&mut second.1, "two", "new "), "new two");
+        std::fs::remove_file(&image).unwrap();
+    }
+}
+
 fn what_nobody_reads_goes_back() {
     if !installed("python3") {
         return;
@@ -94,7 +133,7 @@ fn a_killed_save_leaves_the_connection_or_an_image() {
     if !installed("python3") {
         return;
     }
-    for (call, left) in [(libc::SYS_connect, false), (SYS_RENAME, true)] {
+    for (call, left) in [(libc::SYS_connect, false), (libc::SYS_renameat2, true)] {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image").display().to_string();
         let server = server("", 1);

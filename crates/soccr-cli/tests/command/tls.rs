@@ -384,5 +384,5 @@ fn renames(call: &Call) -> bool {
     use libc::SYS_rename as SYS_RENAME;
     #[cfg(target_arch = "aarch64")]
     use libc::SYS_renameat as SYS_RENAME;
-    call.number == SYS_RENAME
+    [SYS_RENAME, libc::SYS_renameat2].contains(&call.number)
 }

@@ -1,8 +1,8 @@
 //! The system calls that are made to fail, and how each of them can.
 
 use libc::{
-    EACCES, EADDRINUSE, EADDRNOTAVAIL, EAGAIN, ECANCELED, EINTR, EIO, EMFILE, ENFILE, ENOBUFS, ENOENT,
-    ENOMEM, ENOSPC, ENOTCONN, EOPNOTSUPP, EPERM,
+    EACCES, EADDRINUSE, EADDRNOTAVAIL, EAGAIN, ECANCELED, EINTR, EINVAL, EIO, EMFILE, ENFILE, ENOBUFS,
+    ENOENT, ENOMEM, ENOSPC, ENOTCONN, EOPNOTSUPP, EPERM,
 };
 use soccr_lab::{Call, Entry};
 
@@ -24,6 +24,7 @@ const FALLIBLE: &[(i64, &str, &[i32])] = &[
     (libc::SYS_fsync, "fsync", &[EIO, ENOSPC, EINTR]),
     (libc::SYS_fdatasync, "fdatasync", &[EIO, ENOSPC]),
     (libc::SYS_rename, "rename", &[EIO, ENOSPC]),
+    (libc::SYS_renameat2, "renameat2", &[EIO, ENOSPC, EINVAL]),
     (libc::SYS_unlink, "unlink", &[EIO, EPERM]),
     (libc::SYS_fchmod, "fchmod", &[EPERM]),
     (libc::SYS_getdents64, "getdents64", &[ENOMEM]),
