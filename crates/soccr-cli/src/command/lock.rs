@@ -85,12 +85,13 @@ pub(crate) fn parse_flow(text: &str) -> Result<Flow, String> {
 
 impl Lock {
     pub(crate) fn run(&self) -> Result<Exit> {
+        // What a killed `soccr save` has left is compared with this network.
+        network::enter(self.netns.as_deref())?;
         let mut flows = self.connections.clone();
         if let Some(image) = &self.image {
             let (_, saved) = restore::image::read(Some(image))?;
             flows.extend(saved.iter().map(|(_, connection)| connection.flow()));
         }
-        network::enter(self.netns.as_deref())?;
         if !self.list {
             let name = self.name.clone().unwrap_or_else(soccr_handover::silence::name);
             PersistentLock::create(&name, &flows, Some(Duration::from_secs(self.seconds)))?;

@@ -6,10 +6,11 @@ use std::net::{IpAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use soccr::Connection;
+use soccr::lock::PersistentLock;
 use soccr::settings::Value;
+use soccr::{Connection, Flow};
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{Call, run_and_kill, run_and_watch, wait_until};
+use soccr_lab::{Call, Namespace, run_and_kill, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, json, python,
@@ -23,6 +24,7 @@ crate::tests![
     a_killed_save_leaves_the_connection_or_an_image,
     a_save_killed_halfway_leaves_an_image_of_what_has_left,
     an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left,
+    a_lock_leaves_alone_what_still_lives_in_its_network,
     a_stopped_process_waits_on,
     options_that_concern_more_than_the_connection_are_left_out,
     the_walkthrough_goes_to_its_end,
@@ -208,6 +210,39 @@ fn an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left() {
         let _heir = Program::start(restore.stderr(Stdio::null()));
         assert_eq!(ask(client, "two", "new "), "new two");
     }
+}
+
+fn a_lock_leaves_alone_what_still_lives_in_its_network() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let network = Namespace::new().unwrap();
+    let (server, _client, living) = network.run(|| {
+        let server = server("", 1);
+        let mut client = connect(([127, 0, 0, 1], 7));
+        assert_eq!(ask(&mut client, "one", ""), "one");
+        let image = succeed(&["save", "--keep", "--pid", &server.pid(), "--all", "--with-local"]);
+        (server, client, soccr_image::read(&image[..]).unwrap())
+    });
+    let mut gone = living.clone();
+    gone.remote.set_port(1);
+    // The number is above all that processes have.
+    let left = File::create(directory.path().join(".image.4194305.tmp")).unwrap();
+    let mut writer = Writer::new(left).unwrap();
+    writer.connection(1, "", &living).unwrap();
+    writer.connection(2, "", &gone).unwrap();
+    writer.finish().unwrap();
+    let netns = format!("/proc/{}/ns/net", server.pid());
+    let lock =
+        soccr(&["lock", "--image", "image", "--netns", &netns]).current_dir(&directory).output().unwrap();
+    let complaint = String::from_utf8(lock.stderr).unwrap();
+    assert!(lock.status.success(), "{complaint}");
+    let named = format!("{} {}: it still is in its process", living.local, living.remote);
+    assert!(complaint.contains(&named), "{complaint}");
+    let locks = network.run(PersistentLock::list).unwrap();
+    let locked: Vec<Flow> = locks.into_iter().flat_map(|lock| lock.flows).collect();
+    assert_eq!(locked, [gone.flow()]);
 }
 
 /// Waits for events and bytes as simple C programs do, which end at EINTR.
