@@ -41,6 +41,9 @@ const PACKET: usize = 64;
 /// How long a batch waits for further announced connections. A batch costs about a millisecond, however small it is.
 const PATIENCE: Duration = Duration::from_millis(2);
 
+/// How long the source may take to say END behind the last connection: it has nothing else to do.
+const PARTING: Duration = Duration::from_secs(1);
+
 /// A connection that has been read.
 #[derive(Debug)]
 struct Arriving {
@@ -149,6 +152,10 @@ pub(crate) struct Arrival {
     decision: Option<Instant>,
     /// Until when it may read what we have said.
     reading: Option<Instant>,
+    /// When it has said something last.
+    heard: Instant,
+    /// Until when it has to say something, since nobody serves what has landed while the stream goes on.
+    silence: Option<Instant>,
     /// The source has only asked.
     was_trial: bool,
     /// How many connections would be taken of which it has only asked. They use up room for the rest of this stream.
@@ -192,6 +199,8 @@ impl Arrival {
             patience: None,
             decision: None,
             reading: None,
+            heard: Instant::now(),
+            silence: None,
             was_trial: false,
             tried: 0,
             has_said_all: false,
@@ -385,6 +394,26 @@ impl Arrival {
         for (number, reason) in std::mem::take(&mut self.unheard_refusals) {
             self.shared.tell(Event::Refused { number, reason: &reason });
         }
+    }
+
+    /// Everything has been said.
+    fn complete(&mut self) {
+        self.place();
+        self.end();
+        self.is_complete = true;
+        self.say_end();
+    }
+
+    /// How long the source may be silent, where nobody else limits that.
+    fn silence(&self) -> Option<Duration> {
+        if !self.terms.leaves_end || self.landed.is_empty() || self.is_over() {
+            return None;
+        }
+        if self.machine.is_settled() {
+            return Some(PARTING);
+        }
+        // A source that hears no answers may have let go already of what is to come.
+        (self.machine.waiting() == 0 && self.writer.is_some()).then_some(self.shared.limits.decision)
     }
 
     /// Nothing the source says counts any more. It may still hear that nothing more is taken.

@@ -51,7 +51,8 @@ pub(crate) struct Receive {
     /// The network namespace to restore in: a path, a name of ip-netns(8), or the number of a process
     #[arg(long, value_name = "PATH|NAME|PID", add = completions::namespaces())]
     netns: Option<String>,
-    /// How many seconds the source may take to let go of a connection that is ready here; then it is refused
+    /// How many seconds the source may take to let go of a connection that is ready here; then it is refused. Also to go on when all
+    /// that have come are here; then these are given to the program, and the others stay
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = value_parser!(u64).range(1..=86400))]
     timeout: u64,
     /// When packets for an address that this host does not have are delivered here, to what has been received

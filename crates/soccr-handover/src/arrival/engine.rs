@@ -19,12 +19,7 @@ impl Engine for Arrival {
                     self.hear(message);
                 }
                 Ok(Decoded::Incomplete) => break,
-                Ok(Decoded::End) => {
-                    self.place();
-                    self.end();
-                    self.is_complete = true;
-                    self.say_end();
-                }
+                Ok(Decoded::End) => self.complete(),
                 Ok(_) => {}
                 Err(error) => match error.connection() {
                     // Nobody would take the connection back; the peer sends the held packets again.
@@ -61,6 +56,7 @@ impl Engine for Arrival {
         if !self.has_said_all {
             self.terms.notes.take().iter().for_each(|note| self.say(note));
         }
+        self.silence = self.silence().map(|limit| self.heard + limit);
         match self.output().bytes().is_empty() {
             true => self.reading = None,
             false => drop(self.reading.get_or_insert_with(|| Instant::now() + self.shared.limits.answer)),
@@ -76,6 +72,7 @@ impl Engine for Arrival {
 
     fn feed(&mut self, bytes: &[u8]) {
         self.has_begun |= !bytes.is_empty();
+        self.heard = Instant::now();
         self.decoder.feed(bytes);
     }
 
@@ -102,7 +99,7 @@ impl Engine for Arrival {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.patience, self.decision, self.reading].into_iter().flatten().min()
+        [self.patience, self.decision, self.reading, self.silence].into_iter().flatten().min()
     }
 
     fn late(&mut self) {
@@ -117,6 +114,12 @@ impl Engine for Arrival {
         }
         if self.reading.is_some_and(|until| until <= now) {
             self.is_unheard();
+        }
+        if self.silence.is_some_and(|until| until <= now) {
+            match self.machine.is_settled() {
+                true => self.complete(),
+                false => self.give_up(Error::new(ErrorKind::Late, "the source says nothing more")),
+            }
         }
     }
 

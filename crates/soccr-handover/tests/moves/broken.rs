@@ -327,6 +327,46 @@ pub fn a_target_that_has_not_said_its_last_word_is_told_of() {
     }
 }
 
+/// A source that says nothing more, as one without power, and of which no connection ends.
+pub fn what_has_arrived_does_not_wait_for_a_silent_source() {
+    // Behind the last connection, and between two windows.
+    for (announced, ended) in [(1, Ok(())), (2, Err(ErrorKind::Late))] {
+        let lab = Lab::new().unwrap();
+        let listener = lab.a.run(|| TcpListener::bind((lab.a.v4, 80))).unwrap();
+        let peer = lab.peer.run(|| TcpStream::connect((lab.a.v4, 80))).unwrap();
+        peer.set_read_timeout(Some(LIMIT)).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        let paused = soccr::pause(&ours).unwrap();
+        let saved = paused.save().unwrap();
+        paused.detach().unwrap();
+        lab.steer(Side::B).unwrap();
+        let (there, mut here) = UnixStream::pair().unwrap();
+        let (tell, told) = channel();
+        thread::scope(|scope| {
+            let (lab, there) = (&lab, there);
+            scope.spawn(move || {
+                let mut limits = Limits::default();
+                limits.decision = Duration::from_millis(300);
+                let mover = lab.b.run(|| Mover::with(limits).unwrap());
+                tell.send(lab.b.run(|| mover.receive_all(&mut here, Terms::default()))).unwrap();
+            });
+            let mut writer = soccr_image::stream::Writer::new(&there).unwrap();
+            let [answers, notes] = [true, false];
+            let begin = Message::Begin { connections: announced, answers, notes, place: None, steered: None };
+            writer.send(&begin).unwrap();
+            writer.connection(1, "x", &saved).unwrap();
+            let mut reader = soccr_image::stream::Reader::new(&there).unwrap();
+            assert!(matches!(reader.receive(), Ok(Some(Message::Here { .. }))));
+            assert_eq!(reader.receive().unwrap(), Some(Message::Ready { connection: 1 }));
+            writer.send(&Message::Commit { connection: 1 }).unwrap();
+            let received = told.recv_timeout(LIMIT).unwrap();
+            assert_eq!(received.outcome.map_err(|error| error.kind()), ended);
+            let arrived = received.arrived.into_iter().next().unwrap();
+            assert_alive(&arrived.into_stream().unwrap(), &peer);
+        });
+    }
+}
+
 /// A source that never reads what the target writes. While the target writes nothing, it says its next message.
 struct Deaf(VecDeque<Vec<u8>>);
 
