@@ -297,7 +297,10 @@ impl Departure {
         }
         match item.seat.come_back() {
             Ok(()) => {
-                if item.seat.is_adrift() {
+                // Behind END its users have gone on, and have seen an error.
+                let users = self.users.as_mut().filter(|_| self.finished.is_some());
+                let is_kept = users.is_none_or(|users| users.have(number).unwrap_or(true));
+                if item.seat.is_adrift() || !is_kept {
                     let why = item.why(&self.reason);
                     item.error =
                         Some(Error::new(ErrorKind::Adrift, format!("its process has lost it: {why}")));

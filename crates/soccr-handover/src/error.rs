@@ -27,8 +27,8 @@ pub enum ErrorKind {
     Refused,
     /// The connection is lost: it had left its socket, the target does not have it, and it could not be put back.
     Lost,
-    /// The connection has not moved, but its process has lost it: with kernel TLS it cannot be put back into the old socket. It lives
-    /// in the socket that is given back (see [`Seat::is_adrift`](crate::Seat::is_adrift)).
+    /// The connection has not moved, but its process has lost it: with kernel TLS it cannot be put back into the old socket (see
+    /// [`Seat::is_adrift`](crate::Seat::is_adrift)), or the process has closed that meanwhile. It lives in the socket that is given back.
     Adrift,
     /// The other end has not answered, or not read on, in time.
     Late,

@@ -29,6 +29,16 @@ pub trait Users: Send {
         Ok(())
     }
 
+    /// Whether any of them still has the socket with this number. Asked if they have gone on while its connection was in no socket: they may
+    /// have closed theirs, and what comes back into it would end with this process.
+    ///
+    /// # Errors
+    /// Nobody knows: the connection stays where it is.
+    fn have(&mut self, number: usize) -> Result<bool> {
+        let _ = number;
+        Ok(true)
+    }
+
     /// The connection is back, and complete.
     ///
     /// # Errors

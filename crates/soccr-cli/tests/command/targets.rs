@@ -7,7 +7,8 @@ use soccr_image::stream::{Message, Reader, Writer};
 use soccr_lab::{LIMIT, Side, wait_until};
 
 use crate::programs::{
-    Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, python, succeed,
+    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, python,
+    soccr, succeed,
 };
 use crate::transfer::Move;
 
@@ -24,6 +25,7 @@ crate::tests![
     the_process_goes_on_while_a_connection_is_in_doubt,
     a_target_that_says_too_much_is_not_listened_to,
     a_connection_that_is_taken_late_is_not_lost,
+    what_comes_back_to_a_process_that_has_closed_it_is_in_an_image,
 ];
 
 /// What a target answers, in a file.
@@ -367,4 +369,50 @@ fn a_connection_that_is_taken_late_is_not_lost() {
     let path = path.display();
     let target = format!("head -c {ready} {path}; sleep 1.5; tail -c +{} {path}; cat > /dev/null", ready + 1);
     assert_eq!(moving.try_send(&["--all", "--timeout", "1", "--via", &target]), (0, String::new()));
+}
+
+/// Closes its connection when that has an error, and goes on.
+const CLOSES: &str = r#"
+import signal, socket
+connection = socket.create_server(("", 7)).accept()[0]
+try:
+    while data := connection.recv(65536):
+        connection.sendall(b"old " + data)
+except OSError:
+    connection.close()
+signal.pause()
+"#;
+
+/// The process goes on while its connection is in doubt, and has closed its socket when the target refuses that.
+fn what_comes_back_to_a_process_that_has_closed_it_is_in_an_image() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut moving = Move::of(&mut python(CLOSES, &[]), Side::B, 1, |_| {});
+    moving.directory = directory.path().into();
+    let (ready, gate) = (Answers::new(&[Message::Ready { connection: 1 }]), Gate::new());
+    let all = Answers::refusing_behind_the_commit();
+    let rest = ready.0.as_file().metadata().unwrap().len() + 1;
+    let refuses = format!("{}; tail -c +{rest} {}", gate.command(), all.path());
+    let via = format!("cat {}; {refuses}; cat > /dev/null", ready.path());
+    let (code, complaints) = std::thread::scope(|scope| {
+        let send = scope.spawn(|| moving.try_send(&["--all", "--timeout", "5", "--via", &via]));
+        let open = format!("/proc/{}/fd", moving.old.pid());
+        let is_socket = |fd: std::io::Result<std::fs::DirEntry>| {
+            let target = fd.and_then(|fd| std::fs::read_link(fd.path()));
+            target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+        };
+        wait_until("the process has closed it", || !std::fs::read_dir(&open).unwrap().any(is_socket));
+        gate.open();
+        send.join().unwrap()
+    });
+    assert_eq!(code, 1, "{complaints}");
+    let why = "its process has lost it: the target cannot restore it: no room";
+    assert!(complaints.contains(why) && !complaints.contains("stays"), "{complaints}");
+    let image = complaints.split("saved in ").nth(1).and_then(|text| text.split(": see").next()).unwrap();
+    let restore = ["restore", image, "--netns", &moving.old.pid(), "--", "python3", "-c", HEIR, "new "];
+    let heir = Program::start(&mut soccr(&restore));
+    moving.assert_lives_at(Side::A, "new ");
+    drop(heir);
 }

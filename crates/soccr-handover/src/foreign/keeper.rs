@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::sockopt;
-use rustix::process::{Pid, WaitOptions, setsid, waitpid};
+use rustix::process::{Pid, WaitOptions, getpid, getppid, setsid, waitpid};
 use soccr::{Flow, Paused};
 
 use super::process::Sharing;
@@ -30,6 +30,9 @@ const FILLING: u8 = 1;
 const FILLED: u8 = 2;
 /// Let the processes go on.
 const CONTINUE: u8 = 3;
+
+/// Does a process still have socket number …? The answer is empty where one does.
+const HAVE: u8 = 4;
 
 /// The keeper, as this process sees it. Dropping it lets the stopped processes go on.
 #[derive(Debug)]
@@ -62,21 +65,30 @@ impl Keeper {
     }
 
     fn say(&mut self, word: u8, number: usize) -> Result<()> {
+        self.write(word, number)?;
+        self.confirm()
+    }
+
+    fn write(&mut self, word: u8, number: usize) -> Result<()> {
         let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut message = [word; 5];
         message[1..].copy_from_slice(&(number as u32).to_ne_bytes());
-        talk.write_all(&message).map_err(unless_gone)?;
-        self.confirm()
+        talk.write_all(&message).map_err(unless_gone)
     }
 
     /// An empty answer says that all is well.
     fn confirm(&mut self) -> Result<()> {
+        let text = self.answer()?;
+        if text.is_empty() { Ok(()) } else { Err(Error::system(text)) }
+    }
+
+    fn answer(&mut self) -> Result<String> {
         let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut length = [0; 4];
         talk.read_exact(&mut length).map_err(unless_gone)?;
         let mut text = vec![0; u32::from_ne_bytes(length) as usize];
         talk.read_exact(&mut text).map_err(unless_gone)?;
-        if text.is_empty() { Ok(()) } else { Err(Error::system(String::from_utf8_lossy(&text).into_owned())) }
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 }
 
@@ -95,6 +107,11 @@ impl Users for Keeper {
 
     fn filled(&mut self, number: usize) -> Result<()> {
         self.say(FILLED, number)
+    }
+
+    fn have(&mut self, number: usize) -> Result<bool> {
+        self.write(HAVE, number)?;
+        Ok(self.answer()?.is_empty())
     }
 }
 
@@ -127,6 +144,7 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     // Repair mode overwrites SO_REUSEADDR.
     let reuse: Vec<_> = sockets.iter().map(sockopt::socket_reuseaddr).collect();
     let mut filling = vec![false; sockets.len()];
+    let us: Vec<Pid> = [Some(getpid()), getppid()].into_iter().flatten().collect();
     let mut stopped = None;
     if answer(&mut talk, Ok(())).is_ok() {
         let mut message = [0; 5];
@@ -143,6 +161,11 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
                     *filling = word == FILLING;
                     Ok(())
                 }
+                // Where nobody can tell, they are believed to have it.
+                (HAVE, Some(_)) => match sharing.still_has(sockets[number], &us) {
+                    Ok(false) => Err(Error::system("no process has it any more")),
+                    _ => Ok(()),
+                },
                 _ => Err(Error::system("the keeper does not know what to do")),
             };
             if answer(&mut talk, outcome).is_err() {

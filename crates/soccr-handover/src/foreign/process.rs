@@ -238,6 +238,8 @@ pub fn fork() -> io::Result<Option<Pid>> {
 #[derive(Debug)]
 pub struct Sharing {
     inodes: HashSet<u64>,
+    /// Those of them that a process has been seen to have.
+    used: HashSet<u64>,
     /// The processes that have been looked into.
     seen: HashSet<Pid>,
     processes: Vec<Pid>,
@@ -247,7 +249,7 @@ impl Sharing {
     /// Looks for the processes that share any of these sockets, other than this one.
     pub fn find(inodes: &[u64]) -> Result<Self> {
         let inodes = inodes.iter().copied().collect();
-        let mut sharing = Self { inodes, seen: HashSet::new(), processes: Vec::new() };
+        let mut sharing = Self { inodes, used: HashSet::new(), seen: HashSet::new(), processes: Vec::new() };
         sharing.look_again()?;
         Ok(sharing)
     }
@@ -262,13 +264,35 @@ impl Sharing {
             }
             let mut shares = false;
             // A process that has ended, or that we may not look into, counts as having none of the sockets.
-            visible_sockets(pid, |_, inode| shares |= self.inodes.contains(&inode))?;
+            visible_sockets(pid, |_, inode| {
+                if self.inodes.contains(&inode) {
+                    self.used.insert(inode);
+                    shares = true;
+                }
+            })?;
             self.seen.insert(pid);
             if shares {
                 self.processes.push(pid);
             }
         }
         Ok(self.processes.len() > before)
+    }
+
+    /// Whether a process has this socket now, other than `ours`. One that none was ever seen to have counts as it did before.
+    pub(super) fn still_has(&self, socket: impl AsFd, ours: &[Pid]) -> Result<bool> {
+        let wanted = inode(socket)?;
+        if !self.used.contains(&wanted) {
+            return Ok(true);
+        }
+        // Any other process may have been given it.
+        for pid in self.processes.iter().copied().chain(all()?).filter(|pid| !ours.contains(pid)) {
+            let mut has = false;
+            visible_sockets(pid, |_, inode| has |= inode == wanted)?;
+            if has {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The processes found by now.
