@@ -6,7 +6,8 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use rustix::net::sockopt::set_socket_linger;
+use rustix::net::sockopt::{set_socket_linger, set_socket_oobinline};
+use rustix::net::{SendFlags, send};
 use rustix::process::{
     DumpableBehavior, Signal, dumpable_behavior, parent_process_death_signal, set_dumpable_behavior,
     set_parent_process_death_signal,
@@ -42,6 +43,10 @@ fn main() -> ExitCode {
         }),
         Test::new("reverse_paths_are_checked", || moves_beside("")),
         Test::new("a_firewall_that_swallows_our_mark_is_named", a_firewall_that_swallows_our_mark_is_named),
+        Test::new(
+            "a_rule_that_takes_our_mark_away_brings_nothing_twice",
+            a_rule_that_takes_our_mark_away_brings_nothing_twice,
+        ),
         Test::new(
             "a_strict_firewall_of_a_host_that_has_never_seen_it",
             a_strict_firewall_of_a_host_that_has_never_seen_it,
@@ -433,6 +438,56 @@ fn a_firewall_that_swallows_our_mark_is_named() {
     let error = behind.move_on().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     assert!(error.to_string().contains("0xC114"), "{error}");
+}
+
+/// As hosts with two providers or a tunnel have it. What is given back meets the lock once more.
+fn a_rule_that_takes_our_mark_away_brings_nothing_twice() {
+    let rules = "chain output { type route hook output priority mangle; meta mark set ct mark; }";
+    let Some(Behind { pair, mut peer, mut ours }) = Behind::firewall(rules) else { return };
+    expect(&mut ours, b"unread");
+    set_socket_oobinline(&ours, true).unwrap();
+    peer.set_nodelay(true).unwrap();
+    pair.a.namespace.be_patient().unwrap();
+    for moves in [false, true, true] {
+        // So that the peer counts anew how long it waits.
+        peer.write_all(b"and on").unwrap();
+        expect(&mut ours, b"and on");
+        ours.write_all(b"and back").unwrap();
+        expect(&mut peer, b"and back");
+        let before = ours;
+        let flow = Flow::of(&before).unwrap();
+        let lock = pair.b.run(|| Lock::hold(&[flow]).unwrap());
+        // What is urgent is not joined to other packets.
+        for (bytes, flags) in [("a", SendFlags::empty()), ("b", SendFlags::OOB)].into_iter().cycle().take(5) {
+            assert_eq!(send(&peer, bytes.as_bytes(), flags), Ok(1));
+        }
+        wait_until("all is held", || lock.held() >= 5);
+        let (segments, count);
+        (ours, segments, count) = if moves {
+            let restored = pair.b.run(|| {
+                let paused = soccr::pause(&before).unwrap();
+                let connection = paused.save().unwrap();
+                paused.detach().unwrap();
+                connection.restore().unwrap()
+            });
+            let segments = TcpInfo::of(&restored).unwrap().segments_in;
+            let count = lock.release_into(&[&restored]).unwrap();
+            (restored.resume().unwrap(), segments, count)
+        } else {
+            let segments = TcpInfo::of(&before).unwrap().segments_in;
+            let count = lock.release().unwrap();
+            (before, segments, count)
+        };
+        expect(&mut ours, b"ababa");
+        // Beside them the lock has held what the restore has played, and what the peer has acknowledged. Given back until it
+        // comes back no more, they would be thousands.
+        let arrived = TcpInfo::of(&ours).unwrap().segments_in as usize - segments as usize;
+        for number in [count, arrived] {
+            assert!((5..50).contains(&number), "{count} given, {arrived} arrived, moved: {moves}");
+        }
+    }
+    ours.write_all(b"the end").unwrap();
+    expect(&mut peer, b"the end");
 }
 
 /// Loads rules into a host's firewall; false where `nft` is not installed.

@@ -109,12 +109,16 @@ impl Capture {
         let mut replays = HashMap::new();
         let end = Instant::now() + LONGEST_RELEASE;
         let failure = self.failure.take().map_or(Ok(()), |error| Err(Error::system("NFLOG", error)));
-        let mut outcome = failure.and(self.catch_up(flows, sockets, &mut replays, end));
+        let mut outcome = failure.and(self.catch_up(flows, sockets, &mut replays, end, true));
         let (waiting, idle): (Vec<_>, Vec<_>) = flows.iter().partition(|flow| replays.contains_key(flow));
         outcome = outcome.and(unlock(Unlock::Both, &idle));
         outcome = outcome.and(unlock(Unlock::Receive, &waiting));
         // From now on packets arrive by themselves.
-        outcome = outcome.and(self.catch_up(flows, &[], &mut replays, end));
+        for replay in replays.values_mut().filter(|replay| !replay.returned.is_empty()) {
+            let returned = std::mem::take(&mut replay.returned);
+            outcome = outcome.and(self.packets.replay(replay, returned, None));
+        }
+        outcome = outcome.and(self.catch_up(flows, &[], &mut replays, end, false));
         self.packets.forget(flows);
         outcome = outcome.and(unlock(Unlock::Send, &waiting));
         let mut count = 0;
@@ -128,13 +132,15 @@ impl Capture {
         outcome.map(|()| count)
     }
 
-    /// Gives these connections their packets until none is left, or this time has come.
+    /// Gives these connections their packets until none is left, or this time has come. What comes back while they are
+    /// locked is kept.
     fn catch_up(
         &mut self,
         flows: &[Flow],
         sockets: &[BorrowedFd<'_>],
         replays: &mut HashMap<Flow, Replay>,
         end: Instant,
+        locked: bool,
     ) -> Result<()> {
         let mut outcome = Ok(());
         loop {
@@ -160,7 +166,12 @@ impl Capture {
                             place.insert(self.packets.replay_of(*flow, interface))
                         }
                     };
-                    outcome = outcome.and(self.packets.replay(replay, held, socket));
+                    let came_back = replay.came_back(&held);
+                    if locked && (came_back || !replay.returned.is_empty()) {
+                        replay.returned.extend(held);
+                    } else {
+                        outcome = outcome.and(self.packets.replay(replay, held, socket));
+                    }
                 }
             }
             if has_all || Instant::now() > end {

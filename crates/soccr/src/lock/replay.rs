@@ -4,6 +4,7 @@
 //! so bytes that only continue what has arrived go straight into the receive queue, in half the time, where the connection
 //! is restored, locked and not yet resumed.
 
+use std::collections::{HashMap, VecDeque};
 use std::iter::Peekable;
 use std::os::fd::BorrowedFd;
 
@@ -34,11 +35,22 @@ pub(super) struct Replay {
     to_be_resumed: bool,
     /// What has been handed over. To give back the memory takes as long as that: not while anybody waits.
     pub(super) spent: Vec<Run>,
+    /// What [came back](Self::came_back), and what came behind: for when the lock lets everything in.
+    pub(super) returned: VecDeque<Run>,
 }
 
 impl Replay {
     pub(super) fn new(flow: Flow, wire: Flow, interface: u32) -> Self {
-        Self { flow, wire, interface, count: 0, furthest: None, to_be_resumed: false, spent: Vec::new() }
+        Self {
+            flow,
+            wire,
+            interface,
+            count: 0,
+            furthest: None,
+            to_be_resumed: false,
+            spent: Vec::new(),
+            returned: VecDeque::new(),
+        }
     }
 
     /// The way for its packets.
@@ -71,6 +83,22 @@ impl Replay {
             });
         }
         outcome
+    }
+
+    /// Packets have met the lock while the connection got them: a rule for outgoing packets takes the mark away by which a
+    /// lock lets them pass. Returns whether these are such, and no longer counts them as handed over.
+    pub(super) fn came_back(&mut self, held: &VecDeque<Run>) -> bool {
+        if self.spent.is_empty() {
+            return false;
+        }
+        let mut given: HashMap<u32, Vec<&Run>> = HashMap::new();
+        self.spent.iter().for_each(|run| given.entry(run.parsed().seq).or_default().push(run));
+        let is_given = |run: &&Run| {
+            given.get(&run.parsed().seq).is_some_and(|given| given.iter().any(|given| run.begins_like(given)))
+        };
+        let again = held.iter().filter(is_given).count();
+        self.count -= again.min(self.count);
+        again > 0
     }
 
     /// Makes the connection answer to what has been replayed, and returns how many packets that were.

@@ -74,6 +74,17 @@ impl Run {
         next.parsed.flags & flags::FIN == 0 && self.is_before(&next.packet, &next.parsed)
     }
 
+    /// The packets are the same, but for what has been joined to this one since.
+    pub(crate) fn begins_like(&self, other: &Self) -> bool {
+        let [ours, others] = [self, other].map(|run| &run.packet[run.parsed.header.clone()]);
+        let is_new = !(flags::PSH | flags::FIN);
+        self.parsed.seq == other.parsed.seq
+            && (self.parsed.flags ^ other.parsed.flags) & is_new == 0
+            && clock(ours) == clock(others)
+            && headers_agree([ours, others])
+            && self.data().starts_with(other.data())
+    }
+
     /// What is known of it.
     pub(crate) fn parsed(&self) -> &Parsed {
         &self.parsed
