@@ -13,6 +13,7 @@
 mod anew;
 mod bind;
 mod derived;
+mod scope;
 mod speed;
 mod whole;
 

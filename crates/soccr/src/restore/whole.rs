@@ -9,9 +9,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use super::Restore;
 use super::anew::bind_anew;
 use super::bind::{bind_freely, connect};
+use super::scope::scoped_here;
 use super::speed::has_congestion;
 use crate::congestion;
-use crate::connection::{Connection, ControlBlock, Owner, State};
+use crate::connection::{Connection, ControlBlock, Flow, Owner, State};
 use crate::error::{Error, Result};
 use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
@@ -44,6 +45,7 @@ impl Connection {
     /// - System: the option that the kernel refused. `EADDRNOTAVAIL` where the local address is not configured here,
     ///   or another socket has the same pair of addresses. An IPv6 address that is still tentative is waited for, up to three
     ///   seconds. Nothing has been sent, and nothing is left behind.
+    ///   `ENODEV` where no link has the name of that to which link-local addresses belong; its number counts only on its own host.
     /// - Refused: the socket did not reach the state of the connection, because a firewall or a loopback interface
     ///   that is down swallowed the segment that plays the peer's FIN or ACK.
     pub fn restore(&self) -> Result<Restored> {
@@ -63,16 +65,17 @@ impl Connection {
         let receive_queue = self.raw_receive_queue()?;
         let mut skipped = Vec::new();
         let socket = self.open(&mut skipped)?;
+        let flow = scoped_here(socket.as_fd(), self.flow(), &self.settings)?;
         let report = if self.control.state == State::SynSent {
             self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
-            bind_anew(socket.as_fd(), self.local, self.control.write_seq)?;
+            bind_anew(socket.as_fd(), flow.local, self.control.write_seq)?;
             for stage in [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last] {
                 self.apply(socket.as_fd(), stage, &mut skipped);
             }
             Report::default()
         } else {
             let control = ControlBlock { inq_len: receive_queue.len() as u32, ..self.control.clone() };
-            let mut steps = self.connect(injectors, socket.as_fd(), control, &mut skipped)?;
+            let mut steps = self.connect(injectors, socket.as_fd(), flow, control, &mut skipped)?;
             steps.fill_receive_queue(injectors, &receive_queue, self.urgent)?;
             steps.fill_send_queue(&self.send_queue)?;
             if let Some(tls) = &self.tls {
@@ -90,7 +93,7 @@ impl Connection {
         }
         let mut restored = Restored {
             control: self.control.clone(),
-            flow: self.flow(),
+            flow,
             reuse_address: self.settings.get(settings::REUSEADDR) == Some(&Value::Number(1)),
             report,
             socket,
@@ -104,22 +107,23 @@ impl Connection {
         &self,
         injectors: &mut Injectors,
         fd: BorrowedFd<'fd>,
+        flow: Flow,
         control: ControlBlock,
         skipped: &mut Vec<Skipped>,
     ) -> Result<Restore<'fd>> {
         tcp::set_repair(fd, Repair::On)?;
         let mut steps = Restore::start(fd, control, self.buffers, self.path)?;
         self.apply(fd, Stage::BeforeBind, skipped);
-        steer::admit_transparent(fd, self.local, &self.settings)?;
+        steer::admit_transparent(fd, flow.local, &self.settings)?;
         let free = self.settings.get("IPV6_FREEBIND") == Some(&Value::Number(1));
-        bind_freely(fd, self.local, free)?;
+        bind_freely(fd, flow.local, free)?;
         self.apply(fd, Stage::BeforeConnect, skipped);
-        connect(fd, self.flow())?;
-        steps.set_options(self.flow())?;
+        connect(fd, flow)?;
+        steps.set_options(flow)?;
         steps.admit(injectors, self.tracked)?;
         let before = skipped.len();
         self.apply(fd, Stage::InRepair, skipped);
-        if !steps.seed(injectors, self.flow())? {
+        if !steps.seed(injectors, flow)? {
             skipped.truncate(before);
             self.apply(fd, Stage::InRepair, skipped);
         }

@@ -12,8 +12,8 @@ use rustix::net::sockopt::{
 use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
 use soccr::connection::{Buffers, Connection, QUEUE_LIMIT, Urgent, Window};
 use soccr::settings::Value;
-use soccr::{Error, ErrorKind, Fidelity, Paused, pause};
-use soccr_lab::{Case, Family, Flags, Pair, Sniffer, State, wait_until};
+use soccr::{Error, ErrorKind, Fidelity, Flow, Paused, pause};
+use soccr_lab::{Case, Family, Flags, Namespace, Pair, Sniffer, State, VethEnd, veth, wait_until};
 
 use crate::ends::{Ends, PORT, assert_same, has_peek_offset, info, option, pattern, set_option, unconnected};
 use crate::states::through_bytes;
@@ -285,6 +285,32 @@ pub fn a_link_local_address_without_its_link_is_refused() {
         address.set_scope_id(0);
     }
     assert_eq!(ends.restore(&connection).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+/// The number of a link is another one on each host.
+pub fn a_link_local_connection_comes_back_on_the_link_of_its_name() {
+    let ends = Ends::new(Family::LinkLocal);
+    let connection = ends.take();
+    let there = Namespace::new().unwrap();
+    let mut control = there.rtnetlink().unwrap();
+    let mut link = |name: &str, other: &str| {
+        let end = |name, mac| VethEnd { namespace: &there, name, mac: [2, 0, 0, 0, 2, mac] };
+        veth(&mut control, [end(other, 1), end(name, 2)], 1500).unwrap();
+        control.add_address(name, connection.local.ip(), 64).unwrap();
+        control.index(name).unwrap()
+    };
+    let same = link("other", "far");
+    assert_eq!(same, ends.pair.a.scope, "the test needs a link with this number");
+    let error = there.run(|| connection.restore()).unwrap_err();
+    assert!(error.errno() == Some(libc::ENODEV) && error.remedy().contains("eth0"), "{error}");
+
+    let right = link("eth0", "farther");
+    let restored = there.run(|| connection.restore()).unwrap();
+    let flow = Flow::of(&restored).unwrap();
+    for end in [flow.local, flow.remote] {
+        assert!(matches!(end, SocketAddr::V6(end) if end.scope_id() == right), "{end}, not {right}");
+    }
+    restored.resume().unwrap();
 }
 
 pub fn the_segment_size_comes_back() {

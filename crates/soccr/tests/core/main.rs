@@ -71,6 +71,7 @@ fn main() -> ExitCode {
             the_first_send_after_close_wait_reaches_the_peer_at_once
             an_address_that_only_looks_mapped_is_ipv6
             a_link_local_address_without_its_link_is_refused
+            a_link_local_connection_comes_back_on_the_link_of_its_name
             the_segment_size_comes_back
             reuse_address_survives
             the_offset_of_a_peek_survives
