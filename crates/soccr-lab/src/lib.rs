@@ -30,6 +30,7 @@ mod harness;
 mod host;
 mod lan;
 mod line;
+mod machine;
 mod making;
 mod namespace;
 #[cfg(feature = "harness")]
@@ -52,6 +53,7 @@ pub use harness::{Test, harness};
 pub use host::{Family, Host};
 pub use lan::Lan;
 pub use line::{Line, Shape};
+pub use machine::{has_kernel, may_repair, obstacle_to_bpf};
 pub use namespace::{Namespace, sysctl};
 pub use rtnetlink::{VethEnd, veth};
 pub use segment::{Flags, Segment};

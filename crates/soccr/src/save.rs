@@ -406,10 +406,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let ours = listener.accept().unwrap().0;
-        let paused = match crate::pause(&ours) {
-            Ok(paused) => paused,
-            Err(error) => return eprintln!("SKIPPED: {error}"),
-        };
+        if !soccr_lab::may_repair() {
+            return eprintln!("SKIPPED: needs CAP_NET_ADMIN");
+        }
+        let paused = crate::pause(&ours).unwrap();
         let mut reads = 0;
         let read = super::standing_still(ours.as_fd(), false, |control, _| {
             reads += 1;
@@ -437,13 +437,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let ours = listener.accept().unwrap().0;
-        let map = match (Map::create(&spec), crate::pause(&ours)) {
-            (Ok(map), Ok(paused)) => paused.resume().map(|()| map).unwrap(),
-            (map, paused) => {
-                let reason = map.err().map(|error| error.to_string());
-                eprintln!("SKIPPED: a BPF map: {reason:?}, a pause: {:?}", paused.err());
-                return;
-            }
+        let map = match Map::create(&spec) {
+            Ok(map) => map,
+            Err(error) => return eprintln!("SKIPPED: {}", soccr_lab::obstacle_to_bpf([5, 8], error)),
         };
         map.update(&[0; 4], &ours.as_raw_fd().to_ne_bytes()).unwrap();
         peer.write_all(b"SIOCINQ says none of this").unwrap();

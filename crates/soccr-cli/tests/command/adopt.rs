@@ -12,7 +12,7 @@ use soccr::adopt::Adopter;
 use soccr::connection::State;
 use soccr::diag::{Diag, Socket};
 use soccr::lock::PersistentLock;
-use soccr_lab::{Family, Lab, TcpInfo, programs_on_lo, run_and_kill, sysctl, wait_until};
+use soccr_lab::{Family, Lab, TcpInfo, obstacle_to_bpf, programs_on_lo, run_and_kill, sysctl, wait_until};
 
 use crate::programs::{Program, SOCCR, ask, connect, descriptors, fail, installed, python, soccr, succeed};
 
@@ -80,7 +80,7 @@ pub fn adoption_works() -> bool {
     match Adopter::new() {
         Ok(_) => installed("python3"),
         Err(error) => {
-            eprintln!("\nSKIPPED: {error}\n");
+            eprintln!("\nSKIPPED: {}\n", obstacle_to_bpf([6, 9], error));
             false
         }
     }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use soccr::adopt::Adopter;
-use soccr_lab::{Host, Lab, Lan, Side, Test};
+use soccr_lab::{Host, Lab, Lan, Side, Test, obstacle_to_bpf};
 
 use crate::programs::{Program, SOCCR, ask, connect, hear, installed, json, python};
 
@@ -68,7 +68,7 @@ fn run_blocks(page: &Path) {
             }
             "root" => match Adopter::new() {
                 Ok(_) => run_between_twins(&place, &text),
-                Err(error) => eprintln!("\nSKIPPED: {place}: {error}\n"),
+                Err(error) => eprintln!("\nSKIPPED: {place}: {}\n", obstacle_to_bpf([6, 9], error)),
             },
             _ => {
                 let reason = how.strip_prefix("ignore: ").unwrap_or_else(|| panic!("{place}: sh {how}?"));

@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use soccr::adopt::Adopter;
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Flow, Lock, pause};
-use soccr_lab::{Family, Flags, Host, LIMIT, Pair, Sniffer, TcpInfo, wait_until};
+use soccr_lab::{Family, Flags, Host, LIMIT, Pair, Sniffer, TcpInfo, obstacle_to_bpf, wait_until};
 
 /// The port of both servers.
 pub const PORT: u16 = 80;
@@ -105,14 +105,8 @@ fn limit(stream: &TcpStream) {
 
 /// An adopter on the host of the server, where this user may have one. Says why, where not.
 pub fn adopter(pair: &Pair) -> Option<Adopter> {
-    match pair.a.run(Adopter::new) {
-        Ok(adopter) => Some(adopter),
-        Err(error) if error.remedy().contains("CAP_BPF") || error.remedy().contains("needs ") => {
-            eprintln!("\nSKIPPED: {error}\n");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    let adopter = pair.a.run(Adopter::new);
+    adopter.map_err(|error| eprintln!("\nSKIPPED: {}\n", obstacle_to_bpf([6, 9], error))).ok()
 }
 
 pub fn pattern(length: usize) -> Vec<u8> {
