@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use crate::connection::{ControlBlock, Flow, State};
 use crate::error::{Error, Result};
 use crate::save;
-use crate::segment::{Segment, flags};
+use crate::segment::{self, Segment, flags};
 use crate::sys::raw::{Injector, Injectors, Via};
+use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue};
 
 /// How long a segment may take through `lo`: far longer than it does, also on a very busy machine.
@@ -120,6 +121,17 @@ pub(crate) fn window_field(control: &ControlBlock, window: u32) -> u16 {
 pub(crate) fn send_to_peer(injector: &Injector, fd: BorrowedFd<'_>, segment: &Segment<'_>) -> Result<()> {
     let mut packet = Vec::with_capacity(128);
     segment.write(&mut packet);
+    // A peer may take only what no router has forwarded (RFC 5082).
+    let option =
+        |level, name| sockopt::get::<i32>(fd, level, name).ok().and_then(|value| u8::try_from(value).ok());
+    let (class, hops) = match segment.destination.ip().to_canonical().is_ipv4() {
+        true => (option(libc::IPPROTO_IP, libc::IP_TOS), option(libc::IPPROTO_IP, libc::IP_TTL)),
+        false => (
+            option(libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+            option(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+        ),
+    };
+    segment::set_service(&mut packet, class, hops);
     injector.send_ours(fd, &packet, segment.destination)
 }
 

@@ -95,6 +95,20 @@ impl Segment<'_> {
     }
 }
 
+/// Sets type of service and hop limit of a packet, where they are known. Neither is in the checksum of TCP, and the kernel
+/// computes that of an IPv4 header.
+pub(crate) fn set_service(packet: &mut [u8], class: Option<u8>, hops: Option<u8>) {
+    let is_ipv4 = packet[0] >> 4 == 4;
+    match class {
+        Some(class) if is_ipv4 => packet[1] = class,
+        Some(class) => (packet[0], packet[1]) = (0x60 | class >> 4, class << 4),
+        None => {}
+    }
+    if let Some(hops) = hops {
+        packet[if is_ipv4 { 8 } else { 7 }] = hops;
+    }
+}
+
 /// Writes lengths and checksums into a packet whose IP header takes `ip` bytes.
 fn finish(packet: &mut [u8], ip: usize) {
     let total = packet.len();

@@ -168,6 +168,28 @@ fn each_piece_points_to_the_same_urgent_byte() {
 }
 
 #[test]
+fn a_packet_gets_the_service_of_its_socket() {
+    for addresses in [V4, V6] {
+        let mut packet = packet(&segment(addresses, b"hello"));
+        set_service(&mut packet, Some(0xb8), Some(255));
+        match SlicedPacket::from_ip(&packet).unwrap().net.unwrap() {
+            NetSlice::Ipv4(v4) => {
+                let header = v4.header().to_header();
+                assert_eq!((header.dscp.value() << 2, header.time_to_live), (0xb8, 255));
+            }
+            NetSlice::Ipv6(v6) => {
+                let header = v6.header().to_header();
+                assert_eq!((header.traffic_class, header.hop_limit), (0xb8, 255));
+            }
+            _ => panic!("no IP"),
+        }
+        let mut same = packet.clone();
+        set_service(&mut same, None, None);
+        assert_eq!(same, packet);
+    }
+}
+
+#[test]
 fn what_was_cut_off_is_not_acknowledged_as_finished() {
     let mut long = segment(V4, &[1; 1000]);
     long.flags |= flags::FIN;

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         held::what_is_held_has_a_limit,
         much::a_restored_connection_gets_it_in_its_queue,
         much::a_connection_that_stayed_gets_it_too,
+        much::a_peer_that_hears_only_its_neighbours_is_told,
         much::the_end_comes_last,
         much::a_gap_in_it_is_filled_by_the_peer,
         much::what_finds_no_room_is_sent_again,

@@ -10,7 +10,7 @@ use soccr::ErrorKind::Invalid;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode};
 use soccr::{Connection, Lock, Restored, pause};
-use soccr_lab::{Family, OnCpu, Pair, Shape, Side, State, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Family, OnCpu, Pair, Shape, Side, State, TcpInfo, set_option, sysctl, wait_until};
 
 use crate::{Baseline, bytes, connect_in, expect, transfer};
 
@@ -127,6 +127,30 @@ pub fn a_connection_that_stayed_gets_it_too() {
     expect(&mut ours, &bytes(MUCH));
     finish(peer, ours);
     baseline.assert_unchanged("stayed");
+}
+
+/// As routers do that speak BGP (RFC 5082): the acknowledgement of a resume has the hop limit of its socket.
+pub fn a_peer_that_hears_only_its_neighbours_is_told() {
+    const IPV6_MINHOPCOUNT: i32 = 73;
+    for (family, level, options) in [
+        (Family::V4, libc::IPPROTO_IP, [libc::IP_TTL, libc::IP_MINTTL]),
+        (Family::V6, libc::IPPROTO_IPV6, [libc::IPV6_UNICAST_HOPS, IPV6_MINHOPCOUNT]),
+    ] {
+        let (pair, _cpu) = far_apart();
+        pair.a.namespace.be_patient().unwrap();
+        let (peer, ours) = warm(&pair, family, 80);
+        for name in options {
+            for end in [&peer, &ours] {
+                set_option(end, level, name, &255i32.to_ne_bytes()).unwrap();
+            }
+        }
+        let baseline = Baseline::of(&pair.a.namespace);
+        let mut ours = move_on(&pair, &peer, ours, |_| ());
+        wait_until("the peer has heard of it", || TcpInfo::of(&peer).unwrap().unacknowledged == 0);
+        expect(&mut ours, &bytes(MUCH));
+        finish(peer, ours);
+        baseline.assert_unchanged(family);
+    }
 }
 
 /// The FIN comes behind it, and a queue that takes no bytes in repair mode any more gets packets.
