@@ -130,9 +130,16 @@ impl Handle {
         let Stage::Read(connection) = &mut self.stage else {
             return Err(Failure::new(format!("open: {}", self.stage.is())));
         };
-        connection.local = self.own_address.unwrap_or(connection.local);
-        connection.remote = self.peer_address.unwrap_or(connection.remote);
-        let restored = connection.restore()?;
+        let read = (connection.flow(), connection.tracked);
+        let flow = Flow {
+            local: self.own_address.unwrap_or(connection.local),
+            remote: self.peer_address.unwrap_or(connection.remote),
+        };
+        change_addresses(connection, flow);
+        let restored = connection.restore();
+        // If it is opened once more, then from what was read.
+        (Flow { local: connection.local, remote: connection.remote }, connection.tracked) = read;
+        let restored = restored?;
         let claim = Claim::new(restored.as_fd())?;
         let report = restored.report().to_string();
         let mut socket = None;
@@ -386,6 +393,21 @@ impl Handle {
             }
         }
     }
+}
+
+/// Gives a connection other addresses, also in what connection tracking knows of it. Those that NAT has translated stay.
+fn change_addresses(connection: &mut Connection, to: Flow) {
+    let (from, packets) = (connection.flow().on_the_wire(), to.on_the_wire());
+    if let Some(tracked) = &mut connection.tracked {
+        let wire = tracked.wire.on_the_wire();
+        if wire.local == from.local {
+            tracked.wire.local = packets.local;
+        }
+        if wire.remote == from.remote {
+            tracked.wire.remote = packets.remote;
+        }
+    }
+    (connection.local, connection.remote) = (to.local, to.remote);
 }
 
 /// Step 1, with all that is known.

@@ -85,6 +85,43 @@ static void a_connection_moves_in_an_image_over_ipv6(void)
 	moves(IPV6);
 }
 
+/* Connection tracking knows a connection by its addresses: they change with those of the socket. */
+static void other_addresses_are_set_where_connections_are_tracked(void)
+{
+	static const char *const elsewhere[] = { "192.0.2.1", "127.0.0.2" };
+	int image = memfd_create("image", MFD_CLOEXEC);
+	union libsoccr_addr self, is;
+	socklen_t length = sizeof(is);
+	struct libsoccr_sk *sk;
+	struct pair pair;
+
+	if (system("nft --version >/dev/null 2>&1")) {
+		fputs("SKIPPED: nft is not installed\n", stderr);
+		return;
+	}
+	SAME(system("nft 'add table ip t; add chain ip t c { type filter hook input priority 0; };"
+		    "add rule ip t c ct state established accept'"), 0);
+	/* Our end has begun it: that is more than a host assumes. */
+	pair = kit_connect(IPV4);
+	kit_talk(&pair);
+	write_away(&pair, image);
+	kit_unlock(&pair);
+
+	sk = read_back(image);
+	/* The first is not configured here. */
+	for (int i = 0; i < 2; i++) {
+		self = kit_address(elsewhere[i], ntohs(pair.self.v4.sin_port));
+		SAME(libsoccr_set_addr(sk, 1, &self, 0), 0);
+		pair.here = libsoccr_open(sk);
+		if (i == 0)
+			kit_error_has(sk, "EADDRNOTAVAIL");
+	}
+	CHECK(pair.here >= 0);
+	SAME(getsockname(pair.here, &is.sa, &length), 0);
+	SAME(is.v4.sin_addr.s_addr, self.v4.sin_addr.s_addr);
+	libsoccr_release(sk);
+}
+
 static void memory_of_what_is_read(void)
 {
 	int image = memfd_create("image", MFD_CLOEXEC);
@@ -190,6 +227,7 @@ static void a_file_for_others(void)
 static const struct test tests[] = {
 	TEST(a_connection_moves_in_an_image),
 	TEST(a_connection_moves_in_an_image_over_ipv6),
+	TEST(other_addresses_are_set_where_connections_are_tracked),
 	TEST(memory_of_what_is_read),
 	TEST(what_is_no_image_is_refused),
 	TEST(a_pipe_without_a_reader_is_a_failure),
