@@ -119,9 +119,14 @@ impl Handle {
     }
 
     /// Writes everything that there is of the paused connection.
-    pub(crate) fn write(&self, image: impl io::Write) -> Result<()> {
-        let connection = self.paused("write")?.save()?;
-        Ok(soccr_image::write(image, &connection)?)
+    pub(crate) fn write(&mut self, image: impl io::Write) -> Result<()> {
+        self.paused("write")?;
+        if let Some(peer) = self.peer_address {
+            self.stage = Stage::Paused(self.take_paused()?.with_peer(peer));
+        }
+        let paused = self.paused("write")?;
+        peer_of(paused)?;
+        Ok(soccr_image::write(image, &paused.save()?)?)
     }
 
     /// Restores the connection of an image onto a socket of its own, which `give` makes the caller's. Returns what did
@@ -229,7 +234,7 @@ impl Handle {
         }
         let address = match (&self.stage, given) {
             (Stage::Paused(paused), None) if end == End::Own => paused.local_address()?,
-            (Stage::Paused(paused), None) => paused.peer_address()?,
+            (Stage::Paused(paused), None) => peer_of(paused)?,
             (_, Some(given)) => given,
             (stage, None) => return Err(Failure::new(format!("save: {}", stage.is()))),
         };
@@ -393,6 +398,16 @@ impl Handle {
             }
         }
     }
+}
+
+/// The peer, which the kernel forgets in CLOSE.
+fn peer_of(paused: &Paused<'_>) -> Result<SocketAddr> {
+    paused.peer_address().map_err(|error| match error.kind() {
+        ErrorKind::Refused => Failure::refused(
+            "save: in CLOSE the kernel has forgotten the peer — tell it by libsoccr_set_addr",
+        ),
+        _ => error.into(),
+    })
 }
 
 /// Gives a connection other addresses, also in what connection tracking knows of it. Those that NAT has translated stay.

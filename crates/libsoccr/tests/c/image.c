@@ -85,6 +85,59 @@ static void a_connection_moves_in_an_image_over_ipv6(void)
 	moves(IPV6);
 }
 
+/* The kernel has forgotten the peer of a connection in CLOSE. */
+static void ended(struct pair pair, int error)
+{
+	int image = memfd_create("image", MFD_CLOEXEC);
+	struct libsoccr_sk *sk = libsoccr_pause(pair.here);
+	char byte;
+
+	CHECK(!libsoccr_get_addr(sk, 0, 0));
+	kit_error_has(sk, "libsoccr_set_addr");
+	SAME(libsoccr_write(sk, image), -1);
+	kit_error_has(sk, "libsoccr_set_addr");
+	SAME(errno, EOPNOTSUPP);
+	SAME(libsoccr_set_addr(sk, 0, &pair.peer, 0), 0);
+	SAME(libsoccr_write(sk, image), 0);
+	libsoccr_release(sk);
+	close(pair.here);
+
+	sk = read_back(image);
+	pair.here = libsoccr_open(sk);
+	CHECK(pair.here >= 0);
+	libsoccr_resume(sk);
+	kit_wait_state(pair.here, TCP_CLOSE);
+	kit_expect(pair.here, "unread", 6);
+	SAME(recv(pair.here, &byte, 1, 0), error ? -1 : 0);
+	if (error)
+		SAME(errno, error);
+}
+
+static void a_connection_that_was_reset_moves_in_an_image(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct linger reset = { .l_onoff = 1 };
+
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	SAME(setsockopt(pair.there, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)), 0);
+	close(pair.there);
+	kit_wait_state(pair.here, TCP_CLOSE);
+	ended(pair, ECONNRESET);
+}
+
+static void a_connection_that_has_ended_moves_in_an_image(void)
+{
+	struct pair pair = kit_connect(IPV4);
+
+	kit_send(pair.there, "unread", 6);
+	shutdown(pair.there, SHUT_WR);
+	kit_wait_state(pair.here, TCP_CLOSE_WAIT);
+	shutdown(pair.here, SHUT_WR);
+	kit_wait_state(pair.here, TCP_CLOSE);
+	ended(pair, 0);
+}
+
 /* Connection tracking knows a connection by its addresses: they change with those of the socket. */
 static void other_addresses_are_set_where_connections_are_tracked(void)
 {
@@ -227,6 +280,8 @@ static void a_file_for_others(void)
 static const struct test tests[] = {
 	TEST(a_connection_moves_in_an_image),
 	TEST(a_connection_moves_in_an_image_over_ipv6),
+	TEST(a_connection_that_was_reset_moves_in_an_image),
+	TEST(a_connection_that_has_ended_moves_in_an_image),
 	TEST(other_addresses_are_set_where_connections_are_tracked),
 	TEST(memory_of_what_is_read),
 	TEST(what_is_no_image_is_refused),
