@@ -77,7 +77,8 @@ impl<Fd: AsFd> Restored<Fd> {
     fn turn_on(&self, injectors: &mut Injectors) -> Result<()> {
         let mut attempt = || {
             let turned_on = self.turn_repair_off(injectors);
-            if turned_on.is_err() {
+            // In SYN_SENT it is out of that mode already, in which connect(2) sends nothing, and passes for ESTABLISHED.
+            if turned_on.is_err() && self.control.state != State::SynSent {
                 // Out of repair mode the socket would reset the peer when it is closed.
                 let _ = tcp::set_repair(self.socket.as_fd(), Repair::On);
             }

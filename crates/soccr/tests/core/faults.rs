@@ -11,7 +11,7 @@ use soccr::bulk;
 use soccr::connection::Connection;
 use soccr::lock::{Locker, Mode};
 use soccr::{Error, ErrorKind, Paused, pause};
-use soccr_lab::{Family, Flags, Sniffer, State, wait_until};
+use soccr_lab::{Case, Family, Flags, Made, Pair, Sniffer, State, wait_until};
 
 use crate::ends::{
     Ends, PORT, assert_nothing_new, assert_same, comparable, has_peek_offset, info, option, set_option,
@@ -351,6 +351,29 @@ pub fn a_resume_that_fails_once_is_made_again() {
         set_socket_oobinline(&ends.ours, true).unwrap();
         ends.finish();
     }
+}
+
+/// In repair mode connect(2) sends nothing, and passes for a handshake that is over.
+pub fn a_handshake_that_fails_once_is_begun_again() {
+    let pair = Pair::new().unwrap();
+    let case = Case { family: Family::V4, state: State::SynSent, received: 0, sent: 0, unsent: 0 };
+    let Made { socket, remote, peer, .. } = case.make(&pair.a, &pair.b);
+    let paused = pause(&socket).unwrap().with_peer(remote);
+    let connection = paused.save().unwrap();
+    paused.detach().unwrap();
+    let restored = pair.a.run(|| connection.restore()).unwrap();
+    let mut resumed = None;
+    supervised(|faults| {
+        faults.arm_among(&[libc::SYS_connect], 0, libc::ENOBUFS);
+        resumed = Some(restored.resume());
+        assert!(faults.disarm().is_some());
+    });
+    let ours = resumed.unwrap().unwrap();
+    assert_eq!(info(&ours).state, State::SynSent);
+    peer.unblock().unwrap();
+    let peer = peer.into_stream().unwrap();
+    wait_until("the handshake is over", || info(&ours).state == State::Established);
+    Ends::between(pair, ours, peer, remote).finish();
 }
 
 pub fn a_resume_or_detach_that_fails_can_be_tried_again() {
