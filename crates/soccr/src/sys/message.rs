@@ -11,16 +11,28 @@ use rustix::io::Errno;
 pub(super) struct Item<T> {
     header: libc::cmsghdr,
     value: T,
+    /// What aligns the next one is written, too: the values here end in the middle of 8 bytes.
+    #[cfg(target_pointer_width = "64")]
+    padding: u32,
 }
 
 impl<T> Item<T> {
     pub(super) fn new(level: i32, kind: i32, value: T) -> Self {
+        #[cfg(target_pointer_width = "64")]
+        const {
+            assert!(size_of::<Self>() == size_of::<libc::cmsghdr>() + size_of::<T>() + size_of::<u32>())
+        };
         // SAFETY: numbers, for which zero is a value.
         let mut header: libc::cmsghdr = unsafe { zeroed() };
         header.cmsg_len = (size_of::<libc::cmsghdr>() + size_of::<T>()) as _;
         header.cmsg_level = level;
         header.cmsg_type = kind;
-        Self { header, value }
+        Self {
+            header,
+            value,
+            #[cfg(target_pointer_width = "64")]
+            padding: 0,
+        }
     }
 }
 
