@@ -85,6 +85,22 @@ pub(crate) struct Extras {
     pub(crate) urgent: Option<Urgent>,
 }
 
+impl Extras {
+    /// Checked before a socket is touched: the caller can mend the values, and try again.
+    pub(crate) fn validate(&self, control: &ControlBlock) -> Result<()> {
+        if let Some((buffers, _)) = self.buffers {
+            buffers.validate()?;
+        }
+        if let Some(path) = self.path {
+            path.validate()?;
+        }
+        match self.urgent {
+            Some(urgent) if urgent.offset >= control.inq_len => Err(out_of_range("urgent", urgent.offset)),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Data {
     /// The same for a caller whose structure has `size` bytes: without the groups that do not fit.
     pub(crate) fn within(mut self, size: usize) -> Self {

@@ -285,6 +285,7 @@ impl Handle {
         flow.validate()?;
         check_length("inq_len", control.inq_len, receive)?;
         check_length("outq_len", control.outq_len, send)?;
+        extras.validate(control)?;
         let paused = self.take_paused()?;
         if control.state == State::SynSent {
             paused.connect_anew(flow, control.write_seq)?;
@@ -313,6 +314,7 @@ impl Handle {
         if control.state == State::SynSent {
             return Err(Failure::new("restore: a connection in SYN_SENT — connect a fresh socket instead"));
         }
+        extras.validate(control)?;
         let steps = unbound(self.take_paused()?, control, extras)?;
         self.stage = Stage::Restoring(Box::new(Staged::new(steps, control, extras.urgent)));
         Ok(())

@@ -199,7 +199,11 @@ pub struct Path {
 }
 
 impl Buffers {
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks the values against what a kernel can have told.
+    ///
+    /// # Errors
+    /// Invalid: the first value that is wrong.
+    pub fn validate(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
         check(self.lock <= 3, "SO_BUF_LOCK has unknown bits")?;
         check(self.send <= i32::MAX as u32, "SO_SNDBUF is no int")?;
@@ -208,8 +212,11 @@ impl Buffers {
 }
 
 impl Path {
-    /// What is compared, computed with or written into the kernel is what `TCP_INFO` can tell.
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// Checks that what is compared, computed with or written into the kernel is what `TCP_INFO` can tell.
+    ///
+    /// # Errors
+    /// Invalid: the first value that is wrong.
+    pub fn validate(&self) -> Result<()> {
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Error::invalid(what)) };
         for (time, what) in [
             (self.rtt, "rtt is over an hour"),

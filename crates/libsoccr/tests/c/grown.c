@@ -167,6 +167,47 @@ static void a_reset_that_nobody_has_read_is_carried(void)
 	}
 }
 
+/* What contradicts itself is found before the socket is touched, and can be told once more. */
+static void wrong_values_can_be_mended(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct saved saved;
+	struct libsoccr_sk *sk;
+	char byte;
+
+	kit_send(pair.there, "unread", 6);
+	kit_wait_unread(pair.here, 6);
+	saved = kit_save(&pair);
+	close(pair.here);
+	sk = kit_fresh(&pair);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_RECV_QUEUE, saved.receive_queue, SOCCR_MEM_EXCL), 0);
+	SAME(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, saved.send_queue, SOCCR_MEM_EXCL), 0);
+	for (int i = 0; i < 4; i++) {
+		struct libsoccr_sk_data data = saved.data;
+		union libsoccr_addr self;
+		socklen_t length = sizeof(self);
+
+		data.flags |= SOCCR_FLAGS_URGENT;
+		data.urgent = i == 0 ? 6 : 5;
+		if (i == 1)
+			data.rto = UINT32_MAX;
+		if (i == 2)
+			data.buf_lock = 4;
+		SAME(libsoccr_restore(sk, &data, sizeof(data)), i < 3 ? -1 : 0);
+		if (i == 3)
+			break;
+		SAME(errno, EINVAL);
+		SAME(getsockname(pair.here, &self.sa, &length), 0);
+		SAME(self.v4.sin_port, 0);
+	}
+	kit_unlock(&pair);
+	libsoccr_resume(sk);
+	kit_expect(pair.here, "unrea", 5);
+	SAME(recv(pair.here, &byte, 1, MSG_OOB), 1);
+	SAME(byte, 'd');
+	kit_talk(&pair);
+}
+
 static void every_age_of_the_structure_is_served(void)
 {
 	static const struct {
@@ -193,6 +234,7 @@ static const struct test tests[] = {
 	TEST(urgent_data_stays_urgent),
 	TEST(urgent_data_becomes_ordinary_in_68_bytes),
 	TEST(a_reset_that_nobody_has_read_is_carried),
+	TEST(wrong_values_can_be_mended),
 	TEST(every_age_of_the_structure_is_served),
 };
 
