@@ -35,6 +35,13 @@ const DESTINATION: u16 = 1;
 const SOURCE: u16 = 2;
 const GATEWAY: u16 = 5;
 const PREFERRED_SOURCE: u16 = 7;
+/// `struct rtvia`, a gateway of another family than the route's: the family comes before the address.
+const VIA: u16 = 18;
+const VIA_FAMILY: usize = 2;
+
+/// Several ways: in each, attributes follow `struct rtnexthop`.
+const MULTIPATH: u16 = 9;
+const NEXT_HOP: usize = 8;
 
 /// The addresses or routes of one network namespace.
 #[derive(Debug)]
@@ -116,8 +123,8 @@ fn rewrite_address(header: &[u8], attributes: &mut [u8], maps: &[AddressMap]) ->
     Ok(Some(new))
 }
 
-/// A route that the kernel has made for an address goes to the network of the new one. Returns the gateway.
-fn rewrite_route(header: &[u8], attributes: &mut [u8], maps: &[AddressMap]) -> Result<Option<IpAddr>> {
+/// A route that the kernel has made for an address goes to the network of the new one. Returns the gateways.
+fn rewrite_route(header: &[u8], attributes: &mut [u8], maps: &[AddressMap]) -> Result<Vec<IpAddr>> {
     let (prefix, by_kernel) = (header[1], header[5] == BY_KERNEL);
     let network = |ip| first_of(ip, prefix);
     let of_network = |destination| {
@@ -126,37 +133,68 @@ fn rewrite_route(header: &[u8], attributes: &mut [u8], maps: &[AddressMap]) -> R
         let rule = rules.find(|(old, _)| network(*old) == destination);
         rule.map_or_else(|| apply(maps, destination), |(_, new)| network(new))
     };
-    let mut gateway = None;
-    each_address(attributes, |kind, value| match kind {
-        DESTINATION => Some(of_network(value)),
-        GATEWAY => {
-            gateway = Some(apply(maps, value));
-            gateway
-        }
-        SOURCE | PREFERRED_SOURCE => Some(apply(maps, value)),
-        _ => None,
+    let mut gateways = Vec::new();
+    let mut change = |kind, value: &mut [u8]| {
+        let address = if kind == VIA { value.get_mut(VIA_FAMILY..).unwrap_or_default() } else { value };
+        change_address(address, |old| match kind {
+            DESTINATION => Some(of_network(old)),
+            GATEWAY | VIA => {
+                gateways.push(apply(maps, old));
+                gateways.last().copied()
+            }
+            SOURCE | PREFERRED_SOURCE => Some(apply(maps, old)),
+            _ => None,
+        });
+        Ok(())
+    };
+    each_attribute(attributes, |kind, value| match kind {
+        MULTIPATH => each_block(value, NEXT_HOP, |hop| each_attribute(&mut hop[NEXT_HOP..], &mut change)),
+        _ => change(kind, value),
     })?;
-    Ok(gateway)
+    Ok(gateways)
 }
 
 /// Shows every attribute that holds an address, and puts in its place what is returned, if it is of the same family.
-fn each_address(mut rest: &mut [u8], mut change: impl FnMut(u16, IpAddr) -> Option<IpAddr>) -> Result<()> {
+fn each_address(attributes: &mut [u8], mut change: impl FnMut(u16, IpAddr) -> Option<IpAddr>) -> Result<()> {
+    each_attribute(attributes, |kind, value| {
+        change_address(value, |old| change(kind, old));
+        Ok(())
+    })
+}
+
+/// Shows an address, if this is one, and puts in its place what is returned.
+fn change_address(bytes: &mut [u8], change: impl FnOnce(IpAddr) -> Option<IpAddr>) {
+    let old = match bytes.len() {
+        4 => <[u8; 4]>::try_from(&*bytes).ok().map(|bytes| IpAddr::from(Ipv4Addr::from(bytes))),
+        16 => <[u8; 16]>::try_from(&*bytes).ok().map(|bytes| IpAddr::from(Ipv6Addr::from(bytes))),
+        _ => None,
+    };
+    match old.and_then(change) {
+        Some(IpAddr::V4(new)) if bytes.len() == 4 => bytes.copy_from_slice(&new.octets()),
+        Some(IpAddr::V6(new)) if bytes.len() == 16 => bytes.copy_from_slice(&new.octets()),
+        _ => {}
+    }
+}
+
+/// Shows the kind and the value of every attribute.
+fn each_attribute(attributes: &mut [u8], mut each: impl FnMut(u16, &mut [u8]) -> Result<()>) -> Result<()> {
+    const HEADER: usize = 4;
+    each_block(attributes, HEADER, |attribute| {
+        let (header, value) = attribute.split_at_mut(HEADER);
+        each(u16::from_ne_bytes([header[2], header[3]]), value)
+    })
+}
+
+/// Shows every block of those that begin with their length, and have a header of `least` bytes.
+fn each_block(
+    mut rest: &mut [u8],
+    least: usize,
+    mut each: impl FnMut(&mut [u8]) -> Result<()>,
+) -> Result<()> {
     let damaged = || Error::damaged("a netlink attribute is malformed");
     while !rest.is_empty() {
         let length = usize::from(u16::from_ne_bytes(*rest.first_chunk().ok_or_else(damaged)?));
-        let attribute = rest.get_mut(..length).filter(|bytes| bytes.len() >= 4).ok_or_else(damaged)?;
-        let kind = u16::from_ne_bytes([attribute[2], attribute[3]]);
-        let value = &mut attribute[4..];
-        let address = match value.len() {
-            4 => <[u8; 4]>::try_from(&*value).ok().map(|bytes| IpAddr::from(Ipv4Addr::from(bytes))),
-            16 => <[u8; 16]>::try_from(&*value).ok().map(|bytes| IpAddr::from(Ipv6Addr::from(bytes))),
-            _ => None,
-        };
-        match address.and_then(|address| change(kind, address)) {
-            Some(IpAddr::V4(new)) if value.len() == 4 => value.copy_from_slice(&new.octets()),
-            Some(IpAddr::V6(new)) if value.len() == 16 => value.copy_from_slice(&new.octets()),
-            _ => {}
-        }
+        each(rest.get_mut(..length).filter(|bytes| bytes.len() >= least).ok_or_else(damaged)?)?;
         let aligned = length.next_multiple_of(4).min(rest.len());
         rest = &mut rest[aligned..];
     }

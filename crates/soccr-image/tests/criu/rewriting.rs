@@ -228,6 +228,42 @@ fn what_a_rewrite_leaves_to_be_done_is_told() {
     assert_eq!((&rewritten.missing[..], &rewritten.unreachable[..]), (&[][..], &[ip("192.0.2.254")][..]));
 }
 
+/// Routes by 2001:db8::2, by 2001:db8::3 or 192.0.2.9, and by 192.0.2.2 or 192.0.2.3, all to IPv4 networks.
+#[test]
+fn every_gateway_of_a_route_follows() {
+    let directory = copy_with_network();
+    let path = directory.path().join("route-9.img");
+    let before = std::fs::read(golden().join("../network/multipath-9.img")).unwrap();
+    std::fs::write(&path, &before).unwrap();
+    let mut images = Directory::open(directory.path()).unwrap();
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+
+    let rules = ["192.0.2.1=198.51.100.7", "192.0.2.2=198.51.100.2", "2001:db8::3=2001:db8:7::3"];
+    let rewritten = images.rewrite(&maps(&rules)).unwrap();
+    let left = ["2001:db8:7::3", "192.0.2.9", "192.0.2.3"].map(ip);
+    let told = left.iter().all(|gateway| rewritten.unreachable.contains(gateway));
+    assert!(told && !rewritten.unreachable.contains(&ip("198.51.100.2")), "{rewritten:?}");
+    let after = std::fs::read(&path).unwrap();
+    let has = |bytes: &[u8], ip: IpAddr| match ip {
+        IpAddr::V4(ip) => bytes.windows(4).any(|window| window == ip.octets()),
+        IpAddr::V6(ip) => bytes.windows(16).any(|window| window == ip.octets()),
+    };
+    for (old, new) in
+        [("192.0.2.2", "198.51.100.2"), ("2001:db8::3", "2001:db8:7::3")].map(|(a, b)| (ip(a), ip(b)))
+    {
+        assert!(has(&before, old) && !has(&after, old) && has(&after, new), "{old}");
+    }
+
+    let back = ["198.51.100.7=192.0.2.1", "198.51.100.2=192.0.2.2", "2001:db8:7::3=2001:db8::3"];
+    images.rewrite(&maps(&back)).unwrap();
+    assert!(std::fs::read(&path).unwrap() == before);
+    // Nothing panics, wherever the file ends.
+    for length in 0..before.len() {
+        std::fs::write(&path, &before[..length]).unwrap();
+        let _ = Directory::open(directory.path()).unwrap().rewrite(&maps(&rules));
+    }
+}
+
 #[test]
 fn damaged_network_images_change_no_file() {
     let addresses = std::fs::read(golden().join("../network/ifaddr-9.img")).unwrap();
