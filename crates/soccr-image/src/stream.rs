@@ -174,9 +174,7 @@ pub const STATE_LIMIT: usize = 16 << 20;
 /// # Errors
 /// [`Invalid`](crate::ErrorKind::Invalid) and nothing written where the connection contradicts itself; else what `writer` says.
 pub fn write(writer: impl Write, connection: &Connection) -> Result<()> {
-    let mut writer = Writer::new(writer)?;
-    writer.connection(1, "", connection).map_err(Error::of_all)?;
-    writer.finish().map(drop)
+    Writer::of_one(writer, connection).map_err(Error::of_all)?.finish().map(drop)
 }
 
 /// Reads a stream of exactly one connection, as [`write()`] makes it, and nothing beyond its end.

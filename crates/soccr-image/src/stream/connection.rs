@@ -34,10 +34,11 @@ const NUMBER: u8 = 0;
 const BYTES: u8 = 1;
 const SECRET: u8 = 2;
 
-/// Writes `connection` as one record. Nothing is written where it is refused.
+/// Writes `connection` as one record, behind the bytes `before`. Nothing is written where it is refused.
 pub(super) fn write(
     writer: &mut impl Write,
     small: &mut Vec<u8>,
+    before: &[u8],
     id: u32,
     name: &str,
     connection: &Connection,
@@ -60,6 +61,7 @@ pub(super) fn write(
     if small.len() - record::HEADER > field::LIMIT as usize {
         return Err(Error::invalid("settings of over 1 MiB").of(id, name));
     }
+    writer.write_all(before).map_err(|error| Error::io("write", error))?;
     record::seal(writer, small, cuts, queues)
 }
 

@@ -37,6 +37,13 @@ impl<W: Write> Writer<W> {
         Ok(Self { writer, small: Vec::new(), records: 0 })
     }
 
+    /// Begins a stream with its only connection, if that does not contradict itself.
+    pub(super) fn of_one(mut writer: W, connection: &Connection) -> Result<Self> {
+        let mut small = Vec::new();
+        connection::write(&mut writer, &mut small, &record::preamble(), 1, "", connection)?;
+        Ok(Self { writer, small, records: 1 })
+    }
+
     /// Writes a connection under a number, not 0, and a name for people, which may be empty.
     ///
     /// # Errors
@@ -45,7 +52,7 @@ impl<W: Write> Writer<W> {
         if id == 0 {
             return Err(Error::invalid("0 is no number of a connection"));
         }
-        connection::write(&mut self.writer, &mut self.small, id, &clean(name, TEXT_LIMIT), connection)?;
+        connection::write(&mut self.writer, &mut self.small, &[], id, &clean(name, TEXT_LIMIT), connection)?;
         self.records += 1;
         Ok(())
     }
