@@ -229,7 +229,10 @@ int libsoccr_open(struct libsoccr_sk *sk);
  */
 const char *libsoccr_last_error(const struct libsoccr_sk *sk);
 
-/* Its errno, as the call has left it: EINVAL if SOCCR_INVALID, EOPNOTSUPP if SOCCR_REFUSED. 0 if there is no failure. */
+/*
+ * Its errno, as the call has left it: EINVAL if SOCCR_INVALID; EOPNOTSUPP if SOCCR_REFUSED, but EBADMSG for an image that
+ * cannot be read; ENOTRECOVERABLE, which is SOCCR_SYSTEM, for a defect of the library. 0 if there is no failure.
+ */
 int libsoccr_last_errno(const struct libsoccr_sk *sk);
 
 /* Kinds of failures. */
@@ -250,7 +253,10 @@ struct libsoccr_flow {
  * no signals. */
 #define SOCCR_LOCK_HOLD 0x1
 
-/* A lock, which ends with the process at the latest. */
+/*
+ * A lock, which ends at the latest when all processes have ended that have its descriptors. A child has them from fork()
+ * until it calls execve(): lock behind the fork, or have the child close them, or else it keeps the connections locked.
+ */
 struct libsoccr_lock;
 
 /*
