@@ -24,7 +24,8 @@ use crate::signals::Deaf;
 use adopt::Server;
 use parting::Parting;
 use relay::{Protocol, Relay};
-use rescue::rescue;
+use rescue::rescue_unless;
+use socket::Delivery;
 use state::State;
 
 /// Who gets the connections
@@ -60,7 +61,8 @@ pub(crate) struct Handover {
     /// Send the descriptors to a waiting UNIX stream socket (SCM_RIGHTS)
     ///
     /// Each message carries up to 253 descriptors, and a line `LOCAL REMOTE` for each connection as its text. Where the source has
-    /// sent a state along, the line is `LOCAL REMOTE state`, and the next descriptor is a file with that.
+    /// sent a state along, the line is `LOCAL REMOTE state`, and the next descriptor is a file with that. What is not read within 10 seconds
+    /// is saved in images: a message that is read later has descriptors without connections.
     #[arg(long, value_name = "UNIX_SOCKET", conflicts_with = "program")]
     send_fd: Option<PathBuf>,
     /// Become this program, which finds the connections as descriptors 3 and up (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES;
@@ -166,7 +168,7 @@ impl Recipient {
     }
 
     /// Gives the connections away; for a program, this process executes it, with signals enabled again. Connections that
-    /// cannot be given are [rescued](rescue).
+    /// cannot be given are [rescued](rescue::rescue).
     pub(crate) fn give(
         self,
         mut connections: Vec<Live>,
@@ -175,7 +177,16 @@ impl Recipient {
         mut parting: Parting,
     ) -> Result<Exit> {
         let given = match self {
-            Self::Socket(socket) => socket::send(&socket, &mut connections, states).map(|()| Exit::Done),
+            Self::Socket(socket) => {
+                let mut delivery = Delivery::new(socket);
+                let Err(error) = delivery.send(&mut connections, states) else { return Ok(Exit::Done) };
+                return give_up_unless(
+                    &mut |number| delivery.has_given(number),
+                    &connections,
+                    &error,
+                    &parting,
+                );
+            }
             Self::Program { path, arguments, stdio } => {
                 program::execute(&path, &arguments, stdio, &mut connections, states, deaf, &mut parting)
             }
@@ -187,9 +198,19 @@ impl Recipient {
     }
 }
 
-/// Nobody gets these connections, for this reason: they are [rescued](rescue).
+/// Nobody gets these connections, for this reason: they are [rescued](rescue::rescue).
 pub(crate) fn give_up(connections: &[Live], reason: &anyhow::Error, parting: &Parting) -> Result<Exit> {
-    let error = rescue(connections.iter().map(|live| (live.flow, &live.stream)), reason);
+    give_up_unless(&mut |_| false, connections, reason, parting)
+}
+
+/// The same, but for those that have [a new owner](rescue_unless).
+fn give_up_unless(
+    is_gone: &mut dyn FnMut(usize) -> bool,
+    connections: &[Live],
+    reason: &anyhow::Error,
+    parting: &Parting,
+) -> Result<Exit> {
+    let error = rescue_unless(is_gone, connections.iter().map(|live| (live.flow, &live.stream)), reason);
     let is_told = exit::fail_by_source(&error);
     parting.fail();
     match is_told {

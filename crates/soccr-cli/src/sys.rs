@@ -33,6 +33,13 @@ pub(crate) fn is_at_mark(socket: BorrowedFd<'_>) -> rustix::io::Result<bool> {
     Ok(answer != 0)
 }
 
+/// How much of what was sent waits at the other end of a UNIX socket, with what the kernel adds (`SIOCOUTQ`).
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> rustix::io::Result<libc::c_int> {
+    const SIOCOUTQ: Opcode = libc::TIOCOUTQ as Opcode;
+    // SAFETY: the kernel writes an int.
+    unsafe { ioctl(socket, Getter::<SIOCOUTQ, libc::c_int>::new()) }
+}
+
 /// The time of day where this command runs, such as 15:04:31.
 pub(crate) fn time_of_day(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -24,15 +24,29 @@ pub(crate) fn rescue<'a>(
     connections: impl IntoIterator<Item = (Flow, &'a TcpStream)>,
     reason: &anyhow::Error,
 ) -> anyhow::Error {
+    rescue_unless(&mut |_| false, connections, reason)
+}
+
+/// The same, but leaves to its new owner a connection that `is_gone`, by its number from 0. That is asked while it is paused, so that nobody
+/// else can have read or written before a connection is saved.
+pub(crate) fn rescue_unless<'a>(
+    is_gone: &mut dyn FnMut(usize) -> bool,
+    connections: impl IntoIterator<Item = (Flow, &'a TcpStream)>,
+    reason: &anyhow::Error,
+) -> anyhow::Error {
     let _deaf = Deaf::begin();
     let code = exit::code(reason);
     let (mut count, mut lost, mut ended) = (0, 0, 0);
     let mut boat = None;
-    for (flow, stream) in connections {
+    for (number, (flow, stream)) in connections.into_iter().enumerate() {
         count += 1;
         let name = format!("{} {}", flow.local, flow.remote);
-        match Lifeboat::aboard(&mut boat).and_then(|boat| boat.save(flow, stream)) {
-            Ok(path) => {
+        match Lifeboat::aboard(&mut boat).and_then(|boat| boat.save(flow, stream, || is_gone(number))) {
+            Ok(None) => {
+                count -= 1;
+                exit::complain(&format!("{name}: the recipient has got it after all"));
+            }
+            Ok(Some(path)) => {
                 exit::complain(&format!("{name}: saved in {}: see `soccr restore`", path.display()));
             }
             Err(error) if has_ended(stream) => {
@@ -80,11 +94,20 @@ impl Lifeboat {
         })
     }
 
-    fn save(&mut self, flow: Flow, stream: &TcpStream) -> Result<PathBuf> {
+    /// Nothing where the connection is gone.
+    fn save(
+        &mut self,
+        flow: Flow,
+        stream: &TcpStream,
+        is_gone: impl FnOnce() -> bool,
+    ) -> Result<Option<PathBuf>> {
         soccr::tls::settle(stream, SETTLING)?;
         // Nothing may arrive between the image and the end of the socket; the peer sends it again.
         let _lock = self.locker.lock(&[flow])?;
         let paused = soccr::pause(stream)?.with_tls().with_peer(flow.remote);
+        if is_gone() {
+            return Ok(None);
+        }
         let path = self.write(&paused.save()?)?;
         silence::begin(&[flow], SILENCE)?;
         if let Err(error) = paused.detach() {
@@ -93,7 +116,7 @@ impl Lifeboat {
             let _ = std::fs::remove_file(&path);
             return Err(error.into());
         }
-        Ok(path)
+        Ok(Some(path))
     }
 
     fn write(&mut self, connection: &Connection) -> Result<PathBuf> {

@@ -86,9 +86,10 @@ fn a_recipient_of_descriptors_gets_them_with_the_others() {
     let Saved { image, mut clients, names, deaf: _deaf } = saved(directory.path());
     let path = directory.path().join("socket");
     let listener = UnixListener::bind(&path).unwrap();
+    let recipient = std::thread::spawn(move || receive(&listener.accept().unwrap().0));
     let (code, complaint) = run(directory.path(), &["restore", &image, "--send-fd", path.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{complaint}");
-    let (text, mut streams) = receive(&listener.accept().unwrap().0);
+    let (text, mut streams) = recipient.join().unwrap();
     assert_eq!(text.lines().collect::<Vec<_>>(), names);
     assert_tells_the_reset(&mut streams[1]);
     for (client, stream) in clients.iter_mut().zip([0, 2]) {

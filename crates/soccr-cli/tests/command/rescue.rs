@@ -9,7 +9,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::net::sockopt;
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use soccr::Connection;
 use soccr_image::stream::{Message, Writer};
@@ -24,9 +23,11 @@ use crate::transfer::Move;
 crate::tests![
     a_restored_connection_is_rescued_from_a_program_that_cannot_start,
     a_restored_connection_is_rescued_from_a_dead_recipient,
+    a_restored_connection_is_rescued_from_a_recipient_that_does_not_read,
+    a_recipient_may_be_late,
     what_does_not_come_to_life_stays_in_its_image,
     a_received_connection_is_rescued_from_a_program_that_cannot_start,
-    what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued,
+    what_a_stuck_recipient_has_read_is_its_own_and_the_rest_is_rescued,
     the_source_tells_what_the_target_could_not_give_away,
     a_paused_socket_is_shown_and_resumed,
 ];
@@ -124,6 +125,62 @@ fn a_restored_connection_is_rescued_from_a_dead_recipient() {
     assert_restores(directory, &mut client);
 }
 
+/// A connection on its way to a socket that nobody has accepted: the kernel has taken the message, or is about to.
+struct Waiting {
+    restore: Program,
+    listener: UnixListener,
+    client: TcpStream,
+}
+
+fn waiting(directory: &Path) -> Waiting {
+    let (image, client) = saved(directory);
+    let socket = directory.join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut restore = soccr(&["restore", &image, "--send-fd", socket.to_str().unwrap()]);
+    let restore = Program::start(restore.current_dir(directory).stderr(Stdio::piped()));
+    let pid = restore.pid();
+    wait_until("it is restored", || {
+        json(&["list", "--json", "--pid", &pid]).iter().any(|socket| socket["savable"] == true)
+    });
+    Waiting { restore, listener, client }
+}
+
+fn a_restored_connection_is_rescued_from_a_recipient_that_does_not_read() {
+    if !installed("python3") {
+        return;
+    }
+    for goes in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let Waiting { mut restore, listener, mut client } = waiting(directory.path());
+        let listener = (!goes).then_some(listener);
+        let mut complaint = String::new();
+        restore.0.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
+        assert_eq!(restore.0.wait().unwrap().code(), Some(1), "{complaint}");
+        assert!(complaint.contains("no connection is lost"), "{complaint}");
+        if let Some(listener) = listener {
+            assert!(complaint.contains("has not read what was sent"), "{complaint}");
+            // What it reads too late is no connection.
+            let late = receive(&listener.accept().unwrap().0).1.remove(0);
+            assert_eq!(TcpInfo::of(&late).unwrap().state, State::Close);
+        }
+        assert_restores(directory.path(), &mut client);
+    }
+}
+
+fn a_recipient_may_be_late() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let Waiting { mut restore, listener, mut client } = waiting(directory.path());
+    assert!(restore.0.try_wait().unwrap().is_none(), "it has ended before anybody has read");
+    let mut given = receive(&listener.accept().unwrap().0).1.remove(0);
+    assert_eq!(restore.0.wait().unwrap().code(), Some(0));
+    given.write_all(b"alive").unwrap();
+    assert_eq!(hear(&mut client, 5), "alive");
+    assert_eq!(rescued(directory.path()), None);
+}
+
 fn what_does_not_come_to_life_stays_in_its_image() {
     if !installed("python3") {
         return;
@@ -213,7 +270,6 @@ fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> 
     let numbered: Vec<_> = (1..).zip(ports).collect();
     for window in numbered.chunks(WINDOW) {
         for (number, port) in window {
-            // A long name fills the socket of the recipient the sooner.
             let peer = "2001:db8::aaaa:bbbb:cccc:dddd".parse().unwrap();
             connection.remote = SocketAddr::new(peer, *port);
             stream.connection(*number, "", &connection).unwrap();
@@ -237,14 +293,13 @@ fn receive_batch(socket: &UnixStream) -> Vec<u16> {
         .collect()
 }
 
-fn what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued() {
+fn what_a_stuck_recipient_has_read_is_its_own_and_the_rest_is_rescued() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     let path = directory.join("socket");
     let listener = UnixListener::bind(&path).unwrap();
-    // The kernel counts more than 16 KiB for each message, and blocks when there is as much as the buffer may have.
-    let messages = sockopt::socket_send_buffer_size(UnixStream::pair().unwrap().0).unwrap() / (16 << 10) + 2;
-    let ports = 1024..1024 + (messages * BATCH) as u16;
+    // One message is read, one is sent, and one is not.
+    let ports = 1024..1024 + 3 * BATCH as u16;
     if getrlimit(Resource::Nofile).maximum.is_some_and(|limit| limit < 3 * ports.len() as u64) {
         eprintln!("\nSKIPPED: {} descriptors in one process\n", 3 * ports.len());
         return;
@@ -256,28 +311,25 @@ fn what_a_stuck_recipient_has_is_its_own_and_the_rest_is_rescued() {
     drop(server);
     let image = directory.join("stream");
     fs::write(&image, stream_to_nobody(&model, ports.clone())).unwrap();
-    let mut receive: Command = soccr(&["receive", "--send-fd", path.to_str().unwrap()]);
-    receive.current_dir(directory).stdin(fs::File::open(image).unwrap()).stderr(Stdio::null());
-    let mut receive = pair.a.run(|| Program::start(&mut receive));
+    let mut command: Command = soccr(&["receive", "--send-fd", path.to_str().unwrap()]);
+    command.current_dir(directory).stdin(fs::File::open(image).unwrap()).stderr(Stdio::null());
+    let mut command = pair.a.run(|| Program::start(&mut command));
     let recipient = listener.accept().unwrap().0;
-    // From here on it is deaf to this: it alone has the connections.
-    wait_until("the first are sent", || rustix::io::ioctl_fionread(&recipient).unwrap() > 0);
-    kill_process(Pid::from_child(&receive.0), Signal::TERM).unwrap();
-    wait_until("it does not wait any longer", || receive.0.try_wait().unwrap().is_some());
-    assert_eq!(receive.0.wait().unwrap().code(), Some(1));
-    let mut seen = HashSet::new();
-    while rustix::io::ioctl_fionread(&recipient).unwrap() > 0 {
-        for port in receive_batch(&recipient) {
-            assert!(seen.insert(port), "port {port} was given twice");
-        }
-    }
-    let given = seen.len();
-    assert!(given > 0 && given < ports.len(), "{given}: it was never stuck");
+    let given = receive_batch(&recipient);
+    wait_until("the next are sent", || rustix::io::ioctl_fionread(&recipient).unwrap() > 0);
+    // It is deaf to this: it alone has the connections.
+    kill_process(Pid::from_child(&command.0), Signal::TERM).unwrap();
+    wait_until("it does not wait any longer", || command.0.try_wait().unwrap().is_some());
+    assert_eq!(command.0.wait().unwrap().code(), Some(1));
+    let (_, late) = receive(&recipient);
+    assert!(late.iter().all(|socket| TcpInfo::of(socket).unwrap().state == State::Close));
+    assert_eq!((given.len(), late.len()), (BATCH, BATCH));
+    let mut seen: HashSet<u16> = given.into_iter().collect();
     for image in all_rescued(directory) {
         let port = soccr_image::load_file(image).unwrap().remote.port();
         assert!(seen.insert(port), "port {port} was given, and rescued as well");
     }
-    assert_eq!(seen.len(), ports.len(), "{given} were given");
+    assert_eq!(seen.len(), ports.len());
 }
 
 /// Does to itself what a program does that is killed between pause and resume. `TCP_REPAIR` is 19.
