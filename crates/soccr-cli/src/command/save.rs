@@ -19,6 +19,7 @@ use soccr_handover::{Seat, Users, silence};
 use soccr_image::AtomicFile;
 use soccr_image::stream::{Reader, Writer};
 
+use crate::command::restore::image::left_behind;
 use crate::descriptors;
 use crate::exit::{self, Exit};
 use crate::give::rescue::rescue;
@@ -50,7 +51,7 @@ pub(crate) struct Save {
     /// Where to: a file that only you can read; standard output without it
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Replace an image that is there
+    /// Replace an image that is there, or save beside what a killed `soccr save` has left
     #[arg(long, requires = "output", conflicts_with = "timeout")]
     force: bool,
     /// Leave the connections where they are: they go on
@@ -167,6 +168,14 @@ impl Save {
             bail!(
                 "{}: it is an image already, maybe all that is left of a connection: --force replaces it",
                 path.display()
+            );
+        }
+        if let Some((left, _)) = left_behind(path).first().filter(|_| !self.force) {
+            bail!(
+                "{}: a `soccr save` was killed, and has left {}, maybe all that is left of a connection: `soccr restore` \
+                 finds it; --force lets it be",
+                path.display(),
+                left.display()
             );
         }
         Ok(Sink::File(AtomicFile::create(path).with_context(|| path.display().to_string())?))

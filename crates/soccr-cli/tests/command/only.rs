@@ -1,7 +1,7 @@
 //! What is the only copy of a connection is not lost, and there is never a second one; and a process that is stopped notices nothing.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::net::{IpAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -24,6 +24,7 @@ crate::tests![
     a_killed_save_leaves_the_connection_or_an_image,
     a_save_killed_halfway_leaves_an_image_of_what_has_left,
     an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left,
+    what_a_killed_save_has_left_is_not_hidden_by_a_later_one,
     a_lock_leaves_alone_what_still_lives_in_its_network,
     a_stopped_process_waits_on,
     options_that_concern_more_than_the_connection_are_left_out,
@@ -210,6 +211,59 @@ fn an_older_image_is_not_restored_instead_of_what_a_killed_save_has_left() {
         let _heir = Program::start(restore.stderr(Stdio::null()));
         assert_eq!(ask(client, "two", "new "), "new two");
     }
+}
+
+fn what_a_killed_save_has_left_is_not_hidden_by_a_later_one() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    let (server, mut clients) = two_connections("old ");
+    let save = ["save", "--pid", &server.pid(), "--all", "--with-local", "-o", &image, "--force"];
+    let unforced = &save[..save.len() - 1];
+    let mut taken = 0;
+    let second = |entered: &Call| {
+        taken += usize::from(entered.number == libc::SYS_connect);
+        taken == 2
+    };
+    assert!(run_and_kill(&mut soccr(unforced), second), "it was killed");
+    assert_runs(&server.pid());
+    let left = directory.path().join(names(directory.path()).remove(0)).display().to_string();
+    let complaint = fail(1, unforced);
+    assert!(complaint.contains(&left) && complaint.contains("--force"), "{complaint}");
+    succeed(&save);
+    let restore = || {
+        let complaints = tempfile::NamedTempFile::new().unwrap();
+        let mut restore = soccr(&["restore", &image, "--", "python3", "-c", HEIR, "new "]);
+        (Program::start(restore.stderr(complaints.reopen().unwrap())), complaints)
+    };
+    let (_first, complaints) = restore();
+    let mut answer = [0; 7];
+    for client in &mut clients {
+        client.write_all(b"two").unwrap();
+        client.set_nonblocking(true).unwrap();
+    }
+    let mut answered = None;
+    wait_until("one is restored", || {
+        answered = clients.iter().position(|client| client.peek(&mut [0]).is_ok_and(|bytes| bytes > 0));
+        answered.is_some()
+    });
+    let answered = answered.unwrap();
+    clients.iter().for_each(|client| client.set_nonblocking(false).unwrap());
+    clients[answered].read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"new two");
+    let complaint = std::fs::read_to_string(complaints.path()).unwrap();
+    assert!(complaint.contains(&format!("not in this image: 1 in {left}")), "{complaint}");
+    std::fs::remove_file(&image).unwrap();
+    // Which of several is to be restored is for people to say.
+    let other = directory.path().join(".image.4194305.tmp");
+    std::fs::copy(&left, &other).unwrap();
+    let complaint = fail(1, &["restore", &image, "--", "true"]);
+    assert!(complaint.contains(&left) && complaint.contains(other.to_str().unwrap()), "{complaint}");
+    std::fs::remove_file(other).unwrap();
+    let (_second, _) = restore();
+    assert_eq!(hear(&mut clients[1 - answered], 7), "new two");
 }
 
 fn a_lock_leaves_alone_what_still_lives_in_its_network() {

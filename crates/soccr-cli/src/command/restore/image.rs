@@ -21,42 +21,84 @@ pub(crate) fn read(path: Option<&Path>) -> Result<(Option<PathBuf>, Saved)> {
         return Ok((None, all_of(File::from(rustix::stdio::stdin().try_clone_to_owned()?))?));
     };
     let at = || path.display().to_string();
+    let left = left_behind(path);
+    if !left.is_empty() && !path.exists() {
+        return instead_of(path, left).map(|(left, saved)| (Some(left), saved));
+    }
     let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
-    match left_behind(path) {
-        Some((left, _)) if path.exists() && modified(&left) > modified(path) => bail!(
+    if let Some((later, _)) = left.iter().find(|(left, _)| modified(left) > modified(path)) {
+        bail!(
             "{}: a later `soccr save` was killed before it could replace this image; its connections are in {}. Move the one \
              that is not to be restored out of the way",
             at(),
-            left.display()
-        ),
-        Some((left, found)) if !path.exists() => {
+            later.display()
+        );
+    }
+    let connections = all_of(File::open(path).with_context(at)?).with_context(at)?;
+    for (left, found) in left {
+        let mut gone = gone(found, |_| ())?;
+        gone.retain(|(_, one)| connections.iter().all(|(_, other)| other.flow() != one.flow()));
+        if !gone.is_empty() {
             exit::complain(&format!(
-                "{}: a `soccr save` was killed before it was there; {} is restored",
+                "{}: a `soccr save` was killed, and has left connections that are not in this image: {} in {}",
                 at(),
+                gone.len(),
                 left.display()
             ));
-            Ok((Some(left), gone(found)?))
-        }
-        _ => {
-            let connections = all_of(File::open(path).with_context(at)?).with_context(at)?;
-            Ok((Some(path.to_owned()), connections))
         }
     }
+    Ok((Some(path.to_owned()), connections))
 }
 
-/// The unfinished file of a `soccr save` that was killed after it had taken a connection. (Killed earlier, its keeper removes the
-/// file.) The end of the file may be missing.
-fn left_behind(path: &Path) -> Option<(PathBuf, Saved)> {
-    let prefix = format!(".{}.", path.file_name()?.to_str()?);
+/// What a killed `soccr save` has left is restored where there is no image.
+fn instead_of(path: &Path, left: Vec<(PathBuf, Saved)>) -> Result<(PathBuf, Saved)> {
+    let mut with_gone = Vec::new();
+    for (left, found) in left {
+        let gone = gone(found, |Connection { local, remote, .. }| {
+            exit::complain(&format!("{local} {remote}: it still is in its process"));
+        })?;
+        if !gone.is_empty() {
+            with_gone.push((left, gone));
+        }
+    }
+    if with_gone.len() > 1 {
+        let all: Vec<_> = with_gone.iter().map(|(left, _)| left.display().to_string()).collect();
+        bail!(
+            "{}: several `soccr save` were killed before it was there; their connections are in {}. Move those that are not to be \
+             restored out of the way",
+            path.display(),
+            all.join(", ")
+        );
+    }
+    let (left, gone) = with_gone.pop().context("all connections still are in their processes")?;
+    exit::complain(&format!(
+        "{}: a `soccr save` was killed before it was there; {} is restored",
+        path.display(),
+        left.display()
+    ));
+    Ok((left, gone))
+}
+
+/// The unfinished files of each `soccr save` that was killed after it had taken a connection. (Killed earlier, its keeper removes the
+/// file.) The end of a file may be missing.
+pub(crate) fn left_behind(path: &Path) -> Vec<(PathBuf, Saved)> {
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return Vec::new() };
+    let prefix = format!(".{name}.");
     let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let left = fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).find(|left| {
+    let is_left = |left: &PathBuf| {
         let name = left.file_name().and_then(|name| name.to_str());
         let pid = name.and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".tmp")?.parse().ok());
         pid.is_some_and(|pid| !is_being_written(left, pid))
-    })?;
-    let mut connections = Vec::new();
-    let _ = read_into(&mut connections, File::open(&left).ok()?);
-    (!connections.is_empty()).then_some((left, connections))
+    };
+    let read = |left: PathBuf| {
+        let mut connections = Vec::new();
+        let _ = read_into(&mut connections, File::open(&left).ok()?);
+        (!connections.is_empty()).then_some((left, connections))
+    };
+    let files = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut all: Vec<_> = files.filter(is_left).filter_map(read).collect();
+    all.sort_by(|(one, _), (other, _)| one.cmp(other));
+    all
 }
 
 /// Whether the process has the file open. Another process may have got the number of one that was killed.
@@ -69,21 +111,16 @@ fn is_being_written(file: &Path, pid: u32) -> bool {
 }
 
 /// Of what a killed `soccr save` has left, the connections that had left their processes.
-fn gone(saved: Saved) -> Result<Saved> {
+fn gone(saved: Saved, mut lives: impl FnMut(&Connection)) -> Result<Saved> {
     let mut diag = Diag::open()?;
     let mut gone = Vec::with_capacity(saved.len());
     for (name, connection) in saved {
         match diag.find(connection.local, connection.remote, |_| ())? {
-            Some(()) => {
-                exit::complain(&format!(
-                    "{} {}: it still is in its process",
-                    connection.local, connection.remote
-                ));
-            }
+            Some(()) => lives(&connection),
             None => gone.push((name, connection)),
         }
     }
-    if gone.is_empty() { bail!("all connections still are in their processes") } else { Ok(gone) }
+    Ok(gone)
 }
 
 /// Reads an image to its end.
