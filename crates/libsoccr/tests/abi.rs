@@ -200,7 +200,7 @@ fn debian_packages_install() {
     {
         run(dpkg.arg(&root).arg("--install").args(&packages));
     } else {
-        eprintln!("SKIPPED: this machine forbids user namespaces, the packages were made but not installed");
+        soccr_lab::skip("this machine forbids user namespaces, the packages were made but not installed");
         return;
     }
     let mut dpkg_query = Command::new("dpkg-query");

@@ -61,7 +61,7 @@
 //! # fn main() {
 //! #     match soccr_lab::enter() {
 //! #         Ok(()) => example().unwrap(),
-//! #         Err(reason) => eprintln!("skipped: {reason}"),
+//! #         Err(reason) => soccr_lab::skip(reason),
 //! #     }
 //! # }
 //! ```

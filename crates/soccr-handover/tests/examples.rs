@@ -106,7 +106,7 @@ fn a_server_with_tls_is_replaced() {
         (std::net::TcpListener::bind("127.0.0.1:0").unwrap(), tempfile::tempdir().unwrap());
     let probe = TcpStream::connect(probe.local_addr().unwrap()).unwrap();
     if let Err(error) = soccr_lab::set_option(&probe, 6, 31, b"tls") {
-        eprintln!("\nSKIPPED: the kernel has no TLS (modprobe tls): {error}");
+        soccr_lab::skip(format_args!("the kernel has no TLS (modprobe tls): {error}"));
         return;
     }
     let certificate = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost \
@@ -114,7 +114,7 @@ fn a_server_with_tls_is_replaced() {
     let mut openssl = Command::new("openssl");
     match openssl.current_dir(&directory).stderr(Stdio::null()).args(certificate.split(' ')).status() {
         Ok(status) => assert!(status.success()),
-        Err(error) => return eprintln!("\nSKIPPED: openssl: {error}"),
+        Err(error) => return soccr_lab::skip(format_args!("openssl: {error}")),
     }
     let lab = Lab::new().unwrap();
     let mut resets = Sniffer::flagged(&lab.peer.namespace, "eth0", Flags::RST).unwrap();
@@ -131,7 +131,7 @@ fn a_server_with_tls_is_replaced() {
         match lab.peer.run(|| client.spawn()) {
             Ok(client) => Some(Example(client)),
             Err(error) => {
-                eprintln!("\nSKIPPED: {command}: {error}");
+                soccr_lab::skip(format_args!("{command}: {error}"));
                 None
             }
         }

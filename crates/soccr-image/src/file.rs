@@ -248,7 +248,7 @@ mod tests {
         std::fs::write(path("file"), b"old").unwrap();
         std::os::unix::fs::symlink("file", path("link")).unwrap();
         if let Err(error) = std::os::unix::fs::lchown(path("link"), Some(65533), None) {
-            eprintln!("\nSKIPPED: this user may give no file away: {error}\n");
+            soccr_lab::skip(format_args!("this user may give no file away: {error}"));
             return;
         }
         let error = AtomicFile::create(path("link")).unwrap_err();

@@ -39,6 +39,7 @@ mod patience;
 mod rtnetlink;
 mod segment;
 mod signals;
+mod skip;
 mod sniffer;
 mod sys;
 mod tcp;
@@ -58,6 +59,7 @@ pub use namespace::{Namespace, sysctl};
 pub use rtnetlink::{VethEnd, veth};
 pub use segment::{Flags, Segment};
 pub use signals::blocked_signals;
+pub use skip::skip;
 pub use sniffer::Sniffer;
 pub use soccr_netlink::Rtnetlink;
 #[cfg(feature = "harness")]

@@ -400,7 +400,7 @@ mod tests {
     /// The writer, where this kernel has links of `struct_ops` and this user may load programs.
     fn writer() -> Option<Writer> {
         let writer = Writer::load();
-        writer.map_err(|reason| eprintln!("SKIPPED: {}", soccr_lab::obstacle_to_bpf([6, 4], reason))).ok()
+        writer.map_err(|reason| soccr_lab::skip(soccr_lab::obstacle_to_bpf([6, 4], reason))).ok()
     }
 
     #[test]

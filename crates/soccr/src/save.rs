@@ -407,7 +407,7 @@ mod tests {
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let ours = listener.accept().unwrap().0;
         if !soccr_lab::may_repair() {
-            return eprintln!("SKIPPED: needs CAP_NET_ADMIN");
+            return soccr_lab::skip("needs CAP_NET_ADMIN");
         }
         let paused = crate::pause(&ours).unwrap();
         let mut reads = 0;
@@ -439,7 +439,9 @@ mod tests {
         let ours = listener.accept().unwrap().0;
         let map = match Map::create(&spec) {
             Ok(map) => map,
-            Err(error) => return eprintln!("SKIPPED: {}", soccr_lab::obstacle_to_bpf([5, 8], error)),
+            Err(error) => {
+                return soccr_lab::skip(format_args!("{}", soccr_lab::obstacle_to_bpf([5, 8], error)));
+            }
         };
         map.update(&[0; 4], &ours.as_raw_fd().to_ne_bytes()).unwrap();
         peer.write_all(b"SIOCINQ says none of this").unwrap();

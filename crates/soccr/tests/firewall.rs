@@ -16,7 +16,7 @@ use soccr::lock::{Locker, Mode, PersistentLock};
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
     Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, option,
-    sysctl, wait_until,
+    skip, sysctl, wait_until,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -96,7 +96,6 @@ impl Traveller {
         let lab = Lab::new().unwrap();
         for host in [&lab.a, &lab.b] {
             if !apply(host, rules) {
-                eprintln!("skipped: nft is not in PATH");
                 return None;
             }
             host.run(|| sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")).unwrap();
@@ -281,7 +280,7 @@ fn legacy_iptables_translate_in_another_namespace() {
         option(&socket, libc::IPPROTO_IP, IPT_SO_GET_INFO, &mut table)
     });
     if let Err(error) = asked {
-        return eprintln!("\nSKIPPED: LEGACY IPTABLES: this kernel has none ({error})\n");
+        return soccr_lab::skip(format_args!("LEGACY IPTABLES: this kernel has none ({error})"));
     }
     // No table of nftables translates any more, and connections are tracked on.
     assert!(flush(host) && apply(host, STRICT));
@@ -301,7 +300,7 @@ fn a_link_local_connection_that_we_began_moves() {
                                meta l4proto ipv6-icmp accept; iif lo accept; ct state established accept; }";
     let pair = Pair::new().unwrap();
     if !apply(&pair.b, rules) {
-        return eprintln!("skipped: nft is not in PATH");
+        return;
     }
     let listener = pair.a.run(|| TcpListener::bind(pair.a.address(Family::LinkLocal, 80))).unwrap();
     let ours = pair.b.run(|| TcpStream::connect(pair.b.address_of(&pair.a, Family::LinkLocal, 80))).unwrap();
@@ -329,7 +328,7 @@ fn a_socket_belongs_to_its_owner_again() {
     };
     let Some(mut traveller) = Traveller::with("", connect) else { return };
     if rustix::fs::fstat(&traveller.ours).unwrap().st_uid != OWNER {
-        eprintln!("skipped: this user may open no files for another one");
+        soccr_lab::skip("this user may open no files for another one");
         return;
     }
     for host in [&traveller.lab.a, &traveller.lab.b] {
@@ -363,7 +362,6 @@ impl Behind {
             }
         });
         if !apply(&pair.b, rules) {
-            eprintln!("skipped: nft is not in PATH");
             return None;
         }
         let address = pair.b.address(Family::V4, 80);
@@ -490,11 +488,17 @@ fn a_rule_that_takes_our_mark_away_brings_nothing_twice() {
     expect(&mut peer, b"the end");
 }
 
-/// Loads rules into a host's firewall; false where `nft` is not installed.
+/// Loads rules into a host's firewall; false, and a word about it, where `nft` is not installed.
 fn apply(host: &Host, rules: &str) -> bool {
     let mut command = Command::new("nft");
     command.args(["-f", "-"]).stdin(Stdio::piped());
-    let Ok(mut nft) = host.run(|| command.spawn()) else { return false };
+    let mut nft = match host.run(|| command.spawn()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            skip("nft is not in PATH");
+            return false;
+        }
+        nft => nft.unwrap(),
+    };
     write!(nft.stdin.take().unwrap(), "table inet others {{\n{rules}\n}}\n").unwrap();
     assert!(nft.wait().unwrap().success());
     true

@@ -1,6 +1,5 @@
 //! The library as a C program gets it.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -13,14 +12,9 @@ pub fn include() -> PathBuf {
 pub fn installed(program: &str) -> bool {
     let found = Command::new(program).arg("--version").output().is_ok();
     if !found {
-        tell(&format!("SKIPPED: {program} is not installed"));
+        soccr_lab::skip(format_args!("{program} is not installed"));
     }
     found
-}
-
-/// Not eprintln!, which the test harness keeps to itself.
-fn tell(line: &str) {
-    let _ = writeln!(std::io::stderr(), "\n{line}\n");
 }
 
 /// Runs a command that must succeed, and returns what it prints.
@@ -30,8 +24,6 @@ pub fn run(command: &mut Command) -> String {
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {}\n{printed}{errors}", output.status);
-    for skipped in errors.lines().filter(|line| line.starts_with("SKIPPED")) {
-        tell(skipped);
-    }
+    errors.lines().filter_map(|line| line.strip_prefix("SKIPPED: ")).for_each(soccr_lab::skip);
     printed
 }

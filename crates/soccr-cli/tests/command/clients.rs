@@ -77,7 +77,7 @@ fn the_memcached_client_of_python_goes_on() {
         return;
     }
     if !python("import pymemcache", &[]).stderr(Stdio::null()).status().unwrap().success() {
-        eprintln!("\nSKIPPED: pymemcache is not installed\n");
+        soccr_lab::skip("pymemcache is not installed");
         return;
     }
     let client = |server: SocketAddr| {

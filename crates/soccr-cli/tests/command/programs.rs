@@ -85,7 +85,7 @@ pub fn installed(program: &str) -> bool {
     let found =
         Command::new("sh").args(["-c", &format!("command -v {program}")]).output().unwrap().status.success();
     if !found {
-        eprintln!("\nSKIPPED: {program} is not in PATH\n");
+        soccr_lab::skip(format_args!("{program} is not in PATH"));
     }
     found
 }

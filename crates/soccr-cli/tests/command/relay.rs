@@ -186,7 +186,7 @@ fn restored(say: impl FnOnce(&mut TcpStream), state: State) -> Option<(TcpStream
     match paused.save() {
         Ok(connection) => soccr_image::save_file(&image, &connection).unwrap(),
         Err(error) if error.what() == "urgent data behind other unread bytes" => {
-            eprintln!("\nSKIPPED: {error}\n");
+            soccr_lab::skip(error);
             return None;
         }
         Err(error) => panic!("{error}"),

@@ -224,12 +224,12 @@ fn clients_of_a_go_program_get_another_unless_it_speaks_mptcp() {
     move_clients(10, |name| go("multipathtcp=0", name), connect, ask);
 
     if !speaks_mptcp() {
-        eprintln!("\nSKIPPED: programs of this Go do not listen by MPTCP (Go 1.24)\n");
+        soccr_lab::skip("programs of this Go do not listen by MPTCP (Go 1.24)");
         return;
     }
     let lab = Lab::new().unwrap();
     if lab.a.run(|| sysctl("net/mptcp/enabled", "1")).is_err() {
-        eprintln!("\nSKIPPED: this kernel has no MPTCP\n");
+        soccr_lab::skip("this kernel has no MPTCP");
         return;
     }
     let (old, _old_files) = lab.a.run(|| go("", "old"));

@@ -46,7 +46,7 @@ const CRYPTO: [u8; 40] = {
 fn encrypt<const N: usize>(ends: [&TcpStream; N]) -> bool {
     for end in ends {
         if let Err(error) = set_option(end, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls") {
-            eprintln!("\nSKIPPED: the kernel has no TLS (modprobe tls): {error}");
+            soccr_lab::skip(format_args!("the kernel has no TLS (modprobe tls): {error}"));
             return false;
         }
         for direction in [1, 2] {

@@ -204,7 +204,7 @@ fn more_than_may_wait_is_refused() {
     const MOST: usize = 1024;
     const MORE: usize = 6;
     if getrlimit(Resource::Nofile).maximum.is_some_and(|limit| limit < 4 * MOST as u64) {
-        eprintln!("\nSKIPPED: {} descriptors in one process\n", 4 * MOST);
+        soccr_lab::skip(format_args!("{} descriptors in one process", 4 * MOST));
         return;
     }
     let moving = Move::new(1);

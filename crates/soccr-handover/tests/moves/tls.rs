@@ -15,7 +15,7 @@ fn encrypt(ends: [&TcpStream; 2]) -> bool {
     crypto[32..].fill(0);
     for end in ends {
         if let Err(error) = soccr_lab::set_option(end, 6, 31, b"tls") {
-            eprintln!("\nSKIPPED: the kernel has no TLS (modprobe tls): {error}");
+            soccr_lab::skip(format_args!("the kernel has no TLS (modprobe tls): {error}"));
             return false;
         }
         [1, 2].into_iter().for_each(|direction| soccr_lab::set_option(end, 282, direction, &crypto).unwrap());

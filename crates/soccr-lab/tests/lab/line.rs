@@ -141,7 +141,7 @@ pub fn a_dropped_line_takes_its_links_along() {
     let is_gone = || control.index("eth0").is_err();
     // A network that cannot be removed yet holds up all others: an orphan of an IPv6 connection may take 100 s to end.
     if !happens(is_gone) && !networks_are_removed() {
-        eprintln!("\nSKIPPED: the kernel waits for another network before it removes the next one\n");
+        soccr_lab::skip("the kernel waits for another network before it removes the next one");
         return;
     }
     wait_until("the link is gone", is_gone);

@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn the_running_kernel_is_understood() {
         let Ok(mut btf) = Btf::kernel() else {
-            eprintln!("SKIPPED: this kernel has no /sys/kernel/btf/vmlinux");
+            soccr_lab::skip("this kernel has no /sys/kernel/btf/vmlinux");
             return;
         };
         let tcp_sock = btf.find(Kind::Struct, "tcp_sock").unwrap();

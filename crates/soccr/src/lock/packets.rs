@@ -423,7 +423,7 @@ pub(super) mod tests {
         let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (ours, _) = listener.accept().unwrap();
         if !soccr_lab::may_repair() {
-            eprintln!("\nSKIPPED: packets for a socket: needs CAP_NET_ADMIN\n");
+            soccr_lab::skip("packets for a socket: needs CAP_NET_ADMIN");
             return None;
         }
         let control = crate::pause(&ours).and_then(|paused| paused.save()).unwrap().control;

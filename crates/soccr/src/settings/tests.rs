@@ -75,17 +75,20 @@ fn apply_all(settings: &Settings, fd: &OwnedFd, local: SocketAddr) -> Vec<Skippe
 
 /// The rows that apply to `local`, that this kernel has, and that are not filled in by other means.
 fn rows(local: SocketAddr) -> impl Iterator<Item = &'static Row> {
-    TABLE.iter().filter(move |row| row.applies(local) && row.kind != Kind::Md5Keys && is_known(row, local))
+    let rows = TABLE.iter().filter(move |row| row.applies(local) && row.kind != Kind::Md5Keys);
+    rows.filter(move |row| {
+        let is_known = is_known(row, local);
+        if !is_known {
+            soccr_lab::skip(format_args!("this kernel has no {}", row.name));
+        }
+        is_known
+    })
 }
 
 fn is_known(row: &Row, local: SocketAddr) -> bool {
     let read = row.read(new_socket(local).as_fd(), &mut [0; table::LONGEST]);
     let errno = read.err().and_then(|error| error.raw_os_error());
-    let is_known = !matches!(errno, Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP));
-    if !is_known {
-        eprintln!("SKIPPED: this kernel has no {}", row.name);
-    }
-    is_known
+    !matches!(errno, Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP))
 }
 
 fn value_of(row: &Row, fd: &OwnedFd) -> Option<Value> {
@@ -103,7 +106,7 @@ fn carries_each(make: impl Fn(SocketAddr) -> (OwnedFd, Option<TcpStream>), first
             let before = value_of(row, &to);
             match row.write(from.as_fd(), &sample(row)) {
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) && !privileged() => {
-                    eprintln!("SKIPPED: {} needs more rights than this user has", row.name);
+                    soccr_lab::skip(format_args!("{} needs more rights than this user has", row.name));
                     continue;
                 }
                 outcome => outcome.unwrap_or_else(|error| panic!("{local} {}: {error}", row.name)),
@@ -171,7 +174,7 @@ fn set_key(fd: BorrowedFd<'_>, peer: SocketAddr, key: &[u8]) {
 #[test]
 fn md5_keys_are_carried_and_never_printed() {
     if !privileged() {
-        eprintln!("SKIPPED: only CAP_NET_ADMIN may read TCP MD5 keys");
+        soccr_lab::skip("only CAP_NET_ADMIN may read TCP MD5 keys");
         return;
     }
     let read = |socket: &TcpStream| {
@@ -246,7 +249,7 @@ fn an_ebpf_filter_is_reported() {
     };
     let program = match load_program(&spec) {
         Ok(program) => program,
-        Err(error) => return eprintln!("SKIPPED: {}", soccr_lab::obstacle_to_bpf([5, 8], error)),
+        Err(error) => return soccr_lab::skip(format_args!("{}", soccr_lab::obstacle_to_bpf([5, 8], error))),
     };
     let local = "127.0.0.1:1".parse().unwrap();
     let (from, to) = (new_socket(local), new_socket(local));
@@ -266,7 +269,7 @@ fn names_are_unique() {
 #[test]
 fn the_mark_that_passes_every_lock_is_not_taken() {
     if !privileged() {
-        eprintln!("skipped: SO_MARK needs CAP_NET_ADMIN");
+        soccr_lab::skip("SO_MARK needs CAP_NET_ADMIN");
         return;
     }
     let local = "127.0.0.1:1".parse().unwrap();

@@ -4,7 +4,6 @@ use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
-use std::process::Command;
 
 use rustix::net::{AddressFamily, Protocol, SocketType, bind, listen, socket, sockopt};
 use soccr::adopt::Adopter;
@@ -138,15 +137,11 @@ pub fn a_loopback_that_is_down() {
     let mut ends = Ends::new(Family::V4);
     let Some(mut adopter) = adopter(&ends.pair) else { return };
     let _listener = ends.listen(Family::V4, On::Wildcard);
-    let set =
-        |state: &str| ends.pair.a.run(|| Command::new("ip").args(["link", "set", "lo", state]).status());
-    if !set("down").is_ok_and(|status| status.success()) {
-        eprintln!("\nSKIPPED: there is no ip(8)\n");
-        return;
-    }
+    let mut control = ends.pair.a.namespace.rtnetlink().unwrap();
+    control.down("lo").unwrap();
     let (lock, connection) = ends.leave();
     assert_refused(&ends, &mut adopter, &lock, &connection, "bring `lo` up");
-    assert!(set("up").unwrap().success());
+    control.up("lo").unwrap();
     go_on(&mut ends, lock, &connection);
 }
 
@@ -160,7 +155,7 @@ fn listen_beside(ends: &Ends, protocol: i32) -> Option<OwnedFd> {
         bind(&listener, &ends.pair.a.address(Family::V4, PORT))?;
         listen(&listener, 10).map(|()| listener)
     });
-    listener.inspect_err(|error| eprintln!("\nSKIPPED: this kernel has no MPTCP: {error}\n")).ok()
+    listener.inspect_err(|error| soccr_lab::skip(format_args!("this kernel has no MPTCP: {error}"))).ok()
 }
 
 pub fn a_listener_that_speaks_mptcp() {

@@ -104,8 +104,8 @@ pub fn both_sides_full_on_ipv6_then_drained_25_times() {
 pub fn queues_of_64_mib() {
     const LENGTH: usize = 64 << 20;
     if !may_force_buffers() {
-        eprintln!(
-            "SKIPPED: full::queues_of_64_mib: buffers of that size need CAP_NET_ADMIN in the initial user namespace"
+        soccr_lab::skip(
+            "full::queues_of_64_mib: buffers of that size need CAP_NET_ADMIN in the initial user namespace",
         );
         return;
     }

@@ -172,7 +172,7 @@ pub fn an_mptcp_socket_is_refused() {
     let mptcp = Protocol::from_raw(rustix::net::RawProtocol::new(262).unwrap());
     match socket(AddressFamily::INET, SocketType::STREAM, Some(mptcp)) {
         Ok(socket) => drop(assert_refused(save(socket), "pause", "MPTCP", "multipathtcp=0")),
-        Err(error) => eprintln!("skipped: no MPTCP here: {error}"),
+        Err(error) => soccr_lab::skip(format_args!("no MPTCP here: {error}")),
     }
 }
 
@@ -180,7 +180,7 @@ pub fn an_upper_layer_protocol_is_refused() {
     let ends = Ends::new(Family::V4);
     match sys::set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls\0") {
         Ok(()) => drop(assert_refused(save(&ends.ours), "save", "kernel TLS", "handshake")),
-        Err(error) => eprintln!("skipped: no kTLS here: {error}"),
+        Err(error) => soccr_lab::skip(format_args!("no kTLS here: {error}")),
     }
 }
 
@@ -349,9 +349,7 @@ pub fn reuse_address_survives() {
 pub fn the_offset_of_a_peek_survives() {
     let mut ends = busy();
     if !has_peek_offset(&ends.ours) {
-        return eprintln!(
-            "\nSKIPPED: THE OFFSET OF A PEEK: this kernel has none for TCP (Linux 6.9, IPv6 6.12)\n"
-        );
+        return soccr_lab::skip("THE OFFSET OF A PEEK: this kernel has none for TCP (Linux 6.9, IPv6 6.12)");
     }
     for offset in [0, 1000] {
         set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset);

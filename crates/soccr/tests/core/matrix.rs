@@ -125,7 +125,7 @@ fn carry(source: &Sysctls, target: &Sysctls, peer: &Peer, family: Family) {
 fn set_up(host: &Host, sysctls: &[(&str, &str)]) -> bool {
     sysctls.iter().all(|(name, value)| match host.run(|| sysctl(&format!("net/ipv4/{name}"), value)) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            eprintln!("SKIPPED: this kernel has no {name}");
+            soccr_lab::skip(format_args!("this kernel has no {name}"));
             false
         }
         set => set.map(|()| true).unwrap(),

@@ -115,7 +115,7 @@ pub fn up_to_64_mib() {
     let restored = match ends.restore(&connection) {
         // What the kernel lets an ordinary user have depends on the memory of the machine.
         Err(error) if error.remedy().contains("net.core.rmem_max") => {
-            eprintln!("\nSKIPPED: unread::up_to_64_mib: {error}\n");
+            soccr_lab::skip(format_args!("unread::up_to_64_mib: {error}"));
             return;
         }
         restored => restored.unwrap(),

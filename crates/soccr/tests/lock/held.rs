@@ -80,9 +80,9 @@ pub fn a_full_flight_stays_in_order() {
     }
     // Where other work of this machine comes between, one may be overtaken after all; without an order nearly all are.
     if overtaken >= 10 && std::env::var_os("SOCCR_EMULATED").is_some() {
-        eprintln!(
-            "\nSKIPPED: an emulated processor is too slow to be as fast as the peer's ({overtaken} of 30)\n"
-        );
+        soccr_lab::skip(format_args!(
+            "an emulated processor is too slow to be as fast as the peer's ({overtaken} of 30)"
+        ));
         return;
     }
     assert!(overtaken < 10, "{overtaken} of 30 were overtaken");
@@ -136,9 +136,9 @@ pub fn the_longest_packets_are_held_whole() {
         let cut = longest == COPIED;
         match cut {
             true if has_kernel([6, 18]) => panic!("{address}: {longest}"),
-            true => eprintln!(
-                "\nSKIPPED: WHETHER LONG PACKETS ARE WHOLE: this kernel copies {COPIED} bytes (Linux 6.18)\n"
-            ),
+            true => soccr_lab::skip(format_args!(
+                "WHETHER LONG PACKETS ARE WHOLE: this kernel copies {COPIED} bytes (Linux 6.18)"
+            )),
             // A repeated segment would be the lock's doing then: the timer of a new connection is too slow for that.
             false => here.be_patient().unwrap(),
         }

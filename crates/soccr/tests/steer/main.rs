@@ -10,13 +10,14 @@ mod tables;
 mod traffic;
 mod tunnels;
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::ops::Deref;
 use std::process::{Command, ExitCode};
 
 use soccr::Flow;
 use soccr::steer::{Foreign, NextHop, Numbers, Tunnel, narrow, redirect, redirect_answers, stop};
-use soccr_lab::{Host, Lan, Test, harness};
+use soccr_lab::{Host, Lan, Test, harness, skip};
 
 fn main() -> ExitCode {
     macro_rules! tests {
@@ -175,9 +176,15 @@ fn deliver(net: &Net, to: usize, ipv6: bool) {
     }
 }
 
-/// What a program says about the network of the calling thread; `None` where it is not installed.
+/// What a program says about the network of the calling thread; `None`, and a word about it, where it is not installed.
 fn say(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).output().ok()?;
+    let output = match Command::new(program).args(arguments).output() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            skip(format_args!("there is no {program}(8)"));
+            return None;
+        }
+        output => output.unwrap(),
+    };
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
     Some(String::from_utf8(output.stdout).unwrap())
 }

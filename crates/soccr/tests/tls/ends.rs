@@ -59,7 +59,7 @@ impl Ends {
         let probe = TcpListener::bind("127.0.0.1:0").unwrap();
         let probe = TcpStream::connect(probe.local_addr().unwrap()).unwrap();
         if let Err(error) = set_layer(&probe) {
-            eprintln!("\nSKIPPED: the kernel has no TLS (modprobe tls): {error}");
+            soccr_lab::skip(format_args!("the kernel has no TLS (modprobe tls): {error}"));
             return None;
         }
         Some(Self { pair, ours, peer })

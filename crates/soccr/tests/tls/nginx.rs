@@ -21,7 +21,7 @@ const MARK: &[u8] = b"the connection is here now";
 
 pub fn a_download_goes_on_here() {
     if Command::new("nginx").arg("-v").output().is_err() {
-        eprintln!("\nSKIPPED: nginx is not installed");
+        soccr_lab::skip("nginx is not installed");
         return;
     }
     let Some(directory) = make_certificate() else { return };

@@ -82,7 +82,7 @@ impl Drop for Program {
 /// A folder with certificate, key and configuration; `None` where OpenSSL or kernel TLS is not there.
 pub fn make_certificate() -> Option<TempDir> {
     if Command::new("openssl").arg("version").output().is_err() {
-        eprintln!("\nSKIPPED: openssl is not installed");
+        soccr_lab::skip("openssl is not installed");
         return None;
     }
     crate::ends::Ends::plain()?;

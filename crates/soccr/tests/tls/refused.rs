@@ -82,7 +82,7 @@ pub fn ciphers_that_are_not_carried() {
         let key = keys(Cipher::AesGcm128, OURS);
         let whole = [&(version as u16).to_ne_bytes()[..], &number.to_ne_bytes(), &key].concat();
         if let Err(error) = set_option(&ends.ours, 282, 1, &whole) {
-            eprintln!("\nSKIPPED: the kernel has no {name}: {error}");
+            soccr_lab::skip(format_args!("the kernel has no {name}: {error}"));
             continue;
         }
         assert_says(&refused(&ends), name);
@@ -191,7 +191,7 @@ pub fn keys_are_not_printed() {
 /// Says what to do, and leaves nothing behind.
 pub fn a_restore_without_the_module() {
     if Ends::plain().is_some() {
-        eprintln!("SKIPPED: the kernel has TLS");
+        soccr_lab::skip("the kernel has TLS");
         return;
     }
     let pair = soccr_lab::Pair::new().unwrap();

@@ -91,7 +91,7 @@ impl Drop for End {
 
 fn go_on(version: Version, name: &str, suite: &str, cipher: Cipher) {
     if Command::new("python3").arg("--version").output().is_err() {
-        eprintln!("\nSKIPPED: python3 is not installed");
+        soccr_lab::skip("python3 is not installed");
         return;
     }
     let Some(directory) = make_certificate() else { return };
@@ -109,7 +109,7 @@ fn go_on(version: Version, name: &str, suite: &str, cipher: Cipher) {
     let mut there = End::start("client", peer, directory.path(), kind);
     assert_eq!([here.hear(), there.hear()], [*b"h"; 2]);
     if !soccr::tls::is_on(&ours).unwrap() && !decrypts && cipher == Cipher::AesCcm128 {
-        eprintln!("\nSKIPPED: this OpenSSL keeps {cipher} of TLS 1.3 to itself");
+        soccr_lab::skip(format_args!("this OpenSSL keeps {cipher} of TLS 1.3 to itself"));
         return;
     }
     for _ in 0..moves() {
