@@ -3,6 +3,7 @@
 use std::io::{ErrorKind as IoErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::mpsc::{TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -15,7 +16,10 @@ use soccr::settings::Value;
 use soccr::{Error, ErrorKind, Fidelity, Flow, Paused, pause};
 use soccr_lab::{Case, Family, Flags, Namespace, Pair, Sniffer, State, VethEnd, veth, wait_until};
 
-use crate::ends::{Ends, PORT, assert_same, has_peek_offset, info, option, pattern, set_option, unconnected};
+use crate::ends::{
+    Ends, LIMIT, PORT, assert_same, assert_same_bytes, has_peek_offset, info, option, pattern, set_option,
+    unconnected,
+};
 use crate::states::through_bytes;
 use crate::supervised::supervised;
 use crate::sys;
@@ -103,24 +107,51 @@ fn edit(connection: &mut Connection, change: fn(&mut Window, u32)) {
 }
 
 pub fn what_arrives_during_a_save_is_carried_whole_or_told() {
+    const MEETINGS: u32 = 3;
     let ends = Ends::new(Family::V4);
-    let expected = pattern(0, 40_000);
-    ends.peer.set_nodelay(true).unwrap();
-    thread::scope(|scope| {
-        let writer =
-            scope.spawn(|| expected.chunks(40).for_each(|piece| (&ends.peer).write_all(piece).unwrap()));
-        while !writer.is_finished() {
-            match save(&ends.ours) {
-                Ok(saved) => assert!(expected.starts_with(&saved.receive_queue)),
+    let (mut ours, mut peer) = (&ends.ours, &ends.peer);
+    peer.set_nodelay(true).unwrap();
+    peer.set_write_timeout(Some(LIMIT)).unwrap();
+    let mut read = Vec::new();
+    let sent = thread::scope(|scope| {
+        let (goes_on, has_ended) = channel::<()>();
+        let writer = scope.spawn(move || {
+            let mut sent = Vec::new();
+            while has_ended.try_recv() == Err(TryRecvError::Empty) {
+                let piece = pattern(sent.len(), 40);
+                peer.write_all(&piece).unwrap();
+                sent.extend(piece);
+            }
+            sent
+        });
+        let mut meetings = 0;
+        wait_until("bytes have arrived during some saves", || {
+            let saved = save(ours);
+            // Makes room for more.
+            let start = read.len();
+            read.resize(start + info(ours).unread, 0);
+            ours.read_exact(&mut read[start..]).unwrap();
+            match saved {
+                Ok(saved) => {
+                    let queue = saved.receive_queue;
+                    assert_same_bytes(&read[start..][..queue.len()], &queue);
+                    meetings += u32::from(read.len() - start > queue.len());
+                }
                 Err(error) => {
-                    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+                    assert_eq!(error.kind(), ErrorKind::Changed, "{error}");
                     assert!(error.remedy().contains("lock"), "{error}");
+                    meetings += 1;
                 }
             }
-        }
+            meetings >= MEETINGS
+        });
+        drop(goes_on);
+        writer.join().unwrap()
     });
-    wait_until("all has arrived", || info(&ends.ours).unread == expected.len());
-    assert_eq!(save(&ends.ours).unwrap().receive_queue, expected);
+    let start = read.len();
+    read.resize(sent.len(), 0);
+    ours.read_exact(&mut read[start..]).unwrap();
+    assert_same_bytes(&read, &sent);
 }
 
 /// Nobody can give it to another process: so it is told, and never silently lost.
