@@ -187,42 +187,49 @@ int kit_state(int fd)
 	return info.tcpi_state;
 }
 
-/* Looks at a condition again and again; the pause between only spares the processor. */
-static int later(void)
+/* The end of a wait that begins now. */
+static time_t deadline(void)
 {
-	static time_t started;
+	return time(NULL) + DEADLINE_SECONDS;
+}
+
+/* Looks at a condition again and again; the pause between only spares the processor. */
+static int later(time_t deadline)
+{
 	struct timespec pause = { 0, 1000000 };
 
-	if (!started)
-		started = time(NULL);
 	nanosleep(&pause, NULL);
-	return time(NULL) - started <= DEADLINE_SECONDS;
+	return time(NULL) <= deadline;
 }
 
 void kit_wait_state(int fd, int state)
 {
+	time_t end = deadline();
+
 	while (kit_state(fd) != state)
-		if (!later())
+		if (!later(end))
 			SAME(kit_state(fd), state);
 }
 
 void kit_wait_acknowledged(int fd)
 {
+	time_t end = deadline();
 	int bytes;
 
 	do {
 		SAME(ioctl(fd, SIOCOUTQ, &bytes), 0);
-	} while (bytes && later());
+	} while (bytes && later(end));
 	SAME(bytes, 0);
 }
 
 void kit_wait_unread(int fd, int expected)
 {
+	time_t end = deadline();
 	int bytes;
 
 	do {
 		SAME(ioctl(fd, SIOCINQ, &bytes), 0);
-	} while (bytes != expected && later());
+	} while (bytes != expected && later(end));
 	SAME(bytes, expected);
 }
 
@@ -235,14 +242,16 @@ void kit_add_ipv6_address(const char *text)
 	} request = { .prefix = 128, .interface = if_nametoindex("lo") };
 	union libsoccr_addr address = kit_address(text, 0);
 	int fd = socket(AF_INET6, SOCK_DGRAM, 0);
+	time_t end;
 	int error;
 
 	request.address = address.v6.sin6_addr;
 	SAME(ioctl(fd, SIOCSIFADDR, &request), 0);
 	/* It can be used a moment later. */
+	end = deadline();
 	do {
 		error = bind(fd, &address.sa, sizeof(address.v6));
-	} while (error && later());
+	} while (error && later(end));
 	SAME(error, 0);
 	close(fd);
 }

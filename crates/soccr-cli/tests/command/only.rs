@@ -411,9 +411,9 @@ fn the_walkthrough_goes_to_its_end() {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/walkthrough.sh");
     let path = format!("{}:{}", Path::new(SOCCR).parent().unwrap().display(), std::env::var("PATH").unwrap());
     let mut complaints = tempfile::tempfile().unwrap();
-    let mut command = Command::new("sh");
+    let mut command = Command::new("timeout");
     let directory = tempfile::tempdir().unwrap();
-    command.arg(script).env("PATH", path).env("TMPDIR", directory.path());
+    command.args(["60", "sh", script]).env("PATH", path).env("TMPDIR", directory.path());
     command.stderr(complaints.try_clone().unwrap());
     // Its output ends when its last program does.
     let output = command.output().unwrap();
@@ -427,4 +427,5 @@ fn the_walkthrough_goes_to_its_end() {
     let mut without = Command::new("/bin/sh");
     let output = without.arg(script).env("PATH", "/nonexistent").output().unwrap();
     assert_eq!(output.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "soccr is not in PATH\n");
 }

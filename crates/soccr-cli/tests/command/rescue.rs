@@ -388,7 +388,9 @@ fn a_paused_socket_is_shown_and_resumed() {
     let paused = sockets.iter().find(|socket| socket["state"] == "ESTABLISHED").unwrap();
     assert_eq!(paused["why_not"], "paused: soccr resume");
     let fd = paused["processes"][0]["fd"].to_string();
-    assert!(fail(1, &["save", "--pid", &pid, "--fd", &fd, "-o", "/tmp/x"]).contains("`soccr resume`"));
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image").display().to_string();
+    assert!(fail(1, &["save", "--pid", &pid, "--fd", &fd, "-o", &image]).contains("`soccr resume`"));
     succeed(&["resume", "--pid", &pid, "--fd", &fd]);
     assert!(fail(1, &["resume", "--pid", &pid, "--fd", &fd]).contains("not in repair mode"));
     assert_eq!(descriptors(&pid), [fd]);

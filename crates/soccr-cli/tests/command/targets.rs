@@ -181,7 +181,7 @@ fn late(answers: &[Message], doubtful: usize, code: i32) {
     let (answers, gate) = (Answers::new(answers), Gate::new());
     let told = tempfile::NamedTempFile::new().unwrap();
     let via = format!("cat {}; cat > {}; {}", answers.path(), told.path().display(), gate.command());
-    let limit = 8;
+    let limit = 30;
     let mut send =
         moving.send(&["--fd", fd, "--timeout", &limit.to_string(), "--via", &via]).spawn().unwrap();
     // It still waits for the last words of the target.

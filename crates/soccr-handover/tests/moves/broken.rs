@@ -243,7 +243,15 @@ pub fn a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else() {
         let reader = Failing { channel, fails: Arc::clone(&fails), _ended: ended };
         let writer = Slow { channel: here.try_clone().unwrap(), pieces, fails, has_ended };
         let mut threads = Threads::new(reader, writer).unwrap();
-        let outcome = hasty().take(ours.pop().unwrap()).unwrap().send(&mut threads);
+        // It waits so long for the word that is late; what comes before that may take its time.
+        let (mut limits, short) = (Limits::default(), Duration::from_millis(300));
+        match pieces {
+            0 => limits.start = short,
+            1 => limits.answer = short,
+            _ => {}
+        }
+        let mover = Mover::with(limits).unwrap();
+        let outcome = mover.take(ours.pop().unwrap()).unwrap().send(&mut threads);
         drop(threads);
         here.shutdown(Shutdown::Both).unwrap();
         let mut arrived = listening.join().unwrap();

@@ -36,16 +36,25 @@ pub fn a_persistent_lock_is_listed_and_removed() {
 
 pub fn a_persistent_lock_ends_with_its_time() {
     let mut connected = connect(Family::V4);
-    let limit = Duration::from_secs(1);
-    let list = || connected.pair.b.run(PersistentLock::list).unwrap();
-    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], Some(limit))).unwrap();
+    let (here, flow) = (&connected.pair.b, connected.flow);
+    let list = || here.run(PersistentLock::list).unwrap();
+    let create = |limit: Option<u64>| {
+        here.run(|| PersistentLock::create("short", &[flow], limit.map(Duration::from_secs))).unwrap();
+    };
+    create(Some(20));
     let remaining = list()[0].remaining.unwrap();
-    assert!(remaining <= limit && !remaining.is_zero(), "{remaining:?}");
-    connected.peer.write_all(b"soon").unwrap();
-    expect(&mut connected.ours, b"soon");
+    assert!(remaining <= Duration::from_secs(20) && !remaining.is_zero(), "{remaining:?}");
+    connected.peer.write_all(b"so").unwrap();
+    connected.settle();
+    expect_nothing(&mut connected.ours);
+    here.run(|| list()[0].remove()).unwrap();
+    expect(&mut connected.ours, b"so");
+    create(Some(1));
+    connected.peer.write_all(b"on").unwrap();
+    expect(&mut connected.ours, b"on");
     wait_until("the lock is empty", || list()[0].flows.is_empty());
     // The next one clears up.
-    connected.pair.b.run(|| PersistentLock::create("short", &[connected.flow], None)).unwrap();
+    create(None);
     let locks = list();
     assert_eq!((locks.len(), locks[0].flows.len()), (1, 1));
 }
