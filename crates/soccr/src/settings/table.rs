@@ -109,7 +109,8 @@ pub(crate) const TABLE: &[Row] = rows! {
     SOL_SOCKET Any {
         SO_BINDTODEVICE BeforeBind NAME;
         SO_MARK BeforeBind ZERO;
-        SO_REUSEPORT BeforeBind ZERO;
+        // A bind with it would let the user of this socket listen beside others.
+        SO_REUSEPORT BeforeConnect ZERO;
         SO_DONTROUTE BeforeConnect ZERO;
     }
     IPPROTO_IP Any {

@@ -14,6 +14,7 @@ mod lock_faults;
 mod matrix;
 mod orphans;
 mod outward;
+mod owners;
 mod partly;
 mod property;
 mod refused;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         lock_faults: a_lock_that_fails_locks_nothing a_lock_of_many_that_fails_locks_nothing a_release_that_fails_unlocks
             a_release_into_a_queue_that_fails_loses_nothing nothing_is_put_behind_what_did_not_arrive
             a_lock_that_does_not_persist_stays a_reader_that_fails_is_told_of_and_done_without;
+        owners: a_group_of_listeners_of_another_user;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
             what_a_socket_has_of_its_process_is_told
