@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::net::{IpAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -10,7 +10,7 @@ use soccr::lock::PersistentLock;
 use soccr::settings::Value;
 use soccr::{Connection, Flow};
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{Call, Namespace, run_and_kill, run_and_watch, wait_until};
+use soccr_lab::{Call, Namespace, Pair, State, TcpInfo, run_and_kill, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, json, python,
@@ -28,6 +28,7 @@ crate::tests![
     a_lock_leaves_alone_what_still_lives_in_its_network,
     a_stopped_process_waits_on,
     options_that_concern_more_than_the_connection_are_left_out,
+    a_connection_that_is_bound_to_a_device_goes_on,
     the_walkthrough_goes_to_its_end,
 ];
 
@@ -401,6 +402,60 @@ connection.sendall(b"mark %d nodelay %d" % (connection.getsockopt(1, 36), connec
         let output = output.wait_with_output().unwrap();
         let complaint = String::from_utf8_lossy(&output.stderr);
         assert_eq!(complaint.contains("SO_MARK"), answer.contains("mark 0"), "{arguments:?}: {complaint}");
+    }
+}
+
+/// Answers through one device alone.
+const BOUND: &str = r#"
+import signal, socket
+connection = socket.create_server(("", 7)).accept()[0]
+connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+try:
+    while data := connection.recv(100):
+        connection.sendall(b"old " + data)
+    signal.pause()
+except OSError:
+    pass # the connection has left
+"#;
+
+const BOUND_HEIR: &str = r#"
+import socket
+connection = socket.socket(fileno=3)
+device = connection.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0")
+connection.sendall(b"by " + device)
+while data := connection.recv(100):
+    connection.sendall(b"new " + data)
+connection.sendall(b" end")
+"#;
+
+/// What plays the peer comes from `lo`, also where a FIN of it has to be received again.
+fn a_connection_that_is_bound_to_a_device_goes_on() {
+    if !installed("python3") {
+        return;
+    }
+    for is_half_closed in [false, true] {
+        let pair = Pair::new().unwrap();
+        let (here, there) = (&pair.b, &pair.a);
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image").display().to_string();
+        let server = here.run(|| Program::start(&mut python(BOUND, &[])));
+        let mut client = there.run(|| connect((here.v4, 7)));
+        assert_eq!(ask(&mut client, "one", "old "), "old one");
+        if is_half_closed {
+            client.shutdown(Shutdown::Write).unwrap();
+            wait_until("the FIN has arrived", || TcpInfo::of(&client).unwrap().state == State::FinWait2);
+        }
+        let fd = here.run(|| descriptors(&server.pid())).remove(0);
+        here.run(|| succeed(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", &image]));
+        let _heir =
+            here.run(|| Program::start(&mut soccr(&["restore", &image, "--", "python3", "-c", BOUND_HEIR])));
+        assert_eq!(hear(&mut client, 7), "by eth0");
+        if !is_half_closed {
+            assert_eq!(ask(&mut client, "two", "new "), "new two");
+            client.shutdown(Shutdown::Write).unwrap();
+        }
+        assert_eq!(hear(&mut client, 4), " end");
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
     }
 }
 
