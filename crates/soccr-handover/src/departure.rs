@@ -468,7 +468,8 @@ impl Engine for Departure {
 
     fn late(&mut self) {
         let late = Error::new(ErrorKind::Late, "the target answers too late");
-        if self.is_one_way || self.finished.is_some() || self.broken.is_some() {
+        // Over, and still here: nobody takes what has been said.
+        if self.is_one_way || self.finished.is_some() || self.broken.is_some() || self.machine.is_over() {
             return self.give_up(late, false);
         }
         self.begin_nothing(late);

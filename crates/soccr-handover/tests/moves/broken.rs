@@ -244,7 +244,7 @@ pub fn a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else() {
         let writer = Slow { channel: here.try_clone().unwrap(), pieces, fails, has_ended };
         let mut threads = Threads::new(reader, writer).unwrap();
         // It waits so long for the word that is late; what comes before that may take its time.
-        let (mut limits, short) = (Limits::default(), Duration::from_millis(300));
+        let (mut limits, short) = (Limits::default(), Duration::from_secs(5));
         match pieces {
             0 => limits.start = short,
             1 => limits.answer = short,
@@ -264,6 +264,30 @@ pub fn a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else() {
         }
         assert!(arrived.is_empty());
     }
+}
+
+/// Passes nothing on, and fails in the end.
+struct Blocked(Receiver<()>);
+
+impl Write for Blocked {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        self.0.recv().map_err(|_| io::ErrorKind::BrokenPipe.into()).map(|()| 0)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+pub fn a_writer_that_never_tells_is_not_waited_for() {
+    let (mut ours, peers) = connect(1);
+    let (here, _there) = UnixStream::pair().unwrap();
+    let (end, has_ended) = channel();
+    let mut threads = Threads::new(here.try_clone().unwrap(), Blocked(has_ended)).unwrap();
+    let outcome = hasty().take(ours.pop().unwrap()).unwrap().send(&mut threads);
+    assert_alive(&stays(outcome, ErrorKind::Late), &peers[0]);
+    drop(end);
+    here.shutdown(Shutdown::Both).unwrap();
 }
 
 pub fn a_source_that_ends_before_the_commit_leaves_nothing_there() {

@@ -28,7 +28,8 @@ use broken::{
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_has_not_said_its_last_word_is_told_of,
-    a_target_that_is_not_heard_tells_what_is_lost, what_has_arrived_does_not_wait_for_a_silent_source,
+    a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
+    what_has_arrived_does_not_wait_for_a_silent_source,
 };
 use seat::a_handshake_comes_back;
 use silence::{a_silence_begins_again, silences_do_not_end_each_other};
@@ -53,6 +54,7 @@ soccr_lab::tests![
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
     a_commit_that_may_have_been_read_is_not_taken_back,
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
+    a_writer_that_never_tells_is_not_waited_for,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost,
