@@ -194,6 +194,11 @@ fn expect_urgent(ours: &mut TcpStream, stream: &[u8]) {
 
 /// A pointer to urgent data counts from the beginning of its segment.
 pub fn urgent_data_in_a_long_packet_stays_where_it_is() {
+    if !has_kernel([6, 18]) {
+        return soccr_lab::skip(
+            "AN URGENT BYTE AT THE END OF A LONG PACKET: this kernel copies 65531 bytes (Linux 6.18)",
+        );
+    }
     for address in ["127.0.0.1:80", "[::1]:80"] {
         let listener = TcpListener::bind(address).unwrap();
         let (mut ours, peer) = grown(&listener, &bytes(3_000_000));
