@@ -32,6 +32,10 @@ impl Run {
         }
         if parsed.missing > 0 {
             parsed.flags &= !(flags::FIN | flags::PSH);
+            // With what is missing the peer says again where its urgent byte is. A kernel that knows of the byte and has not got
+            // it would read one from the header of a packet that follows (`tcp_urg`).
+            let is_missing = usize::from(urgent(&run[ip..])) > run.len() - ip - parsed.header.len();
+            parsed.flags &= if is_missing { !flags::URG } else { 0xff };
             run[ip + 13] = parsed.flags;
         }
         parsed.header = ip..ip + parsed.header.len();
@@ -150,7 +154,7 @@ impl Run {
         let ip = header.start;
         let (headers, payload) = self.packet.split_at(payload.start);
         let room = limit.saturating_sub(headers.len()).max(1);
-        let urgent = u16::from_be_bytes([headers[ip + 18], headers[ip + 19]]);
+        let urgent = urgent(&headers[ip..]);
         let mut piece = Vec::with_capacity(headers.len() + room);
         for (index, data) in payload.chunks(room).enumerate() {
             let offset = index * room;
@@ -158,7 +162,6 @@ impl Run {
             let mut kept = *flags;
             kept &= if is_last { 0xff } else { !(flags::FIN | flags::PSH) };
             kept &= if index == 0 { 0xff } else { !flags::CWR };
-            // The pointer counts from the sequence number, to behind the urgent byte (`tcp_check_urg`).
             let urgent = usize::from(urgent).saturating_sub(offset) as u16;
             kept &= if urgent > 0 || index == 0 { 0xff } else { !flags::URG };
             piece.clear();
@@ -185,6 +188,11 @@ impl Run {
         packet[parsed.header.start + 13] = parsed.flags;
         Self { packet, parsed, sealed: false }
     }
+}
+
+/// The pointer of a TCP header to urgent data: from the sequence number to behind the byte.
+fn urgent(header: &[u8]) -> u16 {
+    u16::from_be_bytes([header[18], header[19]])
 }
 
 /// The sequence number behind the data.

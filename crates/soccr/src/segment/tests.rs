@@ -200,6 +200,17 @@ fn what_was_cut_off_is_not_acknowledged_as_finished() {
     assert_eq!((flags & flags::FIN, data.len()), (0, 900 - 52));
 }
 
+/// The peer, who repeats what is missing, says it again.
+#[test]
+fn what_was_cut_off_is_not_urgent() {
+    for (urgent, is_told) in [(848, true), (849, false)] {
+        let mut long = segment(V4, &[1; 1000]);
+        (long.flags, long.urgent) = (long.flags | flags::URG, urgent);
+        let (flags, _, data) = read(&rewritten(&packet(&long)[..900], PACKET_LIMIT)[0]);
+        assert_eq!((flags & flags::URG != 0, data.len()), (is_told, 848));
+    }
+}
+
 #[test]
 fn ip_options_and_extension_headers_go() {
     let mut v4 = packet(&segment(V4, b"abc"));
