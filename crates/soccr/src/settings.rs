@@ -239,6 +239,9 @@ impl Skipped {
     pub(crate) fn reason(&self) -> Cow<'static, str> {
         match self.error.raw_os_error() {
             Some(libc::ENOPROTOOPT) => "neither this kernel nor this version of soccr can set it".into(),
+            Some(libc::EPERM) if self.name == "TCP_CONGESTION" => {
+                format!("{}: needs CAP_NET_ADMIN, and a route without `congctl lock`", self.error).into()
+            }
             Some(libc::EPERM) => format!("{}: needs CAP_NET_ADMIN, or more", self.error).into(),
             _ => self.error.to_string().into(),
         }

@@ -19,6 +19,7 @@ mod partly;
 mod property;
 mod refused;
 mod reset;
+mod routes;
 mod shut;
 mod stages;
 mod states;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         lock_faults: a_lock_that_fails_locks_nothing a_lock_of_many_that_fails_locks_nothing a_release_that_fails_unlocks
             a_release_into_a_queue_that_fails_loses_nothing nothing_is_put_behind_what_did_not_arrive
             a_lock_that_does_not_persist_stays a_reader_that_fails_is_told_of_and_done_without;
+        routes: what_a_route_asks_for_changes_no_connection;
         owners: a_group_of_listeners_of_another_user;
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
