@@ -341,6 +341,82 @@ static void what_criu_has_dumped_comes_back(void)
 	}
 }
 
+/* Options that new connections of this network ask for, or not. */
+static void ask_for(const char *name, int wanted)
+{
+	char path[100];
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/sys/net/ipv4/%s", name);
+	file = fopen(path, "w");
+	CHECK(file);
+	CHECK(fprintf(file, "%d", wanted) > 0);
+	SAME(fclose(file), 0);
+}
+
+/* A number of struct tcp_info, which older headers do not have whole. */
+static unsigned info(int fd, size_t place)
+{
+	unsigned char bytes[232];
+	socklen_t length = sizeof(bytes);
+	unsigned number;
+
+	SAME(getsockopt(fd, IPPROTO_TCP, TCP_INFO, bytes, &length), 0);
+	SAME(length, sizeof(bytes));
+	memcpy(&number, bytes + place, sizeof(number));
+	return number;
+}
+
+enum { SND_MSS = 16, DATA_SEGS_OUT = 156, SND_WND = 228 };
+
+/* All that fits on its way goes in segments that are as long as before. */
+static size_t segment_length(int from, int to)
+{
+	unsigned before = info(from, DATA_SEGS_OUT);
+	size_t length = kit_fill(from);
+
+	kit_expect_filling(to, length);
+	kit_wait_acknowledged(from);
+	return length / (info(from, DATA_SEGS_OUT) - before);
+}
+
+static void what_was_not_agreed_upon_costs_no_speed(void)
+{
+	static const char *const names[] = { "tcp_window_scaling", "tcp_sack", "tcp_timestamps" };
+	static const unsigned masks[] = { TCPI_OPT_WSCALE, TCPI_OPT_SACK, TCPI_OPT_TIMESTAMPS };
+
+	/* Each of them, and all. */
+	for (int without = 0; without <= 3; without++) {
+		struct pair pair;
+		int ends[2];
+		unsigned windows[2], sizes[2];
+		struct saved saved;
+
+		for (int i = 0; i < 3; i++)
+			ask_for(names[i], without != i && without != 3);
+		pair = kit_connect(IPV4);
+		for (int i = 0; i < 3; i++)
+			ask_for(names[i], 1);
+		kit_talk(&pair);
+		for (int i = 0; i < 2; i++) {
+			ends[i] = i ? pair.there : pair.here;
+			windows[i] = info(ends[i], SND_WND);
+			sizes[i] = info(ends[i], SND_MSS);
+		}
+		saved = kit_move(&pair);
+		for (int i = 0; i < 3; i++)
+			SAME(!(saved.data.opt_mask & masks[i]), without == i || without == 3);
+		kit_talk(&pair);
+		ends[0] = pair.here;
+		for (int i = 0; i < 2; i++) {
+			CHECK(2 * info(ends[i], SND_WND) >= windows[i]);
+			/* Room for timestamps may be counted. */
+			CHECK(info(ends[i], SND_MSS) + 12 >= sizes[i]);
+			CHECK(segment_length(ends[i], ends[!i]) > 1000);
+		}
+	}
+}
+
 static void a_lock_keeps_what_arrives(void)
 {
 	static const unsigned flags[] = { 0, SOCCR_LOCK_HOLD };
@@ -399,6 +475,7 @@ static const struct test tests[] = {
 	TEST(a_forgotten_peer_is_asked_for),
 	TEST(a_released_socket_is_silent_and_free_at_once),
 	TEST(what_criu_has_dumped_comes_back),
+	TEST(what_was_not_agreed_upon_costs_no_speed),
 	TEST(a_lock_keeps_what_arrives),
 	TEST(a_lock_checks_its_arguments),
 };
