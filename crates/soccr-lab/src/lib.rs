@@ -23,6 +23,7 @@
 //! ```
 
 mod case;
+mod counters;
 mod cpu;
 mod enter;
 #[cfg(feature = "harness")]

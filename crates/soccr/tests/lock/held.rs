@@ -13,7 +13,7 @@ use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode};
 use soccr_lab::{Family, Namespace, OnCpu, Pair, Shape, TcpInfo, has_kernel, sysctl, wait_until};
 
-use crate::{Baseline, bytes, connect, connect_in, counter, expect, retransmissions, transfer};
+use crate::{Baseline, bytes, connect, connect_in, expect, retransmissions, transfer};
 
 pub fn a_held_connection_goes_on_without_retransmission() {
     let _cpu = OnCpu::stay(0);
@@ -67,7 +67,7 @@ pub fn a_full_flight_stays_in_order() {
         wait_until("bytes arrive", || received.load(Ordering::Relaxed) >= goal);
     };
     receive(10_000_000);
-    let out_of_order = || counter(&pair.a.namespace, "TCPSACKReorder");
+    let out_of_order = || pair.a.namespace.counter("TCPSACKReorder");
     let mut overtaken = 0;
     for _ in 0..30 {
         let before = out_of_order();

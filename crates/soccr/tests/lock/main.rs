@@ -10,7 +10,7 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
-use std::{env, fs, iter, thread};
+use std::{env, fs, thread};
 
 use soccr::ErrorKind::Refused;
 use soccr::connection::Flow;
@@ -141,19 +141,7 @@ fn expect_nothing(stream: &mut TcpStream) {
 
 /// Segments that a host has sent more than once.
 fn retransmissions(host: &Namespace) -> u32 {
-    counter(host, "RetransSegs")
-}
-
-/// What a host has counted of its TCP (RFC 4022, and what Linux adds).
-fn counter(host: &Namespace, name: &str) -> u32 {
-    let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap();
-    let table = host.run(|| read("snmp") + &read("netstat"));
-    let mut lines = table.lines().filter(|line| line.starts_with("Tcp"));
-    let value = || {
-        let (names, values) = (lines.next()?.split(' '), lines.next()?.split(' '));
-        Some(names.zip(values).find(|(column, _)| *column == name))
-    };
-    iter::from_fn(value).flatten().next().unwrap().1.parse().unwrap()
+    host.counter("RetransSegs")
 }
 
 /// What a host has counted so far, so that a handshake with a lost SYN is not taken for the test's own doing.
@@ -322,7 +310,7 @@ fn what_was_held_for_a_connection_that_has_left_draws_no_reset() {
         } else {
             drop(lock);
         }
-        assert_eq!(counter(&connected.pair.b.namespace, "OutRsts"), 0);
+        assert_eq!(connected.pair.b.namespace.counter("OutRsts"), 0);
     }
 }
 

@@ -1,11 +1,11 @@
 //! What is steered, as the host that steers it sees it.
 
+use std::env;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
-use std::{env, fs};
 
 use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto};
 use soccr::ErrorKind::Refused;
@@ -303,10 +303,7 @@ pub fn who_waits_for_a_killed_process_is_steered_again() {
 
 /// Segments with RST that the first host has sent.
 pub fn resets(lan: &Net) -> u32 {
-    let table = lan.hosts[0].run(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
-    let mut lines = table.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split(' '));
-    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    names.zip(values).find(|(name, _)| *name == "OutRsts").unwrap().1.parse().unwrap()
+    lan.hosts[0].namespace.counter("OutRsts")
 }
 
 /// An ACK from the peer, which draws a reset where nobody knows the connection.
