@@ -353,6 +353,19 @@ mod tests {
     }
 
     #[test]
+    fn options_of_ipv6_are_known() {
+        let opts = [1 << 3, 1, 6 << 3, 0x10, 7 << 3, 33];
+        for (v4, names) in [
+            (true, ["IP_FREEBIND", "IP_TOS", "IP_TTL"]),
+            (false, ["IP_FREEBIND", "IPV6_TCLASS", "IPV6_UNICAST_HOPS"]),
+        ] {
+            let (_, settings) = options(v4, &[], &opts, &[], None).unwrap();
+            let found = names.map(|name| settings.get(name).cloned());
+            assert_eq!(found, [1, 0x10, 33].map(|value| Some(Value::Number(value))));
+        }
+    }
+
+    #[test]
     fn a_packet_filter_is_no_option_that_can_be_set() {
         let filter = [0x81, 0x01, 6, 0, 0, 0, 0xff, 0xff, 0, 0];
         let socket = socket(&message(State::Established, &filter, 0)).unwrap();

@@ -285,3 +285,13 @@ fn damaged_images_are_errors_or_other_values_but_no_panic() {
         }
     });
 }
+
+#[test]
+fn who_does_not_wait_is_known() {
+    let socket = sockets(FILES).unwrap().into_iter().find(|socket| socket.inode == STREAMS[0]).unwrap();
+    for waits in [true, false] {
+        let flags = if waits { socket.flags & !0o4000 } else { socket.flags | 0o4000 };
+        let connection = Socket { flags, ..socket.clone() }.connection(stream(STREAMS[0])).unwrap();
+        assert_eq!(connection.nonblocking, !waits);
+    }
+}

@@ -58,6 +58,12 @@ fn kind(result: soccr_image::Result<impl std::fmt::Debug>) -> ErrorKind {
     result.unwrap_err().kind()
 }
 
+/// For eyes. A change of the layout is to be looked at, and its picture put here.
+#[test]
+fn a_drawing_is_laid_out_as_ever() {
+    assert_eq!(soccr_image::draw_svg(&[&sample(), &idle()]), include_str!("drawing.svg"));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
