@@ -220,6 +220,13 @@ receive
     }
 
     #[test]
+    fn a_single_byte_is_no_fin() {
+        let drawing = draw(&connection(State::Established, [700, 1, 2600, 1, 1], [8192, 8192, 3000, 600]));
+        assert!(drawing.contains("1 unread") && drawing.contains("1 unsent"), "{drawing}");
+        assert!(!drawing.contains("FIN"), "{drawing}");
+    }
+
+    #[test]
     fn fins_have_their_place() {
         let drawing = draw(&connection(State::Closing, [4, 10, 2, 7, 0], [8192, 8192, 3000, 4]));
         let expected = "\

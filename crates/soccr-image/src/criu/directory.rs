@@ -193,3 +193,17 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.set_mode(std::fs::metadata(path)?.permissions().mode() & 0o7777)?;
     file.commit().map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn a_file_has_its_limit() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        assert_eq!(read(file.path(), 10).unwrap(), b"0123456789");
+        assert_eq!(read(file.path(), 9).unwrap_err().kind(), ErrorKind::Damaged);
+    }
+}

@@ -365,6 +365,40 @@ mod tests {
         }
     }
 
+    /// As CRIU's own sources number them.
+    #[test]
+    fn options_of_every_socket_are_known() {
+        for (number, name) in [
+            (7, "SO_REUSEADDR"),
+            (8, "SO_PRIORITY"),
+            (9, "SO_RCVLOWAT"),
+            (10, "SO_MARK"),
+            (13, "SO_DONTROUTE"),
+            (17, "SO_REUSEPORT"),
+            (19, "SO_KEEPALIVE"),
+            (20, "TCP_KEEPCNT"),
+            (21, "TCP_KEEPIDLE"),
+            (22, "TCP_KEEPINTVL"),
+            (23, "SO_OOBINLINE"),
+        ] {
+            // A number of more than 15 makes a key of two bytes.
+            let key =
+                if number < 16 { vec![number << 3] } else { vec![number << 3 & 0x7f | 0x80, number >> 4] };
+            let (_, settings) = options(true, &[key, vec![5]].concat(), &[], &[], None).unwrap();
+            assert_eq!(settings.get(name), Some(&Value::Number(5)), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_interface_has_a_name_that_fits() {
+        for (length, fits) in [(15, true), (16, false)] {
+            let mut bytes = message(State::Established, &[], 0);
+            bytes.extend([0x8a, 0x01, length]); // field 17
+            bytes.extend(vec![b'a'; length.into()]);
+            assert_eq!(socket(&bytes).is_ok(), fits);
+        }
+    }
+
     #[test]
     fn a_packet_filter_is_no_option_that_can_be_set() {
         let filter = [0x81, 0x01, 6, 0, 0, 0, 0xff, 0xff, 0, 0];

@@ -286,6 +286,28 @@ fn damaged_images_are_errors_or_other_values_but_no_panic() {
     });
 }
 
+/// Fields 10 and 11 of a stream, and the bit of a reset behind a FIN, which means something only with that of a reset.
+#[test]
+fn what_old_images_and_ours_add_is_known() {
+    let bytes = std::fs::read(golden().join("tcp-stream-a919d.img")).unwrap();
+    let with = |more: &[u8]| {
+        let mut bytes = bytes.clone();
+        let end = 12 + usize::from(bytes[8]);
+        bytes.splice(end..end, more.iter().copied());
+        bytes[8] += more.len() as u8;
+        Stream::parse(&bytes).unwrap()
+    };
+    for (number, expected) in [(0, false), (1, true)] {
+        let stream = with(&[10 << 3, number, 11 << 3, 1 - number]);
+        assert_eq!((stream.cork, stream.nodelay), (Some(expected), Some(!expected)));
+    }
+    // The last of a field counts.
+    for (mask, reset, behind_fin) in [(0x200u32, false, false), (0x100, true, false), (0x300, true, true)] {
+        let stream = with(&[5 << 3, mask as u8 | 0x80, (mask >> 7) as u8]);
+        assert_eq!((stream.reset, stream.reset_behind_fin), (reset, behind_fin));
+    }
+}
+
 #[test]
 fn who_does_not_wait_is_known() {
     let socket = sockets(FILES).unwrap().into_iter().find(|socket| socket.inode == STREAMS[0]).unwrap();

@@ -40,6 +40,19 @@ fn only_what_a_rule_concerns_changes() {
     assert!(back == FILES);
 }
 
+#[test]
+fn peers_follow_with_their_ports() {
+    let old = sockets(FILES).unwrap();
+    let at =
+        old.iter().map(|socket| socket.remote).find(|remote| remote.is_ipv4() && remote.port() > 0).unwrap();
+    let (bytes, changed) = rewrite(FILES, &maps(&[&format!("{at}=192.0.2.1:80")])).unwrap();
+    assert_eq!(changed, old.iter().filter(|socket| [socket.local, socket.remote].contains(&at)).count());
+    for (old, new) in old.iter().zip(sockets(&bytes).unwrap()) {
+        let follow = |end| if end == at { "192.0.2.1:80".parse().unwrap() } else { end };
+        assert_eq!(new, Socket { local: follow(old.local), remote: follow(old.remote), ..old.clone() });
+    }
+}
+
 /// The container by hand: the entry of the socket with number 13, changed by `change`.
 fn with_changed_entry(change: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
     let (mut out, mut rest) = (FILES[..8].to_vec(), &FILES[8..]);
@@ -166,6 +179,8 @@ fn files_are_replaced_whole_and_keep_their_mode() {
         images.extract(images.socket(13).unwrap()).unwrap().local.ip(),
         "127.0.0.2".parse::<IpAddr>().unwrap()
     );
+    let written = sockets(&std::fs::read(&path).unwrap()).unwrap();
+    assert!(written == images.sockets());
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     assert_eq!(images.rewrite(&maps(&["127.0.0.2=127.0.0.1"])).unwrap().sockets, 6);
     for entry in std::fs::read_dir(directory.path()).unwrap() {
@@ -222,7 +237,8 @@ fn what_a_rewrite_leaves_to_be_done_is_told() {
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
     // Sockets get an address that nobody configures.
     let rewritten = images.rewrite(&maps(&["127.0.0.1=192.0.2.99"])).unwrap();
-    assert_eq!(rewritten.missing, [ip("192.0.2.99")]);
+    // Nothing of the namespace has changed.
+    assert_eq!((rewritten.missing, rewritten.unreachable), (vec![ip("192.0.2.99")], vec![]));
     // And here one that the namespace has, but its gateway is elsewhere.
     let rewritten = images.rewrite(&maps(&["192.0.2.99=198.51.100.7", "192.0.2.1=198.51.100.7"])).unwrap();
     assert_eq!((&rewritten.missing[..], &rewritten.unreachable[..]), (&[][..], &[ip("192.0.2.254")][..]));
@@ -262,6 +278,25 @@ fn every_gateway_of_a_route_follows() {
         std::fs::write(&path, &before[..length]).unwrap();
         let _ = Directory::open(directory.path()).unwrap().rewrite(&maps(&rules));
     }
+}
+
+/// `ip save` may write what says nothing of addresses.
+#[test]
+fn other_messages_of_a_network_image_stay() {
+    let directory = copy_with_network();
+    let path = directory.path().join("ifaddr-9.img");
+    let message = |kind: u16, body: &[u8]| {
+        let length = (16 + body.len()) as u32;
+        let header = [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
+        [&header, body].concat()
+    };
+    // 192.0.2.1 where an address would have it (IFA_LOCAL), in RTM_DELADDR; and RTM_NEWADDR without anything.
+    let like_an_address = [2, 24, 0, 0, 1, 0, 0, 0, 8, 0, 2, 0, 192, 0, 2, 1];
+    let others = [message(21, &like_an_address), message(20, &[])].concat();
+    std::fs::write(&path, [std::fs::read(&path).unwrap(), others.clone()].concat()).unwrap();
+    let mut images = Directory::open(directory.path()).unwrap();
+    assert_eq!(images.rewrite(&maps(&["192.0.2.1=198.51.100.7"])).unwrap().addresses, 1);
+    assert!(std::fs::read(&path).unwrap().ends_with(&others));
 }
 
 #[test]

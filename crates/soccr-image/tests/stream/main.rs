@@ -143,6 +143,25 @@ fn an_invalid_connection_is_not_written() {
 }
 
 #[test]
+fn an_image_holds_one_connection() {
+    let mut writer = Writer::new(Vec::new()).unwrap();
+    (1..=2).for_each(|id| writer.connection(id, "", &idle()).unwrap());
+    assert_eq!(kind(read(&writer.finish().unwrap()[..])), ErrorKind::Invalid);
+}
+
+#[test]
+fn settings_have_their_limit() {
+    for (count, is_written) in [(256, true), (257, false)] {
+        let mut connection = idle();
+        connection.settings = Default::default();
+        (0..count).for_each(|number| connection.settings.set(&format!("SO_{number}"), Value::Number(1)));
+        let mut bytes = Vec::new();
+        assert_eq!(write(&mut bytes, &connection).is_ok(), is_written);
+        assert_eq!(read(&bytes[..]).is_ok_and(|found| found == connection), is_written);
+    }
+}
+
+#[test]
 fn nothing_is_read_beyond_the_end() {
     let bytes = [bytes_of(&sample()), bytes_of(&idle()), b"rest".to_vec()].concat();
     let mut rest = &bytes[..];

@@ -230,6 +230,41 @@ fn a_decoder_takes_bytes_as_they_come() {
 }
 
 #[test]
+fn a_decoder_begins_with_the_preamble_and_knows_what_waits() {
+    let bytes = bytes_of(&sample());
+    let (preamble, rest) = bytes.split_at(PREAMBLE_AND_HEADER / 2);
+    let mut decoder = Decoder::new();
+    decoder.feed(preamble);
+    assert_eq!(decoder.pending(), preamble.len());
+    assert!(matches!(decoder.decode(), Ok(Decoded::Begin)));
+    decoder.feed(&rest[..20]);
+    assert!(matches!(decoder.decode(), Ok(Decoded::Incomplete)));
+    assert_eq!(decoder.pending(), 20);
+}
+
+#[test]
+fn a_packet_has_its_limit() {
+    for (length, is_written) in [(0, false), (1 << 20, true), ((1 << 20) + 1, false)] {
+        let mut writer = Writer::new(Vec::new()).unwrap();
+        let packets = vec![vec![0x45; length]];
+        assert_eq!(writer.held(1, &packets).is_ok(), is_written, "{length}");
+        if is_written {
+            let bytes = writer.finish().unwrap();
+            let held = Reader::new(&bytes[..]).unwrap().receive().unwrap();
+            assert!(held == Some(Message::Held { connection: 1, packets }));
+        }
+    }
+}
+
+#[test]
+fn what_a_buffer_holds_is_passed_on_when_asked() {
+    let mut writer = Writer::new(io::BufWriter::new(Vec::new())).unwrap();
+    assert!(writer.get_mut().get_ref().is_empty());
+    writer.flush().unwrap();
+    assert_eq!(writer.get_mut().get_ref()[..], preamble(1, 0));
+}
+
+#[test]
 fn a_decoder_of_words_takes_no_more_than_its_limit() {
     let bytes = bytes_of(&sample());
     let mut decoder = Decoder::with_limit(100);
