@@ -390,6 +390,16 @@ mod tests {
     }
 
     #[test]
+    fn sockets_for_ipv6_alone_are_known() {
+        for only in [0, 1] {
+            let mut bytes = message(State::Established, &[], 0);
+            bytes.extend([15 << 3, only]);
+            let settings = socket(&bytes).unwrap().settings;
+            assert_eq!(settings.get("IPV6_V6ONLY"), Some(&Value::Number(only.into())));
+        }
+    }
+
+    #[test]
     fn an_interface_has_a_name_that_fits() {
         for (length, fits) in [(15, true), (16, false)] {
             let mut bytes = message(State::Established, &[], 0);

@@ -70,6 +70,29 @@ fn what_cannot_be_ignored_is_refused_for_its_connection_only() {
     assert_eq!(kind(read(&[preamble(2, 0), end(0)].concat()[..])), ErrorKind::Newer);
 }
 
+/// What is known of one kind of record is not of another, and no less critical there.
+#[test]
+fn a_field_of_another_record_is_unknown() {
+    let known = payload(&bytes_of(&sample()));
+    let address = &known[6..][..known[2].into()];
+    for (tag, value) in [(5, &b"packet"[..]), (6, b"state"), (16, address), (17, address)] {
+        let commit = record(4, 1, 1, &field(0x8000 | tag, value));
+        let bytes = [preamble(1, 0), commit, end(1)].concat();
+        let mut reader = Reader::new(&bytes[..]).unwrap();
+        assert_eq!(kind(reader.receive()), ErrorKind::Newer, "{tag}");
+    }
+}
+
+#[test]
+fn a_record_belongs_to_a_connection() {
+    let known = payload(&bytes_of(&sample()));
+    for number in [1, 2, 4, 6, 8, 10, 13] {
+        let payload = if number == 1 { &known[..] } else { &[] };
+        let bytes = [preamble(1, 0), record(number, 1, 0, payload), end(1)].concat();
+        assert_eq!(kind(Reader::new(&bytes[..]).unwrap().receive()), ErrorKind::Damaged, "{number}");
+    }
+}
+
 #[test]
 fn one_bad_connection_leaves_the_others_in_step() {
     let mut writer = Writer::new(Vec::new()).unwrap();

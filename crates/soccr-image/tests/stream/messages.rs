@@ -2,8 +2,10 @@
 
 use std::io::{self, IoSlice, Read, Write};
 
-use soccr::Flow;
+use soccr::connection::{Owner, Tls, Tracked};
 use soccr::steer::Tunnel;
+use soccr::tls::{Cipher, Secrets, Version};
+use soccr::{Connection, Flow};
 use soccr_image::stream::{Decoded, Decoder, Message, Place, Reader, STATE_LIMIT, Steered, Writer};
 use soccr_image::{ErrorKind, read, write};
 
@@ -73,6 +75,19 @@ fn flow(ends: &str) -> Flow {
     Flow { local: local.parse().unwrap(), remote: remote.parse().unwrap() }
 }
 
+/// Not alone in its socket: NAT, a user and kernel TLS know of it.
+fn known_to_others() -> Connection {
+    let mut tls = Tls::new(Version::Tls13, Cipher::ALL[0]);
+    tls.transmit = Secrets::new(tls.cipher, &vec![0xA5; tls.cipher.secrets_len()]).ok();
+    let wire = flow("[2001:db8::1]:443 [2001:db8::2]:5000");
+    Connection {
+        tracked: Some(Tracked { wire, initiator: true, mark: 0x1234_5678 }),
+        owner: Some(Owner { user: 1000, group: 100 }),
+        tls: Some(tls),
+        ..sample()
+    }
+}
+
 fn messages() -> Vec<Message> {
     vec![
         Message::Begin {
@@ -103,6 +118,7 @@ fn messages() -> Vec<Message> {
         Message::Connection { id: 1, name: "pid 7 fd 3".into(), connection: sample() },
         Message::State { connection: 2, critical: false, bytes: Vec::new() },
         Message::Connection { id: 2, name: String::new(), connection: idle() },
+        Message::Connection { id: 3, name: String::new(), connection: known_to_others() },
         Message::Held { connection: 1, packets: vec![vec![0x45; 20], vec![0x60; 1500]] },
         Message::Here { place: Place { host: [9; 16], namespace: [4, 1 << 40] } },
         Message::Note { text: "ein längerer Text: ".repeat(10), failed: false },
