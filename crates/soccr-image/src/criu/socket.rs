@@ -405,7 +405,8 @@ mod tests {
             let mut bytes = message(State::Established, &[], 0);
             bytes.extend([0x8a, 0x01, length]); // field 17
             bytes.extend(vec![b'a'; length.into()]);
-            assert_eq!(socket(&bytes).is_ok(), fits);
+            let interface = socket(&bytes).ok().and_then(|socket| socket.interface);
+            assert_eq!(interface, fits.then(|| "a".repeat(15)));
         }
     }
 

@@ -295,16 +295,21 @@ fn what_old_images_and_ours_add_is_known() {
         let end = 12 + usize::from(bytes[8]);
         bytes.splice(end..end, more.iter().copied());
         bytes[8] += more.len() as u8;
-        Stream::parse(&bytes).unwrap()
+        Stream::parse(&bytes)
     };
     for (number, expected) in [(0, false), (1, true)] {
-        let stream = with(&[10 << 3, number, 11 << 3, 1 - number]);
+        let stream = with(&[10 << 3, number, 11 << 3, 1 - number]).unwrap();
         assert_eq!((stream.cork, stream.nodelay), (Some(expected), Some(!expected)));
     }
     // The last of a field counts.
     for (mask, reset, behind_fin) in [(0x200u32, false, false), (0x100, true, false), (0x300, true, true)] {
-        let stream = with(&[5 << 3, mask as u8 | 0x80, (mask >> 7) as u8]);
+        let stream = with(&[5 << 3, mask as u8 | 0x80, (mask >> 7) as u8]).unwrap();
         assert_eq!((stream.reset, stream.reset_behind_fin), (reset, behind_fin));
+    }
+    // A queue of 64 MiB and one byte.
+    for number in [1, 3] {
+        let error = with(&[number << 3, 0x81, 0x80, 0x80, 0x20]).unwrap_err();
+        assert!(error.to_string().contains("over 64 MiB"), "{error}");
     }
 }
 
