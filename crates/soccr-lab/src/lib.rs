@@ -57,6 +57,7 @@ pub use lan::Lan;
 pub use line::{Line, Shape};
 pub use machine::{has_kernel, may_repair, obstacle_to_bpf};
 pub use namespace::{Namespace, sysctl};
+pub use patience::Metric;
 pub use rtnetlink::{VethEnd, veth};
 pub use segment::{Flags, Segment};
 pub use signals::blocked_signals;
