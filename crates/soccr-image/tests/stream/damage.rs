@@ -84,6 +84,15 @@ fn a_field_of_another_record_is_unknown() {
 }
 
 #[test]
+fn a_field_ends_where_its_value_ends() {
+    let mut longer = payload(&bytes_of(&sample()));
+    longer.insert(6 + usize::from(longer[2]), 0);
+    longer[2] += 1;
+    let bytes = [preamble(1, 0), record(1, 1, 1, &longer), end(1)].concat();
+    assert_eq!(kind(read(&bytes[..])), ErrorKind::Damaged);
+}
+
+#[test]
 fn a_record_belongs_to_a_connection() {
     let known = payload(&bytes_of(&sample()));
     for number in [1, 2, 4, 6, 8, 10, 13] {
