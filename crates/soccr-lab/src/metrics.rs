@@ -1,4 +1,4 @@
-//! Hosts that retransmit only after a minute, so that a busy machine causes no retransmission; and what else routes say of TCP.
+//! What routes say of TCP; and the patience that it takes so that a busy machine causes no retransmission.
 
 use std::io;
 
