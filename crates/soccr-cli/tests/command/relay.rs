@@ -4,6 +4,7 @@ use std::io::{ErrorKind, Read, Seek, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
 use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+use soccr::connection::State::{CloseWait, SynSent};
 use soccr::diag::Diag;
 use soccr_lab::{Side, State, TcpInfo, wait_until};
 
@@ -310,14 +311,14 @@ fn what_the_source_no_longer_hears_the_target_tells() {
     let mut stderr = tempfile::tempfile().unwrap();
     let mut send = moving.send(&["--all", "--via", &receive(&moving)]);
     let mut source = send.stderr(stderr.try_clone().unwrap()).spawn().unwrap();
-    wait_until("the target asks the server to accept it", || {
-        let mut asks = false;
-        moving.lab.b.run(|| {
-            let mut diag = Diag::open().unwrap();
-            diag.visit(|socket| asks |= socket.state == soccr::connection::State::SynSent).unwrap();
-        });
-        asks
-    });
+    let has = |state: soccr::connection::State| {
+        let mut has = false;
+        moving.lab.b.run(|| Diag::open().unwrap().visit(|socket| has |= socket.state == state).unwrap());
+        has
+    };
+    // What asked before is on its way for a moment, too, and there is nothing to tell yet.
+    wait_until("the target has asked whether the server is there", || has(CloseWait));
+    wait_until("the target asks the server to accept it", || has(SynSent));
     source.kill().unwrap();
     source.wait().unwrap();
     let mut told = String::new();
