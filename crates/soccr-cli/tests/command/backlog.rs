@@ -1,6 +1,6 @@
 //! `send --listener`: what a server has not accepted yet.
 
-use std::io::{ErrorKind, Read, Seek, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Output, Stdio};
@@ -11,7 +11,7 @@ use soccr::diag::{Diag, Socket};
 use soccr_lab::{Lab, Side, let_fail, wait_until};
 
 use crate::adopt::adoption_works;
-use crate::programs::{Program, SOCCR, ask, assert_runs, connect, hear, installed, python, soccr};
+use crate::programs::{Program, SOCCR, Said, ask, assert_runs, connect, hear, installed, python, soccr};
 
 crate::tests![
     what_waits_moves_along_in_its_order,
@@ -180,8 +180,8 @@ impl Queue {
         send.args(["--default-signal=INT,HUP,TERM", SOCCR, "send", "--pid", &self.server.pid()]);
         send.args(["--listener", "--timeout", "500", "--via", &via]);
         // The target may outlive soccr, and has its standard error.
-        let mut complaints = tempfile::tempfile().unwrap();
-        send.stdout(Stdio::null()).stderr(complaints.try_clone().unwrap()).process_group(0);
+        let complaints = Said::new();
+        send.stdout(Stdio::null()).stderr(complaints.output()).process_group(0);
         let mut sending = self.lab.a.run(|| send.spawn()).unwrap();
         let group = Pid::from_child(&sending);
         wait_until("the target has started", || accepted.exists());
@@ -189,10 +189,7 @@ impl Queue {
         kill_process(group, signal).unwrap();
         let status = sending.wait().unwrap();
         let _ = kill_process_group(group, Signal::KILL);
-        let mut complaint = String::new();
-        complaints.rewind().unwrap();
-        complaints.read_to_string(&mut complaint).unwrap();
-        (status, complaint)
+        (status, complaints.read())
     }
 }
 

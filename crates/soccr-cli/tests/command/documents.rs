@@ -4,8 +4,8 @@
 //! address, or with one of its own on the same Ethernet where the block begins with ```` ```sh lan ````; and `./server` is a program that takes connections. ```` ```sh root ```` needs a root that may load BPF;
 //! ```` ```sh ignore: REASON ```` does not run.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use soccr::adopt::Adopter;
 use soccr_lab::{Host, Lab, Lan, Side, Test, obstacle_to_bpf};
 
-use crate::programs::{Program, SOCCR, ask, connect, hear, installed, json, python};
+use crate::programs::{Program, SOCCR, Said, ask, connect, hear, installed, json, python};
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
@@ -141,15 +141,12 @@ fn run_block(place: &str, text: &str, peer: &Host, [a, b]: [&Host; 2], moved: im
     let commands = Path::new(SOCCR).parent().unwrap();
     let path = format!("{}:{}:{}", bin.display(), commands.display(), std::env::var("PATH").unwrap());
     // Programs that go on in the background keep it open.
-    let mut said = tempfile::tempfile().unwrap();
-    let out = |said: &File| Stdio::from(said.try_clone().unwrap());
+    let said = Said::new();
     let mut shell = Command::new("timeout");
     shell.args(["60", "sh", "-euc", text]).current_dir(&directory).stdin(Stdio::null());
     shell.env("PATH", path).env("server", old.pid()).env("HOST2", host2.pid());
-    let status = a.run(|| shell.stdout(out(&said)).stderr(out(&said)).status().unwrap());
-    let mut output = String::new();
-    said.rewind().unwrap();
-    said.read_to_string(&mut output).unwrap();
+    let status = a.run(|| shell.stdout(said.output()).stderr(said.output()).status().unwrap());
+    let output = said.read();
     assert!(status.success(), "{place}: {status}\n{text}\n{output}");
 
     let stay = a.run(|| json(&["list", "--json", "--pid", &old.pid()]));

@@ -1,6 +1,6 @@
 //! `send --idle`: what is in use stays.
 
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use std::time::Duration;
 use soccr_lab::{Lab, Side, wait_until};
 
 use crate::adopt::{End, adoption_works, epoll, moves, wait_for_listener};
-use crate::programs::{SOCCR, complaints, connect, descriptors, fail, hear, installed, json, soccr};
+use crate::programs::{SOCCR, Said, complaints, connect, descriptors, fail, hear, installed, json, soccr};
 use crate::transfer::Move;
 
 crate::tests![
@@ -89,16 +89,14 @@ fn what_is_no_longer_idle_stays() {
         said.display(),
         moving.receive()
     );
-    let mut complaints = tempfile::tempfile().unwrap();
+    let told = Said::new();
     let mut sending = moving.send(&["--all", "--idle", "0", "--timeout", "60", "--via", &via]);
-    let mut sending = sending.stderr(complaints.try_clone().unwrap()).spawn().unwrap();
+    let mut sending = sending.stderr(told.output()).spawn().unwrap();
     wait_until("the connections are chosen", || chosen.exists());
     moving.say_unread();
     std::fs::write(&said, "").unwrap();
     let code = sending.wait().unwrap().code();
-    let mut complaint = String::new();
-    complaints.rewind().unwrap();
-    complaints.read_to_string(&mut complaint).unwrap();
+    let complaint = told.read();
     assert_eq!(code, Some(3), "{complaint}");
     assert!(complaint.contains("stays: it is in use again (--idle)"), "{complaint}");
     moving.assert_first_stays();

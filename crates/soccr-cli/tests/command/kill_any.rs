@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{Read, Seek};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
@@ -13,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use soccr_lab::{Side, wait_until};
 
 use crate::kill::{End, children};
-use crate::programs::{SOCCR, ask, hear, installed, json};
+use crate::programs::{SOCCR, Said, ask, hear, installed, json};
 use crate::transfer::Move;
 
 crate::tests![whoever_is_killed_whenever];
@@ -54,7 +53,7 @@ fn whoever_is_killed_whenever() {
         }
         wait_until("all of it has ended", || processes(&mark).is_empty());
         killed += usize::from(is_killed);
-        let told = output(source.1);
+        let told = source.1.read();
         let what = format!("{victim:?} after {delay:?} ({is_killed}), to {goal:?}: {status}, {told:?}");
         lost += judge(moving, victim, is_killed, status, &told, &what);
     }
@@ -62,21 +61,14 @@ fn whoever_is_killed_whenever() {
     assert!(killed > 0, "the kills came too late");
 }
 
-fn start(moving: &Move, mark: &str) -> (Child, fs::File) {
+fn start(moving: &Move, mark: &str) -> (Child, Said) {
     let (name, value) = mark.split_once('=').unwrap();
-    let out = tempfile::tempfile().unwrap();
+    let said = Said::new();
     // It ends when the program runs.
     let receive = moving.receive().replace("receive ", "receive --detach ");
     let mut send = moving.send(&["--all", "--via", &format!("exec {receive}")]);
-    let child = send.env(name, value).stdout(out.try_clone().unwrap()).stderr(out.try_clone().unwrap());
-    (child.spawn().unwrap(), out)
-}
-
-fn output(mut file: fs::File) -> String {
-    let mut text = String::new();
-    file.rewind().unwrap();
-    file.read_to_string(&mut text).unwrap();
-    text
+    let child = send.env(name, value).stdout(said.output()).stderr(said.output());
+    (child.spawn().unwrap(), said)
 }
 
 /// The processes of a hand-over that are still this command: neither dead nor the program that got the connections.

@@ -13,7 +13,7 @@ use soccr_image::stream::{Message, Writer};
 use soccr_lab::{Call, Namespace, Pair, State, TcpInfo, run_and_kill, run_and_watch, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, connect, descriptors, fail, hear, installed, json, python,
+    HEIR, Program, SOCCR, Said, ask, assert_runs, connect, descriptors, fail, hear, installed, json, python,
     server, server_at, soccr, succeed,
 };
 
@@ -465,20 +465,17 @@ fn the_walkthrough_goes_to_its_end() {
     }
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/walkthrough.sh");
     let path = format!("{}:{}", Path::new(SOCCR).parent().unwrap().display(), std::env::var("PATH").unwrap());
-    let mut complaints = tempfile::tempfile().unwrap();
+    let complaints = Said::new();
     let mut command = Command::new("timeout");
     let directory = tempfile::tempdir().unwrap();
     command.args(["60", "sh", script]).env("PATH", path).env("TMPDIR", directory.path());
-    command.stderr(complaints.try_clone().unwrap());
+    command.stderr(complaints.output());
     // Its output ends when its last program does.
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     assert!(text.ends_with("\nfirst server: hello\nsecond server: again\n"), "{text}");
-    std::io::Seek::rewind(&mut complaints).unwrap();
-    let mut complaint = String::new();
-    complaints.read_to_string(&mut complaint).unwrap();
-    assert_eq!((complaint.as_str(), names(directory.path())), ("", Vec::new()));
+    assert_eq!((complaints.read().as_str(), names(directory.path())), ("", Vec::new()));
     let mut without = Command::new("/bin/sh");
     let output = without.arg(script).env("PATH", "/nonexistent").output().unwrap();
     assert_eq!(output.status.code(), Some(1));

@@ -1,8 +1,10 @@
 //! Programs that the tests run.
 
+use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -77,6 +79,27 @@ impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// What programs say goes into a file: a pipe would be open as long as the last of them lives.
+#[derive(Debug)]
+pub struct Said(File);
+
+impl Said {
+    pub fn new() -> Self {
+        Self(tempfile::tempfile().unwrap())
+    }
+
+    pub fn output(&self) -> Stdio {
+        self.0.try_clone().unwrap().into()
+    }
+
+    /// What has been said until now. It reads by a description of its own: the programs share their place in the file with this one, and
+    /// would write where it reads.
+    pub fn read(&self) -> String {
+        let bytes = std::fs::read(format!("/proc/self/fd/{}", self.0.as_raw_fd())).unwrap();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 }
 

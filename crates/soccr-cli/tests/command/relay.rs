@@ -1,6 +1,6 @@
 //! `--connect`: connections are relayed to a server that cannot have them.
 
-use std::io::{ErrorKind, Read, Seek, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
 use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
@@ -8,7 +8,7 @@ use soccr::connection::State::{CloseWait, SynSent};
 use soccr::diag::Diag;
 use soccr_lab::{Side, State, TcpInfo, wait_until};
 
-use crate::programs::{Program, SOCCR, accept, ask, connect, hear, installed, python, soccr};
+use crate::programs::{Program, SOCCR, Said, accept, ask, connect, hear, installed, python, soccr};
 use crate::transfer::Move;
 
 crate::tests![
@@ -308,9 +308,9 @@ fn what_the_source_no_longer_hears_the_target_tells() {
     }
     let directory = tempfile::tempdir().unwrap();
     let (moving, _server) = full(&directory);
-    let mut stderr = tempfile::tempfile().unwrap();
+    let said = Said::new();
     let mut send = moving.send(&["--all", "--via", &receive(&moving)]);
-    let mut source = send.stderr(stderr.try_clone().unwrap()).spawn().unwrap();
+    let mut source = send.stderr(said.output()).spawn().unwrap();
     let has = |state: soccr::connection::State| {
         let mut has = false;
         moving.lab.b.run(|| Diag::open().unwrap().visit(|socket| has |= socket.state == state).unwrap());
@@ -323,9 +323,7 @@ fn what_the_source_no_longer_hears_the_target_tells() {
     source.wait().unwrap();
     let mut told = String::new();
     wait_until("the target tells it", || {
-        stderr.rewind().unwrap();
-        told.clear();
-        stderr.read_to_string(&mut told).unwrap();
+        told = said.read();
         told.contains("no connection is lost")
     });
     let saved = told.split("saved in ").nth(1).and_then(|text| text.split(": see").next());

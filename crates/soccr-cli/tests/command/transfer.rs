@@ -1,6 +1,6 @@
 //! `send` and `receive`.
 
-use std::io::{Read, Seek, Write};
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use soccr::Connection;
 use soccr_lab::{Lab, Side, let_fail, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, complaints, connect, descriptors, installed, json, python, server_command,
-    soccr, succeed,
+    HEIR, Program, SOCCR, Said, ask, complaints, connect, descriptors, installed, json, python,
+    server_command, soccr, succeed,
 };
 
 crate::tests![
@@ -83,13 +83,9 @@ impl Move {
 
     /// Sends, and returns exit code and complaints.
     pub fn try_send(&self, arguments: &[&str]) -> (i32, String) {
-        // No pipe: the programs that receive keep standard error open.
-        let mut stderr = tempfile::tempfile().unwrap();
-        let status = self.send(arguments).stderr(stderr.try_clone().unwrap()).status().unwrap();
-        let mut text = Vec::new();
-        stderr.rewind().unwrap();
-        stderr.read_to_end(&mut text).unwrap();
-        (status.code().unwrap(), complaints(&text))
+        let said = Said::new();
+        let status = self.send(arguments).stderr(said.output()).status().unwrap();
+        (status.code().unwrap(), complaints(said.read().as_bytes()))
     }
 
     /// The first connection of the old server, which keeps it.

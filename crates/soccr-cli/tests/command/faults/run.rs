@@ -1,10 +1,11 @@
 //! One run of a command with one fault.
 
 use std::collections::HashMap;
-use std::io::{Read, Seek};
 use std::process::Command;
 
 use soccr_lab::{End, Entry, LIMIT, Verdict, run_family};
+
+use crate::programs::Said;
 
 use super::calls::{Site, is_interruptible};
 
@@ -70,22 +71,19 @@ pub struct Outcome {
 
 /// Runs a command by this plan. When it reads the first connection, or else behind it, the peer is to `speak`.
 pub fn observed(command: &mut Command, shape: Shape, plan: &Plan, speak: impl FnOnce() + Send) -> Outcome {
-    let mut told = tempfile::tempfile().unwrap();
-    command.stderr(told.try_clone().unwrap()).stdout(told.try_clone().unwrap());
+    let told = Said::new();
+    command.stderr(told.output()).stdout(told.output());
     let mut watch = Watch::new(shape, plan, speak);
     let end = run_family(command, LIMIT, |entry| watch.judge(entry));
     watch.speak();
     let (is_met, sites) = (watch.is_met, watch.sites);
-    let mut text = String::new();
-    told.rewind().unwrap();
-    told.read_to_string(&mut text).unwrap();
     let code = match end {
         End::Exited(status) => status.code(),
         // It has become the program that gets the connection.
         End::Left => Some(0),
         End::Late => None,
     };
-    Outcome { code, told: text, is_met, sites }
+    Outcome { code, told: told.read(), is_met, sites }
 }
 
 /// What a run does at each call.
