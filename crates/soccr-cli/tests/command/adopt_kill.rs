@@ -112,7 +112,8 @@ fn a_source_killed_at_any_moment_leaves_no_silence() {
     }
     let forks = |call: &Call| [libc::SYS_clone, libc::SYS_clone3, libc::SYS_vfork].contains(&call.number);
     at_any_moment(forks, |servers, directory, look| {
-        let via = format!("echo $$ > {}/pid; exec {}", directory.display(), servers.receive());
+        let receive = servers.receive();
+        let via = format!("cd {}; echo $$ > new; mv new pid; exec {receive}", directory.display());
         run_and_kill(servers.send(&via).stderr(Stdio::null()), look)
     });
 }

@@ -46,8 +46,9 @@ elif sys.argv[2] == "listens":
         begin(listener.accept()[0])
 else:
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(sys.argv[2])
+    listener.bind(sys.argv[2] + ".new")
     listener.listen()
+    os.rename(sys.argv[2] + ".new", sys.argv[2])
     while True:
         source = listener.accept()[0]
         while True:
