@@ -38,7 +38,7 @@ fn no_call_leaves_a_descriptor() {
     for (family, state) in Family::ALL.into_iter().flat_map(|family| states.map(|state| (family, state))) {
         let pair = Pair::new().unwrap();
         let case = Case { family, state, received: 0, sent: 0, unsent: 0 };
-        let Made { socket, remote, .. } = case.make(&pair.a, &pair.b);
+        let Made { socket, remote, peer: _peer, .. } = case.make(&pair.a, &pair.b);
         let name = format!("{family:?}, {state:?}");
         let connection: Connection = pair.a.run(|| {
             let paused = leaves(0, &name, || pause(&socket).unwrap().with_peer(remote));

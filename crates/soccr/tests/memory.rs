@@ -18,7 +18,7 @@ fn long_queues_are_kept_once() {
     for (received, sent, unsent) in [(LENGTH, 0, 0), (0, 10_000, LENGTH - 10_000)] {
         let pair = Pair::new().unwrap();
         let case = Case { family: Family::V4, state: State::Established, received, sent, unsent };
-        let Made { socket, incoming, outgoing, .. } = case.make(&pair.a, &pair.b);
+        let Made { socket, peer: _peer, incoming, outgoing, .. } = case.make(&pair.a, &pair.b);
         drop((incoming, outgoing));
         // Sets the peak back to what is in use now (proc(5)).
         fs::write("/proc/self/clear_refs", "5").unwrap();

@@ -104,7 +104,7 @@ pub fn a_handshake_goes_on_with_its_own_peer() {
     for family in [Family::V4, Family::V6, Family::Mapped] {
         let pair = Pair::new().unwrap();
         let case = Case { family, state: State::SynSent, received: 0, sent: 0, unsent: 0 };
-        let Made { socket, remote, .. } = case.make(&pair.a, &pair.b);
+        let Made { socket, remote, peer: _peer, .. } = case.make(&pair.a, &pair.b);
         let mut other = remote;
         other.set_port(remote.port() + 1);
         let paused = pair.a.run(|| pause(&socket)).unwrap().with_peer(other);
