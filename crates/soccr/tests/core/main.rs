@@ -101,7 +101,8 @@ fn main() -> ExitCode {
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
             a_connection_that_is_not_established_has_been_read_nothing_from;
         urgent: a_mark_that_has_been_read_past_is_none;
-        stages: a_socket_with_other_addresses_is_refused the_receive_window_is_not_limited_by_the_local_sysctl
+        stages: a_fin_that_the_peer_repeats_need_not_be_played
+            a_socket_with_other_addresses_is_refused the_receive_window_is_not_limited_by_the_local_sysctl
             a_timer_that_runs_out_between_the_stages_does_no_harm what_the_peer_says_between_the_stages_is_told
             unsent_bytes_come_back_where_little_may_wait_unsent;
         values: the_timeout_is_saved_without_its_doublings

@@ -1,7 +1,7 @@
 //! The staged form, on sockets that the caller has bound and connected.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
@@ -41,6 +41,34 @@ pub fn a_socket_with_other_addresses_is_refused() {
             assert!(error.to_string().contains(&actual.local.to_string()), "{error}");
         }
         ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
+
+/// Nothing locks the connection, and the peer has not heard that its FIN has arrived.
+pub fn a_fin_that_the_peer_repeats_need_not_be_played() {
+    for family in Family::ALL {
+        let mut ends = Ends::new(family);
+        ends.receive(1000);
+        ends.deafen();
+        ends.peer.shutdown(Shutdown::Write).unwrap();
+        wait_until("the FIN has arrived", || info(&ends.ours).state == State::CloseWait);
+        let connection = ends.take();
+        let socket = ends.pair.a.run(|| unconnected(family));
+        let Flow { local, remote } = connection.flow();
+        let mut steps = Restore::unbound(&socket, &connection.control, None).unwrap();
+        rustix::net::bind(&socket, &local).unwrap();
+        rustix::net::connect(&socket, &remote).unwrap();
+        steps.connected(None).unwrap();
+        steps.receive_queue(&connection.receive_queue, None).unwrap();
+        ends.connect_hosts();
+        wait_until("it arrives again", || info(&socket).state == State::CloseWait);
+        ends.disconnect_hosts();
+        steps.send_queue(&connection.send_queue).unwrap();
+        let restored = steps.finish().unwrap();
+        ends.connect_hosts();
+        restored.resume().unwrap();
+        ends.ours = socket;
         ends.finish();
     }
 }
