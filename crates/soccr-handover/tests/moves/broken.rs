@@ -232,38 +232,44 @@ impl Write for Slow {
 }
 
 pub fn a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else() {
-    // BEGIN, CONNECTION, COMMIT.
-    for pieces in 0..3 {
-        let (mut ours, peers) = connect(1);
-        let (here, there) = UnixStream::pair().unwrap();
-        let listening = listen(there, Terms::default());
-        let (ended, has_ended) = channel();
-        let fails = Arc::new(AtomicBool::new(false));
-        let channel = here.try_clone().unwrap();
-        let reader = Failing { channel, fails: Arc::clone(&fails), _ended: ended };
-        let writer = Slow { channel: here.try_clone().unwrap(), pieces, fails, has_ended };
-        let mut threads = Threads::new(reader, writer).unwrap();
-        // It waits so long for the word that is late; what comes before that may take its time.
-        let (mut limits, short) = (Limits::default(), Duration::from_secs(5));
-        match pieces {
-            0 => limits.start = short,
-            1 => limits.answer = short,
-            _ => {}
+    // BEGIN, CONNECTION, COMMIT: each waits for its own limit.
+    thread::scope(|scope| {
+        for pieces in 0..3 {
+            scope.spawn(move || a_late_piece_ends_nothing_else(pieces));
         }
-        let mover = Mover::with(limits).unwrap();
-        let outcome = mover.take(ours.pop().unwrap()).unwrap().send(&mut threads);
-        drop(threads);
-        here.shutdown(Shutdown::Both).unwrap();
-        let mut arrived = listening.join().unwrap();
-        match (pieces, outcome) {
-            (2, Outcome::Unknown(error)) => {
-                assert_eq!(error.kind(), ErrorKind::Gone);
-                assert_alive(&arrived.pop().unwrap().into_stream().unwrap(), &peers[0]);
-            }
-            (_, outcome) => assert_alive(&stays(outcome, ErrorKind::Gone), &peers[0]),
-        }
-        assert!(arrived.is_empty());
+    });
+}
+
+fn a_late_piece_ends_nothing_else(pieces: usize) {
+    let (mut ours, peers) = connect(1);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    let (ended, has_ended) = channel();
+    let fails = Arc::new(AtomicBool::new(false));
+    let channel = here.try_clone().unwrap();
+    let reader = Failing { channel, fails: Arc::clone(&fails), _ended: ended };
+    let writer = Slow { channel: here.try_clone().unwrap(), pieces, fails, has_ended };
+    let mut threads = Threads::new(reader, writer).unwrap();
+    // It waits so long for the word that is late; what comes before that may take its time.
+    let (mut limits, short) = (Limits::default(), Duration::from_secs(5));
+    match pieces {
+        0 => limits.start = short,
+        1 => limits.answer = short,
+        _ => {}
     }
+    let mover = Mover::with(limits).unwrap();
+    let outcome = mover.take(ours.pop().unwrap()).unwrap().send(&mut threads);
+    drop(threads);
+    here.shutdown(Shutdown::Both).unwrap();
+    let mut arrived = listening.join().unwrap();
+    match (pieces, outcome) {
+        (2, Outcome::Unknown(error)) => {
+            assert_eq!(error.kind(), ErrorKind::Gone);
+            assert_alive(&arrived.pop().unwrap().into_stream().unwrap(), &peers[0]);
+        }
+        (_, outcome) => assert_alive(&stays(outcome, ErrorKind::Gone), &peers[0]),
+    }
+    assert!(arrived.is_empty());
 }
 
 /// Passes nothing on, and fails in the end.

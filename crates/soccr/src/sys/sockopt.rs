@@ -4,7 +4,7 @@ use std::io;
 use std::mem::{MaybeUninit, size_of, size_of_val};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use rustix::ioctl::{Getter, Opcode, ioctl};
+use rustix::ioctl::{Opcode, Updater, ioctl};
 
 /// A type without padding and without invalid bit patterns, as socket options are.
 ///
@@ -64,12 +64,15 @@ pub(crate) fn set_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8])
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), length) })
 }
 
-/// Asks an ioctl that answers with one `int`.
+/// Asks an ioctl that answers with one `int`. It is set before: valgrind knows few of them, and would tell a program in C that what
+/// they have written is uninitialised.
 pub(crate) fn ioctl_int<const OPCODE: Opcode>(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut answer = 0;
     // SAFETY: this module's callers name only ioctls that write one `int`.
-    let getter = unsafe { Getter::<OPCODE, i32>::new() };
+    let question = unsafe { Updater::<OPCODE, i32>::new(&mut answer) };
     // SAFETY: as above.
-    Ok(unsafe { ioctl(fd, getter) }?)
+    unsafe { ioctl(fd, question) }?;
+    Ok(answer)
 }
 
 /// The signal that a socket sends to its owner (`F_GETSIG`); 0 stands for SIGIO.
