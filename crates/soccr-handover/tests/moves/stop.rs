@@ -52,9 +52,12 @@ pub fn a_thread_that_does_not_stop_holds_no_other_up() {
         length > 0
     };
     wait_until("it ticks", &mut ticked);
+    // In this state is also who waits for a page of a file, but has no child then.
     wait_until("it waits for its child", || {
-        let status = std::fs::read_to_string(format!("/proc/{}/stat", program.id())).unwrap();
-        status.split_once(") ").unwrap().1.starts_with('D')
+        let of_process =
+            |file: String| std::fs::read_to_string(format!("/proc/{}/{file}", program.id())).unwrap();
+        let has_child = !of_process(format!("task/{}/children", program.id())).is_empty();
+        has_child && of_process("stat".into()).split_once(") ").unwrap().1.starts_with('D')
     });
     let mut sharing = Sharing::find(&[inode]).unwrap();
     let error = Stopped::stop(&mut sharing).unwrap_err();
