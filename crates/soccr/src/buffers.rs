@@ -57,7 +57,7 @@ pub(crate) struct Memory {
     pub(crate) buffers: Buffers,
     /// What the receive queue takes.
     pub(crate) receive_queue: u32,
-    /// What options take: packet filters and keys of TCP MD5 do.
+    /// What options take: packet filters and keys of TCP MD5 and TCP-AO do.
     pub(crate) options: u32,
     /// What the kernel has reserved for the queues of TCP, used or not.
     pub(crate) reserved: u32,
@@ -84,11 +84,11 @@ fn sizes(fd: BorrowedFd<'_>) -> Result<[u32; 9]> {
     sockopt::get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO).map_err(|error| Error::system("SO_MEMINFO", error))
 }
 
-/// Whether there is anything in the receive queue, and in the send queue: all of it takes memory, and so does what is in the
-/// error queue or out of order.
-pub(crate) fn in_use(fd: BorrowedFd<'_>) -> Result<(bool, bool)> {
-    let [receive_queue, _, _, _, _, send_queue, ..] = sizes(fd)?;
-    Ok((receive_queue > 0, send_queue > 0))
+/// Whether there is anything in the receive queue, in the send queue, and among the options: all of it takes memory, and so does what
+/// is in the error queue or out of order.
+pub(crate) fn in_use(fd: BorrowedFd<'_>) -> Result<(bool, bool, bool)> {
+    let [receive_queue, _, _, _, _, send_queue, options, ..] = sizes(fd)?;
+    Ok((receive_queue > 0, send_queue > 0, options > 0))
 }
 
 /// Sizes, then the locks: setting a size locks it. Returns what has come of it.

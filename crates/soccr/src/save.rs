@@ -62,10 +62,6 @@ pub(crate) fn save(
         return Err(Error::refused("a socket with kernel TLS (kTLS)", remedy));
     }
     let memory = buffers::read(fd)?;
-    if memory.options > 0 {
-        // Keys are among what takes it.
-        refuse_authentication(fd)?;
-    }
     connection.buffers = Some(memory.buffers);
     connection.settings.read_into(fd, connection.local, memory.options);
     steer::forget_transparency(fd, connection.local, &mut connection.settings);
@@ -129,7 +125,6 @@ pub(crate) fn bare<M: AsMut<[MaybeUninit<u8>]>>(
         Ok(room)
     };
     refuse_layer(fd)?;
-    refuse_authentication(fd)?;
     let (position, control, urgent, path, (send_queue, receive_queue)) =
         standing_still(fd, false, |control, marked| {
             Ok((peek(Queue::Send, control.outq_len, false)?, peek(Queue::Receive, control.inq_len, marked)?))
@@ -178,8 +173,16 @@ fn control_block(
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
     let mut state = kernel_state(info)?;
     let reset = check_savable(fd, state, decrypts)?;
-    // One call instead of three for a connection that rests. A reset empties the send queue, but not its length.
-    let (receives, sends) = if state == State::Close { (true, true) } else { buffers::in_use(fd)? };
+    // One call instead of four for a connection that rests.
+    let (mut receives, mut sends, has_options) = buffers::in_use(fd)?;
+    if has_options {
+        // Keys are among what takes it.
+        refuse_authentication(fd)?;
+    }
+    if state == State::Close {
+        // A reset empties the send queue, but not its length.
+        (receives, sends) = (true, true);
+    }
     // The TLS layer answers in the place of TCP to whoever looks into the queue.
     let (inq_len, urgent) = if decrypts || !receives { (0, None) } else { queue::receive_queue_extent(fd)? };
     let (mut unacknowledged, mut unsent) =
