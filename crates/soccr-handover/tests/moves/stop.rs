@@ -52,7 +52,7 @@ pub fn a_thread_that_does_not_stop_holds_no_other_up() {
         length > 0
     };
     wait_until("it ticks", &mut ticked);
-    // In this state is also who waits for a page of a file, but has no child then.
+    // A thread that waits for a page of a file is in state D, too, but it has no child yet.
     wait_until("it waits for its child", || {
         let of_process =
             |file: String| std::fs::read_to_string(format!("/proc/{}/{file}", program.id())).unwrap();
