@@ -27,6 +27,8 @@ mod counters;
 mod cpu;
 mod enter;
 #[cfg(feature = "harness")]
+mod faults;
+#[cfg(feature = "harness")]
 mod harness;
 mod host;
 mod lan;
@@ -51,6 +53,8 @@ pub use case::{Case, Made, Peer};
 pub use cpu::OnCpu;
 pub use enter::{Unavailable, enter};
 #[cfg(feature = "harness")]
+pub use faults::{Faults, option_of, supervised};
+#[cfg(feature = "harness")]
 pub use harness::{Test, harness};
 pub use host::{Family, Host};
 pub use lan::Lan;
@@ -65,10 +69,10 @@ pub use skip::skip;
 pub use sniffer::Sniffer;
 pub use soccr_netlink::Rtnetlink;
 #[cfg(feature = "harness")]
-pub use sys::{Call, let_fail, run_and_kill, run_and_watch};
+pub use sys::{Call, Supervisor, let_fail, run_and_kill, run_and_watch};
 #[cfg(all(feature = "harness", target_arch = "x86_64"))]
 pub use sys::{End, Entry, Verdict, run_family};
-pub use sys::{as_owner, attach_filter, option, programs_on_lo, set_option};
+pub use sys::{as_owner, attach_filter, detach_filter, option, programs_on_lo, set_option};
 pub use tcp::{State, TcpInfo};
 pub use topology::{Lab, Pair, Side};
 pub use wait::{LIMIT, wait_until};

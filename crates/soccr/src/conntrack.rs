@@ -81,11 +81,21 @@ impl Tracking {
 
 /// What is known about a connection in the network namespace of its socket, where that is more than its addresses.
 /// `None` as well where nothing is tracked, or nobody tells.
-pub(crate) fn read(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> Option<Tracked> {
+///
+/// # Errors
+/// The kernel has an entry, and could not tell of it: the connection may be translated.
+pub(crate) fn read(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> Result<Option<Tracked>> {
     if has_entry(socket, flow) != Some(true) {
-        return None;
+        return Ok(None);
     }
-    read_by(injectors.netfilter(socket).ok()?, flow)
+    let tracked = injectors.netfilter(socket).and_then(|netlink| {
+        beyond_addresses(netlink, flow).map_err(|error| Error::system("conntrack", error))
+    });
+    match tracked {
+        // Rights over the socket alone are enough where nothing is translated.
+        Err(error) if error.errno() == Some(libc::EPERM) => Ok(None),
+        tracked => tracked,
+    }
 }
 
 /// Whether there is an entry for what the socket sends; `None` where the kernel cannot track connections. One call that
@@ -101,8 +111,12 @@ fn has_entry(socket: BorrowedFd<'_>, flow: Flow) -> Option<bool> {
     }
 }
 
-fn read_by(netlink: &mut Socket, flow: Flow) -> Option<Tracked> {
-    find(netlink, flow).ok().flatten().filter(|tracked| *tracked != Tracked::plain(flow))
+fn beyond_addresses(netlink: &mut Socket, flow: Flow) -> io::Result<Option<Tracked>> {
+    match find(netlink, flow) {
+        // This kernel tells nobody about its entries.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+        found => Ok(found?.filter(|tracked| *tracked != Tracked::plain(flow))),
+    }
 }
 
 /// Makes a connection known in the network namespace of its socket, and returns it as its packets must show it to reach the
@@ -193,21 +207,30 @@ fn untranslated(wanted: Tracked, reason: &str) -> Error {
 }
 
 /// As packets show them before they are translated: those of these connections for which that makes a difference.
-pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> Vec<(Flow, Flow)> {
+///
+/// # Errors
+/// Whether they are translated could not be found out.
+pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> io::Result<Vec<(Flow, Flow)>> {
     /// Where nothing was translated a moment ago, nothing is that is worth a lock.
     static PLAIN: Recently = Recently::within(Duration::from_millis(10));
     if PLAIN.holds_at(netlink.as_fd()) || !is_loaded() {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    if !translates(netlink).unwrap_or(true) {
-        PLAIN.note_at(netlink.as_fd());
-        return Vec::new();
-    }
-    let wire = |flow: &Flow| {
-        let tracked = read_by(netlink, *flow).filter(|tracked| tracked.is_translated(*flow))?;
-        Some((*flow, tracked.wire))
+    let translates = match translates(netlink) {
+        // Without a right, or a thread, to enter their namespace with: the entries tell.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EAGAIN)) => true,
+        translates => translates?,
     };
-    flows.iter().filter_map(wire).collect()
+    if !translates {
+        PLAIN.note_at(netlink.as_fd());
+        return Ok(Vec::new());
+    }
+    let mut translated = Vec::new();
+    for &flow in flows {
+        let tracked = beyond_addresses(netlink, flow)?.filter(|tracked| tracked.is_translated(flow));
+        translated.extend(tracked.map(|tracked| (flow, tracked.wire)));
+    }
+    Ok(translated)
 }
 
 /// The kernel can track connections: otherwise to ask it would load what nobody here uses.

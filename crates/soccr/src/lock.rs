@@ -296,7 +296,8 @@ impl Shared {
     fn lock(&self, flows: &[Flow]) -> Result<()> {
         flows.iter().try_for_each(validate)?;
         // Packets arrive with the addresses that they have before they are translated.
-        let translated = self.with_table(|table| Ok(conntrack::translated(table.socket(), flows)))?;
+        let translated = self.with_table(|table| conntrack::translated(table.socket(), flows));
+        let translated = translated.map_err(|error| Error::system("conntrack", error))?;
         self.with_table(|table| table.reserve(flows))?;
         let add = || self.with_table(|table| table.add(flows, &translated));
         let Some(reader) = &self.reader else { return add() };

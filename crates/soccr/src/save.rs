@@ -104,7 +104,7 @@ pub(crate) fn save(
     connection.settings.note_notices(memory.options, connection.control.outq_len);
     connection.remote = remote_address(fd, peer)?;
     connection.owner = rustix::fs::fstat(fd).ok().map(|stat| Owner { user: stat.st_uid, group: stat.st_gid });
-    connection.tracked = conntrack::read(injectors, fd, connection.flow());
+    connection.tracked = conntrack::read(injectors, fd, connection.flow())?;
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
     if memory.options > 0 && connection.control.state != State::Close {
         connection.settings.read_keys(fd, connection.flow())?;

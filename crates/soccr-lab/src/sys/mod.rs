@@ -6,6 +6,8 @@ mod family;
 mod ring;
 #[cfg(feature = "harness")]
 mod steps;
+#[cfg(feature = "harness")]
+mod supervisor;
 
 use std::ffi::c_int;
 use std::io;
@@ -18,6 +20,8 @@ pub use family::{End, Entry, Verdict, run_family};
 pub(crate) use ring::{Frame, Ring};
 #[cfg(feature = "harness")]
 pub use steps::{Call, let_fail, run_and_kill, run_and_watch};
+#[cfg(feature = "harness")]
+pub use supervisor::Supervisor;
 
 /// The namespaces that [`unshare`] makes.
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +97,7 @@ pub fn attach_filter(socket: impl AsFd, program: &[libc::sock_filter]) -> io::Re
 }
 
 /// Lets all packets pass again (`SO_DETACH_FILTER`).
-pub(crate) fn detach_filter(socket: impl AsFd) -> io::Result<()> {
+pub fn detach_filter(socket: impl AsFd) -> io::Result<()> {
     set_option(socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; size_of::<c_int>()])
 }
 

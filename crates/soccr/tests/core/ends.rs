@@ -12,9 +12,9 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socke
 use soccr::connection::{Connection, Path, State as Saved, Window};
 use soccr::settings::Value;
 use soccr::{Restored, pause};
-use soccr_lab::{Case, Family, Flags, Made, OnCpu, Pair, Sniffer, State, TcpInfo, wait_until};
-
-use crate::sys;
+use soccr_lab::{
+    Case, Family, Flags, Made, OnCpu, Pair, Sniffer, State, TcpInfo, attach_filter, detach_filter, wait_until,
+};
 
 /// The port of the peer.
 pub const PORT: u16 = 5000;
@@ -132,12 +132,12 @@ impl Ends {
 
     /// From now on the peer hears nothing.
     pub fn deafen(&self) {
-        sys::set_deaf(&self.peer, true).unwrap();
+        set_deaf(&self.peer, true).unwrap();
     }
 
     /// The peer hears again, if it did not.
     pub fn undeafen(&self) {
-        match sys::set_deaf(&self.peer, false) {
+        match set_deaf(&self.peer, false) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             other => other.unwrap(),
         }
@@ -296,16 +296,23 @@ pub fn info(end: &TcpStream) -> TcpInfo {
     TcpInfo::of(end).unwrap()
 }
 
+/// Drops every segment that arrives for this socket, before the kernel has looked at it, or none.
+pub fn set_deaf(socket: impl AsFd, deaf: bool) -> io::Result<()> {
+    const NOTHING: libc::sock_filter =
+        libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
+    if deaf { attach_filter(socket, &[NOTHING]) } else { detach_filter(socket) }
+}
+
 /// Reads an integer option.
 pub fn option(fd: impl AsFd, level: i32, name: i32) -> io::Result<i32> {
     let mut value = [0; 4];
-    sys::get_option(fd, level, name, &mut value)?;
+    soccr_lab::option(fd, level, name, &mut value)?;
     Ok(i32::from_ne_bytes(value))
 }
 
 /// Sets an integer option.
 pub fn set_option(fd: impl AsFd, level: i32, name: i32, value: i32) {
-    sys::set_option(fd, level, name, &value.to_ne_bytes()).unwrap();
+    soccr_lab::set_option(fd, level, name, &value.to_ne_bytes()).unwrap();
 }
 
 /// The two saves differ in nothing but in what time changes.
@@ -351,7 +358,7 @@ pub fn comparable(connection: &Connection) -> Connection {
 
 pub fn info_bytes(end: &TcpStream) -> [u8; 512] {
     let mut info = [0; 512];
-    sys::get_option(end, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
+    soccr_lab::option(end, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info).unwrap();
     info
 }
 

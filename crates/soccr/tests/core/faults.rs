@@ -11,14 +11,15 @@ use soccr::bulk;
 use soccr::connection::Connection;
 use soccr::lock::{Locker, Mode};
 use soccr::{Error, ErrorKind, Paused, pause};
-use soccr_lab::{Case, Family, Flags, Made, Pair, Sniffer, State, wait_until};
+use soccr_lab::{
+    Call, Case, Family, Faults, Flags, Made, Pair, Sniffer, State, Supervisor, option_of, supervised,
+    wait_until,
+};
 
 use crate::ends::{
     Ends, PORT, assert_nothing_new, assert_same, comparable, has_peek_offset, info, option, set_option,
     small_window,
 };
-use crate::supervised::{Faults, option_of, supervised};
-use crate::sys::{Call, Supervisor};
 
 const TCP_REPAIR: i32 = 19;
 
@@ -111,7 +112,7 @@ fn name(call: Call) -> Option<&'static str> {
             (libc::SOL_SOCKET, libc::SO_MEMINFO) => "SO_MEMINFO",
             _ => return None,
         },
-        libc::SYS_ioctl => match call.args[1] {
+        libc::SYS_ioctl => match call.arguments[1] {
             0x541B => "SIOCINQ",
             0x8905 => "SIOCATMARK",
             0x5411 => "SIOCOUTQ",
@@ -135,7 +136,7 @@ fn name(call: Call) -> Option<&'static str> {
 }
 
 fn peeks_out_of_band(call: Call) -> bool {
-    call.number == libc::SYS_recvfrom && call.args[3] as i32 & libc::MSG_OOB != 0
+    call.number == libc::SYS_recvfrom && call.arguments[3] as i32 & libc::MSG_OOB != 0
 }
 
 /// The error says at which step what went wrong, and how.

@@ -14,14 +14,15 @@ use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
 use soccr::connection::{Buffers, Connection, QUEUE_LIMIT, Urgent, Window};
 use soccr::settings::Value;
 use soccr::{Error, ErrorKind, Fidelity, Flow, Paused, pause};
-use soccr_lab::{Case, Family, Flags, Namespace, Pair, Sniffer, State, VethEnd, veth, wait_until};
+use soccr_lab::{
+    Case, Family, Flags, Namespace, Pair, Sniffer, State, VethEnd, supervised, veth, wait_until,
+};
 
 use crate::ends::{
-    Ends, LIMIT, PORT, assert_same, assert_same_bytes, has_peek_offset, info, option, pattern, set_option,
-    unconnected,
+    Ends, LIMIT, PORT, assert_same, assert_same_bytes, has_peek_offset, info, option, pattern, set_deaf,
+    set_option, unconnected,
 };
 use crate::states::through_bytes;
-use crate::supervised::supervised;
 use crate::sys;
 
 fn assert_refused<T: std::fmt::Debug>(
@@ -209,7 +210,7 @@ pub fn an_mptcp_socket_is_refused() {
 
 pub fn an_upper_layer_protocol_is_refused() {
     let ends = Ends::new(Family::V4);
-    match sys::set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls\0") {
+    match soccr_lab::set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls\0") {
         Ok(()) => drop(assert_refused(save(&ends.ours), "save", "kernel TLS", "handshake")),
         Err(error) => soccr_lab::skip(format_args!("no kTLS here: {error}")),
     }
@@ -463,7 +464,7 @@ pub fn a_blocked_connect_goes_on() {
     let pair = Pair::new().unwrap();
     let mut wire = Sniffer::flagged(&pair.b.namespace, "eth0", Flags::SYN).unwrap();
     let listener = pair.b.run(|| TcpListener::bind(pair.b.address(Family::V4, PORT))).unwrap();
-    sys::set_deaf(&listener, true).unwrap();
+    set_deaf(&listener, true).unwrap();
     let remote = pair.a.address_of(&pair.b, Family::V4, PORT);
     let socket = pair.a.run(|| unconnected(Family::V4));
     let connection = thread::scope(|scope| {
@@ -480,7 +481,7 @@ pub fn a_blocked_connect_goes_on() {
     let ours = restored.resume().unwrap();
     assert_eq!(info(&ours).state, State::SynSent);
     assert!(!rustix::fs::fcntl_getfl(&ours).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
-    sys::set_deaf(&listener, false).unwrap();
+    set_deaf(&listener, false).unwrap();
     wait_until("the handshake is over", || info(&ours).state == State::Established);
     let (peer, _) = listener.accept().unwrap();
     Ends::between(pair, ours, peer, remote).finish();
@@ -545,14 +546,14 @@ pub fn a_blocked_connect_goes_on_though_the_old_socket_holds_its_port() {
     rustix::net::bind(&old, &local).unwrap();
     rustix::io::ioctl_fionbio(&old, true).unwrap();
     let listener = pair.b.run(|| TcpListener::bind(remote)).unwrap();
-    sys::set_deaf(&listener, true).unwrap();
+    set_deaf(&listener, true).unwrap();
     let _ = connect(&old, &remote);
     let paused = pause(&old).unwrap();
     let connection = paused.save().unwrap();
     paused.detach().unwrap();
     let restored = pair.a.run(|| connection.restore()).unwrap();
     let ours = restored.resume().unwrap();
-    sys::set_deaf(&listener, false).unwrap();
+    set_deaf(&listener, false).unwrap();
     wait_until("the handshake is over", || info(&ours).state == State::Established);
     let (peer, _) = listener.accept().unwrap();
     drop(old);

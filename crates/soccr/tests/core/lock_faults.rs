@@ -8,11 +8,9 @@ use std::time::Duration;
 use soccr::connection::Flow;
 use soccr::lock::{Locker, Mode, PersistentLock};
 use soccr::{Lock, Restored, pause};
-use soccr_lab::{Family, OnCpu, Pair, Shape, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Family, Faults, OnCpu, Pair, Shape, TcpInfo, supervised, sysctl, wait_until};
 
-use crate::ends::{Ends, PORT, info};
-use crate::supervised::{Faults, supervised};
-use crate::sys::set_deaf;
+use crate::ends::{Ends, PORT, info, set_deaf};
 
 /// Calls `body` until it comes to an end without the fault that it arms.
 fn with_every_fault(mut body: impl FnMut(&Faults, &dyn Fn()) -> bool + Send) {

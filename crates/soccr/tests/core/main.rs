@@ -23,7 +23,6 @@ mod routes;
 mod shut;
 mod stages;
 mod states;
-mod supervised;
 mod sys;
 mod unread;
 mod urgent;

@@ -7,8 +7,8 @@ use rustix::net::{SendFlags, sendto};
 use soccr::{ErrorKind, pause};
 use soccr_lab::{Family, Pair, State, sysctl, wait_until};
 
-use crate::ends::{Ends, PORT, info, unconnected};
-use crate::sys::{self, Memory};
+use crate::ends::{Ends, PORT, info, set_deaf, unconnected};
+use crate::sys::Memory;
 
 /// As a whole, and as the C library saves it.
 fn assert_refused(socket: impl AsFd, what: &str) {
@@ -27,14 +27,14 @@ pub fn a_handshake_that_carries_data() {
         // A client, of servers whose cookie it has not got either.
         pair.a.run(|| sysctl("net/ipv4/tcp_fastopen", "5")).unwrap();
         let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, PORT))).unwrap();
-        sys::set_deaf(&listener, true).unwrap();
+        set_deaf(&listener, true).unwrap();
         let remote = pair.a.address_of(&pair.b, family, PORT);
         let ours = pair.a.run(|| unconnected(family));
         let flags = SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32) | SendFlags::DONTWAIT;
         assert_eq!(sendto(&ours, b"early", flags, &remote), Ok(5));
         assert_eq!(info(&ours).state, State::SynSent);
         assert_refused(&ours, "a handshake that carries data");
-        sys::set_deaf(&listener, false).unwrap();
+        set_deaf(&listener, false).unwrap();
         wait_until("the handshake is over", || info(&ours).state == State::Established);
         let (peer, _) = listener.accept().unwrap();
         let mut ends = Ends::between(pair, ours, peer, remote);
@@ -47,7 +47,7 @@ pub fn a_socket_that_signs_its_segments() {
     const ADD_KEY: i32 = 38;
     let mut missing = None;
     let mut sign = |socket: std::os::fd::BorrowedFd<'_>, peer: SocketAddr| {
-        let set = sys::set_option(socket, libc::IPPROTO_TCP, ADD_KEY, &key(peer));
+        let set = soccr_lab::set_option(socket, libc::IPPROTO_TCP, ADD_KEY, &key(peer));
         missing = set.err().or(missing.take());
     };
     let pair = Pair::new().unwrap();

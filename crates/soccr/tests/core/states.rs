@@ -8,8 +8,7 @@ use soccr::settings::Value;
 use soccr::{Paused, Restored, pause};
 use soccr_lab::{Case, Family, Flags, Made, Pair, Segment, Sniffer, State, Test, wait_until};
 
-use crate::ends::{Ends, PORT, assert_nothing_new, assert_same, info, unconnected};
-use crate::sys;
+use crate::ends::{Ends, PORT, assert_nothing_new, assert_same, info, set_deaf, unconnected};
 
 const RECEIVED: usize = 5000;
 const SENT: usize = 6000;
@@ -75,7 +74,7 @@ pub fn a_handshake_that_the_peer_has_answered_goes_on() {
         let remote = pair.a.address_of(&pair.b, family, PORT);
         let socket = pair.a.run(|| unconnected(family));
         socket.set_nonblocking(true).unwrap();
-        sys::set_deaf(&socket, true).unwrap();
+        set_deaf(&socket, true).unwrap();
         rustix::net::connect(&socket, &remote).unwrap_err();
         let mut answer = None;
         wait_until("the peer has answered", || {

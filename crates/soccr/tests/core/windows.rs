@@ -11,7 +11,6 @@ use soccr::{Restore, Restored};
 use soccr_lab::{Family, Segment, Sniffer, TcpInfo, Test, wait_until};
 
 use crate::ends::{Ends, LIMIT, PORT, assert_same_bytes, info, pattern, probes, set_option, unconnected};
-use crate::sys;
 
 /// What waits at the peer, where its buffer is large enough.
 const WAITING: usize = 1 << 20;
@@ -179,7 +178,7 @@ fn write(ends: &mut Ends, piece: usize) {
 fn assert_window(socket: impl AsFd, connection: &Connection) {
     const TCP_REPAIR_WINDOW: i32 = 29;
     let mut words = [0; 20];
-    sys::get_option(socket, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &mut words).unwrap();
+    soccr_lab::option(socket, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, &mut words).unwrap();
     let window = connection.control.window.unwrap();
     assert_eq!(words[12..], [window.rcv_wnd, window.rcv_wup].map(u32::to_ne_bytes).concat());
 }

@@ -1,24 +1,24 @@
 //! Moves beside firewalls that other people have set up: they work, or say why not. The firewalls are made by the
 //! program `nft`; where it is not installed, the tests say so and pass over it.
 
+mod nat;
+
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
 
-use rustix::net::sockopt::{set_socket_linger, set_socket_oobinline};
+use rustix::net::sockopt::set_socket_oobinline;
 use rustix::net::{SendFlags, send};
 use rustix::process::{
     DumpableBehavior, Signal, dumpable_behavior, parent_process_death_signal, set_dumpable_behavior,
     set_parent_process_death_signal,
 };
-use soccr::lock::{Locker, Mode, PersistentLock};
+use soccr::lock::PersistentLock;
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
-    Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, option,
-    skip, sysctl, wait_until,
+    Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, skip,
+    sysctl, wait_until,
 };
-use socket2::{Domain, Protocol, Socket, Type};
 
 fn main() -> ExitCode {
     let tests = [
@@ -52,23 +52,27 @@ fn main() -> ExitCode {
             a_strict_firewall_of_a_host_that_has_never_seen_it,
         ),
         Test::new("a_host_it_comes_back_to", a_host_it_comes_back_to),
-        Test::new("a_redirected_connection_moves_on_one_host", a_redirected_connection_moves_on_one_host),
         Test::new(
-            "a_redirected_connection_moves_to_another_host",
-            a_redirected_connection_moves_to_another_host,
+            "nat::a_redirected_connection_moves_on_one_host",
+            nat::a_redirected_connection_moves_on_one_host,
         ),
         Test::new(
-            "a_connection_with_another_source_moves_to_another_host",
-            a_connection_with_another_source_moves_to_another_host,
-        ),
-        Test::new("without_the_same_nat_it_is_refused", without_the_same_nat_it_is_refused),
-        Test::new(
-            "a_redirected_connection_that_was_reset_is_carried",
-            a_redirected_connection_that_was_reset_is_carried,
+            "nat::a_redirected_connection_moves_to_another_host",
+            nat::a_redirected_connection_moves_to_another_host,
         ),
         Test::new(
-            "legacy_iptables_translate_in_another_namespace",
-            legacy_iptables_translate_in_another_namespace,
+            "nat::a_connection_with_another_source_moves_to_another_host",
+            nat::a_connection_with_another_source_moves_to_another_host,
+        ),
+        Test::new("nat::without_the_same_nat_it_is_refused", nat::without_the_same_nat_it_is_refused),
+        Test::new(
+            "nat::a_redirected_connection_that_was_reset_is_carried",
+            nat::a_redirected_connection_that_was_reset_is_carried,
+        ),
+        Test::new("nat::what_cannot_be_found_out_is_told", nat::what_cannot_be_found_out_is_told),
+        Test::new(
+            "nat::legacy_iptables_translate_in_another_namespace",
+            nat::legacy_iptables_translate_in_another_namespace,
         ),
         Test::new("a_link_local_connection_that_we_began_moves", a_link_local_connection_that_we_began_moves),
         Test::new("a_socket_belongs_to_its_owner_again", a_socket_belongs_to_its_owner_again),
@@ -167,131 +171,6 @@ fn a_host_it_comes_back_to() {
         traveller.talk();
     }
     traveller.travel().unwrap();
-}
-
-/// As service meshes and published ports do it.
-const REDIRECT: &str =
-    "chain nat { type nat hook prerouting priority -100; tcp dport 80 redirect to :8080; }";
-
-fn a_redirected_connection_moves_on_one_host() {
-    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
-    for _ in 0..2 {
-        let restored = traveller.lab.a.run(|| {
-            let lock = Lock::hold(&[Flow::of(&traveller.ours).unwrap()]).unwrap();
-            let paused = soccr::pause(&traveller.ours).unwrap();
-            let connection = paused.save().unwrap();
-            traveller.peer.write_all(b"held").unwrap();
-            wait_until("it is held", || lock.held() > 0);
-            paused.detach().unwrap();
-            let restored = connection.restore().unwrap();
-            assert!(
-                restored.report().get("rtt").is_none_or(|rtt| !rtt.reason().contains("arrive")),
-                "{}",
-                restored.report()
-            );
-            lock.release_into(&[&restored]).unwrap();
-            restored
-        });
-        traveller.ours = restored.resume().unwrap();
-        expect(&mut traveller.ours, b"held");
-        traveller.talk();
-    }
-    assert_eq!(traveller.resets.segments().unwrap(), []);
-}
-
-fn a_redirected_connection_moves_to_another_host() {
-    for strict in ["", STRICT] {
-        let Some(mut traveller) = Traveller::to(&format!("{REDIRECT}\n{strict}"), 80, 8080) else { return };
-        traveller.travel().unwrap();
-        traveller.travel().unwrap();
-    }
-}
-
-fn a_connection_with_another_source_moves_to_another_host() {
-    // Our end has begun it, from an address of its own that the peer never sees.
-    let rules = "chain nat { type nat hook postrouting priority 100; ip saddr 10.0.0.1 snat to 192.0.2.1; }";
-    let own = std::net::Ipv4Addr::new(10, 0, 0, 1);
-    let connect = |lab: &Lab| {
-        for host in [&lab.a, &lab.b] {
-            host.run(|| soccr_lab::Rtnetlink::here().unwrap().add_address("lo", own.into(), 32)).unwrap();
-        }
-        let listener = lab.peer.run(|| TcpListener::bind(lab.peer.address(Family::V4, 80))).unwrap();
-        let ours = lab.a.run(|| {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            socket.bind(&std::net::SocketAddr::from((own, 0)).into()).unwrap();
-            socket.connect(&listener.local_addr().unwrap().into()).unwrap();
-            TcpStream::from(socket)
-        });
-        (listener.accept().unwrap().0, ours)
-    };
-    let Some(mut traveller) = Traveller::with(rules, connect) else { return };
-    assert_eq!(traveller.peer.peer_addr().unwrap().ip(), traveller.lab.a.v4);
-    traveller.travel().unwrap();
-    traveller.travel().unwrap();
-}
-
-fn without_the_same_nat_it_is_refused() {
-    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
-    assert!(flush(&traveller.lab.b));
-    let error = traveller.travel().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
-    assert!(error.to_string().contains("192.0.2.1:80") && error.to_string().contains("NAT"), "{error}");
-    assert_eq!(traveller.resets.segments().unwrap(), []);
-}
-
-/// The reset that is played shows the addresses that the peer knows, as all that is played does.
-fn a_redirected_connection_that_was_reset_is_carried() {
-    let strict =
-        "chain first { type filter hook input priority -1; ct state invalid,new tcp flags & syn == 0 drop; }";
-    for rules in ["", strict] {
-        let Some(Traveller { lab, mut peer, ours, .. }) =
-            Traveller::to(&format!("{REDIRECT}\n{rules}"), 80, 8080)
-        else {
-            return;
-        };
-        let remote = ours.peer_addr().unwrap();
-        peer.write_all(b"unread").unwrap();
-        wait_until("the bytes have arrived", || ours.peek(&mut [0; 6]).unwrap() == 6);
-        set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
-        drop(peer);
-        wait_until("the reset has arrived", || TcpInfo::of(&ours).unwrap().state == State::Close);
-        let mut ours = lab.a.run(|| {
-            let paused = soccr::pause(&ours).unwrap().with_peer(remote);
-            let connection = paused.save().unwrap();
-            assert!(connection.control.reset && connection.tracked.is_some());
-            paused.detach().unwrap();
-            connection.restore().unwrap().resume().unwrap()
-        });
-        expect(&mut ours, b"unread");
-        assert_eq!(ours.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-    }
-}
-
-/// Their tables are known in the network namespace that they are in, and not where the lock is made.
-fn legacy_iptables_translate_in_another_namespace() {
-    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
-    let host = &traveller.lab.a;
-    // Whoever asks for the table has made it (linux/netfilter_ipv4/ip_tables.h), and entries are applied on.
-    const IPT_SO_GET_INFO: i32 = 64;
-    let mut table = [0; 84];
-    table[..3].copy_from_slice(b"nat");
-    let asked = host.run(|| {
-        let socket = Socket::new(Domain::IPV4, Type::from(libc::SOCK_RAW), Some(Protocol::TCP)).unwrap();
-        option(&socket, libc::IPPROTO_IP, IPT_SO_GET_INFO, &mut table)
-    });
-    if let Err(error) = asked {
-        return soccr_lab::skip(format_args!("LEGACY IPTABLES: this kernel has none ({error})"));
-    }
-    // No table of nftables translates any more, and connections are tracked on.
-    assert!(flush(host) && apply(host, STRICT));
-    traveller.talk();
-    let flow = Flow::of(&traveller.ours).unwrap();
-    let lock = Locker::beside(&traveller.ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
-    traveller.peer.write_all(b"held").unwrap();
-    wait_until("it is here", || lock.held() > 0 || TcpInfo::of(&traveller.ours).unwrap().unread > 0);
-    assert!(lock.release().unwrap() > 0);
-    expect(&mut traveller.ours, b"held");
-    traveller.talk();
 }
 
 /// Connection tracking knows no scopes.

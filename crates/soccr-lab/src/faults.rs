@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::sys::{Call, Supervisor};
+use crate::{Call, Supervisor};
 
 /// The calls that this library makes for a socket.
 const CALLS: [i64; 14] = [
@@ -58,11 +58,12 @@ impl Plan {
     }
 }
 
-/// A fault that the kernel seems to have at the `left`th call from now on.
+/// A fault that the kernel seems to have in one call of a [`supervised`] thread.
 #[derive(Clone, Debug)]
 pub struct Faults(Arc<Mutex<Plan>>);
 
 impl Faults {
+    /// After `left` more calls the next one fails with `errno`.
     pub fn arm(&self, left: usize, errno: i32) {
         *self.0.lock().unwrap() = Plan { left: Some(left), errno, ..Plan::default() };
     }
@@ -103,6 +104,7 @@ pub fn supervised(body: impl FnOnce(&Faults) + Send) {
     });
 }
 
+/// The level and the name of the option that `getsockopt(2)` or `setsockopt(2)` is called for.
 pub fn option_of(call: Call) -> (i32, i32) {
-    (call.args[1] as i32, call.args[2] as i32)
+    (call.arguments[1] as i32, call.arguments[2] as i32)
 }
