@@ -1,7 +1,7 @@
 //! A chat room that moves to another process, here or on another host, while everybody talks: nobody notices.
 //!
 //! ```text
-//! cargo build --example chat
+//! cargo build --features tokio --example chat
 //! sudo target/debug/examples/chat 192.0.2.1:7000 127.0.0.1:9000            # HERE: the room; a successor may come on port 9000
 //! sudo target/debug/examples/chat 192.0.2.1:7000 127.0.0.1:9000 take       # THERE: takes it over, and is the room from then on
 //! ```

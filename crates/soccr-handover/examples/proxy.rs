@@ -2,7 +2,7 @@
 //! half a request has been read.
 //!
 //! ```text
-//! cargo build --example proxy
+//! cargo build --features tokio --example proxy
 //! sudo target/debug/examples/proxy 192.0.2.1:8080 127.0.0.1:9000          # HERE: answers; a successor may come on port 9000
 //! sudo target/debug/examples/proxy 192.0.2.1:8080 127.0.0.1:9000 take     # THERE: takes the connections over, and answers from then on
 //! ```

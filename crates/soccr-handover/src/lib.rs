@@ -92,10 +92,10 @@
 //! - **Threads.** A [`Mover`] has one, which reads what the lock holds, and one for a moment when it is dropped. Restoring many
 //!   connections uses as many threads as there are processors, until they are restored. All of these block all signals, and leave
 //!   them to yours. Any thread may use a mover, many at a time.
-//! - **Blocking.** `send`, `send_all` and `next` wait for the other end, up to the [`Limits`]. With the feature `tokio` only calls
-//!   of the kernel are waited for, microseconds to milliseconds, on the threads of `spawn_blocking`; the runtime needs its clock
-//!   and I/O driver (`enable_all`). A future that is dropped ends the hand-over then and there: on that thread what can come back is
-//!   put back, into [`Mover::came_back`].
+//! - **Blocking.** `send`, `send_all` and `next` wait for the other end, up to the [`Limits`]. With the feature `tokio` only
+//!   system calls block, for microseconds to milliseconds, on the threads of `spawn_blocking`; the runtime needs its clock and I/O
+//!   driver (`enable_all`). Dropping a future ends the hand-over at once; that thread puts what can come back into
+//!   [`Mover::came_back`].
 //! - **Fork.** A child that does not `exec` shares the sockets: what has left can come back into them only while it does not use
 //!   them. It also holds the lock of the mover open for as long as it lives.
 //! - **Namespaces.** A mover belongs to the network namespace of the thread that has made it. Threads that use it must be in the

@@ -87,8 +87,8 @@
 //!     │◀───────────────────────────────────────── END ────│
 //! ```
 //!
-//! The state that an application keeps about a connection is a record right before that. Both directions are streams of their own, each with preamble and END. The target answers BEGIN with its preamble, and the source
-//! disturbs nobody before that has come. Any number of connections is under way at once, numbered in ascending order; each goes
+//! The state that an application keeps about a connection is a record right before the CONNECTION. Both directions are streams of
+//! their own, each with preamble and END. The target answers BEGIN with its preamble, and the source disturbs nobody before that has come. Any number of connections is under way at once, numbered in ascending order; each goes
 //! its own way, by number. The source says ABORT instead of COMMIT to keep a connection that the target has ready.
 //! A sender must read the answers meanwhile: with both pipes full, both ends would wait for ever.
 //!
@@ -116,8 +116,8 @@
 //! BEGIN tells the place of the source. Only at the same place the socket that is in the way of a new one can be the source's;
 //! elsewhere the target refuses what it finds in use before it locks anything.
 //!
-//! The target tells its place, too (HERE): at the place of the source, whose locks are those of the target, nothing has to stay silent
-//! about what has left. What the target has to tell people it tells the source (NOTE), where that passes it on: up to its END.
+//! The target tells its place, too (HERE): if both are at one place, they share its locks, and the source need not stay silent about
+//! what has left. What the target has to tell people it tells the source (NOTE), where that passes it on: up to its END.
 //!
 //! A source that only asks sends TRIAL instead of CONNECTION: the target says READY or REFUSED, and nothing has happened.
 //!

@@ -1,5 +1,5 @@
-//! What this machine can do, by facts in which the tested code has no part: a test that was skipped for an error of that code would be
-//! skipped for its defects, too.
+//! What this machine can do, found out without the tested code: otherwise a defect of that code would skip the test that should
+//! find it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;

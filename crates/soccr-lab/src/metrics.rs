@@ -1,4 +1,4 @@
-//! What routes say of TCP; and the patience that it takes so that a busy machine causes no retransmission.
+//! TCP metrics of routes, also such that a busy machine causes no retransmission.
 
 use std::io;
 

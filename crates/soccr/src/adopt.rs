@@ -40,8 +40,8 @@
 //! Linux 6.9; `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_NET_RAW` in the initial user namespace; `net.ipv4.tcp_syncookies` 1 or 2; `lo` up.
 //!
 //! # Several listeners
-//! Where servers share a port (`SO_REUSEPORT`) the kernel chooses one by the addresses of the connection, and nobody else can
-//! ([`Adopter::listeners`] tells which they are): the old server closes its listener before its connections move.
+//! Where servers share a port (`SO_REUSEPORT`; [`Adopter::listeners`] tells which they are), only the kernel chooses one, by the
+//! addresses of the connection: the old server closes its listener before its connections move.
 //!
 //! # When to use it
 //! At boundaries of the application's protocol: a server that knows nothing of the connection's past gets it. Idle HTTP/1.1

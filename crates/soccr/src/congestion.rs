@@ -1,7 +1,7 @@
 //! The congestion window, the slow start threshold and ECN: what `TCP_REPAIR` forgets and no socket option sets.
 //!
 //! A congestion control algorithm may write them, and the kernel takes algorithms as BPF programs (`struct_ops`).
-//! Ours does nothing but write, when a socket changes to it, what a map holds for that socket:
+//! When a socket changes to ours, it writes what a map holds for that socket, and does nothing else:
 //!
 //! ```text
 //!  map[socket] = (snd_cwnd, snd_ssthresh, ecn_flags)

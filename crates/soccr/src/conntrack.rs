@@ -1,10 +1,10 @@
-//! Connection tracking: firewalls and NAT know a connection by an entry of the kernel, which a host that it comes to has not.
+//! Connection tracking: firewalls and NAT know a connection by an entry in the kernel; the host that it moves to has none.
 //!
 //! So the entry travels along, and is made where the connection is restored, before the first packet: a firewall that lets only
 //! established connections pass then knows that this one is, and NAT goes on to translate its addresses. An entry that is
-//! there already, perhaps from an earlier stay, is told the state of the connection, and to look at no windows.
+//! there already, perhaps from an earlier stay, gets the connection's state, and its window checks are turned off.
 //!
-//! The entry is found by the packets that the socket sends: those have the addresses that it knows.
+//! The entry is looked up by the socket's own addresses, which the packets that it sends have.
 //!
 //! # References
 //! `linux/netfilter/nfnetlink_conntrack.h`; conntrack(8).

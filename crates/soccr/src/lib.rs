@@ -61,7 +61,7 @@
 //!
 //! # What can go wrong
 //! Guards undo on drop: an early `?` leaves no socket frozen, no lock behind, and never resets the peer. Every [`Error`] names
-//! the step, the option, the errno and what to do. What cannot be carried is refused with the reason: listeners, MPTCP.
+//! the step, the option, the errno and what to do. What cannot be carried, such as a listener or MPTCP, is refused with the reason.
 //!
 //! If the socket belongs to another process (`pidfd_getfd(2)`), stop that process between `pause` and `detach`.
 

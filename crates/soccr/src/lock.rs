@@ -23,14 +23,14 @@
 //! ```
 //!
 //! Between two hosts the packets travel with the connection. The source calls [`Lock::take`] and sends the [`Held`]
-//! packets behind the connection; when packets reach it no more, or for [`SILENCE`] after, it stays silent by
-//! [`Lock::persist`], so that a late one draws no reset. The target calls [`Held::replay`] between `restore` and
+//! packets behind the connection; [`Lock::persist`] then keeps it silent for [`SILENCE`], or until packets no longer
+//! reach it, so that a late one draws no reset. The target calls [`Held::replay`] between `restore` and
 //! `resume`.
 //!
 //! # Firewalls
 //! Held packets come back over `lo`, with the mark. Rules that drop packets of invalid connections, or let only established
-//! ones pass, let these pass too; so does `rp_filter`. A rule against foreign addresses on `lo` does not: an error
-//! says so where the kernel does, and the peer sends again what it misses.
+//! ones pass, let these pass too; so does `rp_filter`. A rule against foreign addresses on `lo` does not: if the
+//! kernel reports the drop, you get an error, and the peer sends again what it misses.
 
 mod capture;
 mod held;

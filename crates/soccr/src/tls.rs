@@ -12,13 +12,13 @@
 //! ```
 //!
 //! - [`settle`] comes before the lock, while nobody writes. Where the kernel decrypts, it waits until the peer has acknowledged
-//!   everything, since such a socket does not show its send queue, and until no record can have arrived in part to where nothing
-//!   shows it: bytes are in TCP's queue, or none have come for a retransmission timeout.
+//!   everything, since such a socket does not show its send queue, and until the kernel cannot be hiding a part of a record:
+//!   bytes are in TCP's queue, or none have come for a retransmission timeout.
 //! - The guard carries TLS where it is told to ([`with_tls`](crate::Paused::with_tls)). Where the kernel decrypts,
 //!   [`save`](crate::Paused::save) *reads* what has arrived. From then on the value alone has
 //!   it: the socket is not resumed any more, and whoever wants to go back restores the value.
-//!   Where others use the socket too, such as the process that it belongs to, that may fail too late for them:
-//!   [`with_tls_in_place`](crate::Paused::with_tls_in_place) only looks at it.
+//!   If another process uses the socket, it could not get back what was read before the move failed:
+//!   [`with_tls_in_place`](crate::Paused::with_tls_in_place) only peeks.
 //! - A socket with kernel TLS cannot be disconnected. After [`detach`](crate::Paused::detach) it is silent, and its addresses
 //!   are free when its last descriptor is closed (a program that is just being forked has one, too), or by [`discard`].
 //! - **Never let two sockets continue one sending state.** They would encrypt different bytes with the same nonce, which

@@ -1,7 +1,7 @@
 //! Stops a process for an instant, by ptrace(2).
 //!
-//! The parent of the process does not notice: after SIGSTOP a shell would take its terminal back. No other process is stopped, as
-//! the freezer of cgroups would do. And the stop ends by itself when this process dies. As with both, some system calls fail with
+//! The parent of the process does not notice: after SIGSTOP a shell would take its terminal back. Only this process is stopped;
+//! the freezer would stop its whole cgroup. And the stop ends by itself when the process that stops it dies. As with both, some system calls fail with
 //! EINTR, such as epoll_wait(2): on x86-64 they are [made again](sys::make_call_again).
 //!
 //! Measured on Linux 6.18, a thread in epoll_wait(2) stopped 100 times: by ptrace in 19 µs (31 at most), without an EINTR; by the

@@ -1,5 +1,5 @@
-//! What connect() has taken from local sysctls and routes, and what the kernel derives from what it was told: put right, and
-//! compared in the end.
+//! Values that connect() has taken from local sysctls and routes, or that the kernel derives from others: put right, and compared
+//! in the end.
 
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;

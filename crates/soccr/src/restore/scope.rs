@@ -1,4 +1,4 @@
-//! Link-local addresses mean nothing without an interface, whose number is another one on each host: its name is the same.
+//! A link-local address needs an interface. Its number differs between hosts, so it is found by its name.
 
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;

@@ -1,4 +1,4 @@
-//! What cannot be carried without loss is refused, whatever a dump would return.
+//! Refuses what cannot be carried without loss, even if it could be read.
 
 use std::os::fd::BorrowedFd;
 

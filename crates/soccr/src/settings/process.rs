@@ -1,4 +1,4 @@
-//! What a socket has of the process that uses it: no other process can be given that, so it is noted and compared.
+//! What a socket has from its process cannot be given to another process, so it is noted and compared.
 //!
 //! Signals belong to a process (`F_SETOWN`, `F_SETSIG`), and whoever gets the connection has to ask for them again. Control group and security
 //! label are those of the process that opened the socket: firewalls (`socket cgroupv2`) and security modules go by them.

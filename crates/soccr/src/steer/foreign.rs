@@ -16,7 +16,7 @@
 //! } }
 //! ```
 //!
-//! The last rule ends what comes for a connection that is gone: else the two hosts would send it back and forth. The
+//! The last rule of `in` drops what comes for a connection that is gone: otherwise the two hosts would send it back and forth. The
 //! address is on no link, so that no ARP or neighbour discovery ever tells of it.
 
 use std::io;

@@ -20,7 +20,7 @@
 //! } }
 //! ```
 //!
-//! The new host sends a copy of each RST of its own (see foreign.rs), or its answers come this way: the last rule sees them.
+//! The chain `back` sees the RSTs of the new host: a copy of each (see foreign.rs), or the answers, if they come this way.
 //!
 //! Rules change the sets and never the map: a packet that is under way while its connection is taken out may bring it
 //! back into `alive`, which has no effect by itself. So what ends by itself stays in the map, until that is full.

@@ -1,8 +1,8 @@
-//! Images that must not be restored again get another name. That is so
+//! An image that must not be restored again is renamed:
 //!
 //! - with keys of kernel TLS, before the connections live: two sockets that continue one sending state would encrypt different bytes
 //!   with the same nonce, which gives both away;
-//! - after connections have lived that nobody got: they are in newer images, and the old one does not know what has arrived since.
+//! - after its connections lived, but nobody took them: they are in newer images, and the old one does not know what has arrived since.
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Images in files, and what a `soccr save` has left behind that was killed.
+//! Images in files, and what a killed `soccr save` has left behind.
 
 use std::fs::{self, File};
 use std::io::{BufReader, ErrorKind, Read};
