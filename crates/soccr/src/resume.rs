@@ -75,6 +75,10 @@ impl<Fd: AsFd> Restored<Fd> {
     }
 
     fn turn_on(&self, injectors: &mut Injectors) -> Result<()> {
+        if self.control.state != State::SynSent && !tcp::in_repair(self.socket.as_fd())? {
+            // Somebody else has ended it: the connection lives, and is not to be stopped once more.
+            return Ok(());
+        }
         let mut attempt = || {
             let turned_on = self.turn_repair_off(injectors);
             // In SYN_SENT it is out of that mode already, in which connect(2) sends nothing, and passes for ESTABLISHED.
