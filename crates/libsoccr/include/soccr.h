@@ -205,8 +205,9 @@ int libsoccr_set_queue_bytes(struct libsoccr_sk *sk, struct libsoccr_sk_data *da
 
 /*
  * Writes everything that there is of a paused connection to a file, pipe or memfd, its socket options included, in the
- * format of the command soccr: `soccr restore` and libsoccr_read() read it. Nothing is consumed. libsoccr_set_addr()
- * tells the peer of a connection in TCP_CLOSE before, which the kernel has forgotten.
+ * format of the command soccr: `soccr restore` and libsoccr_read() read it. Nothing is consumed, but for what the kernel
+ * decrypts (kTLS): see libsoccr_write(3). libsoccr_set_addr() tells the peer of a connection in TCP_CLOSE before, which the
+ * kernel has forgotten.
  */
 int libsoccr_write(struct libsoccr_sk *sk, int fd);
 

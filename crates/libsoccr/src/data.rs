@@ -88,8 +88,11 @@ pub(crate) struct Extras {
 impl Extras {
     /// Checked before a socket is touched: the caller can mend the values, and try again.
     pub(crate) fn validate(&self, control: &ControlBlock) -> Result<()> {
-        if let Some((buffers, _)) = self.buffers {
+        if let Some((buffers, window_clamp)) = self.buffers {
             buffers.validate()?;
+            if !(1..=i32::MAX as u32).contains(&window_clamp) {
+                return Err(out_of_range("window_clamp", window_clamp));
+            }
         }
         if let Some(path) = self.path {
             path.validate()?;

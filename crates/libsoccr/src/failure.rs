@@ -41,6 +41,17 @@ impl Failure {
         Self { text: text.into(), kind: Kind::Refused, errno: libc::EOPNOTSUPP }
     }
 
+    /// An error of the core.
+    fn of(kind: ErrorKind, errno: Option<i32>, text: String) -> Self {
+        match (kind, errno) {
+            (_, Some(errno)) => Self::system(text, errno),
+            (ErrorKind::Invalid, None) => Self::new(text),
+            (ErrorKind::System, None) => Self::system(text, libc::EIO),
+            // That the connection has changed is no mistake of the caller, either.
+            _ => Self::refused(text),
+        }
+    }
+
     /// The kernel, or the C library, has refused.
     pub(crate) fn system(text: impl Into<String>, errno: i32) -> Self {
         Self { text: text.into(), kind: Kind::System, errno }
@@ -51,12 +62,7 @@ impl From<soccr_core::Error> for Failure {
     fn from(error: soccr_core::Error) -> Self {
         // Only values that were given for a restore are checked outside of a step.
         let step = if error.step().is_empty() { "restore: " } else { "" };
-        let text = format!("{step}{error}");
-        match (error.kind(), error.errno()) {
-            (_, Some(errno)) => Self::system(text, errno),
-            (ErrorKind::Refused, None) => Self::refused(text),
-            _ => Self::new(text),
-        }
+        Self::of(error.kind(), error.errno(), format!("{step}{error}"))
     }
 }
 
@@ -101,5 +107,24 @@ impl LastError {
 
     pub(crate) fn errno(&self) -> c_int {
         self.errno
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_mistake_of_the_caller_is_invalid() {
+        for (kind, errno, expected) in [
+            (ErrorKind::Invalid, None, (Kind::Invalid, libc::EINVAL)),
+            (ErrorKind::Refused, None, (Kind::Refused, libc::EOPNOTSUPP)),
+            (ErrorKind::Changed, None, (Kind::Refused, libc::EOPNOTSUPP)),
+            (ErrorKind::System, None, (Kind::System, libc::EIO)),
+            (ErrorKind::System, Some(libc::EPERM), (Kind::System, libc::EPERM)),
+        ] {
+            let failure = Failure::of(kind, errno, String::new());
+            assert_eq!((failure.kind, failure.errno), expected, "{kind:?}");
+        }
     }
 }

@@ -46,6 +46,14 @@ pub(crate) enum Owner {
     Handle,
 }
 
+/// A queue that a save has read.
+#[derive(Debug)]
+struct Read {
+    bytes: Memory,
+    /// The caller may look at it as long as the handle lives.
+    lent: bool,
+}
+
 /// An open handle.
 #[derive(Debug)]
 pub(crate) struct Handle {
@@ -53,8 +61,8 @@ pub(crate) struct Handle {
     socket: Option<BorrowedFd<'static>>,
     stage: Stage,
     /// The queues that the last save has read, until they are given away.
-    read: PerQueue<Option<Memory>>,
-    /// Queues and addresses that the caller may still look at.
+    read: PerQueue<Option<Read>>,
+    /// Older queues, and addresses, that the caller may still look at.
     lent: Vec<Memory>,
     /// Queues to restore.
     pub(crate) given: PerQueue<Option<Given>>,
@@ -91,9 +99,8 @@ impl Stage {
 
 impl Handle {
     pub(crate) fn pause(socket: BorrowedFd<'static>) -> Result<Self> {
-        let claim = Claim::new(socket)?;
         // Repair mode without a handle here is what a process has left behind that died: there is nobody to disturb.
-        let paused = Paused::new_or_take_over(socket)?.with_tls();
+        let (claim, paused) = Claim::with(socket, || Ok(Paused::new_or_take_over(socket)?.with_tls()))?;
         Ok(Self { socket: Some(socket), claim: Some(claim), ..Self::new(Stage::Paused(paused)) })
     }
 
@@ -145,7 +152,7 @@ impl Handle {
         // If it is opened once more, then from what was read.
         (Flow { local: connection.local, remote: connection.remote }, connection.tracked) = read;
         let restored = restored?;
-        let claim = Claim::new(restored.as_fd())?;
+        let (claim, ()) = Claim::with(restored.as_fd(), || Ok(()))?;
         let report = restored.report().to_string();
         let mut socket = None;
         self.stage = Stage::Restored(restored.with_socket(|fd| *socket.insert(give(fd))));
@@ -191,9 +198,10 @@ impl Handle {
 
     /// For a caller whose structure has `size` bytes. What does not fit into it is logged.
     pub(crate) fn save(&mut self, size: usize) -> Result<(Data, Option<&'static str>)> {
-        // What was handed out before stays readable.
-        self.lent.extend(self.read.of(Queue::Receive).take());
-        self.lent.extend(self.read.of(Queue::Send).take());
+        for queue in [Queue::Receive, Queue::Send] {
+            let lent = self.read.of(queue).take().filter(|read| read.lent);
+            self.lent.extend(lent.map(|read| read.bytes));
+        }
         let paused = self.paused("save")?;
         let mut bare = paused.save_bare(|length| Memory::new(length).ok())?;
         let mut extras = Extras { path: Some(bare.path), urgent: bare.urgent, buffers: None };
@@ -210,21 +218,22 @@ impl Handle {
                 note = Some("save: an urgent byte that has been read is left out of the queue");
             }
         }
-        self.read = PerQueue { receive: Some(bare.receive_queue), send: Some(bare.send_queue) };
+        let read = |bytes| Some(Read { bytes, lent: false });
+        self.read = PerQueue { receive: read(bare.receive_queue), send: read(bare.send_queue) };
         Ok((Data::new(&bare.control, &extras), note))
     }
 
     /// The bytes of a queue, as the last save has read them: the socket may be closed by now.
     pub(crate) fn queue_bytes(&mut self, queue: Queue, owner: Owner) -> Result<*mut u8> {
-        let Some(bytes) = self.read.of(queue).take() else {
+        let Some(read) = self.read.of(queue).take() else {
             return Err(Failure::new(
                 "save: there are no bytes of this queue, or they were given away — libsoccr_save reads them",
             ));
         };
         if owner == Owner::Caller {
-            return Ok(bytes.into_raw());
+            return Ok(read.bytes.into_raw());
         }
-        Ok(self.read.of(queue).insert(bytes).as_ptr())
+        Ok(self.read.of(queue).insert(Read { lent: true, ..read }).bytes.as_ptr())
     }
 
     pub(crate) fn address(&mut self, end: End, owner: Owner) -> Result<*mut u8> {
@@ -263,8 +272,6 @@ impl Handle {
             Stage::Restoring(_) => self.restore_rest(receive, send),
             _ => self.restore_whole(control, extras, receive, send),
         }?;
-        // Many a host never ends its handles after a restore.
-        self.given = PerQueue::default();
         Ok(match &self.stage {
             Stage::Restored(restored) => restored.report().to_string(),
             _ => String::new(),
@@ -286,7 +293,7 @@ impl Handle {
         check_length("inq_len", control.inq_len, receive)?;
         check_length("outq_len", control.outq_len, send)?;
         extras.validate(control)?;
-        let paused = self.take_paused()?;
+        let paused = self.take_fresh()?;
         if control.state == State::SynSent {
             paused.connect_anew(flow, control.write_seq)?;
             self.stage = Stage::Connecting;
@@ -306,7 +313,8 @@ impl Handle {
                 self.restore_queue(queue, bytes)?;
             }
         }
-        self.restore_last()
+        // Where the last step was asked for before, the last queue has completed it.
+        if matches!(self.stage, Stage::Restored(_)) { Ok(()) } else { self.restore_last() }
     }
 
     /// Stage 1: the socket is neither bound nor connected.
@@ -315,7 +323,7 @@ impl Handle {
             return Err(Failure::new("restore: a connection in SYN_SENT — connect a fresh socket instead"));
         }
         extras.validate(control)?;
-        let steps = unbound(self.take_paused()?, control, extras)?;
+        let steps = unbound(self.take_fresh()?, control, extras)?;
         self.stage = Stage::Restoring(Box::new(Staged::new(steps, control, extras.urgent)));
         Ok(())
     }
@@ -387,6 +395,14 @@ impl Handle {
             Stage::Paused(paused) => Ok(paused),
             other => Err(Failure::new(format!("{step}: {}", other.is()))),
         }
+    }
+
+    /// For a restore onto it: a socket that has a connection keeps that.
+    fn take_fresh(&mut self) -> Result<Paused<'static>> {
+        if self.paused("restore")?.peer_address().is_ok() {
+            return Err(Failure::new("restore: the socket has a connection — restore onto a fresh one"));
+        }
+        self.take_paused()
     }
 
     /// Whatever comes next, the socket is not to be resumed by accident.

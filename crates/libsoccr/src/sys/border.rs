@@ -12,6 +12,7 @@ use soccr_core::Queue;
 use crate::data::Data;
 use crate::failure::{Failure, LastError, Result};
 use crate::handle::Handle;
+use crate::sys::cancel::WithoutCancellation;
 use crate::sys::{errno, log};
 
 /// What the structure had when it was first published.
@@ -35,8 +36,7 @@ pub(super) fn run<T>(failed: T, body: impl FnOnce() -> Result<T>) -> T {
             value
         }
         Err(failure) => {
-            record(&failure);
-            report(&failure);
+            report(&failure, record(&failure));
             failed
         }
     }
@@ -62,9 +62,10 @@ pub(super) unsafe fn with<T>(
             value
         }
         Err(failure) => {
-            handle.last_error = Some(record(&failure));
+            let error = record(&failure);
+            handle.last_error = Some(error.clone());
             // Behind the last use of the handle: the callback may ask for its error.
-            report(&failure);
+            report(&failure, error);
             failed
         }
     }
@@ -81,6 +82,7 @@ pub(super) fn last_error<T: Copy>(handle: Option<&Handle>, none: T, tell: impl F
 
 /// A panic is a failure like others; the stage that a handle was in when it happened cannot be resumed.
 fn outcome<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let _uncancelled = WithoutCancellation::new();
     let outcome = catch_unwind(AssertUnwindSafe(body));
     // What has brought a congestion window back is not to stay in the host.
     soccr_core::close_prepared();
@@ -95,13 +97,18 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 /// Keeps the failure for [`last_error`].
 fn record(failure: &Failure) -> LastError {
     let error = LastError::new(failure, log::c_string(failure.to_string()));
-    let _ = LAST_ERROR.try_with(|last| last.replace(Some(error.clone())));
+    keep(error.clone());
     error
 }
 
-/// Hosts look for lines that begin like this. The callback may change `errno`, which is to tell of the failure.
-fn report(failure: &Failure) {
+fn keep(error: LastError) {
+    let _ = LAST_ERROR.try_with(|last| last.replace(Some(error)));
+}
+
+/// Hosts look for lines that begin like this. The callback may make calls that fail: afterwards this is the last failure again.
+fn report(failure: &Failure, error: LastError) {
     log::line(log::ERROR, || format!("Error (libsoccr): {failure}"));
+    keep(error);
     errno::set(failure.errno);
 }
 

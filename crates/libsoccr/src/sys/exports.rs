@@ -11,7 +11,7 @@ use soccr_core::connection::State;
 
 use crate::data::Data;
 use crate::failure::{Failure, LastError, Result};
-use crate::handle::{End, Handle, Owner};
+use crate::handle::{End, Handle, Owner, PerQueue};
 use crate::sys::address::{self, Address};
 use crate::sys::border::{last_error, queue, read_data, run, told, with, write_data};
 use crate::sys::log::{self, Callback};
@@ -173,6 +173,8 @@ unsafe extern "C" fn libsoccr_restore(handle: *mut Handle, data: *const Data, si
         let receive = bytes(handle.given.of(soccr_core::Queue::Receive), data.inq_len);
         let send = bytes(handle.given.of(soccr_core::Queue::Send), data.outq_len);
         differences = handle.restore(&control, &data.extras(), receive, send)?;
+        // Many a host never ends its handles after a restore.
+        handle.given = PerQueue::default();
         Ok(0)
     };
     // SAFETY: by contract.

@@ -2,7 +2,8 @@
 
 use std::ffi::c_int;
 use std::fs::File;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::ptr;
 
 use crate::failure::{Failure, Result};
@@ -15,7 +16,7 @@ unsafe extern "C" fn libsoccr_write(handle: *mut Handle, fd: c_int) -> c_int {
     let write = |handle: &mut Handle| {
         let file = file("write", fd)?;
         let _quiet = WithoutSigpipe::new();
-        handle.write(file).map(|()| 0)
+        handle.write(&*file).map(|()| 0)
     };
     // SAFETY: by contract.
     let written = unsafe { with(handle, -1, write) };
@@ -25,7 +26,7 @@ unsafe extern "C" fn libsoccr_write(handle: *mut Handle, fd: c_int) -> c_int {
 #[unsafe(no_mangle)]
 extern "C" fn libsoccr_read(fd: c_int) -> *mut Handle {
     run(ptr::null_mut(), || {
-        let handle = Handle::read(file("read", fd)?)?;
+        let handle = Handle::read(&*file("read", fd)?)?;
         Ok(Box::into_raw(Box::new(handle)))
     })
 }
@@ -47,16 +48,15 @@ unsafe extern "C" fn libsoccr_open(handle: *mut Handle) -> c_int {
     if opened == 0 { socket } else { -1 }
 }
 
-/// The file of a descriptor, which stays the caller's.
-fn file(step: &str, fd: c_int) -> Result<File> {
+/// The file of a descriptor, which stays the caller's. To close a duplicate would end the locks that he has on the file (fcntl(2)).
+fn file(step: &str, fd: c_int) -> Result<ManuallyDrop<File>> {
     if fd < 0 {
         return Err(Failure::new(format!("{step}: {fd} is no descriptor")));
     }
-    // SAFETY: it is open, by contract; a closed one is told by the kernel.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    let owned = borrowed.try_clone_to_owned();
-    owned.map(File::from).map_err(|error| {
-        let number = error.raw_os_error().unwrap_or(libc::EBADF);
-        Failure::system(format!("{step}: descriptor {}: {error}", borrowed.as_raw_fd()), number)
-    })
+    // SAFETY: it is open, by contract, and never closed here; a closed one is told by the kernel.
+    let file = ManuallyDrop::new(unsafe { File::from_raw_fd(fd) });
+    rustix::io::fcntl_getfd(&*file).map_err(|error| {
+        Failure::system(format!("{step}: descriptor {fd}: {error}"), error.raw_os_error())
+    })?;
+    Ok(file)
 }

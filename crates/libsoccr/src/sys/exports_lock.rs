@@ -80,6 +80,11 @@ unsafe fn read_flows(pairs: *const AddressPair, count: c_uint) -> Result<Vec<Flo
         // SAFETY: both are unions of addresses.
         let (local, remote) =
             unsafe { (address::from_c(&raw const (*pair).own)?, address::from_c(&raw const (*pair).peer)?) };
+        for end in [local, remote] {
+            if end.port() == 0 || end.ip().is_unspecified() {
+                return Err(Failure::new(format!("lock: {end} is no end of a connection")));
+            }
+        }
         Ok(Flow { local, remote })
     };
     (0..count as usize).map(flow).collect()

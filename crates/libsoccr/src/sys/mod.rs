@@ -3,6 +3,7 @@
 
 pub(crate) mod address;
 pub(crate) mod border;
+mod cancel;
 pub(crate) mod claim;
 mod errno;
 mod exports;

@@ -1,6 +1,7 @@
 /* The border of the library: arguments, sizes, ownership of memory, handles, errors and the log. */
 #include "kit.h"
 
+#include <malloc.h>
 #include <pthread.h>
 #include <stdarg.h>
 
@@ -288,6 +289,164 @@ static void one_socket_has_one_handle(void)
 	kit_talk(&pair);
 }
 
+/* Whoever ends a handle that was left behind does not touch what its socket has got since. */
+static void a_handle_left_behind_has_no_claim(void)
+{
+	for (int resumes = 0; resumes <= 1; resumes++) {
+		struct pair pair = kit_connect(IPV4);
+		struct saved saved = kit_save(&pair);
+		struct libsoccr_sk *first, *last;
+
+		close(pair.here);
+		first = kit_restore(&pair, &saved);
+		kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
+		libsoccr_resume(libsoccr_pause(pair.here));
+		last = libsoccr_pause(pair.here);
+		CHECK(last);
+		if (resumes)
+			libsoccr_resume(first);
+		else
+			libsoccr_release(first);
+		SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 1);
+		libsoccr_resume(last);
+		SAME(kit_option(pair.here, IPPROTO_TCP, TCP_REPAIR), 0);
+		kit_talk(&pair);
+	}
+}
+
+/* The host has ended repair mode by itself, and the application has begun to use the socket. */
+static void a_connection_that_lives_is_not_resumed_again(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct saved saved = kit_save(&pair);
+	struct libsoccr_sk *sk;
+
+	close(pair.here);
+	sk = kit_restore(&pair, &saved);
+	kit_set_option(pair.here, IPPROTO_TCP, TCP_REPAIR, 0);
+	kit_set_option(pair.here, SOL_SOCKET, SO_REUSEADDR, 1);
+	kit_talk(&pair);
+	libsoccr_resume(sk);
+	CHECK(!libsoccr_last_error(NULL));
+	SAME(kit_option(pair.here, SOL_SOCKET, SO_REUSEADDR), 1);
+	kit_talk(&pair);
+}
+
+/* Source and target have been mixed up. */
+static void a_connection_is_not_restored_onto_another(void)
+{
+	struct libsoccr_sk_data data;
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+
+	SAME(libsoccr_save(sk, &data, sizeof(data)), sizeof(data));
+	SAME(libsoccr_set_addr(sk, 1, &pair.self, 0), 0);
+	SAME(libsoccr_set_addr(sk, 0, &pair.peer, 0), 0);
+	SAME(libsoccr_restore(sk, &data, sizeof(data)), -1);
+	kit_error_has(sk, "has a connection");
+	SAME(libsoccr_last_kind(sk), SOCCR_INVALID);
+	libsoccr_resume(sk);
+	kit_talk(&pair);
+}
+
+struct race {
+	int fd;
+	pthread_barrier_t start, end;
+	struct libsoccr_sk *got[2];
+};
+
+struct racer {
+	struct race *race;
+	int number;
+};
+
+enum { ROUNDS = 5000 };
+
+static void *race(void *argument)
+{
+	struct racer *racer = argument;
+	struct race *all = racer->race;
+
+	for (int i = 0; i < ROUNDS; i++) {
+		pthread_barrier_wait(&all->start);
+		all->got[racer->number] = libsoccr_pause(all->fd);
+		pthread_barrier_wait(&all->end);
+	}
+	return NULL;
+}
+
+static void two_threads_get_one_handle(void)
+{
+	struct pair pair = kit_connect(IPV4);
+	struct race all = { .fd = pair.here };
+	struct racer racers[2] = { { &all, 0 }, { &all, 1 } };
+	pthread_t threads[2];
+
+	pthread_barrier_init(&all.start, NULL, 3);
+	pthread_barrier_init(&all.end, NULL, 3);
+	for (int i = 0; i < 2; i++)
+		SAME(pthread_create(&threads[i], NULL, race, &racers[i]), 0);
+	for (int i = 0; i < ROUNDS; i++) {
+		pthread_barrier_wait(&all.start);
+		pthread_barrier_wait(&all.end);
+		SAME(!all.got[0] + !all.got[1], 1);
+		libsoccr_resume(all.got[0] ? all.got[0] : all.got[1]);
+	}
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	kit_talk(&pair);
+}
+
+/* A host that asks again and again needs the memory of one answer. */
+static void saves_do_not_pile_up(void)
+{
+	enum { MUCH = 1 << 20 };
+	static const char bytes[MUCH];
+	struct libsoccr_sk_data data;
+	struct pair pair = kit_connect(IPV4);
+	struct libsoccr_sk *sk;
+	size_t after = 0;
+
+	kit_set_option(pair.here, SOL_SOCKET, SO_RCVBUF, 4 * MUCH);
+	kit_send(pair.there, bytes, sizeof(bytes) / 4);
+	kit_wait_unread(pair.here, sizeof(bytes) / 4);
+	sk = libsoccr_pause(pair.here);
+	for (int i = 0; i < 50; i++) {
+		struct mallinfo2 memory;
+
+		SAME(libsoccr_save(sk, &data, sizeof(data)), sizeof(data));
+		memory = mallinfo2();
+		if (i == 1)
+			after = memory.uordblks + memory.hblkhd;
+		if (i > 1)
+			CHECK(memory.uordblks + memory.hblkhd < after + MUCH);
+	}
+	libsoccr_resume(sk);
+}
+
+static void fail_too(unsigned int level, const char *format, ...)
+{
+	(void)level;
+	(void)format;
+	if (!libsoccr_last_error(NULL) || !strstr(libsoccr_last_error(NULL), "data_size"))
+		return;
+	libsoccr_read(-1);
+}
+
+/* What the callback does is forgotten: errno and the text tell the same failure. */
+static void the_last_error_is_that_of_the_last_call(void)
+{
+	struct libsoccr_sk_data data;
+	struct pair pair;
+	struct libsoccr_sk *sk = pause_one(&pair);
+
+	libsoccr_set_log(SOCCR_LOG_ERR, fail_too);
+	SAME(libsoccr_save(sk, &data, 3), -1);
+	libsoccr_set_log(0, NULL);
+	kit_error_has(NULL, "data_size");
+	libsoccr_resume(sk);
+}
+
 /* A process that has died leaves its sockets in repair mode. */
 static void a_socket_left_in_repair_mode_is_taken_over(void)
 {
@@ -463,6 +622,12 @@ static const struct test tests[] = {
 	TEST(memory_of_handles_that_end_early),
 	TEST(a_handle_may_be_left_behind),
 	TEST(one_socket_has_one_handle),
+	TEST(two_threads_get_one_handle),
+	TEST(a_handle_left_behind_has_no_claim),
+	TEST(a_connection_that_lives_is_not_resumed_again),
+	TEST(a_connection_is_not_restored_onto_another),
+	TEST(saves_do_not_pile_up),
+	TEST(the_last_error_is_that_of_the_last_call),
 	TEST(a_socket_left_in_repair_mode_is_taken_over),
 	TEST(a_mistake_with_one_handle_spares_the_others),
 	TEST(an_error_says_step_option_errno_and_remedy),

@@ -3,8 +3,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 
 /* Locks a connection, writes it, and closes its socket. */
 static void write_away(struct pair *pair, int image)
@@ -277,6 +279,57 @@ static void a_file_for_others(void)
 	kit_unlock(&pair);
 }
 
+/* fcntl(2): the locks of a process end when it closes any descriptor of the file. */
+static void the_locks_on_the_file_stay(void)
+{
+	char name[] = "/tmp/soccr-XXXXXX";
+	int image = mkstemp(name), other = open(name, O_RDWR);
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	struct pair pair = kit_connect(IPV4);
+	int status;
+
+	unlink(name);
+	CHECK(image >= 0 && other >= 0);
+	SAME(fcntl(image, F_SETLK, &lock), 0);
+	write_away(&pair, image);
+	kit_unlock(&pair);
+	libsoccr_release(read_back(image));
+	if (fork() == 0) {
+		struct flock wanted = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+		fcntl(other, F_GETLK, &wanted);
+		_exit(wanted.l_type == F_WRLCK ? 0 : 1);
+	}
+	CHECK(wait(&status) > 0);
+	SAME(status, 0);
+}
+
+static void *read_image(void *image)
+{
+	libsoccr_release(libsoccr_read(*(int *)image));
+	return NULL;
+}
+
+/* It waits in read(2), where cancelled threads end. */
+static void a_cancelled_thread_ends_behind_the_call(void)
+{
+	int image = memfd_create("image", MFD_CLOEXEC), pipes[2];
+	struct pair pair = kit_connect(IPV4);
+	char bytes[4096];
+	pthread_t reader;
+	ssize_t length;
+
+	write_away(&pair, image);
+	kit_unlock(&pair);
+	SAME(lseek(image, 0, SEEK_SET), 0);
+	length = read(image, bytes, sizeof(bytes));
+	SAME(pipe(pipes), 0);
+	SAME(pthread_create(&reader, NULL, read_image, &pipes[0]), 0);
+	SAME(pthread_cancel(reader), 0);
+	SAME(write(pipes[1], bytes, length), length);
+	SAME(pthread_join(reader, NULL), 0);
+}
+
 static const struct test tests[] = {
 	TEST(a_connection_moves_in_an_image),
 	TEST(a_connection_moves_in_an_image_over_ipv6),
@@ -287,6 +340,8 @@ static const struct test tests[] = {
 	TEST(what_is_no_image_is_refused),
 	TEST(a_pipe_without_a_reader_is_a_failure),
 	TEST(a_file_for_others),
+	TEST(the_locks_on_the_file_stay),
+	TEST(a_cancelled_thread_ends_behind_the_call),
 };
 
 KIT_MAIN(tests)

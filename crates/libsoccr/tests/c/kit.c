@@ -402,6 +402,11 @@ struct saved kit_move(struct pair *pair)
 	return saved;
 }
 
+int kit_set_queue(struct libsoccr_sk *sk, int queue, char *bytes)
+{
+	return libsoccr_set_queue_bytes(sk, queue, bytes, 0);
+}
+
 void kit_talk(struct pair *pair)
 {
 	kit_send(pair->there, "ping", 4);

@@ -111,6 +111,9 @@ struct libsoccr_sk *kit_restore(struct pair *pair, struct saved *saved);
 /* Moves the connection to another socket, and resumes it there. */
 struct saved kit_move(struct pair *pair);
 
+/* libsoccr_set_queue_bytes of the present interface, for a queue that stays the caller's. */
+int kit_set_queue(struct libsoccr_sk *sk, int queue, char *bytes);
+
 /* A message each way. */
 void kit_talk(struct pair *pair);
 

@@ -146,6 +146,22 @@ static void the_rest_can_be_left_to_restore(void)
 	check_full_pair(&pair, filled);
 }
 
+/* Both interfaces in one host: the queues come by the present one, behind the last stage. */
+static void restore_ends_what_was_begun(void)
+{
+	size_t filled;
+	struct pair pair = full_pair(IPV4, &filled);
+	struct saved saved = save(&pair);
+	struct libsoccr_sk *sk = begin(&pair, &saved);
+
+	SAME(libsoccr_set_sk_data(sk, &saved.data, sizeof(saved.data)), 0);
+	SAME(kit_set_queue(sk, TCP_RECV_QUEUE, saved.receive_queue), 0);
+	SAME(kit_set_queue(sk, TCP_SEND_QUEUE, saved.send_queue), 0);
+	SAME(libsoccr_restore(sk, &saved.data, sizeof(saved.data)), 0);
+	end(&pair, sk, &saved);
+	check_full_pair(&pair, filled);
+}
+
 static void a_mistake_can_be_mended(void)
 {
 	size_t filled;
@@ -244,6 +260,7 @@ static const struct test tests[] = {
 	TEST(empty_queues_may_be_left_out_or_set),
 	TEST(every_state_can_be_staged),
 	TEST(the_rest_can_be_left_to_restore),
+	TEST(restore_ends_what_was_begun),
 	TEST(a_mistake_can_be_mended),
 	TEST(the_order_is_enforced),
 	TEST(another_port_is_refused),
