@@ -75,8 +75,9 @@ impl<Fd: AsFd> Restored<Fd> {
     }
 
     fn turn_on(&self, injectors: &mut Injectors) -> Result<()> {
-        if self.control.state != State::SynSent && !tcp::in_repair(self.socket.as_fd())? {
-            // Somebody else has ended it: the connection lives, and is not to be stopped once more.
+        let is_resumed = tcp::in_repair(self.socket.as_fd()).is_ok_and(|in_repair| !in_repair);
+        if is_resumed && self.control.state != State::SynSent {
+            // By somebody else: the connection lives, and is not to be stopped once more.
             return Ok(());
         }
         let mut attempt = || {
