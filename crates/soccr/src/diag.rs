@@ -141,6 +141,8 @@ impl Diag {
                 return Ok(found);
             }
         }
+        // A kernel that knows nothing of TCP sockets (`tcp_diag`) says of each that it is not there, but fails to list them.
+        self.ask(&Request { family: request.family, dump: true, ..Request::default() }, |_| ())?;
         Ok(None)
     }
 
@@ -172,15 +174,13 @@ impl Diag {
         let mut batch = Batch::new();
         // struct ifinfomsg, whose index stands behind four bytes.
         batch.message(RTM_GETLINK, REQUEST | DUMP, |message| message.bytes(&[0; 16]));
-        let mut links = Vec::new();
-        let answer = |_, link: &[u8]| {
+        let answer = |links: &mut Vec<u32>, link: &[u8]| {
             let index = link.get(4..).and_then(|bytes| bytes.first_chunk());
             links.extend(index.map(|bytes| u32::from_ne_bytes(*bytes)));
         };
         namespace::open_beside(self.netlink.as_fd(), open)
-            .and_then(|mut netlink| netlink.dump(&batch, answer))
-            .map_err(|error| Error::system("rtnetlink", error))?;
-        Ok(links)
+            .and_then(|mut netlink| netlink.dump_all(&batch, answer))
+            .map_err(|error| Error::system("rtnetlink", error))
     }
 
     /// Shows the listeners on a port to `each`, IPv4 first.

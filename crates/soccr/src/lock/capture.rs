@@ -157,13 +157,23 @@ impl Capture {
                     let replay = match replays.entry(*flow) {
                         Entry::Occupied(replay) => replay.into_mut(),
                         Entry::Vacant(place) => {
-                            let interface =
-                                socket.map(bound_interface).or_else(|| self.packets.bound_interface(flow));
-                            let Some(interface) = interface else {
-                                self.packets.discard(&[*flow]);
-                                continue;
+                            let interface = match socket {
+                                Some(socket) => Ok(Some(bound_interface(socket))),
+                                None => self.packets.bound_interface(flow),
                             };
-                            place.insert(self.packets.replay_of(*flow, interface))
+                            match interface {
+                                Ok(Some(interface)) => place.insert(self.packets.replay_of(*flow, interface)),
+                                Ok(None) => {
+                                    self.packets.discard(&[*flow]);
+                                    continue;
+                                }
+                                // If nobody is there they draw a reset; if somebody is, the peer sends them again.
+                                Err(error) => {
+                                    self.packets.lost(held.len());
+                                    outcome = outcome.and(Err(error));
+                                    continue;
+                                }
+                            }
                         }
                     };
                     let came_back = replay.came_back(&held);
@@ -209,7 +219,7 @@ impl Capture {
                 }
                 let copy = Copy::new(payload);
                 if let Some(number) = copy.number {
-                    packets.lost(number.wrapping_sub(*next));
+                    packets.lost(number.wrapping_sub(*next) as usize);
                     *next = number.wrapping_add(1);
                 }
                 packets.push(&copy.packet(), copy.interface);

@@ -105,8 +105,8 @@ impl Packets {
     }
 
     /// So many packets have not come this far.
-    pub(super) fn lost(&mut self, count: u32) {
-        self.dropped += u64::from(count);
+    pub(super) fn lost(&mut self, count: usize) {
+        self.dropped += count as u64;
     }
 
     /// These connections are not locked any more, or not after all. What has not been taken by now will not arrive.
@@ -197,10 +197,14 @@ impl Packets {
             // from, the peer sends again.
             None => {
                 let flow = scoped(flow, interface);
-                if let Some(interface) = self.bound_interface(&flow) {
-                    let mut replay = Replay::new(flow, flow, interface);
-                    let _ = self.replay(&mut replay, [Run::new(bytes, parsed)], None);
-                }
+                let delivered = match self.bound_interface(&flow) {
+                    Ok(Some(interface)) => {
+                        let mut replay = Replay::new(flow, flow, interface);
+                        self.replay(&mut replay, [Run::new(bytes, parsed)], None)
+                    }
+                    other => other.map(drop),
+                };
+                self.dropped += u64::from(delivered.is_err());
             }
         }
     }
@@ -237,10 +241,10 @@ impl Packets {
     }
 
     /// The interface to which the socket of a connection is bound (0: to none), or `None` where it has no socket: packets for
-    /// it would draw a reset. What cannot be found out counts as none.
-    pub(super) fn bound_interface(&mut self, flow: &Flow) -> Option<u32> {
-        let back = self.back.as_mut()?;
-        back.diag.find(flow.local, flow.remote, |socket| socket.interface).ok().flatten()
+    /// it would draw a reset.
+    pub(super) fn bound_interface(&mut self, flow: &Flow) -> Result<Option<u32>> {
+        let Some(back) = &mut self.back else { return Ok(None) };
+        back.diag.find(flow.local, flow.remote, |socket| socket.interface)
     }
 
     fn way(&mut self, replay: &Replay) -> Result<Inward<'_>> {
