@@ -25,6 +25,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
+use crate::error::{Error, Result};
 use crate::fidelity::Fidelity;
 use crate::sys::MARK;
 use crate::sys::{filter, sockopt};
@@ -118,7 +119,10 @@ impl Settings {
     /// Reads everything that the table lists and the kernel has, except what only `sock_diag` tells and what
     /// repair mode has destroyed. What follows from what is known is not asked for: a filter needs some `memory` of those
     /// that the socket's options take. The memory of the values is reused.
-    pub(crate) fn read_into(&mut self, fd: BorrowedFd<'_>, local: SocketAddr, memory: u32) {
+    ///
+    /// # Errors
+    /// System: an option that the kernel has and does not tell, such as `SO_BINDTODEVICE` of a device that is gone.
+    pub(crate) fn read_into(&mut self, fd: BorrowedFd<'_>, local: SocketAddr, memory: u32) -> Result<()> {
         let mut buffer = [0; table::LONGEST];
         let settings = &mut self.0;
         settings.clear();
@@ -142,10 +146,12 @@ impl Settings {
                 Err(error) if row.kind == Kind::Filter && error.raw_os_error() == Some(libc::EACCES) => {
                     settings.push((Name::Unknown("SO_ATTACH_BPF".into()), Value::Bytes(Vec::new())));
                 }
-                // What cannot be read does not exist in this kernel, or is not set.
-                Ok(None) | Err(_) => {}
+                Ok(None) => {}
+                Err(error) if is_unknown(&error) => {}
+                Err(error) => return Err(unreadable(row, error)),
             }
         }
+        Ok(())
     }
 
     /// What a new socket has, of what not all kernels agree on and a sysctl may change at any time.
@@ -219,6 +225,21 @@ impl Settings {
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map().entries(self.iter()).finish()
+    }
+}
+
+/// This kernel has no such option, or not for such a socket.
+fn is_unknown(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP | libc::EINVAL))
+}
+
+fn unreadable(row: &Row, error: io::Error) -> Error {
+    let is_gone = error.raw_os_error() == Some(libc::ENODEV);
+    let error = Error::system(row.name, error);
+    if is_gone {
+        error.advise("the device that the socket is bound to is gone: bind it to another one, or to none")
+    } else {
+        error
     }
 }
 

@@ -133,7 +133,7 @@ fn stage_of(skipped: &Skipped) -> Stage {
 
 fn read(fd: BorrowedFd<'_>, local: SocketAddr) -> Settings {
     let mut settings = Settings::default();
-    settings.read_into(fd, local, u32::MAX);
+    settings.read_into(fd, local, u32::MAX).unwrap();
     settings
 }
 

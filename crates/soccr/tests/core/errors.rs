@@ -5,7 +5,8 @@ use std::thread;
 
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use soccr::{ErrorKind, pause};
-use soccr_lab::{Family, sysctl};
+use soccr_lab::{Family, set_option, sysctl};
+use soccr_netlink::link_header;
 
 use crate::ends::Ends;
 
@@ -107,6 +108,18 @@ pub fn a_restore_where_the_address_stays_tentative() {
     readdress(&ends, "0");
     ends.restore_and_resume(&connection);
     ends.finish();
+}
+
+/// Restored, the socket would be bound to none.
+pub fn a_save_where_the_device_is_gone() {
+    const RTM_DELLINK: u16 = 17;
+    let ends = Ends::new(Family::V4);
+    set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"eth0\0").unwrap();
+    let mut control = ends.pair.a.namespace.rtnetlink().unwrap();
+    let index = control.index("eth0").unwrap();
+    control.change(RTM_DELLINK, 0, |message| message.bytes(&link_header(index, 0))).unwrap();
+    let saved = pause(&ends.ours).unwrap().save();
+    assert_line(saved, "save: SO_BINDTODEVICE: ENODEV", "is gone");
 }
 
 pub fn what_is_no_socket() {

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
             a_restore_where_the_address_is_not
             a_restore_where_the_address_is_tentative_waits
             a_restore_where_the_address_stays_tentative
+            a_save_where_the_device_is_gone
             what_is_no_socket;
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
             every_fault_of_a_resume_is_told_and_silent a_detach_fails_only_where_the_connection_stays
