@@ -49,6 +49,8 @@ pub struct Unavailable {
     reason: String,
     remedy: &'static str,
     name_taken: bool,
+    /// It may be otherwise in a moment.
+    passing: bool,
 }
 
 impl Unavailable {
@@ -63,7 +65,12 @@ impl Unavailable {
                 _ => "",
             };
             let name_taken = error.raw_os_error() == Some(libc::EEXIST);
-            Self { step, reason: error.to_string(), remedy, name_taken }
+            let passing = name_taken
+                || matches!(
+                    error.raw_os_error(),
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR)
+                );
+            Self { step, reason: error.to_string(), remedy, name_taken, passing }
         }
     }
 }
@@ -127,7 +134,12 @@ fn change(fd: BorrowedFd<'_>, first: &[u8], algorithm: &[u8]) -> io::Result<()> 
 ///
 /// Where that is not allowed, nothing happens, and the [`Report`](crate::Report) of each connection says why.
 pub fn prepare() {
-    let _ = Writer::get();
+    let mut writer = writer();
+    if writer.is_none() {
+        let loaded = Writer::load().map(Arc::new);
+        // A moment without memory or descriptors must not cost all later connections their windows.
+        *writer = Some(loaded).filter(|loaded| !loaded.as_ref().is_err_and(|error| error.passing));
+    }
 }
 
 /// Closes what [`prepare`], or the first restore, has opened: two descriptors, which a program may not want to keep
@@ -154,11 +166,7 @@ struct Writer {
 }
 
 impl Writer {
-    /// Loaded on first use: that takes milliseconds.
-    fn get() -> Result<Arc<Self>, Unavailable> {
-        writer().get_or_insert_with(|| Self::load().map(Arc::new)).clone()
-    }
-
+    /// Takes milliseconds.
     fn load() -> Result<Self, Unavailable> {
         // Fails fast without CAP_BPF, before milliseconds go into parsing BTF.
         let types =
