@@ -9,6 +9,12 @@ use crate::sys::{sockopt, tcp};
 /// Why a buffer is smaller than it was.
 pub(crate) const LIMITED: &str = "limited by net.core.wmem_max and rmem_max: raise them, or run with CAP_NET_ADMIN in the initial user namespace";
 
+/// Why the kernel tunes other buffers than it did.
+pub(crate) const LOCKED: &str =
+    "needs Linux 5.14: an older kernel tunes no buffer whose size was set, and every other one";
+
+/// `SOCK_SNDBUF_LOCK`: the application has chosen the size of the send buffer.
+const SEND_LOCK: u32 = 1;
 /// `SOCK_RCVBUF_LOCK`: the application has chosen the size of the receive buffer.
 pub(crate) const RECEIVE_LOCK: u32 = 2;
 
@@ -91,20 +97,23 @@ pub(crate) fn in_use(fd: BorrowedFd<'_>) -> Result<(bool, bool, bool)> {
     Ok((receive_queue > 0, send_queue > 0, options > 0))
 }
 
-/// Sizes, then the locks: setting a size locks it. Returns what has come of it.
+/// Sizes, then the locks: setting a size locks it. Returns what has come of it, also of the locks on kernels that do not tell them.
 pub(crate) fn write(fd: BorrowedFd<'_>, current: Buffers, wanted: Buffers) -> Result<Buffers> {
     if wanted == current {
         return Ok(current);
     }
+    let mut locked = current.lock;
     if wanted.send != current.send {
         Buffer::Send.set_size(fd, wanted.send)?;
+        locked |= SEND_LOCK;
     }
     if wanted.receive != current.receive {
         Buffer::Receive.set_size(fd, wanted.receive)?;
+        locked |= RECEIVE_LOCK;
     }
-    lock(fd, wanted.lock)?;
+    let lock = if lock(fd, wanted.lock)? { wanted.lock } else { locked };
     let [_, receive, _, send, ..] = sizes(fd)?;
-    Ok(Buffers { send, receive, lock: wanted.lock })
+    Ok(Buffers { send, receive, lock })
 }
 
 /// Doubles a buffer that is too small for the queue it once held: packed otherwise, the bytes take more memory.
@@ -126,9 +135,10 @@ pub(crate) fn grow(fd: BorrowedFd<'_>, buffer: Buffer) -> Result<()> {
     )))
 }
 
-fn lock(fd: BorrowedFd<'_>, bits: u32) -> Result<()> {
+/// Returns whether the kernel can (Linux 5.14).
+fn lock(fd: BorrowedFd<'_>, bits: u32) -> Result<bool> {
     match tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_BUF_LOCK, "SO_BUF_LOCK", bits as i32) {
-        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => Ok(()),
-        other => other,
+        Err(error) if error.errno() == Some(libc::ENOPROTOOPT) => Ok(false),
+        other => other.map(|()| true),
     }
 }

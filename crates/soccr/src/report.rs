@@ -141,6 +141,17 @@ impl Report {
         }
     }
 
+    pub(crate) fn buffer_locks(&mut self, saved: Buffers, restored: Buffers) {
+        if restored.lock != saved.lock {
+            self.missing("SO_BUF_LOCK", buffers::LOCKED);
+        }
+    }
+
+    fn missing(&mut self, name: &'static str, reason: impl Into<Cow<'static, str>>) {
+        let (name, reason) = (name.into(), reason.into());
+        self.0.push(Entry { name, fidelity: Fidelity::Missing, values: None, reason, is_option: false });
+    }
+
     pub(crate) fn skipped(&mut self, skipped: Vec<Skipped>) {
         self.0.extend(skipped.into_iter().map(|skipped| Entry {
             reason: skipped.reason(),

@@ -58,6 +58,8 @@ pub struct Restore<'fd> {
     /// The same as the packets of the peer show it.
     wire: Option<Flow>,
     reuse_address: bool,
+    /// The buffers that the kernel has locked meanwhile, where it does not tell.
+    locked: u32,
     report: Report,
 }
 
@@ -116,6 +118,7 @@ impl<'fd> Restore<'fd> {
             control,
             buffers: None,
             sized: buffers.is_some(),
+            locked: 0,
             flow: None,
             speed,
             wire: None,
@@ -151,9 +154,10 @@ impl<'fd> Restore<'fd> {
         let lock = if filled { 0 } else { wanted.lock };
         let now = buffers::write(self.fd, current, Buffers { lock, ..wanted })?;
         if filled {
-            self.buffers = Some(wanted);
+            (self.buffers, self.locked) = (Some(wanted), now.lock);
         } else {
             self.report.buffers(wanted, now);
+            self.report.buffer_locks(wanted, now);
         }
         Ok(())
     }
@@ -414,10 +418,12 @@ impl<'fd> Restore<'fd> {
             // The kernel drops whatever arrives while the queue takes more memory than the buffer may.
             wanted.receive = wanted.receive.max(memory.receive_queue);
         }
-        let restored = buffers::write(self.fd, memory.buffers, wanted)?;
+        let current = Buffers { lock: memory.buffers.lock | self.locked, ..memory.buffers };
+        let restored = buffers::write(self.fd, current, wanted)?;
         if self.sized {
             self.report.buffers(saved, restored);
         }
+        self.report.buffer_locks(saved, restored);
         Ok(())
     }
 

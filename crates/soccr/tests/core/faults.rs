@@ -10,7 +10,7 @@ use rustix::net::sockopt::{set_socket_oobinline, set_socket_send_buffer_size};
 use soccr::bulk;
 use soccr::connection::Connection;
 use soccr::lock::{Locker, Mode};
-use soccr::{Error, ErrorKind, Paused, pause};
+use soccr::{Error, ErrorKind, Fidelity, Paused, Restored, pause};
 use soccr_lab::{
     Call, Case, Family, Faults, Flags, Made, Pair, Sniffer, State, Supervisor, option_of, supervised,
     wait_until,
@@ -25,17 +25,51 @@ const TCP_REPAIR: i32 = 19;
 
 const ERRNOS: [i32; 3] = [libc::EPERM, libc::ENOMEM, libc::EINVAL];
 
-/// Runs `body` on a thread that can start no other one.
-fn without_threads(body: impl FnOnce() + Send) {
+/// Runs `body` on a thread whose `calls` fail as `decide` says.
+fn deciding<T: Send>(
+    calls: &[i64],
+    decide: impl Fn(Call) -> Option<i32>,
+    body: impl FnOnce() -> T + Send,
+) -> T {
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
-        scope.spawn(move || {
-            sender.send(Supervisor::of_this_thread(&[libc::SYS_clone, libc::SYS_clone3])).unwrap();
-            body();
+        let thread = scope.spawn(move || {
+            sender.send(Supervisor::of_this_thread(calls)).unwrap();
+            body()
         });
         let supervisor = receiver.recv().unwrap().expect("seccomp");
-        while supervisor.decide(|_| Some(libc::EAGAIN)).unwrap().is_some() {}
-    });
+        while supervisor.decide(&decide).unwrap().is_some() {}
+        thread.join().unwrap()
+    })
+}
+
+/// Runs `body` on a thread that can start no other one.
+fn without_threads(body: impl FnOnce() + Send) {
+    deciding(&[libc::SYS_clone, libc::SYS_clone3], |_| Some(libc::EAGAIN), body);
+}
+
+/// Linux before 5.14 locks a buffer whose size is set, and does not tell.
+pub fn a_kernel_that_does_not_unlock_buffers_is_told_of() {
+    const CALLS: [i64; 2] = [libc::SYS_getsockopt, libc::SYS_setsockopt];
+    let has_none =
+        |call| (option_of(call) == (libc::SOL_SOCKET, libc::SO_BUF_LOCK)).then_some(libc::ENOPROTOOPT);
+    for received in [0, 50_000] {
+        let mut ends = Ends::new(Family::V4);
+        ends.receive(received);
+        let mut connection = ends.take();
+        let told = |restored: &Restored| {
+            restored.report().strict().unwrap();
+            let entry = restored.report().get("SO_BUF_LOCK");
+            entry.map(|entry| (entry.fidelity(), entry.reason().contains("Linux 5.14")))
+        };
+        assert_eq!(told(&ends.restore(&connection).unwrap()), None);
+        connection.buffers.as_mut().unwrap().receive = 400_000;
+        let host = &ends.pair.a;
+        let restored = deciding(&CALLS, has_none, || host.run(|| connection.restore()).unwrap());
+        assert_eq!(told(&restored), Some((Fidelity::Missing, true)), "{}", restored.report());
+        ends.resume(restored);
+        ends.finish();
+    }
 }
 
 pub fn without_threads_it_takes_longer() {

@@ -52,7 +52,8 @@ fn main() -> ExitCode {
             what_is_no_socket;
         faults: every_fault_of_a_save_is_told_and_harmless every_fault_of_a_restore_is_told_and_silent
             every_fault_of_a_resume_is_told_and_silent a_detach_fails_only_where_the_connection_stays
-            an_interrupted_call_is_made_again without_threads_it_takes_longer a_save_opens_nothing_where_nothing_is_tracked
+            an_interrupted_call_is_made_again without_threads_it_takes_longer
+            a_kernel_that_does_not_unlock_buffers_is_told_of a_save_opens_nothing_where_nothing_is_tracked
             a_resume_that_fails_once_is_made_again a_handshake_that_fails_once_is_begun_again
             a_resume_or_detach_that_fails_can_be_tried_again;
         lock_faults: a_lock_that_fails_locks_nothing a_lock_of_many_that_fails_locks_nothing a_release_that_fails_unlocks
