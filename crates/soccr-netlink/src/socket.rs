@@ -41,6 +41,7 @@ const ANSWER: usize = 8 << 10;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
 const NO_ROOM: i32 = Errno::NOBUFS.raw_os_error();
+const TOO_LONG: i32 = Errno::MSGSIZE.raw_os_error();
 /// Where `struct nfgenmsg` has its `res_id`.
 const RESOURCE: std::ops::Range<usize> = 2..4;
 /// The flag of a dump during which the dumped table changed (`NLM_F_DUMP_INTR`).
@@ -245,8 +246,10 @@ impl Socket {
             self.forget_answers();
         }
         self.answered = false;
-        // An answer holds at most the request and one thing. Allocating the room of a dump would take longer than the request.
-        let room = if batch.dumps() { LONGEST } else { batch.as_bytes().len() + ANSWER };
+        // An answer holds at most the request and one thing. Allocating the room of a dump would take longer than the request;
+        // but a socket may have a thousand keys of TCP MD5.
+        let is_long = batch.dumps() || self.family == Family::SockDiag;
+        let room = if is_long { LONGEST } else { batch.as_bytes().len() + ANSWER };
         self.buffer.reserve(room.saturating_sub(self.buffer.len()));
         let ours = Numbers { base: self.sequence, count: batch.messages() };
         batch.number(ours.base, &mut self.outgoing);
@@ -261,15 +264,19 @@ impl Socket {
     fn forget_answers(&mut self) {
         while match self.receive(RecvFlags::DONTWAIT) {
             Ok(()) => true,
-            Err(error) => error.raw_os_error() == Some(NO_ROOM),
+            Err(error) => matches!(error.raw_os_error(), Some(NO_ROOM | TOO_LONG)),
         } {}
     }
 
     /// Receives into the empty buffer.
+    ///
+    /// # Errors
+    /// `EMSGSIZE` where there is no room for all of it, and the rest is lost.
     fn receive(&mut self, flags: RecvFlags) -> io::Result<()> {
         self.buffer.clear();
-        retry_on_intr(|| recv(&self.fd, spare_capacity(&mut self.buffer), flags))?;
-        Ok(())
+        let flags = flags | RecvFlags::TRUNC;
+        let (_, length) = retry_on_intr(|| recv(&self.fd, spare_capacity(&mut self.buffer), flags))?;
+        if length > self.buffer.len() { Err(Errno::MSGSIZE.into()) } else { Ok(()) }
     }
 }
 
@@ -330,6 +337,19 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(socket.transact(&many).unwrap_err().raw_os_error(), error.raw_os_error());
         }
+        socket.transact(&of(1)).unwrap();
+    }
+
+    #[test]
+    fn an_answer_that_is_cut_is_an_error() {
+        let mut socket = Socket::open(Family::Route).unwrap();
+        socket.send(&of(1)).unwrap();
+        socket.buffer = Vec::with_capacity(1);
+        let error = socket.receive(RecvFlags::empty()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(TOO_LONG));
+        socket.send(&of(0xfff)).unwrap();
+        socket.buffer = Vec::with_capacity(1);
+        // What is left of another answer is no answer.
         socket.transact(&of(1)).unwrap();
     }
 

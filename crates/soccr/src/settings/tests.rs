@@ -198,6 +198,22 @@ fn md5_keys_are_carried_and_never_printed() {
     }
 }
 
+/// The kernel tells all of them in one message.
+#[test]
+fn many_md5_keys_are_carried() {
+    if !privileged() {
+        soccr_lab::skip("only CAP_NET_ADMIN may read TCP MD5 keys");
+        return;
+    }
+    let socket = TcpStream::from(connection("127.0.0.1:1".parse().unwrap()).0);
+    for number in 0..100 {
+        set_key(socket.as_fd(), ([203, 0, 113, number], 1).into(), b"correct horse");
+    }
+    let mut settings = Settings::default();
+    settings.read_keys(socket.as_fd(), Flow::of(&socket).unwrap()).unwrap();
+    assert!(matches!(settings.get("TCP_MD5SIG"), Some(Value::Secret(keys)) if keys.len() == 100 * 100));
+}
+
 #[test]
 fn unknown_and_refused_options_are_reported() {
     let local = "127.0.0.1:1".parse().unwrap();
