@@ -64,7 +64,7 @@ pub(crate) fn save(
     let memory = buffers::read(fd)?;
     connection.buffers = Some(memory.buffers);
     connection.settings.read_into(fd, connection.local, memory.options)?;
-    steer::forget_transparency(fd, connection.local, &mut connection.settings);
+    steer::forget_transparency(fd, connection.local, &mut connection.settings)?;
     let flags = rustix::fs::fcntl_getfl(fd).map_err(|error| Error::system("fcntl(F_GETFL)", error))?;
     connection.nonblocking = flags.contains(rustix::fs::OFlags::NONBLOCK);
     connection.settings.read_signals(fd, flags)?;

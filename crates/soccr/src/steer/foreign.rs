@@ -475,11 +475,16 @@ pub(crate) fn admit_transparent(
 
 /// Forgets that a saved socket was transparent where it had to be, because packets for another host's address are delivered here. That
 /// tells nothing of what its application wants, and where the address is at home it must not be. A transparent proxy stays one.
-pub(crate) fn forget_transparency(socket: BorrowedFd<'_>, local: SocketAddr, settings: &mut Settings) {
+pub(crate) fn forget_transparency(
+    socket: BorrowedFd<'_>,
+    local: SocketAddr,
+    settings: &mut Settings,
+) -> Result<()> {
     let is_transparent = TRANSPARENT.iter().any(|name| settings.get(name) == Some(&Value::Number(1)));
-    if is_transparent && is_delivered(socket, local.ip()).unwrap_or(false) {
+    if is_transparent && is_delivered(socket, local.ip())? {
         TRANSPARENT.iter().for_each(|name| settings.forget(name));
     }
+    Ok(())
 }
 
 /// One and the same option, under two names.

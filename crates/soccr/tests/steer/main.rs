@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         moves::a_strict_firewall_lets_a_foreign_connection_pass,
         moves::a_half_closed_connection_is_restored_where_its_address_is_not,
         moves::transparent_only_where_the_address_is_not,
+        moves::a_save_that_cannot_find_out_why_it_is_transparent_fails,
         moves::neighbours_hear_nothing_of_it,
         moves::the_new_host_takes_the_address,
         tables::many_are_added_moved_and_removed,

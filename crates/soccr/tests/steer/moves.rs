@@ -7,7 +7,7 @@ use soccr::lock::{Locker, Mode};
 use soccr::settings::Value;
 use soccr::steer::{Foreign, adopt_address};
 use soccr::{Flow, Lock, pause};
-use soccr_lab::{Flags, LIMIT, Sniffer, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Flags, LIMIT, Sniffer, TcpInfo, supervised, sysctl, wait_until};
 
 use super::traffic::{End, Peer};
 use super::{Net, address, connect, deliver, firewall, say, steer};
@@ -189,6 +189,26 @@ pub fn transparent_only_where_the_address_is_not() {
         drop(stream);
         let stream: TcpStream = lan.hosts[0].run(|| connection.restore()).unwrap().resume().unwrap();
         assert_eq!(transparent(&stream), Some(Value::Number(1)));
+    }
+}
+
+pub fn a_save_that_cannot_find_out_why_it_is_transparent_fails() {
+    let lan = Net::flat();
+    for (ipv6, name) in [(false, "IP_TRANSPARENT"), (true, "IPV6_TRANSPARENT")] {
+        let (_peer, stream) = connect(&lan, ipv6);
+        let flow = Flow::of(&stream).unwrap();
+        let stream = transfer(&lan, stream, flow, 0, 1);
+        supervised(|faults| {
+            for left in 0.. {
+                faults.arm(left, libc::ENOMEM);
+                let paused = pause(&stream);
+                let saved = paused.as_ref().map(|paused| paused.save());
+                let Some(call) = faults.disarm() else { break };
+                if let Ok(Ok(connection)) = saved {
+                    assert_eq!(connection.settings.get(name), None, "after {call:?}");
+                }
+            }
+        });
     }
 }
 
