@@ -80,10 +80,16 @@ fn anybody_is_free(fd: BorrowedFd<'_>) -> bool {
         rustix::net::bind(&socket, &SocketAddr::from((NOBODY, 0)))?;
         Ok(socket)
     });
-    if bound.is_err() {
-        NOT.note_at(fd);
+    match bound.map_err(|error| error.raw_os_error()) {
+        Err(Some(libc::EADDRNOTAVAIL)) => {
+            NOT.note_at(fd);
+            false
+        }
+        // A kernel without IPv6: the bind itself says so.
+        Err(Some(libc::EAFNOSUPPORT)) => false,
+        // Where that cannot be found out, the route tells.
+        _ => true,
     }
-    bound.is_ok()
 }
 
 fn missing(address: IpAddr) -> String {

@@ -6,7 +6,7 @@ use soccr::ErrorKind::Refused;
 use soccr::settings::Value;
 use soccr::steer::{Foreign, NextHop, Numbers, is_foreign};
 use soccr::{Flow, pause};
-use soccr_lab::{Sniffer, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Sniffer, TcpInfo, supervised, sysctl, wait_until};
 use soccr_netlink::{Policy, Rtnetlink};
 
 use super::moves::{exchange, transfer};
@@ -134,6 +134,24 @@ pub fn where_any_address_can_be_bound_nothing_changes() {
         let mut stream = transfer(&lan, stream, connection.flow(), 0, 1);
         exchange(&mut peer, &mut stream);
     }
+}
+
+pub fn where_nobody_tells_who_can_bind_any_address_nothing_changes() {
+    let lan = Net::flat();
+    lan.hosts[1].run(|| sysctl("net/ipv6/ip_nonlocal_bind", "1")).unwrap();
+    let (_peer, stream) = connect(&lan, true);
+    let connection = pause(&stream).unwrap().save().unwrap();
+    supervised(|faults| {
+        for left in 0.. {
+            faults.arm(left, libc::ENOMEM);
+            let restored = lan.hosts[1].run(|| connection.restore());
+            let failed = faults.disarm();
+            assert!(restored.is_err(), "it hears nothing, after {failed:?}");
+            if failed.is_none() {
+                break;
+            }
+        }
+    });
 }
 
 pub fn a_socket_that_is_free_to_have_any_address_is_refused_one_of_another_host() {

@@ -60,6 +60,7 @@ fn main() -> ExitCode {
         delivery::what_no_socket_has_is_dropped,
         delivery::without_it_a_foreign_address_is_refused,
         delivery::where_any_address_can_be_bound_nothing_changes,
+        delivery::where_nobody_tells_who_can_bind_any_address_nothing_changes,
         delivery::a_socket_that_is_free_to_have_any_address_is_refused_one_of_another_host,
         tunnels::a_connection_wanders_between_networks_ipv4,
         tunnels::a_connection_wanders_between_networks_ipv6,
