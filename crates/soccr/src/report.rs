@@ -147,6 +147,11 @@ impl Report {
         }
     }
 
+    /// Notes that the connection was not unlocked, or did not get all that was held for it.
+    pub(crate) fn unlock(&mut self, error: &Error) {
+        self.missing("unlock", error.to_string());
+    }
+
     fn missing(&mut self, name: &'static str, reason: impl Into<Cow<'static, str>>) {
         let (name, reason) = (name.into(), reason.into());
         self.0.push(Entry { name, fidelity: Fidelity::Missing, values: None, reason, is_option: false });

@@ -39,6 +39,13 @@ impl Kept {
         Self { socket: Ok(socket), error: error.at("adopt"), undrained: false }
     }
 
+    /// Says, too, what has become of the lock.
+    fn after(self, unlocked: &Result<()>) -> Self {
+        let Err(unlock) = unlocked else { return self };
+        let remedy = format!("{}; besides, {unlock}", self.error.remedy());
+        Self { error: self.error.advise(remedy), ..self }
+    }
+
     /// Why.
     pub fn error(&self) -> &Error {
         &self.error
@@ -137,9 +144,8 @@ impl Adopter {
             Err(error) => Moved::Kept(Kept::here(socket, error)),
         });
         let moved: Vec<Moved> = moved.collect();
-        // Where this fails, the peers send again what was held.
-        let _ = lock.release();
-        moved.into_iter().map(|moved| self.settle(moved)).collect()
+        let unlocked = lock.release().map(drop);
+        moved.into_iter().map(|moved| self.settle(moved, &unlocked)).collect()
     }
 
     /// Takes the connection out of its socket and puts it into the queue of the listener, under a lock.
@@ -175,19 +181,22 @@ impl Adopter {
         Ok(connection)
     }
 
-    /// After the unlock.
-    fn settle(&mut self, moved: Moved) -> Outcome {
+    /// After the unlock, which may have left the connection locked, or without what was held for it.
+    fn settle(&mut self, moved: Moved, unlocked: &Result<()>) -> Outcome {
         match moved {
-            Moved::Adopted(adopted, connection) => {
+            Moved::Adopted(mut adopted, connection) => {
+                if let Err(error) = unlocked {
+                    adopted.report.unlock(error);
+                }
                 // Without it the peer hears of the new window by the next segment.
                 let _ = self.announce(&connection);
                 Ok(adopted)
             }
             Moved::Restored(restored, connection, error) => {
                 let socket = restored.resume().map(OwnedFd::from).map_err(|_| Box::new(connection));
-                Err(Kept { socket, error, undrained: false })
+                Err(Kept { socket, error, undrained: false }.after(unlocked))
             }
-            Moved::Kept(kept) => Err(kept),
+            Moved::Kept(kept) => Err(kept.after(unlocked)),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, socket, sockopt};
 use soccr::adopt::DRAIN;
-use soccr_lab::{Family, Host, TcpInfo, sysctl, wait_until};
+use soccr_lab::{Family, Host, TcpInfo, supervised, sysctl, wait_until};
 
 use crate::ends::{Ends, On, PORT, accept, adopter, connect, pattern, read};
 
@@ -61,6 +61,31 @@ pub fn a_socket_that_is_never_acknowledged_stays() {
     let socket = TcpStream::from(kept.into_socket().unwrap());
     assert!(read(&ends.client, bytes.len()) == bytes, "the client read other bytes");
     ends.talk(&socket);
+}
+
+pub fn a_release_that_fails_is_told() {
+    supervised(|faults| {
+        let mut told = 0;
+        for left in 0.. {
+            let ends = Ends::new(Family::V4);
+            let Some(mut adopter) = adopter(&ends.pair) else { return };
+            let _listener = ends.listen(Family::V4, On::Address);
+            let (locker, socket) = (ends.locker(), ours(&ends));
+            faults.arm_among(&[libc::SYS_recvfrom], left, libc::ENOMEM);
+            let outcome = ends.pair.a.run(|| adopter.give(&locker, vec![socket], DRAIN)).remove(0);
+            let failed = faults.disarm();
+            if let Ok(adopted) = outcome
+                && let Some(entry) = adopted.report().get("unlock")
+            {
+                assert!(entry.reason().contains("ENOMEM"), "{entry}, after {failed:?}");
+                told += 1;
+            }
+            if failed.is_none() {
+                break;
+            }
+        }
+        assert!(told > 0, "it never fails");
+    });
 }
 
 pub fn many_sockets_enter_one_queue() {

@@ -34,6 +34,7 @@ fn main() -> std::process::ExitCode {
             every_byte_arrives_while_the_client_talks
             a_buffer_hardly_grows_from_move_to_move
             many_sockets_enter_one_queue
+            a_release_that_fails_is_told
             a_full_queue_keeps_the_rest;
         refused: what_no_server_can_have_stays
             what_does_not_enter_as_a_whole_is_taken_back
