@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::net::SocketAddr;
 
 use rustix::process::{Resource, getrlimit};
@@ -94,7 +94,16 @@ fn enough(what: &str, wanted: u64, used: u64, limit: u64, remedy: &'static str) 
 fn open_descriptors() -> u64 {
     match fs::metadata(DESCRIPTORS) {
         Ok(directory) if directory.len() > 0 => directory.len(),
-        _ => fs::read_dir(DESCRIPTORS).map_or(0, Iterator::count) as u64,
+        _ => listed(fs::read_dir(DESCRIPTORS)),
+    }
+}
+
+/// How many entries a directory has. One that no descriptor is left to open has as many as can be.
+fn listed(directory: io::Result<fs::ReadDir>) -> u64 {
+    match directory {
+        Ok(entries) => entries.count() as u64,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => u64::MAX,
+        Err(_) => 0,
     }
 }
 
@@ -137,6 +146,13 @@ mod tests {
         let open: Vec<_> = (0..1000).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let (counted, listed) = (open_descriptors(), fs::read_dir(DESCRIPTORS).unwrap().count() as u64);
         assert!(counted.abs_diff(listed) < 500 && counted >= open.len() as u64, "{counted}, {listed}");
+    }
+
+    #[test]
+    fn where_no_descriptor_is_left_to_count_them_none_is_free() {
+        assert_eq!(listed(Err(io::Error::from_raw_os_error(libc::EMFILE))), u64::MAX);
+        // Without /proc nobody says how many there are.
+        assert_eq!(listed(Err(io::ErrorKind::NotFound.into())), 0);
     }
 
     #[test]
