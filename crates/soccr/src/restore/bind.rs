@@ -118,7 +118,7 @@ fn bind_own(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
             (Err(error), SocketAddr::V6(_)) if error.errno() == Some(libc::EADDRNOTAVAIL) => error,
             (outcome, _) => return outcome,
         };
-        let flags = flags(fd, address).unwrap_or_default();
+        let flags = flags(fd, address).map_err(|error| Error::system("rtnetlink", error))?;
         if flags & IFA_F_DADFAILED != 0 {
             return Err(error
                 .advise("duplicate address detection has failed: another host on the link has the address"));
@@ -142,17 +142,16 @@ fn flags(fd: BorrowedFd<'_>, address: SocketAddr) -> io::Result<u8> {
     let mut header = [0; HEADER];
     header[0] = libc::AF_INET6 as u8;
     batch.message(RTM_GETADDR, REQUEST | DUMP, |message| message.bytes(&header));
-    let mut found = 0;
-    let answer = |_, payload: &[u8]| {
+    let answer = |found: &mut Vec<u8>, payload: &[u8]| {
         let Some((header, rest)) = payload.split_first_chunk::<HEADER>() else { return };
         let is_it = |(kind, bytes): (u16, &[u8])| {
             let ip = <[u8; 16]>::try_from(bytes).map(Ipv6Addr::from);
             kind == IFA_ADDRESS && ip.is_ok_and(|ip| ip == address.ip())
         };
         if attributes(rest).any(is_it) {
-            found |= header[2];
+            found.push(header[2]);
         }
     };
-    namespace::open_beside(fd, || Socket::open(Family::Route))?.dump(&batch, answer)?;
-    Ok(found)
+    let found = namespace::open_beside(fd, || Socket::open(Family::Route))?.dump_all(&batch, answer)?;
+    Ok(found.into_iter().fold(0, |all, flags| all | flags))
 }
