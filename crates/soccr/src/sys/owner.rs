@@ -7,6 +7,7 @@ use rustix::process::{
     DumpableBehavior, Pid, Signal, dumpable_behavior, getpid, getppid, kill_process,
     parent_process_death_signal, set_dumpable_behavior, set_parent_process_death_signal,
 };
+use rustix::thread::{CapabilitySets, capabilities, set_capabilities};
 
 /// Runs `work` with the calling thread as this user and group where files are concerned (`setfsuid(2)`): what it opens, such as
 /// a socket, is theirs. Rights over the network stay as they are.
@@ -29,6 +30,8 @@ pub(crate) fn as_owner<T>(user: u32, group: u32, work: impl FnOnce() -> T) -> io
 
 /// What the kernel takes from whoever becomes another user; it is put back when this is dropped.
 struct Lost {
+    /// Root among the users of files gets the capabilities over files, another user loses them (`capabilities(7)`).
+    capabilities: CapabilitySets,
     dumpable: DumpableBehavior,
     signal: Option<Signal>,
     parent: Option<Pid>,
@@ -36,12 +39,19 @@ struct Lost {
 
 impl Lost {
     fn note() -> io::Result<Self> {
-        Ok(Self { dumpable: dumpable_behavior()?, signal: parent_process_death_signal()?, parent: getppid() })
+        Ok(Self {
+            capabilities: capabilities(None)?,
+            dumpable: dumpable_behavior()?,
+            signal: parent_process_death_signal()?,
+            parent: getppid(),
+        })
     }
 }
 
 impl Drop for Lost {
     fn drop(&mut self) {
+        // First: whoever gets some can be dumped no more.
+        let _ = set_capabilities(None, self.capabilities);
         // The third behaviour is the kernel's to choose.
         if self.dumpable != DumpableBehavior::DumpableReadableOnlyByRoot {
             let _ = set_dumpable_behavior(self.dumpable);
@@ -80,5 +90,36 @@ impl Drop for Changed {
     fn drop(&mut self) {
         // SAFETY: as above.
         unsafe { (self.set)(self.before) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use rustix::thread::CapabilitySet;
+
+    use super::*;
+
+    /// Runs the test on a thread with these effective capabilities.
+    fn keeps(effective: CapabilitySet, user: u32) {
+        thread::spawn(move || {
+            let sets = CapabilitySets { effective, ..capabilities(None).unwrap() };
+            set_capabilities(None, sets).unwrap();
+            as_owner(user, user, || ()).unwrap();
+            assert_eq!(capabilities(None).unwrap(), sets);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn the_thread_has_the_capabilities_that_it_had() {
+        let all = capabilities(None).unwrap().effective;
+        if !all.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+            return soccr_lab::skip("this user may open no files for another one");
+        }
+        keeps(all, 1000);
+        keeps(all - CapabilitySet::DAC_OVERRIDE, 1000);
     }
 }
