@@ -125,7 +125,7 @@ fn beyond_addresses(netlink: &mut Socket, flow: Flow) -> io::Result<Option<Track
 /// Entries live by packets; one that sees none is gone after two minutes.
 ///
 /// # Errors
-/// Refused where it was translated, and cannot be here.
+/// Refused where it was translated, and cannot be here. The kernel could not make the entry that rules may ask for.
 pub(crate) fn admit(
     injectors: &mut Injectors,
     socket: BorrowedFd<'_>,
@@ -144,7 +144,15 @@ pub(crate) fn admit(
             return Err(Error::refused("no rules for NAT are here", ""));
         }
         let known = if is_known { find(netlink, flow).map_err(failed)? } else { None };
-        enter(netlink, flow, state, known, tracked.unwrap_or(Tracked::plain(flow))).map_err(failed)
+        let wanted = tracked.unwrap_or(Tracked::plain(flow));
+        match enter(netlink, flow, state, known, wanted) {
+            // The entry has come, or gone, since it was looked for.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOENT)) => {
+                let known = find(netlink, flow).map_err(failed)?;
+                enter(netlink, flow, state, known, wanted).map_err(failed)
+            }
+            entered => entered.map_err(failed),
+        }
     });
     match (entered, translated) {
         (Ok(entered), Some(wanted)) if entered.wire != wanted.wire.on_the_wire() => Err(untranslated(
@@ -155,9 +163,15 @@ pub(crate) fn admit(
         (Ok(entered), _) if !entered.is_translated(flow) => Ok(flow),
         (Ok(entered), _) => Ok(entered.wire),
         (Err(error), Some(wanted)) => Err(untranslated(wanted, &error.to_string())),
-        // A kernel that tells nobody about its entries.
-        (Err(_), None) => Ok(flow),
+        (Err(error), None) if is_denied(&error) => Ok(flow),
+        (Err(error), None) => Err(error),
     }
+}
+
+/// Nothing can be entered, and never could: without rights over the network namespace, and by a kernel that tells nobody about
+/// its entries.
+fn is_denied(error: &Error) -> bool {
+    matches!(error.errno(), Some(libc::EPERM | libc::EINVAL | libc::EPROTONOSUPPORT))
 }
 
 /// Whether anything in the network namespace of `socket` can come to look at an entry: the kernel tracks connections where
@@ -168,7 +182,8 @@ fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> boo
         return false;
     }
     let is_used = match has_entry(socket, flow) {
-        Some(false) => injectors.netfilter(socket).is_ok_and(|netlink| has_rules(netlink, socket)),
+        // Whoever cannot ask does not know that there are none.
+        Some(false) => injectors.netfilter(socket).map_or(true, |netlink| has_rules(netlink, socket)),
         known => known.is_some(),
     };
     if !is_used {

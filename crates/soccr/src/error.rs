@@ -193,6 +193,9 @@ fn remedy(what: &str, errno: i32) -> &'static str {
         (OUR_MEMORY, libc::ENOMEM) => {
             "this process gets no more memory: raise its limit (RLIMIT_AS, its control group), or free some"
         }
+        ("conntrack", libc::ENOMEM) => {
+            "the table of connection tracking may be full: raise net.netfilter.nf_conntrack_max"
+        }
         (_, libc::ENOMEM | libc::ENOBUFS) => {
             "out of socket memory: see net.ipv4.tcp_mem and net.core.optmem_max"
         }

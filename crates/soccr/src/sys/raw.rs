@@ -212,6 +212,9 @@ pub(crate) struct Injectors {
 /// The namespace, and what [`Via::check`] is asked: about the peer only where its answer depends on it.
 type Question = (u64, Via, Option<IpAddr>, SocketAddr, u32);
 
+/// As what an injector is opened.
+const RAW: &str = "raw socket";
+
 impl Injectors {
     /// The injector for the namespace of `socket`, for packets to its peer.
     ///
@@ -220,7 +223,7 @@ impl Injectors {
     /// another namespace than the thread.
     pub(crate) fn outward(&mut self, socket: BorrowedFd<'_>, via: Via) -> Result<&Injector> {
         let namespace = namespace_of(socket)?;
-        let injector = beside(&mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
+        let injector = beside(RAW, &mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
         injector
             .bind_to(bound_interface(socket))
             .map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
@@ -233,7 +236,7 @@ impl Injectors {
     /// The errors of opening a netlink socket there.
     pub(crate) fn netfilter(&mut self, socket: BorrowedFd<'_>) -> Result<&mut Socket> {
         let namespace = namespace_of(socket)?;
-        beside(&mut self.netfilter, namespace, socket, || Socket::open(Family::Netfilter))
+        beside("netfilter socket", &mut self.netfilter, namespace, socket, || Socket::open(Family::Netfilter))
     }
 
     /// The way into `socket`, for packets that play its peer's.
@@ -252,9 +255,9 @@ impl Injectors {
         let mut at_any_port = local;
         at_any_port.set_port(0);
         let question = (namespace, via, peer, at_any_port, interface);
-        let injector = beside(&mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
+        let injector = beside(RAW, &mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
         if !self.checked.is_some_and(|(same, when)| same == question && when.elapsed() < ANSWER) {
-            let routes = beside(&mut self.routes, namespace, socket, Routes::open)?;
+            let routes = beside("netlink socket", &mut self.routes, namespace, socket, Routes::open)?;
             via.check(routes, remote, local, interface)?;
             self.checked = Some((question, Instant::now()));
         }
@@ -268,6 +271,7 @@ fn namespace_of(socket: BorrowedFd<'_>) -> Result<u64> {
 
 /// What was used last, or what `open` opens, if that is in another network namespace than `socket`.
 fn beside<'a, T: AsFd + Send>(
+    what: &'static str,
     last: &'a mut Option<(u64, T)>,
     namespace: u64,
     socket: BorrowedFd<'_>,
@@ -275,9 +279,7 @@ fn beside<'a, T: AsFd + Send>(
 ) -> Result<&'a mut T> {
     let opened = match last.take() {
         Some((same, opened)) if same == namespace => opened,
-        _ => {
-            namespace::open_in(namespace, socket, open).map_err(|error| Error::system("raw socket", error))?
-        }
+        _ => namespace::open_in(namespace, socket, open).map_err(|error| Error::system(what, error))?,
     };
     Ok(&mut last.insert((namespace, opened)).1)
 }

@@ -16,8 +16,8 @@ use rustix::process::{
 use soccr::lock::PersistentLock;
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
-    Family, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness, skip,
-    sysctl, wait_until,
+    Family, Faults, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness,
+    skip, supervised, sysctl, wait_until,
 };
 
 fn main() -> ExitCode {
@@ -52,6 +52,7 @@ fn main() -> ExitCode {
             a_strict_firewall_of_a_host_that_has_never_seen_it,
         ),
         Test::new("a_host_it_comes_back_to", a_host_it_comes_back_to),
+        Test::new("what_is_restored_is_let_through", what_is_restored_is_let_through),
         Test::new(
             "nat::a_redirected_connection_moves_on_one_host",
             nat::a_redirected_connection_moves_on_one_host,
@@ -171,6 +172,42 @@ fn a_host_it_comes_back_to() {
         traveller.talk();
     }
     traveller.travel().unwrap();
+}
+
+/// Whichever call of a restore fails: it says so, or the firewall knows the connection.
+fn what_is_restored_is_let_through() {
+    let Some(mut traveller) = Traveller::to(STRICT, 80, 80) else { return };
+    let address = traveller.lab.a.address(Family::V4, 80);
+    let listener = traveller.lab.a.run(|| TcpListener::bind(address)).unwrap();
+    // A new connection each time: what has failed may have left an entry.
+    let mut failed_call = |faults: &Faults, errno, left| {
+        let Traveller { lab, peer, ours, .. } = &mut traveller;
+        lab.steer(Side::A).unwrap();
+        *peer = lab.peer.run(|| TcpStream::connect(address)).unwrap();
+        *ours = listener.accept().unwrap().0;
+        let paused = soccr::pause(&*ours).unwrap();
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        lab.steer(Side::B).unwrap();
+        faults.arm(left, errno);
+        let restored = lab.b.run(|| connection.restore());
+        let failed = faults.disarm();
+        match restored {
+            Ok(restored) => {
+                *ours = restored.resume().unwrap();
+                traveller.talk();
+            }
+            Err(error) => {
+                assert!(failed.is_some() && error.errno() == Some(errno), "{error}, for {failed:?}")
+            }
+        }
+        failed
+    };
+    supervised(|faults| {
+        for errno in [libc::ENOMEM, libc::EMFILE] {
+            assert!((0..).any(|left| failed_call(faults, errno, left).is_none()));
+        }
+    });
 }
 
 /// Connection tracking knows no scopes.
