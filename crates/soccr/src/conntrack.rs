@@ -200,15 +200,26 @@ fn has_rules(netlink: &mut Socket, socket: BorrowedFd<'_>) -> bool {
 }
 
 /// The tables of iptables and ip6tables in the network namespace of the thread.
-pub(crate) fn legacy_tables() -> impl Iterator<Item = String> {
-    let read = |file| std::fs::read_to_string(Path::new("/proc/thread-self/net").join(file));
-    let names = ["ip_tables_names", "ip6_tables_names"].into_iter().filter_map(move |file| read(file).ok());
-    names.flat_map(|names| names.lines().map(str::to_owned).collect::<Vec<_>>())
+///
+/// # Errors
+/// `EACCES`: the kernel names them to root alone.
+pub(crate) fn legacy_tables() -> io::Result<Vec<String>> {
+    let directory = Path::new("/proc/thread-self/net");
+    let mut tables = Vec::new();
+    for file in ["ip_tables_names", "ip6_tables_names"] {
+        match std::fs::read_to_string(directory.join(file)) {
+            Ok(names) => tables.extend(names.lines().map(str::to_owned)),
+            // It is not loaded.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && directory.exists() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(tables)
 }
 
 /// The same in the namespace of a socket.
 fn legacy_tables_beside(socket: BorrowedFd<'_>) -> io::Result<Vec<String>> {
-    namespace::run_beside(socket, || Ok(legacy_tables().collect()))
+    namespace::run_beside(socket, legacy_tables)
 }
 
 fn untranslated(wanted: Tracked, reason: &str) -> Error {
@@ -232,8 +243,15 @@ pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> io::Result<Vec
         return Ok(Vec::new());
     }
     let translates = match translates(netlink) {
-        // Without a right, or a thread, to enter their namespace with: the entries tell.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EAGAIN)) => true,
+        // Without a right, a thread or a /proc to find out with: the entries tell.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EPERM | libc::EACCES | libc::EAGAIN | libc::ENOENT)
+            ) =>
+        {
+            true
+        }
         translates => translates?,
     };
     if !translates {
@@ -255,8 +273,8 @@ pub(crate) fn is_loaded() -> bool {
 
 /// Something here translates addresses: without such a rule no entry is ever applied.
 fn translates(netlink: &mut Socket) -> io::Result<bool> {
-    let legacy = legacy_tables_beside(netlink.as_fd())?;
-    Ok(legacy.iter().any(|name| name == "nat") || nftables::has_chain_of_type(netlink, "nat")?)
+    Ok(nftables::has_chain_of_type(netlink, "nat")?
+        || legacy_tables_beside(netlink.as_fd())?.iter().any(|name| name == "nat"))
 }
 
 /// Finds the entry of a connection by what its socket sends.

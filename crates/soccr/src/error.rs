@@ -173,6 +173,9 @@ fn remedy(what: &str, errno: i32) -> &'static str {
             "the port is below net.ipv4.ip_unprivileged_port_start: needs CAP_NET_BIND_SERVICE in the network namespace's user \
              namespace"
         }
+        ("ip_tables_names", libc::EACCES) => {
+            "the kernel names the tables of iptables to root alone: run as root"
+        }
         (_, libc::EPERM | libc::EACCES) => {
             "needs CAP_NET_ADMIN and CAP_NET_RAW in the network namespace's user namespace; \
              run as root or under `unshare -Urn`"

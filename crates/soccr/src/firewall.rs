@@ -80,8 +80,11 @@ pub fn obstacles() -> Result<Vec<Obstacle>> {
 }
 
 /// The tables that legacy iptables and ip6tables have in the network namespace of the calling thread. Their rules cannot be read here.
-pub fn legacy_tables() -> Vec<String> {
-    conntrack::legacy_tables().collect()
+///
+/// # Errors
+/// `EACCES`: the kernel names them to root alone.
+pub fn legacy_tables() -> Result<Vec<String>> {
+    conntrack::legacy_tables().map_err(|error| Error::system("ip_tables_names", error))
 }
 
 /// Packets of this host's own connections come by this hook: nothing of theirs is forwarded.

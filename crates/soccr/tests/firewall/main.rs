@@ -205,7 +205,10 @@ fn what_is_restored_is_let_through() {
     };
     supervised(|faults| {
         for errno in [libc::ENOMEM, libc::EMFILE] {
-            assert!((0..).any(|left| failed_call(faults, errno, left).is_none()));
+            let mut left = 0;
+            while failed_call(faults, errno, left).is_some() {
+                left += 1;
+            }
         }
     });
 }

@@ -130,11 +130,30 @@ pub fn legacy_iptables_translate_in_another_namespace() {
     assert!(flush(host) && apply(host, STRICT));
     traveller.talk();
     let flow = Flow::of(&traveller.ours).unwrap();
-    let lock = Locker::beside(&traveller.ours, Mode::HOLD).unwrap().lock(&[flow]).unwrap();
-    traveller.peer.write_all(b"held").unwrap();
-    wait_until("it is here", || lock.held() > 0 || TcpInfo::of(&traveller.ours).unwrap().unread > 0);
-    assert!(lock.release().unwrap() > 0);
-    expect(&mut traveller.ours, b"held");
+    let locker = Locker::beside(&traveller.ours, Mode::HOLD).unwrap();
+    // The kernel names the tables to root alone, whoever else has rights over the network.
+    supervised(|faults| {
+        for errno in [libc::EACCES, libc::EMFILE] {
+            for left in 0.. {
+                faults.arm_among(&[libc::SYS_openat], left, errno);
+                let locked = locker.lock(&[flow]);
+                let failed = faults.disarm();
+                match locked {
+                    Ok(lock) => {
+                        traveller.peer.write_all(b"held").unwrap();
+                        let arrived = || TcpInfo::of(&traveller.ours).unwrap().unread > 0;
+                        wait_until("it is here", || lock.held() > 0 || arrived());
+                        assert!(lock.release().unwrap() > 0, "not locked, after {failed:?}");
+                        expect(&mut traveller.ours, b"held");
+                    }
+                    Err(error) => assert_eq!(error.errno(), Some(libc::EMFILE), "{error}"),
+                }
+                if failed.is_none() {
+                    break;
+                }
+            }
+        }
+    });
     traveller.talk();
 }
 

@@ -19,8 +19,9 @@ pub(super) fn firewalls() -> Result<String> {
     }
     let passes = "none drops segments that play the peer's";
     Ok(match firewall::legacy_tables() {
-        tables if tables.is_empty() => passes.into(),
-        tables => format!("{passes}; not read: legacy iptables ({})", tables.join(", ")),
+        Ok(tables) if tables.is_empty() => passes.into(),
+        Ok(tables) => format!("{passes}; not read: legacy iptables ({})", tables.join(", ")),
+        Err(error) => format!("{passes}; not read: whether there are legacy iptables ({error})"),
     })
 }
 
