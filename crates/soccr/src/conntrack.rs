@@ -83,39 +83,59 @@ impl Tracking {
 /// `None` as well where nothing is tracked, or nobody tells.
 ///
 /// # Errors
-/// The kernel has an entry, and could not tell of it: the connection may be translated.
+/// The kernel has an entry, and could not tell of it: the connection may be translated. Refused where it is, and nobody tells how.
 pub(crate) fn read(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> Result<Option<Tracked>> {
-    if has_entry(socket, flow) != Some(true) {
+    let destination = original_destination(socket, flow);
+    if has_entry(&destination) != Some(true) {
         return Ok(None);
     }
-    let tracked = injectors.netfilter(socket).and_then(|netlink| {
-        beyond_addresses(netlink, flow).map_err(|error| Error::system("conntrack", error))
-    });
-    match tracked {
+    let found = injectors
+        .netfilter(socket)
+        .and_then(|netlink| find(netlink, flow).map_err(|error| Error::system("conntrack", error)));
+    match (found, destination) {
         // Rights over the socket alone are enough where nothing is translated.
-        Err(error) if error.errno() == Some(libc::EPERM) => Ok(None),
-        tracked => tracked,
+        (Err(error), Ok(destination)) if is_denied(&error) => {
+            let Flow { local, remote } = flow.on_the_wire();
+            if [local, remote].contains(&destination) { Ok(None) } else { Err(untold(destination)) }
+        }
+        (found, _) => Ok(found?.filter(|tracked| *tracked != Tracked::plain(flow))),
     }
 }
 
-/// Whether there is an entry for what the socket sends; `None` where the kernel cannot track connections. One call that
-/// needs no privilege, as proxies ask by it where a connection was to go.
-fn has_entry(socket: BorrowedFd<'_>, flow: Flow) -> Option<bool> {
+fn untold(destination: SocketAddr) -> Error {
+    Error::refused(
+        format!(
+            "a connection behind NAT, about which nobody tells more than that it was begun to {destination}"
+        ),
+        "needs CAP_SYS_ADMIN to ask in its network namespace, and a kernel that answers: modprobe nf_conntrack_netlink",
+    )
+}
+
+/// To where the connection was begun that what the socket sends belongs to. One call that needs no privilege, as proxies ask by
+/// it where a connection was to go.
+fn original_destination(socket: BorrowedFd<'_>, flow: Flow) -> io::Result<SocketAddr> {
     /// linux/netfilter_ipv4.h; for IPv6 `IP6T_SO_ORIGINAL_DST` has the same number.
     const SO_ORIGINAL_DST: i32 = 80;
     let level = if flow.is_ipv4() { libc::IPPROTO_IP } else { libc::IPPROTO_IPV6 };
-    match sockopt::get_bytes(socket, level, SO_ORIGINAL_DST, &mut [0; size_of::<libc::sockaddr_in6>()]) {
+    // `struct sockaddr_in`, or `sockaddr_in6`, which has a flow label before its address.
+    let mut name = [0; size_of::<libc::sockaddr_in6>()];
+    sockopt::get_bytes(socket, level, SO_ORIGINAL_DST, &mut name)?;
+    let ip = if flow.is_ipv4() {
+        IpAddr::from([name[4], name[5], name[6], name[7]])
+    } else {
+        let mut ip = [0; 16];
+        ip.copy_from_slice(&name[8..24]);
+        IpAddr::from(ip)
+    };
+    Ok(SocketAddr::new(ip, u16::from_be_bytes([name[2], name[3]])))
+}
+
+/// Whether there is an entry for what the socket sends; `None` where the kernel cannot track connections.
+fn has_entry(destination: &io::Result<SocketAddr>) -> Option<bool> {
+    match destination {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Some(false),
         _ => Some(true),
-    }
-}
-
-fn beyond_addresses(netlink: &mut Socket, flow: Flow) -> io::Result<Option<Tracked>> {
-    match find(netlink, flow) {
-        // This kernel tells nobody about its entries.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
-        found => Ok(found?.filter(|tracked| *tracked != Tracked::plain(flow))),
     }
 }
 
@@ -137,7 +157,7 @@ pub(crate) fn admit(
     if translated.is_none() && !is_used(injectors, socket, flow) {
         return Ok(flow);
     }
-    let is_known = has_entry(socket, flow) == Some(true);
+    let is_known = has_entry(&original_destination(socket, flow)) == Some(true);
     let entered = injectors.netfilter(socket).and_then(|netlink| {
         let failed = |error| Error::system("conntrack", error);
         if translated.is_some() && !translates(netlink).map_err(failed)? {
@@ -181,7 +201,7 @@ fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> boo
     if UNUSED.holds_at(socket) {
         return false;
     }
-    let is_used = match has_entry(socket, flow) {
+    let is_used = match has_entry(&original_destination(socket, flow)) {
         // Whoever cannot ask does not know that there are none.
         Some(false) => injectors.netfilter(socket).map_or(true, |netlink| has_rules(netlink, socket)),
         known => known.is_some(),
@@ -260,7 +280,11 @@ pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> io::Result<Vec
     }
     let mut translated = Vec::new();
     for &flow in flows {
-        let tracked = beyond_addresses(netlink, flow)?.filter(|tracked| tracked.is_translated(flow));
+        let tracked = match find(netlink, flow) {
+            // This kernel tells nobody about its entries.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
+            found => found?.filter(|tracked| tracked.is_translated(flow)),
+        };
         translated.extend(tracked.map(|tracked| (flow, tracked.wire)));
     }
     Ok(translated)

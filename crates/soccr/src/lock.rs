@@ -153,6 +153,9 @@ impl Locker {
 
     /// Locks connections: both directions of all of them, in one transaction.
     ///
+    /// One behind NAT is locked as its packets arrive, with the addresses of which connection tracking tells. A kernel that
+    /// tells nobody (without `nf_conntrack_netlink`) leaves its addresses on the wire unknown, and unlocked.
+    ///
     /// # Errors
     /// Refused: a connection that is locked already, by this locker; more than 65536 of one address family.
     /// Nothing is locked then.

@@ -72,6 +72,10 @@ fn main() -> ExitCode {
         ),
         Test::new("nat::what_cannot_be_found_out_is_told", nat::what_cannot_be_found_out_is_told),
         Test::new(
+            "nat::of_what_is_not_translated_nobody_need_tell",
+            nat::of_what_is_not_translated_nobody_need_tell,
+        ),
+        Test::new(
             "nat::legacy_iptables_translate_in_another_namespace",
             nat::legacy_iptables_translate_in_another_namespace,
         ),

@@ -183,20 +183,50 @@ pub fn what_cannot_be_found_out_is_told() {
                 break;
             }
         }
-        for left in 0.. {
-            let paused = soccr::pause(&ours).unwrap();
-            faults.arm(left, libc::ENOMEM);
-            let saved = paused.save();
-            let failed = faults.disarm();
-            paused.resume().unwrap();
-            match saved {
-                Ok(saved) => assert!(saved.tracked.is_some(), "its NAT is not saved, after {failed:?}"),
-                Err(error) => assert_eq!(error.errno(), Some(libc::ENOMEM), "{error}"),
-            }
-            if failed.is_none() {
-                break;
+        // Without rights, and by kernels that tell nobody, too.
+        for errno in [libc::ENOMEM, libc::EPERM, libc::EINVAL] {
+            for left in 0.. {
+                let paused = soccr::pause(&ours).unwrap();
+                faults.arm(left, errno);
+                let saved = paused.save();
+                let failed = faults.disarm();
+                paused.resume().unwrap();
+                match saved {
+                    Ok(saved) => assert!(saved.tracked.is_some(), "its NAT is not saved, after {failed:?}"),
+                    Err(error) if error.kind() == ErrorKind::Refused => {
+                        assert!(
+                            error.to_string().contains("NAT") && error.to_string().contains("192.0.2.1:80"),
+                            "{error}"
+                        );
+                    }
+                    Err(error) => assert_eq!(error.errno(), Some(errno), "{error}"),
+                }
+                if failed.is_none() {
+                    break;
+                }
             }
         }
     });
     assert_eq!(resets.segments().unwrap(), []);
+}
+
+/// Rights over the socket alone are enough for it.
+pub fn of_what_is_not_translated_nobody_need_tell() {
+    for family in [Family::V4, Family::V6, Family::Mapped] {
+        let connect = |lab: &Lab| {
+            let listener = lab.a.run(|| TcpListener::bind(lab.a.address(family, 80))).unwrap();
+            let peer = lab.peer.run(|| TcpStream::connect(lab.a.address(family, 80))).unwrap();
+            (peer, listener.accept().unwrap().0)
+        };
+        let tracked = "chain input { type filter hook input priority 0; ct state established accept; }";
+        let Some(traveller) = Traveller::with(tracked, connect) else { return };
+        supervised(|faults| {
+            let paused = soccr::pause(&traveller.ours).unwrap();
+            // The question to connection tracking.
+            faults.arm_among(&[libc::SYS_sendto], 0, libc::EPERM);
+            let saved = paused.save();
+            assert!(faults.disarm().is_some());
+            assert_eq!(saved.unwrap().tracked, None);
+        });
+    }
 }
