@@ -8,6 +8,7 @@ use soccr_netlink::{Family, Packet, Rtnetlink, Socket};
 use super::steering::reversed;
 use super::{Foreign, NextHop, Numbers, Steering, Times, Tunnel, foreign, index, system};
 use crate::connection::Flow;
+use crate::conntrack;
 use crate::error::{Error, Result};
 
 /// Steers connections, and has them delivered, again and again.
@@ -34,8 +35,8 @@ impl Steerer {
     /// local address, or, where none has, by that of the route to the peer, or by a [`Tunnel`].
     ///
     /// # Errors
-    /// Refused: the next hop has another address family than a connection. `EPERM` without `CAP_NET_ADMIN`;
-    /// `EOPNOTSUPP` or `ENOENT` where the kernel lacks `CONFIG_NFT_FWD_NETDEV`.
+    /// Refused: the next hop has another address family than a connection; a connection is behind NAT, and nothing is steered then.
+    /// `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` or `ENOENT` where the kernel lacks `CONFIG_NFT_FWD_NETDEV`.
     pub fn redirect(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
         self.begin(flows, to).map_err(|error| error.at("steer"))
     }
@@ -68,6 +69,7 @@ impl Steerer {
     }
 
     fn begin(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
+        self.check_translation(flows)?;
         let others = Steering::list_by(&mut self.netfilter)?;
         let mut used = Vec::new();
         for (device, flows) in arrivals(&mut self.route, flows)? {
@@ -84,6 +86,20 @@ impl Steerer {
             }
         }
         Ok(())
+    }
+
+    /// Packets are steered before they are translated: they would be looked for by addresses that they do not have yet.
+    fn check_translation(&mut self, flows: &[Flow]) -> Result<()> {
+        match system("conntrack", conntrack::translated(&mut self.netfilter, flows))?.first() {
+            Some((flow, wire)) => Err(Error::refused(
+                format!(
+                    "{} to {}: a connection behind NAT, {} to {} on the wire, cannot be steered",
+                    flow.local, flow.remote, wire.local, wire.remote
+                ),
+                "let the address itself move, to a host with the same NAT",
+            )),
+            None => Ok(()),
+        }
     }
 
     fn begin_answers(&mut self, flows: &[Flow], from: &NextHop) -> Result<()> {

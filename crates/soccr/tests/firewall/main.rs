@@ -70,6 +70,7 @@ fn main() -> ExitCode {
             "nat::a_redirected_connection_that_was_reset_is_carried",
             nat::a_redirected_connection_that_was_reset_is_carried,
         ),
+        Test::new("nat::a_redirected_connection_is_not_steered", nat::a_redirected_connection_is_not_steered),
         Test::new("nat::what_cannot_be_found_out_is_told", nat::what_cannot_be_found_out_is_told),
         Test::new(
             "nat::of_what_is_not_translated_nobody_need_tell",

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::net::sockopt::set_socket_linger;
 use soccr::lock::{Locker, Mode};
+use soccr::steer::{NextHop, Steering, redirect};
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{Family, Lab, State, TcpInfo, option, supervised, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -229,4 +230,18 @@ pub fn of_what_is_not_translated_nobody_need_tell() {
             assert_eq!(saved.unwrap().tracked, None);
         });
     }
+}
+
+/// Packets are steered before they are translated.
+pub fn a_redirected_connection_is_not_steered() {
+    let Some(mut traveller) = Traveller::to(REDIRECT, 80, 8080) else { return };
+    let Traveller { lab, ours, .. } = &traveller;
+    let flow = Flow::of(ours).unwrap();
+    lab.a.run(|| {
+        let error = redirect(&[flow], &NextHop::known(lab.peer.v4.into(), "eth0")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        assert!(error.to_string().contains("NAT") && error.to_string().contains("192.0.2.1:80 "), "{error}");
+        assert_eq!(Steering::list().unwrap(), []);
+    });
+    traveller.talk();
 }
