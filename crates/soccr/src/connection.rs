@@ -343,6 +343,13 @@ impl Connection {
         Flow { local: self.local, remote: self.remote }
     }
 
+    /// Its addresses, and those on the wire as well where NAT makes others of them: all about which a host is silent that
+    /// locks it.
+    pub fn flows(&self) -> impl Iterator<Item = Flow> {
+        let flow = self.flow();
+        std::iter::once(flow).chain(self.tracked.and_then(|tracked| tracked.translation(flow)))
+    }
+
     /// Puts bytes that the application has read back in front of the receive queue: whoever has the restored socket
     /// reads them again, first. They are the last ones that were read, in their order.
     ///

@@ -47,6 +47,11 @@ impl Tracked {
         self.wire.on_the_wire() != flow.on_the_wire()
     }
 
+    /// Those addresses, where they are others.
+    pub(crate) fn translation(&self, flow: Flow) -> Option<Flow> {
+        self.is_translated(flow).then(|| self.wire.on_the_wire())
+    }
+
     /// The first packet's addresses, and those of the answer: (source, destination) each.
     fn tuples(&self, flow: Flow) -> [(SocketAddr, SocketAddr); 2] {
         let sent = (flow.local, flow.remote);

@@ -42,6 +42,7 @@ mod rule;
 mod table;
 mod transaction;
 
+use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -51,7 +52,7 @@ use std::time::Duration;
 
 use soccr_netlink::{Family, Socket};
 
-use crate::connection::Flow;
+use crate::connection::{Connection, Flow};
 use crate::conntrack;
 use crate::diag::Diag;
 use crate::error::{Error, Result};
@@ -160,8 +161,28 @@ impl Locker {
     /// Refused: a connection that is locked already, by this locker; more than 65536 of one address family.
     /// Nothing is locked then.
     pub fn lock(&self, flows: &[Flow]) -> Result<Lock> {
-        self.shared.lock(flows).map_err(|error| error.at("lock"))?;
-        Ok(Lock { shared: Arc::clone(&self.shared), flows: flows.to_vec() })
+        self.lock_known(flows.to_vec(), Vec::new())
+    }
+
+    /// Locks connections that are to be [restored](Connection::restore) here. Where NAT translates one, and this host does not
+    /// know that yet, it is locked as its packets will arrive nevertheless.
+    ///
+    /// # Errors
+    /// The errors of [`lock`](Self::lock).
+    pub fn lock_arriving<'a>(&self, connections: impl IntoIterator<Item = &'a Connection>) -> Result<Lock> {
+        let (mut flows, mut translated) = (Vec::new(), Vec::new());
+        for connection in connections {
+            let flow = connection.flow();
+            flows.push(flow);
+            let wire = connection.tracked.and_then(|tracked| tracked.translation(flow));
+            translated.extend(wire.map(|wire| (flow, wire)));
+        }
+        self.lock_known(flows, translated)
+    }
+
+    fn lock_known(&self, flows: Vec<Flow>, translated: Vec<(Flow, Flow)>) -> Result<Lock> {
+        self.shared.lock(&flows, translated).map_err(|error| error.at("lock"))?;
+        Ok(Lock { shared: Arc::clone(&self.shared), flows })
     }
 
     /// Waits until nothing is left of the locker, if none of its locks is: no thread, no descriptor, no table. The kernel
@@ -296,11 +317,13 @@ impl Drop for Lock {
 }
 
 impl Shared {
-    fn lock(&self, flows: &[Flow]) -> Result<()> {
-        flows.iter().try_for_each(validate)?;
-        // Packets arrive with the addresses that they have before they are translated.
-        let translated = self.with_table(|table| conntrack::translated(table.socket(), flows));
-        let translated = translated.map_err(|error| Error::system("conntrack", error))?;
+    /// Packets arrive with the addresses that they have before they are translated: for some connections those are known.
+    fn lock(&self, flows: &[Flow], mut translated: Vec<(Flow, Flow)>) -> Result<()> {
+        flows.iter().chain(translated.iter().map(|(_, wire)| wire)).try_for_each(validate)?;
+        let known: HashSet<Flow> = translated.iter().map(|(flow, _)| *flow).collect();
+        let others: Vec<Flow> = flows.iter().filter(|flow| !known.contains(flow)).copied().collect();
+        let found = self.with_table(|table| conntrack::translated(table.socket(), &others));
+        translated.extend(found.map_err(|error| Error::system("conntrack", error))?);
         self.with_table(|table| table.reserve(flows))?;
         let add = || self.with_table(|table| table.add(flows, &translated));
         let Some(reader) = &self.reader else { return add() };

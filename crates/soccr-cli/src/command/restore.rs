@@ -78,7 +78,7 @@ impl Restore {
         }
         soccr::prepare();
         let flows: Vec<Flow> = saved.iter().map(|(_, connection)| connection.flow()).collect();
-        let lock = Locker::new(Mode::HOLD)?.lock(&flows)?;
+        let lock = Locker::new(Mode::HOLD)?.lock_arriving(saved.iter().map(|(_, connection)| connection))?;
         let restore = |(_, connection): &(_, Connection)| {
             connection.restore().with_context(|| format!("{} {}", connection.local, connection.remote))
         };

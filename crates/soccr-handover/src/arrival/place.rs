@@ -42,13 +42,12 @@ impl Arrival {
         if batch.is_empty() {
             return;
         }
-        let flows: Vec<Flow> = batch.iter().map(|arriving| arriving.connection.flow()).collect();
-        match self.shared.locker.lock(&flows) {
+        match self.shared.locker.lock_arriving(batch.iter().map(|arriving| &arriving.connection)) {
             Ok(lock) => self.place_locked(batch, lock),
             // One connection cannot be locked, and fails the transaction for all.
             Err(_) => {
                 for arriving in batch {
-                    match self.shared.locker.lock(&[arriving.connection.flow()]) {
+                    match self.shared.locker.lock_arriving([&arriving.connection]) {
                         Ok(lock) => self.place_locked(vec![arriving], lock),
                         Err(error) => {
                             self.make_room();
@@ -101,7 +100,7 @@ impl Arrival {
         let (behind, free) =
             if self.origin == Origin::Here { (batch, Vec::new()) } else { (Vec::new(), batch) };
         // They may have left this host not long ago, and be silent or steered still. From here on our own lock keeps them silent.
-        let flows: Vec<Flow> = free.iter().map(|arriving| arriving.connection.flow()).collect();
+        let flows: Vec<Flow> = free.iter().flat_map(|arriving| arriving.connection.flows()).collect();
         let ready = self.shared.end_silence(&flows).and_then(|()| self.shared.homecoming().expect(&flows));
         if let Err(error) = ready {
             // These would stay silent here, or steered away.
@@ -173,7 +172,7 @@ impl Arrival {
             keyed.push((id, *connection));
             others.insert(id, waiting);
         }
-        let flows: Vec<Flow> = others.values().map(|waiting| waiting.held.flow).collect();
+        let flows: Vec<Flow> = keyed.iter().flat_map(|(_, connection)| connection.flows()).collect();
         let mut outcomes = Vec::with_capacity(keyed.len());
         self.shared.kit.restore(keyed, |id, outcome| outcomes.push((id, outcome)));
         // A source on this host is silent about what has left it, since a moment ago if it does not hear us. That lock does not stop the

@@ -13,7 +13,7 @@ use rustix::process::{
     DumpableBehavior, Signal, dumpable_behavior, parent_process_death_signal, set_dumpable_behavior,
     set_parent_process_death_signal,
 };
-use soccr::lock::PersistentLock;
+use soccr::lock::{Locker, Mode, PersistentLock};
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
     Family, Faults, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness,
@@ -64,6 +64,10 @@ fn main() -> ExitCode {
         Test::new(
             "nat::a_connection_with_another_source_moves_to_another_host",
             nat::a_connection_with_another_source_moves_to_another_host,
+        ),
+        Test::new(
+            "nat::what_arrives_early_waits_for_the_connection",
+            nat::what_arrives_early_waits_for_the_connection,
         ),
         Test::new("nat::without_the_same_nat_it_is_refused", nat::without_the_same_nat_it_is_refused),
         Test::new(
@@ -147,7 +151,7 @@ impl Traveller {
         let held = lock.take()?;
         lock.persist("gone", None)?;
         // Until it is there, what the peer sends again would draw a reset.
-        let silence = to.run(|| Lock::drop_traffic(&[connection.flow()]))?;
+        let silence = to.run(|| Locker::new(Mode::Drop)?.lock_arriving([&connection]))?;
         self.side = self.side.other();
         self.lab.steer(self.side).unwrap();
         let restored = to.run(|| connection.restore())?;

@@ -9,7 +9,7 @@ use rustix::net::sockopt::set_socket_linger;
 use soccr::lock::{Locker, Mode};
 use soccr::steer::{NextHop, Steering, redirect};
 use soccr::{ErrorKind, Flow, Lock};
-use soccr_lab::{Family, Lab, State, TcpInfo, option, supervised, wait_until};
+use soccr_lab::{Family, Lab, Side, State, TcpInfo, option, supervised, wait_until};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{STRICT, Traveller, apply, expect, flush};
@@ -53,7 +53,36 @@ pub fn a_redirected_connection_moves_to_another_host() {
 }
 
 pub fn a_connection_with_another_source_moves_to_another_host() {
-    // Our end has begun it, from an address of its own that the peer never sees.
+    let Some(mut traveller) = with_another_source() else { return };
+    traveller.travel().unwrap();
+    traveller.travel().unwrap();
+}
+
+/// The new host does not know yet that the packets are translated.
+pub fn what_arrives_early_waits_for_the_connection() {
+    for traveller in [Traveller::to(REDIRECT, 80, 8080), with_another_source()] {
+        let Some(mut traveller) = traveller else { return };
+        let Traveller { lab, peer, ours, resets, .. } = &mut traveller;
+        let paused = soccr::pause(&*ours).unwrap();
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        let lock = lab.b.run(|| Locker::new(Mode::HOLD).unwrap().lock_arriving([&connection])).unwrap();
+        lab.steer(Side::B).unwrap();
+        peer.write_all(b"early").unwrap();
+        wait_until("it is held, or has drawn a reset", || {
+            lock.held() > 0 || !resets.segments().unwrap().is_empty()
+        });
+        let restored = lab.b.run(|| connection.restore()).unwrap();
+        lock.release_into(&[&restored]).unwrap();
+        *ours = restored.resume().unwrap();
+        expect(ours, b"early");
+        traveller.talk();
+        assert_eq!(traveller.resets.segments().unwrap(), []);
+    }
+}
+
+/// Our end has begun it, from an address of its own that the peer never sees.
+fn with_another_source() -> Option<Traveller> {
     let rules = "chain nat { type nat hook postrouting priority 100; ip saddr 10.0.0.1 snat to 192.0.2.1; }";
     let own = std::net::Ipv4Addr::new(10, 0, 0, 1);
     let connect = |lab: &Lab| {
@@ -69,10 +98,9 @@ pub fn a_connection_with_another_source_moves_to_another_host() {
         });
         (listener.accept().unwrap().0, ours)
     };
-    let Some(mut traveller) = Traveller::with(rules, connect) else { return };
+    let traveller = Traveller::with(rules, connect)?;
     assert_eq!(traveller.peer.peer_addr().unwrap().ip(), traveller.lab.a.v4);
-    traveller.travel().unwrap();
-    traveller.travel().unwrap();
+    Some(traveller)
 }
 
 pub fn without_the_same_nat_it_is_refused() {
