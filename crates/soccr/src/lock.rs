@@ -340,7 +340,10 @@ impl Shared {
     }
 
     fn persist(&self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
-        self.with_table(|table| persistent::create(table.socket(), name, flows, limit))?;
+        self.with_table(|table| {
+            let flows = table.with_wires(flows);
+            persistent::create(table.socket(), name, &flows, limit)
+        })?;
         // What is left in our table is dropped there: the persistent lock drops it too.
         let _ = self.abandon(flows);
         Ok(())

@@ -90,7 +90,7 @@ impl Lock {
         let mut flows = self.connections.clone();
         if let Some(image) = &self.image {
             let (_, saved) = restore::image::read(Some(image))?;
-            flows.extend(saved.iter().map(|(_, connection)| connection.flow()));
+            flows.extend(saved.iter().flat_map(|(_, connection)| connection.flows()));
         }
         if !self.list {
             let name = self.name.clone().unwrap_or_else(soccr_handover::silence::name);

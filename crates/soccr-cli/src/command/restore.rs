@@ -88,7 +88,8 @@ impl Restore {
         saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
         consumed::mark(file, saved.iter().map(|(_, connection)| connection))?;
-        let locked = silence::lift(&flows).inspect_err(|_| stay_silent(&flows))?;
+        let silent: Vec<Flow> = saved.iter().flat_map(|(_, connection)| connection.flows()).collect();
+        let locked = silence::lift(&silent).inspect_err(|_| stay_silent(&flows))?;
         for (Flow { local, remote }, name) in locked {
             exit::complain(&format!("{local} {remote}: still locked: see `soccr unlock {name}`"));
         }

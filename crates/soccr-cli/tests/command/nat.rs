@@ -1,12 +1,19 @@
 //! Connections whose addresses somebody translates on their way: whoever wants to move one is told.
 
+use std::io::Write;
 use std::process::{Command, Stdio};
 
-use soccr_lab::{Lab, Namespace};
+use soccr_lab::{Lab, Namespace, Side, sysctl};
 
-use crate::programs::{ask, complaints, connect, installed, json, server, soccr, succeed};
+use crate::programs::{
+    HEIR, Program, ask, assert_unlocked, complaints, connect, hear, installed, json, server, soccr, succeed,
+};
 
-crate::tests![nat_outside_of_the_network_is_named, nat_in_the_network_is_named];
+crate::tests![
+    nat_outside_of_the_network_is_named,
+    nat_in_the_network_is_named,
+    an_image_is_locked_as_its_packets_come
+];
 
 /// The port of a host leads to one of a container, as container engines publish it.
 fn nat_outside_of_the_network_is_named() {
@@ -52,4 +59,34 @@ fn is_named(lab: &Lab, place: &Namespace, rules: &str, wire: &str, outside: bool
     assert_eq!(complaints.matches("NAT ").count(), 1, "{complaints}");
     assert!(complaints.contains(wire) && complaints.matches(": stays: ").count() == 2, "{complaints}");
     both();
+}
+
+/// The host to which it goes does not know yet that they are translated.
+fn an_image_is_locked_as_its_packets_come() {
+    if !installed("python3") || !installed("nft") {
+        return;
+    }
+    let lab = Lab::new().unwrap();
+    let rules = "table ip nat { chain nat { type nat hook prerouting priority -100; tcp dport 80 redirect to :7; }; }";
+    for host in [&lab.a, &lab.b] {
+        assert!(host.run(|| Command::new("nft").arg(rules).status()).unwrap().success());
+        // Or a packet that is no SYN begins a connection, and is translated.
+        host.run(|| sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")).unwrap();
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let image = image.to_str().unwrap();
+    let old = lab.a.run(|| server("old ", 1));
+    let mut client = lab.peer.run(|| connect((lab.a.v4, 80)));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    lab.a.run(|| succeed(&["save", "--pid", &old.pid(), "--all", "-o", image]));
+
+    lab.b.run(|| succeed(&["lock", "--image", image]));
+    lab.steer(Side::B).unwrap();
+    client.write_all(b"two").unwrap();
+    let mut restore = soccr(&["restore", image, "--", "python3", "-c", HEIR, "new "]);
+    let _new = lab.b.run(|| Program::start(restore.stdout(Stdio::piped())));
+    assert_eq!(hear(&mut client, 7), "new two");
+    assert_eq!(ask(&mut client, "three", "new "), "new three");
+    lab.b.run(assert_unlocked);
 }

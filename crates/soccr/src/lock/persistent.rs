@@ -10,6 +10,7 @@ use super::rule::Set;
 use super::transaction::{self, Kind, Transaction};
 use super::validate;
 use crate::connection::Flow;
+use crate::conntrack;
 use crate::error::{Error, Result};
 
 /// How long a host best stays silent about a connection that has left it: 60 s, the time for which Linux keeps a
@@ -36,6 +37,9 @@ pub struct PersistentLock {
 
 impl PersistentLock {
     /// Locks connections in the network namespace of the calling thread.
+    ///
+    /// One behind NAT is locked as its packets arrive as well, where connection tracking tells of it; where it does not know it (yet),
+    /// name [all its flows](crate::Connection::flows).
     ///
     /// `name` consists of up to 64 letters, digits and `.`, `_`, `-`. The kernel unlocks by itself when the `limit` is
     /// over, exact to a few milliseconds.
@@ -72,7 +76,7 @@ impl PersistentLock {
         open().and_then(|mut socket| remove(&mut socket, &self.name)).map_err(|error| error.at("unlock"))
     }
 
-    /// Unlocks some of its connections, in the network namespace of the calling thread. The others stay locked all the
+    /// Unlocks some of its connections, in the network namespace of the calling thread, as [`create`](Self::create) locks them. The others stay locked all the
     /// time, those that somebody else has added meanwhile, too. Connections that it no longer locks are passed over.
     ///
     /// # Errors
@@ -103,8 +107,11 @@ impl PersistentLocks {
     /// # Errors
     /// Its errors.
     pub fn create(&mut self, name: &str, flows: &[Flow], limit: Option<Duration>) -> Result<()> {
-        transaction::set_longest(&self.0)
-            .and_then(|()| create(&mut self.0, name, flows, limit))
+        with_wires(&mut self.0, flows)
+            .and_then(|flows| {
+                transaction::set_longest(&self.0)?;
+                create(&mut self.0, name, &flows, limit)
+            })
             .map_err(|error| error.at("lock"))
     }
 
@@ -118,8 +125,11 @@ impl PersistentLocks {
         flows: &[Flow],
         limit: Option<Duration>,
     ) -> Result<()> {
-        transaction::set_longest(&self.0)
-            .and_then(|()| extend(&mut self.0, lock, flows, limit))
+        with_wires(&mut self.0, flows)
+            .and_then(|flows| {
+                transaction::set_longest(&self.0)?;
+                extend(&mut self.0, lock, &flows, limit)
+            })
             .map_err(|error| error.at("lock"))
     }
 
@@ -136,8 +146,19 @@ impl PersistentLocks {
     /// # Errors
     /// Its errors.
     pub fn unlock(&mut self, lock: &PersistentLock, flows: &[Flow]) -> Result<()> {
-        unlock(&mut self.0, lock, flows).map_err(|error| error.at("unlock"))
+        with_wires(&mut self.0, flows)
+            .and_then(|flows| unlock(&mut self.0, lock, &flows))
+            .map_err(|error| error.at("unlock"))
     }
+}
+
+/// Connections as their sockets know them, and as packets show them before they are translated, as far as that is known here.
+fn with_wires(socket: &mut Socket, flows: &[Flow]) -> Result<Vec<Flow>> {
+    let translated =
+        conntrack::translated(socket, flows).map_err(|error| Error::system("conntrack", error))?;
+    let named: HashSet<Flow> = flows.iter().map(Flow::on_the_wire).collect();
+    let wires = translated.into_iter().map(|(_, wire)| wire).filter(|wire| !named.contains(wire));
+    Ok(flows.iter().copied().chain(wires).collect())
 }
 
 /// Makes a persistent lock in the namespace of `socket`.

@@ -134,7 +134,7 @@ impl Table {
     }
 
     /// Connections as their sockets know them, and as packets show them before they are translated.
-    fn with_wires(&self, flows: &[Flow]) -> Vec<Flow> {
+    pub(super) fn with_wires(&self, flows: &[Flow]) -> Vec<Flow> {
         let wires = flows.iter().filter_map(|flow| self.wires.get(&flow.on_the_wire()));
         flows.iter().chain(wires).copied().collect()
     }

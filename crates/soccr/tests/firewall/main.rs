@@ -69,6 +69,10 @@ fn main() -> ExitCode {
             "nat::what_arrives_early_waits_for_the_connection",
             nat::what_arrives_early_waits_for_the_connection,
         ),
+        Test::new(
+            "nat::late_packets_draw_no_reset_where_it_was",
+            nat::late_packets_draw_no_reset_where_it_was,
+        ),
         Test::new("nat::without_the_same_nat_it_is_refused", nat::without_the_same_nat_it_is_refused),
         Test::new(
             "nat::a_redirected_connection_that_was_reset_is_carried",

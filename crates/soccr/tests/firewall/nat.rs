@@ -1,12 +1,13 @@
 //! Connections whose packets have other addresses on the wire than their sockets: they move where the same rules are, or are
 //! refused.
 
+use std::collections::HashSet;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use rustix::net::sockopt::set_socket_linger;
-use soccr::lock::{Locker, Mode};
+use soccr::lock::{Locker, Mode, PersistentLock};
 use soccr::steer::{NextHop, Steering, redirect};
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{Family, Lab, Side, State, TcpInfo, option, supervised, wait_until};
@@ -76,6 +77,42 @@ pub fn what_arrives_early_waits_for_the_connection() {
         lock.release_into(&[&restored]).unwrap();
         *ours = restored.resume().unwrap();
         expect(ours, b"early");
+        traveller.talk();
+        assert_eq!(traveller.resets.segments().unwrap(), []);
+    }
+}
+
+/// The old host's connection tracking has not seen what they acknowledge, and leaves them untranslated.
+pub fn late_packets_draw_no_reset_where_it_was() {
+    for traveller in [Traveller::to(REDIRECT, 80, 8080), with_another_source()] {
+        let Some(mut traveller) = traveller else { return };
+        let Traveller { lab, peer, ours, .. } = &mut traveller;
+        let flow = Flow::of(&*ours).unwrap();
+        let mut lock = lab.a.run(|| Lock::hold(&[flow])).unwrap();
+        let paused = soccr::pause(&*ours).unwrap();
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        lock.persist("gone", None).unwrap();
+        *ours = lab.b.run(|| connection.restore()).unwrap().resume().unwrap();
+        ours.write_all(b"from there").unwrap();
+        expect(peer, b"from there");
+        peer.write_all(b"late").unwrap();
+        lab.steer(Side::B).unwrap();
+        expect(ours, b"late");
+        // When it comes home it is not silent.
+        let all: HashSet<Flow> = connection.flows().collect();
+        assert_eq!(all.len(), 2);
+        lab.a.run(|| {
+            for again in [false, true] {
+                if again {
+                    PersistentLock::create("again", &[flow], None).unwrap();
+                }
+                let [lock] = &PersistentLock::list().unwrap()[..] else { panic!("not one lock") };
+                assert_eq!(lock.flows.iter().copied().collect::<HashSet<_>>(), all);
+                lock.unlock(&[flow]).unwrap();
+                assert_eq!(PersistentLock::list().unwrap(), []);
+            }
+        });
         traveller.talk();
         assert_eq!(traveller.resets.segments().unwrap(), []);
     }
