@@ -105,6 +105,8 @@ pub(super) fn execute(
     let error = command.exec();
     // The attempt has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.
     sys::ignore(libc::SIGPIPE);
+    // And it has lowered the limit for the program: a rescue needs more descriptors than that.
+    descriptors::raise_limit();
     bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))
 }
 

@@ -22,6 +22,7 @@ use crate::transfer::Move;
 
 crate::tests![
     a_restored_connection_is_rescued_from_a_program_that_cannot_start,
+    the_descriptors_of_the_program_do_not_limit_the_rescue,
     a_restored_connection_is_rescued_from_a_dead_recipient,
     a_restored_connection_is_rescued_from_a_recipient_that_does_not_read,
     a_recipient_may_be_late,
@@ -104,6 +105,30 @@ fn a_restored_connection_is_rescued_from_a_program_that_cannot_start() {
         "the old image still looks as if it counted"
     );
     assert_restores(directory, &mut client);
+}
+
+/// The program would get a limit that the command itself has exceeded by far.
+fn the_descriptors_of_the_program_do_not_limit_the_rescue() {
+    const CONNECTIONS: u16 = 8;
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let [_, hidden] = broken_programs(directory);
+    let pair = Pair::new().unwrap();
+    let mut connection = model(&pair);
+    let image = directory.join("image");
+    let mut writer = Writer::new(fs::File::create(&image).unwrap()).unwrap();
+    for port in 1024..1024 + CONNECTIONS {
+        connection.remote = nobody(port);
+        writer.connection(u32::from(port), "", &connection).unwrap();
+    }
+    writer.finish().unwrap();
+    let mut restore = Command::new("sh");
+    let script = format!("ulimit -Sn 16; exec {SOCCR} restore image -- {hidden}");
+    restore.args(["-c", &script]).current_dir(directory);
+    let output = pair.a.run(|| restore.output()).unwrap();
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(126), "{complaint}");
+    assert_eq!(all_rescued(directory).count(), usize::from(CONNECTIONS), "{complaint}");
 }
 
 fn a_restored_connection_is_rescued_from_a_dead_recipient() {
@@ -254,6 +279,20 @@ fn a_received_connection_is_rescued_from_a_program_that_cannot_start() {
 /// As many descriptors as the command sends at once.
 const BATCH: usize = 253;
 
+/// A connection of the first host, which has ended.
+fn model(pair: &Pair) -> Connection {
+    let server = pair.b.run(|| TcpListener::bind((pair.b.v6, 7))).unwrap();
+    let ours = pair.a.run(|| TcpStream::connect((pair.b.v6, 7))).unwrap();
+    let model = soccr::pause(&ours).unwrap().save().unwrap();
+    drop(server);
+    model
+}
+
+/// A peer that is not there.
+fn nobody(port: u16) -> SocketAddr {
+    SocketAddr::new("2001:db8::aaaa:bbbb:cccc:dddd".parse().unwrap(), port)
+}
+
 /// A stream of connections to peers that are not there, each with another port, and already let go of.
 fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> {
     const WINDOW: usize = 256;
@@ -270,8 +309,7 @@ fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> 
     let numbered: Vec<_> = (1..).zip(ports).collect();
     for window in numbered.chunks(WINDOW) {
         for (number, port) in window {
-            let peer = "2001:db8::aaaa:bbbb:cccc:dddd".parse().unwrap();
-            connection.remote = SocketAddr::new(peer, *port);
+            connection.remote = nobody(*port);
             stream.connection(*number, "", &connection).unwrap();
         }
         for (number, _) in window {
@@ -305,10 +343,7 @@ fn what_a_stuck_recipient_has_read_is_its_own_and_the_rest_is_rescued() {
         return;
     }
     let pair = Pair::new().unwrap();
-    let server = pair.b.run(|| TcpListener::bind((pair.b.v6, 7))).unwrap();
-    let ours = pair.a.run(|| TcpStream::connect((pair.b.v6, 7))).unwrap();
-    let model = soccr::pause(&ours).unwrap().save().unwrap();
-    drop(server);
+    let model = model(&pair);
     let image = directory.join("stream");
     fs::write(&image, stream_to_nobody(&model, ports.clone())).unwrap();
     let mut command: Command = soccr(&["receive", "--send-fd", path.to_str().unwrap()]);
