@@ -192,7 +192,10 @@ impl Receive {
             0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if failed > 0 || outcome.is_err() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
-            _ => recipient.give(streams, &states, deaf, parting),
+            _ => match recipient.give(streams, &states, deaf, parting) {
+                Ok(Exit::Done) if lost > 0 => Ok(Exit::SomeFailed),
+                given => given,
+            },
         }
     }
 

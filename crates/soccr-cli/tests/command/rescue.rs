@@ -29,6 +29,7 @@ crate::tests![
     what_does_not_come_to_life_stays_in_its_image,
     a_received_connection_is_rescued_from_a_program_that_cannot_start,
     what_a_stuck_recipient_has_read_is_its_own_and_the_rest_is_rescued,
+    a_lost_connection_is_no_success_of_the_others,
     the_source_tells_what_the_target_could_not_give_away,
     a_paused_socket_is_shown_and_resumed,
 ];
@@ -294,7 +295,7 @@ fn nobody(port: u16) -> SocketAddr {
 }
 
 /// A stream of connections to peers that are not there, each with another port, and already let go of.
-fn stream_to_nobody(model: &Connection, ports: std::ops::Range<u16>) -> Vec<u8> {
+fn stream_to_nobody(model: &Connection, ports: impl ExactSizeIterator<Item = u16>) -> Vec<u8> {
     const WINDOW: usize = 256;
     let mut stream = Writer::new(Vec::new()).unwrap();
     let begin = Message::Begin {
@@ -365,6 +366,24 @@ fn what_a_stuck_recipient_has_read_is_its_own_and_the_rest_is_rescued() {
         assert!(seen.insert(port), "port {port} was given, and rescued as well");
     }
     assert_eq!(seen.len(), ports.len());
+}
+
+fn a_lost_connection_is_no_success_of_the_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let pair = Pair::new().unwrap();
+    let image = directory.path().join("stream");
+    // There cannot be two with the same addresses.
+    fs::write(&image, stream_to_nobody(&model(&pair), [1024, 1024].into_iter())).unwrap();
+    let mut command: Command = soccr(&["receive", "--send-fd", path.to_str().unwrap()]);
+    command.stdin(fs::File::open(image).unwrap()).stderr(Stdio::piped());
+    let mut command = pair.a.run(|| Program::start(&mut command));
+    assert_eq!(receive_batch(&listener.accept().unwrap().0), [1024]);
+    let mut complaint = String::new();
+    command.0.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
+    assert!(complaint.contains("connection 2: lost: "), "{complaint}");
+    assert_eq!(command.0.wait().unwrap().code(), Some(3), "{complaint}");
 }
 
 /// Does to itself what a program does that is killed between pause and resume. `TCP_REPAIR` is 19.
