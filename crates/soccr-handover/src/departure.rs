@@ -292,15 +292,17 @@ impl Departure {
     fn take_back(&mut self, id: Id) {
         let number = id as usize - 1;
         let item = &mut self.items[number];
+        // Behind END its users have gone on, and have seen an error.
+        let mut have_run = self.finished.is_some();
         if let Some(users) = &mut self.users {
-            // If its users can no longer be stopped, the connection is put back all the same: it is in this memory alone.
-            let _ = users.stop().and_then(|()| users.filling(number));
+            // If they can no longer be stopped, the connection is put back all the same: it is in this memory alone.
+            have_run |= users.stop().is_err();
+            let _ = users.filling(number);
         }
         match item.seat.come_back() {
             Ok(()) => {
-                // Behind END its users have gone on, and have seen an error.
-                let users = self.users.as_mut().filter(|_| self.finished.is_some());
-                let is_kept = users.is_none_or(|users| users.have(number).unwrap_or(true));
+                let users = self.users.as_mut().filter(|_| have_run);
+                let is_kept = users.is_none_or(|users| users.have(number).unwrap_or(false));
                 if item.seat.is_adrift() || !is_kept {
                     let why = item.why(&self.reason);
                     item.error =

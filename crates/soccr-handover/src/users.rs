@@ -33,7 +33,7 @@ pub trait Users: Send {
     /// have closed theirs, and what comes back into it would end with this process.
     ///
     /// # Errors
-    /// Nobody knows: the connection stays where it is.
+    /// Nobody knows: the connection counts as one that none of them has.
     fn have(&mut self, number: usize) -> Result<bool> {
         let _ = number;
         Ok(true)

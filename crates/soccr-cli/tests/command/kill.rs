@@ -33,6 +33,7 @@ crate::tests![
     a_target_that_is_asked_to_end_finishes_what_it_has_begun,
     a_killed_starter_costs_no_connection,
     a_socket_does_not_stay_in_repair,
+    who_asks_both_processes_to_end_leaves_no_socket_in_repair,
     a_killed_keeper_costs_no_connection,
     what_is_half_put_back_does_not_come_to_life,
     a_lock_that_somebody_else_removes_is_no_error,
@@ -238,10 +239,6 @@ fn a_socket_does_not_stay_in_repair() {
         socket_reuseaddr(&socket).unwrap()
     };
     // Repair mode lasts from the first call that sets TCP_REPAIR to the second.
-    let sets_repair = |call: &Call| {
-        let option = [libc::SOL_TCP as u64, libc::TCP_REPAIR as u64];
-        call.number == libc::SYS_setsockopt && call.arguments[1..3] == option
-    };
     let mut steps = 1;
     loop {
         let (mut set, mut after) = (0, 0);
@@ -260,6 +257,43 @@ fn a_socket_does_not_stay_in_repair() {
         steps += 7;
     }
     assert!(steps > 7, "it was killed in repair mode");
+}
+
+fn sets_repair(call: &Call) -> bool {
+    let option = [libc::SOL_TCP as u64, libc::TCP_REPAIR as u64];
+    call.number == libc::SYS_setsockopt && call.arguments[1..3] == option
+}
+
+/// As systemd(1) does, and `pkill soccr`.
+fn who_asks_both_processes_to_end_leaves_no_socket_in_repair() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let network = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let here = network("thread-self");
+    let is_ours = |pid: &Pid| {
+        let pid = pid.to_string();
+        let program = std::fs::read_link(format!("/proc/{pid}/exe"));
+        program.is_ok_and(|program| program == Path::new(SOCCR)) && network(&pid) == here
+    };
+    let mut asked = Vec::new();
+    let mut save = soccr(&["save", "--keep", "--pid", &server.pid(), "--all", "--with-local"]);
+    let (mut set, mut after) = (0, 0);
+    let code = run_and_watch(save.stdout(Stdio::null()), |call| {
+        set += u32::from(sets_repair(call));
+        after += u32::from(set == 1);
+        if after == 5 && asked.is_empty() {
+            asked.extend(soccr_handover::foreign::process::all().unwrap().into_iter().filter(is_ours));
+            // The keeper first, which must not end before it is needed.
+            asked.iter().rev().for_each(|pid| kill_process(*pid, Signal::TERM).unwrap());
+        }
+    });
+    assert_eq!((code, asked.len()), (None, 2), "killed");
+    assert_runs(&server.pid());
+    assert_eq!(ask(&mut client, "more", ""), "more");
 }
 
 /// Accepts a connection, and looks at it when it is told to.
@@ -435,7 +469,7 @@ pub fn children(pid: u32) -> Vec<u32> {
 }
 
 /// The child of the source that is the same program.
-fn keeper(source: u32) -> u32 {
+pub fn keeper(source: u32) -> u32 {
     let is_soccr =
         |pid: &u32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == Path::new(SOCCR));
     children(source).into_iter().find(is_soccr).unwrap()

@@ -3,12 +3,14 @@
 use std::io::Write;
 use std::process::Command;
 
+use rustix::process::{Pid, Signal, kill_process};
 use soccr_image::stream::{Message, Reader, Writer};
 use soccr_lab::{LIMIT, Side, wait_until};
 
+use crate::kill::keeper;
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed, python,
-    soccr, succeed,
+    HEIR, Program, SOCCR, Said, ask, assert_runs, assert_unlocked, connect, descriptors, hear, installed,
+    json, python, soccr, succeed,
 };
 use crate::transfer::Move;
 
@@ -26,6 +28,7 @@ crate::tests![
     a_target_that_says_too_much_is_not_listened_to,
     a_connection_that_is_taken_late_is_not_lost,
     what_comes_back_to_a_process_that_has_closed_it_is_in_an_image,
+    what_comes_back_without_a_keeper_is_in_an_image,
 ];
 
 /// What a target answers, in a file.
@@ -398,16 +401,52 @@ fn what_comes_back_to_a_process_that_has_closed_it_is_in_an_image() {
     let via = format!("cat {}; {refuses}; cat > /dev/null", ready.path());
     let (code, complaints) = std::thread::scope(|scope| {
         let send = scope.spawn(|| moving.try_send(&["--all", "--timeout", "5", "--via", &via]));
-        let open = format!("/proc/{}/fd", moving.old.pid());
-        let is_socket = |fd: std::io::Result<std::fs::DirEntry>| {
-            let target = fd.and_then(|fd| std::fs::read_link(fd.path()));
-            target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
-        };
-        wait_until("the process has closed it", || !std::fs::read_dir(&open).unwrap().any(is_socket));
+        wait_until_closed(&moving.old);
         gate.open();
         send.join().unwrap()
     });
     assert_eq!(code, 1, "{complaints}");
+    assert_is_rescued(&mut moving, &complaints);
+}
+
+/// The process goes on without the keeper, too, long before END.
+fn what_comes_back_without_a_keeper_is_in_an_image() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut moving = Move::of(&mut python(CLOSES, &[]), Side::B, 1, |_| {});
+    moving.directory = directory.path().into();
+    let (ready, gate) = (Answers::new(&[Message::Ready { connection: 1 }]), Gate::new());
+    let all = Answers::refusing_behind_the_commit();
+    let rest = ready.0.as_file().metadata().unwrap().len() + 1;
+    let refuses = format!("{}; tail -c +{rest} {}", gate.command(), all.path());
+    let via = format!("cat {}; {refuses}; cat > /dev/null", ready.path());
+    let said = Said::new();
+    let mut send = moving.send(&["--all", "--via", &via]);
+    let mut send = Program::start(send.stderr(said.output()));
+    wait_until("it has left", || {
+        json(&["list", "--json", "--netns", &moving.old.pid()])
+            .iter()
+            .all(|socket| socket["state"] != "ESTABLISHED")
+    });
+    kill_process(Pid::from_raw(keeper(send.0.id()) as i32).unwrap(), Signal::KILL).unwrap();
+    wait_until_closed(&moving.old);
+    gate.open();
+    assert_eq!(send.0.wait().unwrap().code(), Some(1), "{}", said.read());
+    assert_is_rescued(&mut moving, &said.read());
+}
+
+fn wait_until_closed(process: &Program) {
+    let open = format!("/proc/{}/fd", process.pid());
+    let is_socket = |fd: std::io::Result<std::fs::DirEntry>| {
+        let target = fd.and_then(|fd| std::fs::read_link(fd.path()));
+        target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+    };
+    wait_until("the process has closed it", || !std::fs::read_dir(&open).unwrap().any(is_socket));
+}
+
+fn assert_is_rescued(moving: &mut Move, complaints: &str) {
     let why = "its process has lost it: the target cannot restore it: no room";
     assert!(complaints.contains(why) && !complaints.contains("stays"), "{complaints}");
     let image = complaints.split("saved in ").nth(1).and_then(|text| text.split(": see").next()).unwrap();

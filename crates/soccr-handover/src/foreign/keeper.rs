@@ -2,7 +2,7 @@
 //!
 //! While a connection is read or taken, its socket is in repair mode, and useless to the process that has it. If this process
 //! is killed at that moment, the keeper ends repair mode. The keeper also stops the processes that use the socket, and lets them go
-//! on afterwards. It has a session of its own, so that signals from the terminal (Ctrl-C) do not reach it.
+//! on afterwards. It has a session of its own, so that signals from the terminal (Ctrl-C) do not reach it, and ignores those that ask it to end.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,10 +12,10 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::sockopt;
-use rustix::process::{Pid, WaitOptions, getpid, getppid, setsid, waitpid};
+use rustix::process::{Pid, WaitOptions, getpid, setsid, waitpid};
 use soccr::{Flow, Paused};
 
-use super::process::Sharing;
+use super::process::{Sharing, inode};
 use super::stop::Stopped;
 use super::{namespace, sys};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -31,14 +31,14 @@ const FILLED: u8 = 2;
 /// Let the processes go on.
 const CONTINUE: u8 = 3;
 
-/// Does a process still have socket number …? The answer is empty where one does.
-const HAVE: u8 = 4;
-
 /// The keeper, as this process sees it. Dropping it lets the stopped processes go on.
 #[derive(Debug)]
 pub struct Keeper {
     pid: Pid,
     talk: Option<UnixStream>,
+    inodes: Vec<u64>,
+    /// Who has the sockets, as this process sees it.
+    sharing: Sharing,
 }
 
 impl Keeper {
@@ -49,10 +49,11 @@ impl Keeper {
     /// This process has started a thread already, or `fork(2)` fails.
     pub fn start(sockets: &[BorrowedFd<'_>], sharing: Sharing, file: Option<&Path>) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("socketpair")?;
+        let inodes = sockets.iter().map(inode).collect::<Result<_>>()?;
         match sys::fork().context("fork")? {
             Some(pid) => {
                 drop(theirs);
-                let mut keeper = Self { pid, talk: Some(ours) };
+                let mut keeper = Self { pid, talk: Some(ours), inodes, sharing };
                 keeper.confirm()?;
                 Ok(keeper)
             }
@@ -65,30 +66,21 @@ impl Keeper {
     }
 
     fn say(&mut self, word: u8, number: usize) -> Result<()> {
-        self.write(word, number)?;
-        self.confirm()
-    }
-
-    fn write(&mut self, word: u8, number: usize) -> Result<()> {
         let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut message = [word; 5];
         message[1..].copy_from_slice(&(number as u32).to_ne_bytes());
-        talk.write_all(&message).map_err(unless_gone)
+        talk.write_all(&message).map_err(unless_gone)?;
+        self.confirm()
     }
 
     /// An empty answer says that all is well.
     fn confirm(&mut self) -> Result<()> {
-        let text = self.answer()?;
-        if text.is_empty() { Ok(()) } else { Err(Error::system(text)) }
-    }
-
-    fn answer(&mut self) -> Result<String> {
         let talk = self.talk.as_mut().ok_or_else(gone)?;
         let mut length = [0; 4];
         talk.read_exact(&mut length).map_err(unless_gone)?;
         let mut text = vec![0; u32::from_ne_bytes(length) as usize];
         talk.read_exact(&mut text).map_err(unless_gone)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
+        if text.is_empty() { Ok(()) } else { Err(Error::system(String::from_utf8_lossy(&text).into_owned())) }
     }
 }
 
@@ -109,9 +101,9 @@ impl Users for Keeper {
         self.say(FILLED, number)
     }
 
+    /// Not asked of the keeper, which may be what has ended.
     fn have(&mut self, number: usize) -> Result<bool> {
-        self.write(HAVE, number)?;
-        Ok(self.answer()?.is_empty())
+        self.sharing.still_has(self.inodes[number], &[getpid(), self.pid])
     }
 }
 
@@ -137,6 +129,8 @@ impl Drop for Keeper {
 /// What the keeper does, from its start to its end.
 fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, file: Option<&Path>) {
     let _ = setsid();
+    // Whoever asks both processes to end would end the wrong one first: this one ends when the other has.
+    let _ = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM].map(sys::ignore);
     // A socket that is in repair mode already is somebody else's affair.
     let is_in_repair = |socket: &BorrowedFd<'_>| Paused::take_over(*socket).map(Paused::leave_paused).is_ok();
     let paused_before: Vec<bool> = sockets.iter().map(is_in_repair).collect();
@@ -144,7 +138,6 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
     // Repair mode overwrites SO_REUSEADDR.
     let reuse: Vec<_> = sockets.iter().map(sockopt::socket_reuseaddr).collect();
     let mut filling = vec![false; sockets.len()];
-    let us: Vec<Pid> = [Some(getpid()), getppid()].into_iter().flatten().collect();
     let mut stopped = None;
     if answer(&mut talk, Ok(())).is_ok() {
         let mut message = [0; 5];
@@ -161,11 +154,6 @@ fn keep(mut talk: UnixStream, sockets: &[BorrowedFd<'_>], mut sharing: Sharing, 
                     *filling = word == FILLING;
                     Ok(())
                 }
-                // Where nobody can tell, they are believed to have it.
-                (HAVE, Some(_)) => match sharing.still_has(sockets[number], &us) {
-                    Ok(false) => Err(Error::system("no process has it any more")),
-                    _ => Ok(()),
-                },
                 _ => Err(Error::system("the keeper does not know what to do")),
             };
             if answer(&mut talk, outcome).is_err() {

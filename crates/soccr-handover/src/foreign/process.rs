@@ -279,8 +279,7 @@ impl Sharing {
     }
 
     /// Whether a process has this socket now, other than `ours`. One that none was ever seen to have counts as it did before.
-    pub(super) fn still_has(&self, socket: impl AsFd, ours: &[Pid]) -> Result<bool> {
-        let wanted = inode(socket)?;
+    pub(super) fn still_has(&self, wanted: u64, ours: &[Pid]) -> Result<bool> {
         if !self.used.contains(&wanted) {
             return Ok(true);
         }

@@ -40,6 +40,12 @@ pub(crate) fn fork() -> io::Result<Option<Pid>> {
     Ok(Pid::from_raw(pid))
 }
 
+/// Ignores a signal from now on.
+pub(crate) fn ignore(signal: libc::c_int) {
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
 /// `PTRACE_SEIZE`: this thread becomes the tracer of a thread, which goes on running.
 pub(crate) fn seize(thread: Pid) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, thread, 0)
