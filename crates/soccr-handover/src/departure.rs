@@ -233,7 +233,9 @@ impl Departure {
     fn answer(&mut self, id: Id, outcome: Result<()>, event: fn(Id, bool) -> Event) {
         let is_done = outcome.is_ok();
         if let Err(error) = outcome {
-            self.item(id).error.get_or_insert(error);
+            let item = self.item(id);
+            item.is_lost |= error.kind() == ErrorKind::Lost;
+            item.error.get_or_insert(error);
         }
         self.handle(event(id, is_done));
     }

@@ -104,13 +104,20 @@ impl Seat {
     /// here on, until it [comes back](Self::come_back) or [is let go](Self::let_go).
     ///
     /// # Errors
-    /// Those of [`soccr::pause`] and of saving.
+    /// Those of [`soccr::pause`] and of saving. [`Lost`](ErrorKind::Lost) where kernel TLS had been read by then: the socket does not have all
+    /// of it any more.
     pub fn save(&mut self) -> Result<&Connection> {
         let mut connection = Box::new(Connection::empty());
         let paused = self.pause()?;
         // With kernel TLS, reading may take what has arrived out of the socket.
         let paused = if self.is_own { paused.with_tls() } else { paused.with_tls_in_place() };
-        paused.save_into(&mut connection)?;
+        if let Err(error) = paused.save_into(&mut connection) {
+            drop(paused);
+            // From this guard only what has been taken cannot go on.
+            let is_lost =
+                soccr::Paused::take_over(self.socket.as_fd()).map(soccr::Paused::leave_paused).is_ok();
+            return Err(if is_lost { Error::of(ErrorKind::Lost, "", error) } else { error.into() });
+        }
         for (name, value) in self.process.iter() {
             connection.settings.set(name, value.clone());
         }

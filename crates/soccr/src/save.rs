@@ -81,6 +81,7 @@ pub(crate) fn save(
             tls::check_state(control.state, control.reset)?;
         }
         if let (Some(arrived), Some(layer)) = (arrived.as_mut(), layer.as_ref().filter(|_| decrypts)) {
+            read_beside(injectors, fd, peer, memory.options, control, connection)?;
             // Last of all that can fail: the socket may not have it any more.
             connection.send_queue.clear();
             return arrived.take_in(fd, layer);
@@ -98,19 +99,34 @@ pub(crate) fn save(
     if reads_no_more && !control.state.fin_received() && !control.reset {
         connection.settings.note_shutdown();
     }
+    if !decrypts {
+        read_beside(injectors, fd, peer, memory.options, &control, connection)?;
+    }
     connection.urgent = urgent;
     connection.path = Some(path);
     connection.control = control;
     connection.settings.note_notices(memory.options, connection.control.outq_len);
+    connection.validate()?;
+    Ok(position)
+}
+
+/// Reads what does not move with the traffic, but takes other means than options. `options` is the memory that these take.
+fn read_beside(
+    injectors: &mut Injectors,
+    fd: BorrowedFd<'_>,
+    peer: Option<SocketAddr>,
+    options: u32,
+    control: &ControlBlock,
+    connection: &mut Connection,
+) -> Result<()> {
     connection.remote = remote_address(fd, peer)?;
     connection.owner = rustix::fs::fstat(fd).ok().map(|stat| Owner { user: stat.st_uid, group: stat.st_gid });
     connection.tracked = conntrack::read(injectors, fd, connection.flow())?;
     // Keys of TCP MD5 are among what takes it, and looking for them would take longer than all else.
-    if memory.options > 0 && connection.control.state != State::Close {
+    if options > 0 && control.state != State::Close {
         connection.settings.read_keys(fd, connection.flow())?;
     }
-    connection.validate()?;
-    Ok(position)
+    Ok(())
 }
 
 /// Everything that moves with the traffic, its queues in memory that `memory` gives.

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
             a_fin_behind_records records_behind_our_fin the_send_queue_where_only_the_kernel_encrypts an_open_record_is_pushed
             bytes_of_the_application_are_put_back_in_front what_was_held_is_not_encrypted;
         refused: a_send_queue_that_does_not_show_itself an_open_record a_caller_who_does_not_carry_it keys_that_nobody_set ciphers_that_are_not_carried a_small_receive_buffer
-            what_has_been_read_is_restored_from_the_value what_is_only_looked_at_stays what_nobody_can_look_at_is_refused_and_stays keys_are_not_printed a_restore_without_the_module;
+            what_has_been_read_is_restored_from_the_value what_fails_before_anything_is_read_leaves_it what_is_only_looked_at_stays what_nobody_can_look_at_is_refused_and_stays keys_are_not_printed a_restore_without_the_module;
     };
     soccr_lab::harness(named.into_iter().chain(moves::tests()).chain(sessions::tests()))
 }
