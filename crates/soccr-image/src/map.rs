@@ -59,7 +59,9 @@ impl AddressMap {
     /// Changes both addresses of a connection, each by the first of `maps` that concerns it.
     pub fn apply_to_connection(maps: &[Self], connection: &mut Connection) {
         connection.local = Self::apply_first(maps, connection.local);
+        let peer = connection.remote.ip();
         connection.remote = Self::apply_first(maps, connection.remote);
+        connection.settings.move_keys(peer, connection.remote.ip());
         if let Some(tracked) = &mut connection.tracked {
             tracked.wire.local = Self::apply_first(maps, tracked.wire.local);
             tracked.wire.remote = Self::apply_first(maps, tracked.wire.remote);
@@ -112,6 +114,8 @@ impl fmt::Display for AddressMap {
 
 #[cfg(test)]
 mod tests {
+    use soccr::settings::Value;
+
     use super::*;
 
     #[test]
@@ -150,6 +154,36 @@ mod tests {
             Some("[::ffff:10.0.0.2]:80".parse().unwrap())
         );
         assert_eq!(map.apply("[fd00::ffff:a00:1]:80".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn the_keys_of_a_peer_follow_it() {
+        // struct tcp_diag_md5sig: family, prefix, length of the key, address, key.
+        let key = |prefix: u8, address: [u8; 4]| {
+            let mut key = [0; 100];
+            (key[0], key[1], key[2]) = (2, prefix, 6);
+            key[4..8].copy_from_slice(&address);
+            key[20..26].copy_from_slice(b"secret");
+            key
+        };
+        let [theirs, others, both] = [(32, [10, 0, 0, 1]), (32, [10, 0, 0, 7]), (8, [10, 0, 0, 0])]
+            .map(|(prefix, address)| key(prefix, address));
+        for (remote, rule, moved) in [
+            ("10.0.0.1:80", "10.0.0.1=10.0.0.2", [key(32, [10, 0, 0, 2]), others, both]),
+            (
+                "[::ffff:10.0.0.1]:80",
+                "10.0.0.1=11.0.0.1",
+                [key(32, [11, 0, 0, 1]), others, key(32, [11, 0, 0, 1])],
+            ),
+            ("10.0.0.1:80", "10.0.0.3=10.0.0.4", [theirs, others, both]),
+        ] {
+            let mut connection = Connection::empty();
+            connection.remote = remote.parse().unwrap();
+            connection.settings.set("TCP_MD5SIG", Value::Secret([theirs, others, both].concat()));
+            AddressMap::apply_to_connection(&[rule.parse().unwrap()], &mut connection);
+            let keys = connection.settings.get("TCP_MD5SIG");
+            assert!(keys == Some(&Value::Secret(moved.concat())), "{remote} {rule}");
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The keys of TCP MD5, which no socket option tells.
 
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
-use super::{MD5, Settings, Value};
+use super::{MD5, Settings, Value, md5};
 use crate::diag::{Diag, Socket};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
@@ -21,5 +22,12 @@ impl Settings {
             None => return Err(Error::system("sock_diag", rustix::io::Errno::PERM)),
         }
         Ok(())
+    }
+
+    /// The peer has another address from now on: its keys of TCP MD5 count for that.
+    pub fn move_keys(&mut self, old: IpAddr, new: IpAddr) {
+        if let Some((_, Value::Secret(keys))) = self.0.iter_mut().find(|(name, _)| name.as_str() == MD5) {
+            md5::move_to(keys, old.to_canonical(), new.to_canonical());
+        }
     }
 }

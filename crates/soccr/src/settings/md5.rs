@@ -9,6 +9,7 @@
 //! `linux/tcp.h`: `TCP_MD5SIG_EXT` (Linux 4.14).
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use crate::sys::sockopt;
@@ -31,6 +32,34 @@ pub(super) fn set(fd: BorrowedFd<'_>, keys: &[u8]) -> io::Result<()> {
         sockopt::set_bytes(fd, libc::IPPROTO_TCP, TCP_MD5SIG_EXT, &wanted(key, domain))?;
     }
     Ok(())
+}
+
+/// Has every key for the address `old` count for `new` alone, unless it does already.
+pub(super) fn move_to(keys: &mut [u8], old: IpAddr, new: IpAddr) {
+    for key in keys.as_chunks_mut::<REPORTED>().0 {
+        if covers(key, old) && !covers(key, new) {
+            let (family, bytes) = octets(new);
+            key[0] = family as u8;
+            key[1] = 8 * bytes.len() as u8;
+            key[4..20].fill(0);
+            key[4..4 + bytes.len()].copy_from_slice(&bytes);
+        }
+    }
+}
+
+/// Whether the address has the prefix of the key.
+fn covers(key: &[u8; REPORTED], address: IpAddr) -> bool {
+    let (family, bytes) = octets(address);
+    let bit = |bytes: &[u8], bit: usize| bytes[bit / 8] >> (7 - bit % 8) & 1;
+    let prefix = usize::from(key[1]).min(8 * bytes.len());
+    i32::from(key[0]) == family && (0..prefix).all(|at| bit(&bytes, at) == bit(&key[4..20], at))
+}
+
+fn octets(address: IpAddr) -> (i32, Vec<u8>) {
+    match address {
+        IpAddr::V4(address) => (libc::AF_INET, address.octets().into()),
+        IpAddr::V6(address) => (libc::AF_INET6, address.octets().into()),
+    }
 }
 
 /// The key as `TCP_MD5SIG_EXT` takes it on a socket of `domain`.
