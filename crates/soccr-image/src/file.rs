@@ -113,13 +113,19 @@ impl AtomicFile {
         Ok(self.sync_name())
     }
 
-    /// The name is durable when its directory is; not every filesystem can say so.
     fn sync_name(&self) -> Option<io::Error> {
-        let directory = Path::new(".").join(self.path.parent().unwrap_or("".as_ref()));
-        let synced = File::open(directory).and_then(|file| file.sync_all());
-        let denied = [io::ErrorKind::InvalidInput, io::ErrorKind::PermissionDenied];
-        synced.err().filter(|error| !denied.contains(&error.kind()))
+        sync_name(&self.path)
     }
+}
+
+/// Makes the name of a file durable (fsync of its directory), as far as the filesystem and the rights of this user allow that.
+///
+/// Returns why the name may not survive a power failure.
+pub fn sync_name(path: &Path) -> Option<io::Error> {
+    let directory = Path::new(".").join(path.parent().unwrap_or("".as_ref()));
+    let synced = File::open(directory).and_then(|file| file.sync_all());
+    let denied = [io::ErrorKind::InvalidInput, io::ErrorKind::PermissionDenied];
+    synced.err().filter(|error| !denied.contains(&error.kind()))
 }
 
 /// Gives a file a name that nobody else has.

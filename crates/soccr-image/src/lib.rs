@@ -48,6 +48,6 @@ pub mod stream;
 
 pub use draw::{draw, draw_svg};
 pub use error::{Error, ErrorKind, Result};
-pub use file::{AtomicFile, load_file, save_file};
+pub use file::{AtomicFile, load_file, save_file, sync_name};
 pub use map::AddressMap;
 pub use stream::{read, write};

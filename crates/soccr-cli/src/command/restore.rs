@@ -87,9 +87,12 @@ impl Restore {
         let deaf = Deaf::begin();
         saved.iter().zip(&restored).try_for_each(|((name, _), restored)| reports.add(name, restored))?;
         reports.tell()?;
-        consumed::mark(file, saved.iter().map(|(_, connection)| connection))?;
+        let mark = consumed::mark(file, saved.iter().map(|(_, connection)| connection))?;
         let silent: Vec<Flow> = saved.iter().flat_map(|(_, connection)| connection.flows()).collect();
-        let locked = silence::lift(&silent).inspect_err(|_| stay_silent(&flows))?;
+        let locked = silence::lift(&silent).inspect_err(|_| {
+            stay_silent(&silent);
+            mark.undo();
+        })?;
         for (Flow { local, remote }, name) in locked {
             exit::complain(&format!("{local} {remote}: still locked: see `soccr unlock {name}`"));
         }

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use soccr::Connection;
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{Pair, Side, State, TcpInfo, wait_until};
+use soccr_lab::{Pair, Side, State, TcpInfo, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_unlocked, connect, descriptors, fail, hear, installed, json, python,
@@ -23,6 +23,7 @@ use crate::transfer::Move;
 crate::tests![
     a_restored_connection_is_rescued_from_a_program_that_cannot_start,
     the_descriptors_of_the_program_do_not_limit_the_rescue,
+    an_image_whose_new_name_may_not_last_is_set_aside,
     a_restored_connection_is_rescued_from_a_dead_recipient,
     a_restored_connection_is_rescued_from_a_recipient_that_does_not_read,
     a_recipient_may_be_late,
@@ -130,6 +131,48 @@ fn the_descriptors_of_the_program_do_not_limit_the_rescue() {
     let complaint = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(126), "{complaint}");
     assert_eq!(all_rescued(directory).count(), usize::from(CONNECTIONS), "{complaint}");
+}
+
+fn an_image_whose_new_name_may_not_last_is_set_aside() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let [_, hidden] = broken_programs(directory);
+    let (first, client) = saved(directory);
+    let restore = |image: &str| {
+        let mut restore = soccr(&["restore", image, "--", &hidden]);
+        restore.current_dir(directory);
+        restore
+    };
+    let mut image = first;
+    let mut synced = Vec::new();
+    run_and_watch(restore(&image).stderr(Stdio::null()), |call| {
+        if call.number == libc::SYS_fsync {
+            synced.push(call.arguments[0] as u32);
+        }
+    });
+    let aside = synced.pop().unwrap();
+    assert!(!synced.contains(&aside), "{aside} {synced:?}");
+    // Not every filesystem can make a name durable.
+    for (errno, is_told) in [(libc::EIO, true), (libc::EINVAL, false)] {
+        image = all_rescued(directory)
+            .find(|path| path.extension().unwrap() == "soccr")
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .into();
+        let mut failing = restore(&image);
+        let_fail(&mut failing, libc::SYS_fsync, aside, errno);
+        let output = failing.output().unwrap();
+        let complaint = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(126), "{complaint}");
+        assert!(complaint.contains(&format!("{image}.consumed now")), "{complaint}");
+        assert_eq!(complaint.contains("may not survive"), is_told, "{complaint}");
+        assert!(!complaint.contains("cannot be renamed"), "{complaint}");
+    }
+    drop(client);
 }
 
 fn a_restored_connection_is_rescued_from_a_dead_recipient() {

@@ -5,12 +5,12 @@
 //! - after its connections lived, but nobody took them: they are in newer images, and the old one does not know what has arrived since.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use soccr::Connection;
+use soccr_image::sync_name;
 
 use crate::exit;
 
@@ -36,36 +36,64 @@ pub(crate) fn check<'a>(
     Ok(())
 }
 
+/// An image that has got its mark.
+#[derive(Default)]
+pub(crate) struct Mark(Option<[PathBuf; 2]>);
+
+impl Mark {
+    /// Nothing has been sent, and nothing will be: the image is as good as before.
+    pub(crate) fn undo(&self) {
+        let Some([path, marked]) = &self.0 else { return };
+        match std::fs::rename(marked, path) {
+            Ok(()) => exit::complain(&format!("the image is {} again", path.display())),
+            Err(error) => exit::complain(&format!("{}: it is as good as before: {error}", marked.display())),
+        }
+    }
+}
+
 /// Marks the image, where one of its connections must not be restored twice. Nothing has been sent by then: without a mark there
 /// is no restore.
 pub(crate) fn mark<'a>(
     path: Option<&Path>,
     mut connections: impl Iterator<Item = &'a Connection>,
-) -> Result<()> {
+) -> Result<Mark> {
     if !connections.any(is_once) {
-        return Ok(());
+        return Ok(Mark::default());
     }
     let Some(path) = path else {
         exit::complain(
             "the image holds keys of kernel TLS, and came from standard input: never restore it again",
         );
-        return Ok(());
+        return Ok(Mark::default());
     };
     let at = || format!("{}: it holds keys of kernel TLS, and cannot be marked as consumed", path.display());
     let marked = rename(path).with_context(at)?;
+    let mark = Mark(Some([path.to_owned(), marked.clone()]));
     exit::complain(&format!("the image is {} now: a second socket must not use its keys", marked.display()));
-    Ok(())
+    match sync_name(&marked) {
+        Some(error) => {
+            mark.undo();
+            Err(error).with_context(at)
+        }
+        None => Ok(mark),
+    }
 }
 
 /// Sets an image aside whose connections have lived, but were not given away.
 pub(crate) fn set_aside(path: Option<&Path>) {
     let Some(path) = path else { return };
     match rename(path) {
-        Ok(aside) => exit::complain(&format!(
-            "{} is {} now: it does not know what has arrived since, the new images do",
-            path.display(),
-            aside.display()
-        )),
+        Ok(aside) => {
+            exit::complain(&format!(
+                "{} is {} now: it does not know what has arrived since, the new images do",
+                path.display(),
+                aside.display()
+            ));
+            if let Some(error) = sync_name(&aside) {
+                let name = aside.display();
+                exit::complain(&format!("{name}: its name may not survive a power failure: {error}"));
+            }
+        }
         // It was marked before the connections lived.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => exit::complain(&format!(
@@ -80,7 +108,5 @@ fn rename(path: &Path) -> io::Result<PathBuf> {
     name.push(format!(".{ENDING}"));
     let name = PathBuf::from(name);
     std::fs::rename(path, &name)?;
-    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory)?.sync_all()?;
     Ok(name)
 }
