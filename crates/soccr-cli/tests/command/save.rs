@@ -1,7 +1,7 @@
 //! `list`, `save` and `restore`.
 
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
 
@@ -21,6 +21,7 @@ crate::tests![
     an_interrupted_program_keeps_its_threads,
     what_fails_leaves_the_connection,
     an_image_whose_name_may_not_last_is_there,
+    what_others_leave_behind_is_no_image,
     a_server_that_forks_is_saved,
 ];
 
@@ -347,6 +348,34 @@ fn an_image_whose_name_may_not_last_is_there() {
         assert_eq!(tells, is_told, "{complaint}");
         succeed(&["inspect", &image(name)]);
     }
+}
+
+/// In a directory such as /tmp anybody may put anything beside an image.
+fn what_others_leave_behind_is_no_image() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let directory = tempfile::tempdir().unwrap();
+    let image = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let save = ["save", "--keep", "--pid", &server.pid(), "--all", "--with-local", "-o"];
+    let save = |image: &str| soccr(&[&save[..], &[image]].concat());
+    // It would wait for a writer.
+    assert!(Command::new("mkfifo").arg(image(".first.1.tmp")).status().unwrap().success());
+    let mut saving = Program::start(&mut save(&image("first")));
+    wait_until("it is saved", || saving.0.try_wait().unwrap().is_some());
+    assert_eq!(saving.0.wait().unwrap().code(), Some(0));
+    // As a `soccr save` leaves it that was killed.
+    let left = image(".second.1.tmp");
+    std::fs::copy(image("first"), &left).unwrap();
+    assert_eq!(save(&image("second")).stderr(Stdio::null()).status().unwrap().code(), Some(1));
+    if let Err(error) = std::os::unix::fs::lchown(&left, Some(65533), None) {
+        soccr_lab::skip(format_args!("this user may give no file away: {error}"));
+        return;
+    }
+    assert_eq!(save(&image("second")).status().unwrap().code(), Some(0));
 }
 
 /// Answers, and starts processes all the time, of which four run. They send nothing, which is an error while the connection is read.

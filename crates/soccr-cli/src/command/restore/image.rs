@@ -1,11 +1,13 @@
 //! Images in files, and what a killed `soccr save` has left behind.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, ErrorKind, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
+use rustix::process::geteuid;
 use soccr::Connection;
 use soccr::diag::Diag;
 use soccr_image::stream::{Message, Reader};
@@ -92,13 +94,21 @@ pub(crate) fn left_behind(path: &Path) -> Vec<(PathBuf, Saved)> {
     };
     let read = |left: PathBuf| {
         let mut connections = Vec::new();
-        let _ = read_into(&mut connections, File::open(&left).ok()?);
+        let _ = read_into(&mut connections, open_left(&left)?);
         (!connections.is_empty()).then_some((left, connections))
     };
     let files = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut all: Vec<_> = files.filter(is_left).filter_map(read).collect();
     all.sort_by(|(one, _), (other, _)| one.cmp(other));
     all
+}
+
+/// Opens what is ours or of root. Whoever may write in the directory may have put something else there under such a name.
+fn open_left(path: &Path) -> Option<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path).ok()?;
+    let about = file.metadata().ok()?;
+    (about.is_file() && [0, geteuid().as_raw()].contains(&about.uid())).then_some(file)
 }
 
 /// Whether the process has the file open. Another process may have got the number of one that was killed.
