@@ -2,7 +2,6 @@
 
 mod pipe;
 
-use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -17,9 +16,9 @@ use soccr::lock::{Locker, Mode};
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
 use soccr_handover::{Seat, Users, silence};
 use soccr_image::AtomicFile;
-use soccr_image::stream::{Reader, Writer};
+use soccr_image::stream::Writer;
 
-use crate::command::restore::image::left_behind;
+use crate::command::restore::image::{left_behind, refuse_to_replace};
 use crate::descriptors;
 use crate::exit::{self, Exit};
 use crate::give::rescue::rescue;
@@ -163,12 +162,8 @@ impl Save {
             let stdout = rustix::stdio::stdout().try_clone_to_owned().context("standard output")?;
             return Ok(Sink::Output(Output::new(stdout, Duration::from_secs(self.timeout))));
         };
-        let begins_like_an_image = |file| Reader::new(file).is_ok();
-        if !self.force && File::open(path).is_ok_and(begins_like_an_image) {
-            bail!(
-                "{}: it is an image already, maybe all that is left of a connection: --force replaces it",
-                path.display()
-            );
+        if !self.force {
+            refuse_to_replace(path)?;
         }
         if let Some((left, _)) = left_behind(path).first().filter(|_| !self.force) {
             bail!(

@@ -1,5 +1,6 @@
 //! `list`, `save` and `restore`.
 
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
@@ -22,6 +23,7 @@ crate::tests![
     what_fails_leaves_the_connection,
     an_image_whose_name_may_not_last_is_there,
     what_others_leave_behind_is_no_image,
+    a_pipe_is_not_read_to_see_whether_it_is_an_image,
     a_server_that_forks_is_saved,
 ];
 
@@ -376,6 +378,23 @@ fn what_others_leave_behind_is_no_image() {
         return;
     }
     assert_eq!(save(&image("second")).status().unwrap().code(), Some(0));
+}
+
+/// `soccr save -o /dev/stdout | …` would wait for itself.
+fn a_pipe_is_not_read_to_see_whether_it_is_an_image() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    let mut save =
+        soccr(&["save", "--keep", "--pid", &server.pid(), "--all", "--with-local", "-o", "/dev/stdout"]);
+    let mut save = Program::start(save.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    wait_until("it has ended", || save.0.try_wait().unwrap().is_some());
+    let mut complaint = String::new();
+    save.0.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
+    assert!(complaint.contains("leave -o out"), "{complaint}");
 }
 
 /// Answers, and starts processes all the time, of which four run. They send nothing, which is an error while the connection is read.

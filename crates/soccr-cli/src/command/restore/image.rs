@@ -14,6 +14,19 @@ use soccr_image::stream::{Message, Reader};
 
 use crate::exit;
 
+/// Refuses to replace an image, unless that is forced: it may be the only copy of a connection.
+pub(crate) fn refuse_to_replace(path: &Path) -> Result<()> {
+    // Opening anything else could wait for somebody, or do something.
+    let is_file = fs::metadata(path).is_ok_and(|file| file.is_file());
+    if is_file && File::open(path).is_ok_and(|file| Reader::new(file).is_ok()) {
+        bail!(
+            "{}: it is an image already, maybe all that is left of a connection: --force replaces it",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
 /// The connections of an image, and their names.
 type Saved = Vec<(String, Connection)>;
 
