@@ -9,6 +9,7 @@ use serde_json::{Value as Json, json};
 use soccr_image::AddressMap;
 use soccr_image::criu::{Directory, Protocol, Rewritten, Socket};
 
+use crate::command::restore::image::refuse_to_replace;
 use crate::exit::{self, Exit};
 use crate::show::table::{Align, Table, printable};
 
@@ -45,6 +46,9 @@ enum Action {
         /// Where to: a file that only you can read
         #[arg(short, long, value_name = "FILE")]
         output: PathBuf,
+        /// Replace an image that is there
+        #[arg(long)]
+        force: bool,
     },
     /// Replace addresses in a dump, so that `criu restore` works where they are other ones
     ///
@@ -70,7 +74,10 @@ impl Criu {
                     false => print_table(images.sockets()),
                 }
             }
-            Action::Extract { directory, id, output } => {
+            Action::Extract { directory, id, output, force } => {
+                if !force {
+                    refuse_to_replace(output)?;
+                }
                 let images = Directory::open(directory)?;
                 let mut socket = images.socket(*id)?.clone();
                 if let Some(interface) = &socket.interface {
