@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socket_with, sockopt};
 use soccr::connection::State;
 use soccr::settings::{Settings, Value};
 use soccr::{Connection, Flow, Position};
@@ -224,6 +224,13 @@ impl Seat {
             return self.set_reuse(connection);
         }
         let mut steps = paused.restore(&connection.control, connection.buffers)?;
+        // To be disconnected has cost the socket this as well.
+        if let Some(path) = connection.path {
+            steps = steps.path(path)?;
+        }
+        if let Some(Value::Number(bytes)) = connection.settings.get("TCP_WINDOW_CLAMP") {
+            steps = steps.window_clamp(*bytes as u32);
+        }
         match rustix::net::bind(socket, &connection.local) {
             // A socket that was bound to its port by bind(2) still has it. Any other has given it back, though getsockname(2) may still
             // return it.
@@ -234,7 +241,11 @@ impl Seat {
         steps.connected(Some(connection.flow()))?;
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
-        steps.finish()?.resume()?;
+        let restored = steps.finish()?;
+        if connection.settings.reads_no_more() {
+            rustix::net::shutdown(socket, Shutdown::Read).map_err(system("shutdown"))?;
+        }
+        restored.resume()?;
         self.set_reuse(connection)
     }
 

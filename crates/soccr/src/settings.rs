@@ -178,6 +178,11 @@ impl Settings {
         self.0.push((Name::Unknown(SHUT_RD.into()), Value::Number(1)));
     }
 
+    /// Whether the application has said that it reads no more (`SHUT_RD`).
+    pub fn reads_no_more(&self) -> bool {
+        self.get(SHUT_RD) == Some(&Value::Number(1))
+    }
+
     /// Sets the options of one stage, and adds to `skipped` what could not be set.
     pub(crate) fn apply(
         &self,

@@ -31,7 +31,7 @@ use broken::{
     a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
     what_has_arrived_does_not_wait_for_a_silent_source,
 };
-use seat::a_handshake_comes_back;
+use seat::{a_handshake_comes_back, what_a_disconnect_clears_comes_back};
 use silence::{a_silence_begins_again, silences_do_not_end_each_other};
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
@@ -62,6 +62,7 @@ soccr_lab::tests![
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,
     a_handshake_comes_back,
+    what_a_disconnect_clears_comes_back,
     a_silence_begins_again,
     silences_do_not_end_each_other,
     a_thread_that_does_not_stop_holds_no_other_up,

@@ -45,3 +45,26 @@ pub fn a_handshake_comes_back() {
         assert_alive(&ours, &peer);
     }
 }
+
+pub fn what_a_disconnect_clears_comes_back() {
+    const CLAMP: u32 = 20_000;
+    let (ours, peers) = connect(1);
+    let (ours, peer) = (ours.into_iter().next().unwrap(), &peers[0]);
+    assert_alive(&ours, peer);
+    soccr_lab::set_option(&ours, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &CLAMP.to_ne_bytes()).unwrap();
+    ours.shutdown(Shutdown::Read).unwrap();
+    let flow = Flow::of(&ours).unwrap();
+    let mut seat = Seat::new(ours.into(), flow);
+    let before = seat.save().unwrap().path.unwrap();
+    seat.let_go().unwrap();
+    seat.come_back().unwrap();
+    let mut ours = TcpStream::from(seat.into_socket());
+    let paused = soccr::pause(&ours).unwrap();
+    assert_eq!(paused.window_clamp().unwrap(), CLAMP);
+    let after = paused.save().unwrap().path.unwrap();
+    assert!(!before.rtt.is_zero() && !after.rtt.is_zero(), "{before:?} {after:?}");
+    paused.resume().unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    ours.write_all(b"hello").unwrap();
+    assert_eq!(read(peer, 5), b"hello");
+}
