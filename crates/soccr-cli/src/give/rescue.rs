@@ -109,12 +109,13 @@ impl Lifeboat {
             return Ok(None);
         }
         let path = self.write(&paused.save()?)?;
-        silence::begin(&[flow], SILENCE)?;
-        if let Err(error) = paused.detach() {
+        let left = silence::begin(&[flow], SILENCE)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| paused.detach().inspect_err(|_| drop(silence::lift(&[flow]))).map_err(Into::into));
+        if let Err(error) = left {
             // The connection goes on in this process, until that ends.
-            let _ = silence::lift(&[flow]);
             let _ = std::fs::remove_file(&path);
-            return Err(error.into());
+            return Err(error);
         }
         Ok(Some(path))
     }
