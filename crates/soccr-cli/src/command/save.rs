@@ -72,8 +72,13 @@ pub(crate) struct Save {
 /// How long the peers may take to acknowledge what the kernel has encrypted: the processes are stopped meanwhile.
 const SETTLING: Duration = Duration::from_secs(1);
 
+/// A connection that is to be saved: the number by which the keeper knows its socket, its name, and its seat.
+type Known = (usize, String, Seat);
+
 /// A connection that is in the image, and still in its process.
 struct Saved {
+    /// The number by which the keeper knows its socket.
+    number: usize,
     name: String,
     seat: Seat,
     /// Dropping this delivers the packets that were held, if the connection is still there.
@@ -98,10 +103,10 @@ impl Save {
         let mut keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
         namespace::enter_of(sockets[0]).with_context(|| captives[0].name().to_owned())?;
         let mut known = Vec::with_capacity(captives.len());
-        for captive in captives {
+        for (number, captive) in captives.into_iter().enumerate() {
             let name = captive.name().to_owned();
             match self.take(captive) {
-                Ok(seat) => known.push((name, seat)),
+                Ok(seat) => known.push((number, name, seat)),
                 Err(error) => fail(error),
             }
         }
@@ -129,8 +134,12 @@ impl Save {
         let taken =
             saved.iter_mut().try_for_each(|saved| saved.seat.let_go().with_context(|| saved.name.clone()));
         if let Err(error) = taken.and_then(|()| self.finish(image)) {
-            for Saved { name, mut seat, .. } in saved {
-                if let Err(error) = seat.come_back() {
+            for Saved { number, name, mut seat, .. } in saved {
+                // Without the keeper, it comes back all the same.
+                let _ = keeper.filling(number);
+                let is_back = seat.come_back();
+                let _ = keeper.filled(number);
+                if let Err(error) = is_back {
                     exit::complain(&format!("{name}: {error}"));
                 } else if seat.is_adrift() {
                     let (flow, stream) = (seat.flow(), seat.into_socket().into());
@@ -180,14 +189,14 @@ impl Save {
     fn write(
         &self,
         sink: Sink,
-        seats: Vec<(String, Seat)>,
+        seats: Vec<Known>,
         locker: &Locker,
         fail: &mut impl FnMut(anyhow::Error),
     ) -> Result<(Writer<Sink>, Vec<Saved>)> {
         let mut all: Vec<Saved> = Vec::with_capacity(seats.len());
         let write = || {
             let mut writer = Writer::new(sink)?;
-            for (name, mut seat) in seats {
+            for (number, name, mut seat) in seats {
                 let lock = locker.lock(&[seat.flow()])?;
                 match seat.save() {
                     Ok(connection) => {
@@ -195,7 +204,7 @@ impl Save {
                         if self.keep {
                             seat.come_back()?;
                         }
-                        all.push(Saved { name, seat, _lock: lock });
+                        all.push(Saved { number, name, seat, _lock: lock });
                     }
                     Err(error) => fail(anyhow::Error::new(error).context(name)),
                 }
@@ -231,9 +240,9 @@ impl Save {
 }
 
 /// Prepares connections with kernel TLS for their locks, while nobody writes to them.
-fn settled(seats: Vec<(String, Seat)>, fail: &mut impl FnMut(anyhow::Error)) -> Vec<(String, Seat)> {
+fn settled(seats: Vec<Known>, fail: &mut impl FnMut(anyhow::Error)) -> Vec<Known> {
     let deadline = Instant::now() + SETTLING;
-    let mut settle = |(name, seat): &(String, Seat)| {
+    let mut settle = |(_, name, seat): &Known| {
         let settled = seat.settle(deadline.saturating_duration_since(Instant::now()));
         settled.map_err(|error| fail(anyhow::Error::new(error).context(name.clone()))).is_ok()
     };

@@ -36,6 +36,7 @@ crate::tests![
     who_asks_both_processes_to_end_leaves_no_socket_in_repair,
     a_killed_keeper_costs_no_connection,
     what_is_half_put_back_does_not_come_to_life,
+    what_a_save_has_half_put_back_does_not_come_to_life,
     a_lock_that_somebody_else_removes_is_no_error,
 ];
 
@@ -346,6 +347,38 @@ fn what_is_half_put_back_does_not_come_to_life() {
     let killed = run_and_kill(send.stderr(Stdio::null()), |call| {
         let now = is_back;
         connects += u32::from(call.number == libc::SYS_connect);
+        is_back = connects == 2;
+        now
+    });
+    assert!(killed);
+    client.write_all(b"second").unwrap();
+    writeln!(tell).unwrap();
+    wait_until("the server has an error", || old.0.try_wait().unwrap().is_some());
+    client.set_nonblocking(true).unwrap();
+    let silence = client.read(&mut [0]).unwrap_err();
+    assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock);
+}
+
+/// The same, where the image could not be finished: somebody else has put one there.
+fn what_a_save_has_half_put_back_does_not_come_to_life() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let mut old = Program::start(python(BUSY, &[]).stdin(Stdio::piped()).stderr(Stdio::null()));
+    let mut tell = old.0.stdin.take().unwrap();
+    let mut client = connect(([127, 0, 0, 1], 7));
+    wait_until("it is accepted", || descriptors(&old.pid()).len() == 1);
+    client.write_all(b"first").unwrap();
+    let mut save = soccr(&["save", "--pid", &old.pid(), "--all", "--with-local", "-o"]);
+    let (mut connects, mut is_back) = (0, false);
+    let killed = run_and_kill(save.arg(&image).stderr(Stdio::null()), |call| {
+        let now = is_back;
+        connects += u32::from(call.number == libc::SYS_connect);
+        if connects == 1 {
+            std::fs::write(&image, "another").unwrap();
+        }
         is_back = connects == 2;
         now
     });
