@@ -85,6 +85,9 @@ pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
 /// Signals by which people and service managers end a process.
 pub(crate) const ENDING: [libc::c_int; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
 
+/// Signals by which a terminal stops a process.
+pub(crate) const STOPPING: [libc::c_int; 3] = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+
 /// What a signal does: the default, nothing, or the address of a handler.
 pub(crate) type Disposition = libc::sighandler_t;
 

@@ -23,7 +23,7 @@ use crate::descriptors;
 use crate::exit::{self, Exit};
 use crate::give::rescue::rescue;
 use crate::selection::Selection;
-use crate::signals::Deaf;
+use crate::signals::{Deaf, Unstoppable};
 
 use pipe::{Output, Reading};
 
@@ -100,7 +100,8 @@ impl Save {
         let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
         let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).collect();
         let sink = self.open()?;
-        let mut keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
+        let keeper = Keeper::start(&sockets, Sharing::find(&inodes)?, sink.temporary())?;
+        let mut keeper = Unstoppable::new(keeper);
         namespace::enter_of(sockets[0]).with_context(|| captives[0].name().to_owned())?;
         let mut known = Vec::with_capacity(captives.len());
         for (number, captive) in captives.into_iter().enumerate() {

@@ -24,7 +24,7 @@ use crate::guide::{Hop, Made, check_hops, parse_hop, path};
 use crate::nat::Nat;
 use crate::selection::Selection;
 use crate::show::progress::Progress;
-use crate::signals::{Bell, Deaf};
+use crate::signals::{Bell, Deaf, Unstoppable};
 use crate::traffic::Traffic;
 use crate::{descriptors, sys};
 
@@ -181,7 +181,7 @@ impl Send {
         }
         let flows: Vec<Flow> = departing.iter().map(|departing| departing.flow()).collect();
         let (path, _made) = self.path(&flows)?;
-        let sending = mover.sending(departing).used_by(keeper).steered_to(path);
+        let sending = mover.sending(departing).used_by(Unstoppable::new(keeper)).steered_to(path);
         let outcomes = match via {
             Some(mut via) => {
                 via.listen()?;

@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Barrier;
@@ -34,6 +35,7 @@ crate::tests![
     a_killed_starter_costs_no_connection,
     a_socket_does_not_stay_in_repair,
     who_asks_both_processes_to_end_leaves_no_socket_in_repair,
+    a_terminal_does_not_stop_what_others_wait_for,
     a_killed_keeper_costs_no_connection,
     what_is_half_put_back_does_not_come_to_life,
     what_a_save_has_half_put_back_does_not_come_to_life,
@@ -295,6 +297,27 @@ fn who_asks_both_processes_to_end_leaves_no_socket_in_repair() {
     assert_eq!((code, asked.len()), (None, 2), "killed");
     assert_runs(&server.pid());
     assert_eq!(ask(&mut client, "more", ""), "more");
+}
+
+/// The processes stand still, and Ctrl-Z does not reach the keeper.
+fn a_terminal_does_not_stop_what_others_wait_for() {
+    if !installed("python3") {
+        return;
+    }
+    for kind in [CONNECTION, COMMIT] {
+        let mut moving = Move::new(1);
+        // In a group of its own: the kernel does not stop one that nobody could make go on.
+        let send = |via: &str| {
+            let mut send = moving.send(&["--all", "--via", via]);
+            send.process_group(0);
+            send
+        };
+        let boundary = (Boundary(End::Source, kind), 1);
+        let status = hand_over_by(send, &moving.receive(), boundary, &[End::Source], Signal::TSTP);
+        assert_eq!(status.code(), Some(0), "{kind}");
+        moving.assert_lives_at(Side::B, "new ");
+        moving.end();
+    }
 }
 
 /// Accepts a connection, and looks at it when it is told to.
