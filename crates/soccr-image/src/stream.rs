@@ -116,8 +116,9 @@
 //! BEGIN tells the place of the source. Only at the same place the socket that is in the way of a new one can be the source's;
 //! elsewhere the target refuses what it finds in use before it locks anything.
 //!
-//! The target tells its place, too (HERE): if both are at one place, they share its locks, and the source need not stay silent about
-//! what has left. What the target has to tell people it tells the source (NOTE), where that passes it on: up to its END.
+//! At the place of the source the target says so (HERE): both share its locks, and the source need not stay silent about what has
+//! left. Elsewhere it keeps its place to itself, so that nobody can pretend to be there. What the target has to tell people it tells
+//! the source (NOTE), where that passes it on: up to its END.
 //!
 //! A source that only asks sends TRIAL instead of CONNECTION: the target says READY or REFUSED, and nothing has happened.
 //!

@@ -35,7 +35,8 @@ impl Arrival {
                 if answers {
                     // The first word says that everything is prepared.
                     self.writer = Some(Writer::new(Outbox::default()).expect("memory takes every byte"));
-                    if let Some(place) = self.shared.place {
+                    // Nobody learns it here: whoever knows it can have connections locked that are in use.
+                    if let (Origin::Here, Some(place)) = (self.origin, self.shared.place) {
                         self.say(&Message::Here { place });
                     }
                     if notes {

@@ -5,6 +5,7 @@ mod seat;
 mod silence;
 mod stop;
 mod tls;
+mod untrusted;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -35,6 +36,7 @@ use seat::{a_handshake_comes_back, what_a_disconnect_clears_comes_back};
 use silence::{a_silence_begins_again, silences_do_not_end_each_other};
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
+use untrusted::nobody_learns_the_place_of_a_target;
 
 soccr_lab::tests![
     state_and_what_was_read_move_along,
@@ -68,6 +70,7 @@ soccr_lab::tests![
     a_thread_that_does_not_stop_holds_no_other_up,
     with_kernel_tls_it_moves_with_its_session,
     with_kernel_tls_what_is_refused_goes_on,
+    nobody_learns_the_place_of_a_target,
 ];
 
 /// How long a read may take before its test fails.

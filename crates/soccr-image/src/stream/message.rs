@@ -97,7 +97,7 @@ pub enum Message {
         /// Which one.
         connection: u32,
     },
-    /// Where the target is. At the place of the source a connection is never without a socket or a lock.
+    /// The target is at the place that the source has named. There a connection is never without a socket or a lock.
     Here {
         /// The place.
         place: Place,

@@ -1,0 +1,61 @@
+//! Sources that say what is not true, or what no source says.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use soccr_image::stream::{Message, Place, Reader, Writer};
+
+use super::*;
+
+/// This network, as the kernel names it.
+pub fn here() -> Place {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let host = u128::from_str_radix(&boot.trim().replace('-', ""), 16).unwrap().to_be_bytes();
+    let namespace = fs::metadata("/proc/thread-self/ns/net").unwrap();
+    Place { host, namespace: [namespace.dev(), namespace.ino()] }
+}
+
+/// The words of a source, as a test makes them.
+struct Source {
+    writer: Writer<UnixStream>,
+    answers: Reader<UnixStream>,
+}
+
+impl Source {
+    /// Says BEGIN, and hears that the target is there.
+    fn begin(channel: &UnixStream, connections: u32, place: Option<Place>) -> Self {
+        let mut writer = Writer::new(channel.try_clone().unwrap()).unwrap();
+        let begin = Message::Begin { connections, answers: true, notes: false, place, steered: None };
+        writer.send(&begin).unwrap();
+        Self { writer, answers: Reader::new(channel.try_clone().unwrap()).unwrap() }
+    }
+
+    fn hear(&mut self) -> Option<Message> {
+        self.answers.receive().unwrap()
+    }
+}
+
+/// With it, a source could have anybody's connections locked: those of a source in the same network are in use there.
+pub fn nobody_learns_the_place_of_a_target() {
+    let (ours, peers) = connect(1);
+    let saved = soccr::pause(&ours[0]).unwrap().save().unwrap();
+    let mut learned = None;
+    for _ in 0..2 {
+        let (channel, there) = UnixStream::pair().unwrap();
+        let listening = listen(there, Terms::default());
+        let mut source = Source::begin(&channel, 1, learned);
+        source.writer.connection(1, "x", &saved).unwrap();
+        let mut answer = source.hear();
+        if let Some(Message::Here { place }) = answer {
+            learned = Some(place);
+            answer = source.hear();
+        }
+        match answer {
+            Some(Message::Refused { reason, .. }) => assert!(reason.contains("in use here"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+        assert_alive(&ours[0], &peers[0]);
+        drop((source, channel));
+        assert!(listening.join().unwrap().is_empty());
+    }
+}
