@@ -89,6 +89,8 @@ struct Taken {
 #[derive(Debug)]
 struct Batch {
     lock: Lock,
+    /// Connections that had left this host not long ago: it was silent about them until they were locked.
+    silent: Vec<Flow>,
     size: usize,
     /// How many connections the source has not decided about.
     undecided: usize,
@@ -357,9 +359,9 @@ impl Arrival {
     }
 
     fn resume(&mut self, number: usize) {
-        let Some(Batch { lock, size, taken, .. }) = self.batches.remove(&number) else { return };
+        let Some(Batch { lock, silent, size, taken, .. }) = self.batches.remove(&number) else { return };
         let arrived: Vec<Flow> = taken.iter().map(|taken| taken.held.flow).collect();
-        self.shared.settle(lock.flows(), &arrived);
+        self.shared.settle(lock.flows(), &arrived, &silent);
         let restored = taken.into_iter().map(|Taken { id, name, state, restored, held }| {
             // The peer sends again what cannot be delivered.
             let _ = held.replay(&restored);

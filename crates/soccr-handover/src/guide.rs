@@ -133,14 +133,14 @@ impl Guide {
         // A connection that arrives here from now on ends the silence itself.
         let mut diag = Diag::open().ok();
         let here = flows.iter().copied().filter(|flow| is_in_use(&mut diag, *flow));
-        shared.warn_of(shared.end_silence(&here.collect::<Vec<_>>()));
+        shared.warn_of(shared.end_silence(&here.collect::<Vec<_>>()).map(drop));
     }
 
     /// Undoes it for connections that have not left after all.
     pub(crate) fn end(&self, flows: &[Flow], shared: &Shared) {
         if !self.is_steering {
             if self.is_silent {
-                shared.warn_of(shared.end_silence(flows));
+                shared.warn_of(shared.end_silence(flows).map(drop));
             }
         } else {
             shared.warn_of(shared.steerer().stop(flows).map(drop));

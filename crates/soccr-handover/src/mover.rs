@@ -17,7 +17,7 @@ use soccr_image::stream::Place;
 
 use crate::error::{Error, Rejected, Result};
 use crate::protocol::Fate;
-use crate::silence::Silencer;
+use crate::silence::{Lifted, Silencer};
 
 /// Moves connections of the network namespace in which it was made. A process needs one.
 ///
@@ -227,8 +227,12 @@ impl Shared {
         seen
     }
 
-    /// Some of these connections have arrived; the others stay where they are.
-    pub(crate) fn settle(&self, all: &[Flow], arrived: &[Flow]) {
+    /// Some of these connections have arrived; the others stay where they are, and this host is silent again about those of which it was.
+    pub(crate) fn settle(&self, all: &[Flow], arrived: &[Flow], silent: &[Flow]) {
+        let here: HashSet<Flow> = arrived.iter().map(Flow::on_the_wire).collect();
+        let away: Vec<Flow> =
+            silent.iter().filter(|flow| !here.contains(&flow.on_the_wire())).copied().collect();
+        self.warn_of(self.silencer().begin(&away, SILENCE));
         let mut homecoming = self.homecoming();
         self.warn_of(homecoming.arrived(arrived));
         let arrived: HashSet<&Flow> = arrived.iter().collect();
@@ -247,12 +251,13 @@ impl Shared {
         }
     }
 
-    /// Ends the silence about connections that are here.
-    pub(crate) fn end_silence(&self, flows: &[Flow]) -> soccr::Result<()> {
-        for (Flow { local, remote }, name) in self.silencer().lift(flows)? {
+    /// Ends the silence about connections that are here, and returns those of which this host was silent.
+    pub(crate) fn end_silence(&self, flows: &[Flow]) -> soccr::Result<Vec<Flow>> {
+        let Lifted { silent, locked } = self.silencer().lift(flows)?;
+        for (Flow { local, remote }, name) in locked {
             self.warn(format_args!("{local} {remote}: still locked: see `soccr unlock {name}`"));
         }
-        Ok(())
+        Ok(silent)
     }
 }
 

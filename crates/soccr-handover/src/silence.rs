@@ -62,10 +62,10 @@ impl Silencer {
     }
 
     /// [`lift`].
-    pub(crate) fn lift(&mut self, back: &[Flow]) -> soccr::Result<Vec<(Flow, String)>> {
-        let mut locked = Vec::new();
+    pub(crate) fn lift(&mut self, back: &[Flow]) -> soccr::Result<Lifted> {
+        let mut lifted = Lifted::default();
         if back.is_empty() {
-            return Ok(locked);
+            return Ok(lifted);
         }
         let back: HashSet<Flow> = back.iter().map(Flow::on_the_wire).collect();
         for lock in self.0.list()? {
@@ -75,12 +75,22 @@ impl Silencer {
             }
             if lock.name.starts_with(PREFIX) {
                 self.0.unlock(&lock, &held)?;
+                lifted.silent.extend(held);
             } else {
-                locked.extend(held.into_iter().map(|flow| (flow, lock.name.clone())));
+                lifted.locked.extend(held.into_iter().map(|flow| (flow, lock.name.clone())));
             }
         }
-        Ok(locked)
+        Ok(lifted)
     }
+}
+
+/// What [`lift`] has found, as packets show it.
+#[derive(Debug, Default)]
+pub(crate) struct Lifted {
+    /// Connections that have been silent.
+    pub(crate) silent: Vec<Flow>,
+    /// Connections that people have locked.
+    pub(crate) locked: Vec<(Flow, String)>,
 }
 
 /// Stays silent about these connections for this time, in the network namespace of the calling thread.
@@ -97,5 +107,5 @@ pub fn begin(flows: &[Flow], limit: Duration) -> soccr::Result<()> {
 /// # Errors
 /// Those of [`PersistentLock::list`] and [`PersistentLock::unlock`].
 pub fn lift(back: &[Flow]) -> soccr::Result<Vec<(Flow, String)>> {
-    Silencer::new()?.lift(back)
+    Ok(Silencer::new()?.lift(back)?.locked)
 }

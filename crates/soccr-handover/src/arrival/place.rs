@@ -94,14 +94,17 @@ impl Arrival {
     fn place_locked(&mut self, batch: Vec<Arriving>, lock: Lock) {
         let number = self.next_batch;
         self.next_batch += 1;
-        self.batches
-            .insert(number, Batch { lock, size: batch.len(), undecided: batch.len(), taken: Vec::new() });
+        let (size, taken) = (batch.len(), Vec::new());
         // In the network of the source the old sockets are in the way.
         let (behind, free) =
             if self.origin == Origin::Here { (batch, Vec::new()) } else { (Vec::new(), batch) };
         // They may have left this host not long ago, and be silent or steered still. From here on our own lock keeps them silent.
         let flows: Vec<Flow> = free.iter().flat_map(|arriving| arriving.connection.flows()).collect();
-        let ready = self.shared.end_silence(&flows).and_then(|()| self.shared.homecoming().expect(&flows));
+        let ended = self.shared.end_silence(&flows);
+        // Where it fails, it may have ended for some.
+        let silent = ended.as_ref().map_or_else(|_| flows.clone(), Vec::clone);
+        self.batches.insert(number, Batch { lock, silent, size, undecided: size, taken });
+        let ready = ended.and_then(|_| self.shared.homecoming().expect(&flows));
         if let Err(error) = ready {
             // These would stay silent here, or steered away.
             for Arriving { id, .. } in free {

@@ -33,7 +33,7 @@ use broken::{
     what_has_arrived_does_not_wait_for_a_silent_source,
 };
 use seat::{a_handshake_comes_back, what_a_disconnect_clears_comes_back};
-use silence::{a_silence_begins_again, silences_do_not_end_each_other};
+use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_stays_silent};
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::nobody_learns_the_place_of_a_target;
@@ -66,6 +66,7 @@ soccr_lab::tests![
     a_handshake_comes_back,
     what_a_disconnect_clears_comes_back,
     a_silence_begins_again,
+    what_does_not_come_home_stays_silent,
     silences_do_not_end_each_other,
     a_thread_that_does_not_stop_holds_no_other_up,
     with_kernel_tls_it_moves_with_its_session,

@@ -1,12 +1,14 @@
 //! Silence about what has left, begun and ended by many at the same time.
 
 use std::net::Ipv4Addr;
-use std::thread;
-use std::time::Duration;
 
-use soccr::Flow;
 use soccr::lock::{PersistentLock, SILENCE};
 use soccr_handover::silence::{begin, lift};
+use soccr_image::stream::Message;
+use soccr_lab::{TcpInfo, wait_until};
+
+use super::untrusted::Source;
+use super::*;
 
 fn flow(port: u16) -> Flow {
     Flow { local: (Ipv4Addr::LOCALHOST, 80).into(), remote: (Ipv4Addr::LOCALHOST, port).into() }
@@ -46,4 +48,44 @@ pub fn silences_do_not_end_each_other() {
     let all: Vec<_> = (1..=3).map(one_after_another).collect();
     all.into_iter().for_each(|thread| thread.join().unwrap());
     assert_eq!(PersistentLock::list().unwrap(), []);
+}
+
+/// It lives elsewhere: a late packet here must not end it.
+pub fn what_does_not_come_home_stays_silent() {
+    let lab = Lab::new().unwrap();
+    let listener = lab.a.run(|| TcpListener::bind((lab.a.v4, 80))).unwrap();
+    let mut peer = lab.peer.run(|| TcpStream::connect((lab.a.v4, 80))).unwrap();
+    peer.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut resets = Sniffer::flagged(&lab.peer.namespace, "eth0", Flags::RST).unwrap();
+    let (ours, _) = listener.accept().unwrap();
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let listening = lab.b.run(|| listen(there, Terms::default()));
+    assert!(lab.a.run(|| Mover::new().unwrap().take(ours).unwrap().send(&mut here)).is_moved());
+    drop(here);
+    lab.steer(Side::B).unwrap();
+    let ours = listening.join().unwrap().pop().unwrap().into_stream().unwrap();
+    assert_alive(&ours, &peer);
+
+    let saved = soccr::pause(&ours).unwrap().save().unwrap();
+    let (channel, there) = UnixStream::pair().unwrap();
+    let listening = lab.a.run(|| listen(there, Terms::default()));
+    let mut source = Source::begin(&channel, 1, None);
+    source.writer.connection(1, "x", &saved).unwrap();
+    assert_eq!(source.hear(), Some(Message::Ready { connection: 1 }));
+    source.writer.send(&Message::Abort { connection: 1, reason: "changed".into() }).unwrap();
+    source.writer.end().unwrap();
+    assert_eq!(source.hear(), None);
+    drop((source, channel));
+    assert!(listening.join().unwrap().is_empty());
+
+    lab.steer(Side::A).unwrap();
+    let before = TcpInfo::of(&peer).unwrap().total_retrans;
+    peer.write_all(b"late").unwrap();
+    wait_until("it has come to the old host", || {
+        !resets.segments().unwrap().is_empty() || TcpInfo::of(&peer).unwrap().total_retrans > before
+    });
+    assert!(resets.segments().unwrap().is_empty());
+    lab.steer(Side::B).unwrap();
+    assert_eq!(read(&ours, 4), b"late");
+    assert_alive(&ours, &peer);
 }

@@ -16,23 +16,30 @@ pub fn here() -> Place {
 }
 
 /// The words of a source, as a test makes them.
-struct Source {
-    writer: Writer<UnixStream>,
+pub struct Source {
+    pub writer: Writer<UnixStream>,
     answers: Reader<UnixStream>,
 }
 
 impl Source {
     /// Says BEGIN, and hears that the target is there.
-    fn begin(channel: &UnixStream, connections: u32, place: Option<Place>) -> Self {
+    pub fn begin(channel: &UnixStream, connections: u32, place: Option<Place>) -> Self {
+        Self::begin_with(channel, begin(connections, place, None))
+    }
+
+    fn begin_with(channel: &UnixStream, begin: Message) -> Self {
         let mut writer = Writer::new(channel.try_clone().unwrap()).unwrap();
-        let begin = Message::Begin { connections, answers: true, notes: false, place, steered: None };
         writer.send(&begin).unwrap();
         Self { writer, answers: Reader::new(channel.try_clone().unwrap()).unwrap() }
     }
 
-    fn hear(&mut self) -> Option<Message> {
+    pub fn hear(&mut self) -> Option<Message> {
         self.answers.receive().unwrap()
     }
+}
+
+fn begin(connections: u32, place: Option<Place>, steered: Option<Steered>) -> Message {
+    Message::Begin { connections, answers: true, notes: false, place, steered }
 }
 
 /// With it, a source could have anybody's connections locked: those of a source in the same network are in use there.
