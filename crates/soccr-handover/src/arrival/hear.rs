@@ -56,8 +56,8 @@ impl Arrival {
                 };
                 AddressMap::apply_to_connection(&self.terms.map, &mut connection);
                 self.handle(News::Offer(id));
-                // A number that was used before refers to the earlier connection.
-                if self.error.is_none() {
+                // Not if its state was damaged. A number that was used before refers to the earlier connection.
+                if self.machine.places(id) {
                     self.arriving_bytes += bytes_of(&connection) + state.len();
                     self.arriving.push(Arriving { id, name, state, is_critical, connection });
                 }

@@ -54,13 +54,15 @@ enum Stage {
     Taken,
     /// Damaged, or given up by the source, while it is being placed.
     Unwanted,
+    /// Refused, since a record before it could not be understood: it may come still.
+    Damaged,
     Over,
 }
 
 impl Stage {
     /// Something is still to happen.
     fn is_open(self) -> bool {
-        !matches!(self, Self::Taken | Self::Over)
+        !matches!(self, Self::Taken | Self::Damaged | Self::Over)
     }
 }
 
@@ -120,6 +122,11 @@ impl Target {
         self.stages.get(&id) == Some(&Stage::Waiting)
     }
 
+    /// The connection is to be placed.
+    pub fn places(&self, id: Id) -> bool {
+        self.stages.get(&id) == Some(&Stage::Arriving)
+    }
+
     /// Takes in what has happened.
     ///
     /// # Errors
@@ -128,6 +135,7 @@ impl Target {
         match news {
             News::Begin(count) if !self.has_begun => (self.has_begun, self.announced) = (true, count),
             News::Begin(_) => return Err(Violation("the source begins twice")),
+            News::Offer(id) if self.stages.get(&id) == Some(&Stage::Damaged) => self.set(id, Stage::Over),
             News::Offer(id) => {
                 self.appear(id, Stage::Arriving)?;
                 self.deeds.push_back(Deed::Place(id));
@@ -152,13 +160,13 @@ impl Target {
                     self.deeds.push_back(Deed::Take(id));
                 }
                 // Our REFUSED has crossed with it.
-                Some(Stage::Unwanted | Stage::Over) => {}
+                Some(Stage::Unwanted | Stage::Damaged | Stage::Over) => {}
                 _ => return Err(Violation("the source lets go of what was not ready")),
             },
             News::Abort(id) => match self.stages.get(&id) {
                 Some(Stage::Arriving) => self.set(id, Stage::Unwanted),
                 Some(Stage::Waiting) => self.forget(id),
-                Some(Stage::Unwanted | Stage::Over) => {}
+                Some(Stage::Unwanted | Stage::Damaged | Stage::Over) => {}
                 _ => return Err(Violation("the source keeps what it has let go of")),
             },
             News::Taken(id, true) => self.set(id, Stage::Taken),
@@ -180,8 +188,8 @@ impl Target {
     fn bad(&mut self, id: Id) -> Result<(), Violation> {
         match self.stages.get(&id) {
             None => {
-                self.appear(id, Stage::Over)?;
-                self.refuse(id);
+                self.appear(id, Stage::Damaged)?;
+                self.deeds.push_back(Deed::Refuse(id));
             }
             Some(Stage::Arriving) => self.set(id, Stage::Unwanted),
             Some(Stage::Waiting) => {
@@ -189,7 +197,7 @@ impl Target {
                 self.forget(id);
                 self.refuse(id);
             }
-            Some(Stage::Unwanted | Stage::Over) => {}
+            Some(Stage::Unwanted | Stage::Damaged | Stage::Over) => {}
             Some(Stage::Raising | Stage::Taken) => return Err(Violation("a damaged record behind a COMMIT")),
         }
         Ok(())

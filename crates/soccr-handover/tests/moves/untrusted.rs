@@ -66,3 +66,47 @@ pub fn nobody_learns_the_place_of_a_target() {
         assert!(listening.join().unwrap().is_empty());
     }
 }
+
+/// A damaged state is the affair of its connection.
+pub fn what_comes_without_its_state_stays_alone() {
+    let (mut ours, peers) = connect(2);
+    let (here, there) = UnixStream::pair().unwrap();
+    let listening = listen(there, Terms::default());
+    let mover = Mover::new().unwrap();
+    let departing: Vec<_> = [ours.remove(0), ours.remove(0)]
+        .map(|stream| mover.take(stream).unwrap().with_state(*b"its state"))
+        .into();
+    let mut outcomes = mover.send_all(departing, &mut Damaging { channel: here, is_done: false });
+    assert!(outcomes.pop().unwrap().is_moved());
+    assert_alive(&stays(outcomes.pop().unwrap(), ErrorKind::Refused), &peers[0]);
+    let arrived = listening.join().unwrap().pop().unwrap();
+    assert_eq!(arrived.state(), b"its state");
+    assert_alive(&arrived.into_stream().unwrap(), &peers[1]);
+}
+
+/// Damages the first state that it passes on.
+struct Damaging {
+    channel: UnixStream,
+    is_done: bool,
+}
+
+impl Channel for Damaging {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        let found = output.windows(9).position(|bytes| bytes == b"its state");
+        match found.filter(|_| !self.is_done) {
+            None => self.channel.exchange(output, input, deadline),
+            Some(at) => {
+                self.is_done = true;
+                let mut damaged = output[..=at].to_vec();
+                damaged[at] ^= 1;
+                self.channel.write_all(&damaged)?;
+                Ok(Exchanged { written: damaged.len(), read: None })
+            }
+        }
+    }
+}

@@ -6,7 +6,7 @@ mod world;
 use std::collections::HashSet;
 
 use proptest::prelude::*;
-use soccr_handover::protocol::{Action, Answer, Event, Fate, Source};
+use soccr_handover::protocol::{Action, Answer, Deed, Event, Fate, News, Source, Target};
 use world::World;
 
 /// Any number below `length`, from a list that may be at its end.
@@ -119,4 +119,16 @@ fn a_late_target_is_heard_about_what_has_left() {
     source.handle(Event::End).unwrap();
     assert!(source.is_over());
     assert_eq!([1, 2].map(|id| source.fate(id)), [Some(Fate::Moved), Some(Fate::Stays)]);
+}
+
+/// Its state was: then it is passed over when it comes, and all others come in.
+#[test]
+fn what_follows_a_damaged_record_is_passed_over() {
+    let mut target = Target::new();
+    for news in [News::Begin(2), News::Bad(1), News::Offer(1), News::Commit(1), News::Offer(2)] {
+        target.handle(news).unwrap();
+    }
+    let deeds: Vec<Deed> = std::iter::from_fn(|| target.deed()).collect();
+    assert_eq!(deeds, [Deed::Refuse(1), Deed::Place(2)]);
+    assert!(target.handle(News::Offer(1)).is_err(), "a number is used once");
 }
