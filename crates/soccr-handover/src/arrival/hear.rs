@@ -18,6 +18,11 @@ impl Arrival {
         }
         match message {
             Message::Begin { connections, answers, notes, place, steered } => {
+                // A second one makes nothing.
+                self.handle(News::Begin(connections));
+                if self.error.is_some() {
+                    return;
+                }
                 self.origin = match (place, self.shared.place) {
                     (Some(there), Some(here)) if there == here => Origin::Here,
                     (Some(there), Some(here)) if there.host == here.host => Origin::SameHost,
@@ -31,7 +36,6 @@ impl Arrival {
                 {
                     return self.give_up(error);
                 }
-                self.handle(News::Begin(connections));
                 if answers {
                     // The first word says that everything is prepared.
                     self.writer = Some(Writer::new(Outbox::default()).expect("memory takes every byte"));

@@ -36,7 +36,10 @@ use seat::{a_handshake_comes_back, what_a_disconnect_clears_comes_back};
 use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_stays_silent};
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
-use untrusted::{nobody_learns_the_place_of_a_target, what_comes_without_its_state_stays_alone};
+use untrusted::{
+    nobody_learns_the_place_of_a_target, what_comes_without_its_state_stays_alone,
+    who_begins_twice_leaves_no_tunnel,
+};
 
 soccr_lab::tests![
     state_and_what_was_read_move_along,
@@ -73,6 +76,7 @@ soccr_lab::tests![
     with_kernel_tls_what_is_refused_goes_on,
     nobody_learns_the_place_of_a_target,
     what_comes_without_its_state_stays_alone,
+    who_begins_twice_leaves_no_tunnel,
 ];
 
 /// How long a read may take before its test fails.

@@ -3,7 +3,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use soccr_image::stream::{Message, Place, Reader, Writer};
+use soccr::steer::Tunnel;
+use soccr_image::stream::{Message, Place, Reader, Steered, Writer};
 
 use super::*;
 
@@ -109,4 +110,26 @@ impl Channel for Damaging {
             }
         }
     }
+}
+
+/// Only the tunnel of the last one would be removed.
+pub fn who_begins_twice_leaves_no_tunnel() {
+    let lan = Lan::new().unwrap();
+    let [home, away] = [&lan.hosts[0], &lan.hosts[1]];
+    let begin = |id| {
+        let tunnel = Tunnel::known(home.v4.into(), away.v4.into(), id, 4789);
+        home.run(|| tunnel.open()).unwrap();
+        let mut steered = Steered::default();
+        steered.tunnel = Some(tunnel);
+        begin(1, None, Some(steered))
+    };
+    let (channel, there) = UnixStream::pair().unwrap();
+    let listening = away.run(|| listen(there, Terms::default()));
+    let mut source = Source::begin_with(&channel, begin(1));
+    assert_eq!(away.run(Tunnel::list).unwrap().len(), 1);
+    source.writer.send(&begin(2)).unwrap();
+    assert_eq!(source.hear(), None);
+    drop((source, channel));
+    assert!(listening.join().unwrap().is_empty());
+    assert_eq!(away.run(Tunnel::list).unwrap(), []);
 }
