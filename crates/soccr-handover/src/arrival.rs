@@ -274,6 +274,7 @@ impl Arrival {
                 if let Some(Waiting { batch, place, held, .. }) = self.remove(id) {
                     // Closed before the lock ends: otherwise held packets would go into this socket, be acknowledged, and be lost.
                     drop(place);
+                    self.delivery.doubt();
                     self.held_bytes -= bytes_of_packets(&held);
                     self.make_room();
                     self.decided(batch);

@@ -8,6 +8,7 @@ use soccr::diag::Diag;
 use soccr::steer::{Foreign, NextHop, Numbers, Steerer, Tunnel, is_foreign};
 use soccr_image::stream;
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::terms::Steered;
 
 /// Arranges delivery, once for each address.
@@ -24,12 +25,23 @@ pub(crate) struct Delivery {
     /// What this hand-over has made: it is removed if no connection arrives.
     tunnel: Option<Tunnel>,
     made: Vec<IpAddr>,
+    /// A connection for which something may have been made does not come.
+    is_doubtful: bool,
 }
 
 impl Delivery {
     pub(crate) fn new(when: Steered, numbers: Numbers) -> Self {
         let (arranged, made) = (HashMap::new(), Vec::new());
-        Self { when, numbers, path: None, hops: [None, None], arranged, tunnel: None, made }
+        Self {
+            when,
+            numbers,
+            path: None,
+            hops: [None, None],
+            arranged,
+            tunnel: None,
+            made,
+            is_doubtful: false,
+        }
     }
 
     /// The source steers what it sends: makes this end of the tunnel, and looks for the source. What takes time happens here, when
@@ -41,7 +53,7 @@ impl Delivery {
                 self.hops = [Some(tunnel.other_end(false)?), tunnel.other_end(true).ok()];
             }
             for address in &path.from {
-                // Without the source's address packets still arrive; only answers through it need the address.
+                // By what no way leads to, nothing is delivered: see `arrange`.
                 let hop = NextHop::new(*address);
                 self.hops[usize::from(address.is_ipv6())] = if path.answers { Some(hop?) } else { hop.ok() };
             }
@@ -51,7 +63,7 @@ impl Delivery {
     }
 
     /// Has packets for the local address delivered here, if it is another host's and the terms ask for it. The delivery stays.
-    pub(crate) fn arrange(&mut self, steerer: &mut Steerer, flow: &Flow) -> soccr::Result<()> {
+    pub(crate) fn arrange(&mut self, steerer: &mut Steerer, flow: &Flow) -> Result<()> {
         let wanted = match self.when {
             Steered::Auto => self.path.is_some(),
             Steered::Always => true,
@@ -68,6 +80,13 @@ impl Delivery {
                 let mut foreign = None;
                 if is_foreign(address)? {
                     let there = Foreign::list()?.into_iter().find(|foreign| foreign.address() == address);
+                    if there.is_none() && self.when == Steered::Auto && self.hop(address).is_none() {
+                        let what = format!(
+                            "packets for {address} would come from a host that is not known here: steer them by an \
+                             address of the same family, or take them from anywhere (`soccr receive --steered=always`)"
+                        );
+                        return Err(Error::new(ErrorKind::Refused, what));
+                    }
                     if there.is_none() {
                         self.made.push(address);
                     }
@@ -78,7 +97,7 @@ impl Delivery {
             }
         };
         match (foreign, self.hop(address)) {
-            (Some(foreign), Some(hop)) => foreign.check_arrival(flow.remote.ip(), hop.device()),
+            (Some(foreign), Some(hop)) => Ok(foreign.check_arrival(flow.remote.ip(), hop.device())?),
             _ => Ok(()),
         }
     }
@@ -92,6 +111,32 @@ impl Delivery {
         Ok(made)
     }
 
+    /// A connection does not come: what was made may have been for that alone.
+    pub(crate) fn doubt(&mut self) {
+        self.is_doubtful = true;
+    }
+
+    /// Removes what was made for addresses that no connection here has, if there may be such. No connection is being placed.
+    pub(crate) fn review(&mut self) {
+        if !std::mem::take(&mut self.is_doubtful) || self.made.is_empty() {
+            return;
+        }
+        for foreign in Foreign::list().unwrap_or_default() {
+            let address = foreign.address();
+            if !self.made.contains(&address) || has_socket(address) || foreign.remove().is_err() {
+                continue;
+            }
+            if has_socket(address) {
+                // Another hand-over uses it by now.
+                let _ = Steerer::new()
+                    .and_then(|mut steerer| self.deliver(&mut steerer, address, foreign.numbers()));
+                continue;
+            }
+            self.made.retain(|made| *made != address);
+            self.arranged.remove(&address);
+        }
+    }
+
     fn hop(&self, address: IpAddr) -> Option<&NextHop> {
         self.hops[usize::from(address.is_ipv6())].as_ref()
     }
@@ -100,15 +145,8 @@ impl Delivery {
 impl Drop for Delivery {
     /// Removes what was made, if nothing has arrived.
     fn drop(&mut self) {
-        let there = if self.made.is_empty() { Vec::new() } else { Foreign::list().unwrap_or_default() };
-        for foreign in there.iter().filter(|foreign| self.made.contains(&foreign.address())) {
-            let address = foreign.address();
-            if !has_socket(address) && foreign.remove().is_ok() && has_socket(address) {
-                // Another hand-over uses it by now.
-                let _ = Steerer::new()
-                    .and_then(|mut steerer| self.deliver(&mut steerer, address, foreign.numbers()));
-            }
-        }
+        self.doubt();
+        self.review();
         if let Some(tunnel) = self.tunnel {
             let _ = tunnel.remove_unused();
         }

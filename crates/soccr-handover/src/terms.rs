@@ -32,7 +32,7 @@ pub struct Terms {
 /// When packets for an address that is not this host's are delivered here, to a connection that arrives with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Steered {
-    /// If the source steers them.
+    /// If the source steers them, and this host reaches it: by the device that leads there.
     #[default]
     Auto,
     /// In any case.

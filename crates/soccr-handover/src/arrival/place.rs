@@ -20,6 +20,7 @@ impl Arrival {
             let shared = Arc::clone(&self.shared);
             shared.with_diag(|diag| self.place_with(diag));
         }
+        self.delivery.review();
     }
 
     /// `None`: nobody can say what is in use here. The restore will tell.
@@ -157,6 +158,7 @@ impl Arrival {
     pub(super) fn placed(&mut self, id: Id, outcome: std::result::Result<(), String>) {
         if let Err(reason) = &outcome {
             self.refusals.insert(id, reason.clone());
+            self.delivery.doubt();
         }
         self.handle(News::Placed(id, outcome.is_ok()));
     }

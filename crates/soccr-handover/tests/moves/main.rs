@@ -37,7 +37,8 @@ use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::{
-    nobody_learns_the_place_of_a_target, what_comes_without_its_state_stays_alone,
+    nobody_learns_the_place_of_a_target, nothing_is_delivered_for_a_source_that_is_not_reached,
+    what_comes_without_its_state_stays_alone, what_is_delivered_for_a_connection_ends_with_it,
     who_begins_twice_leaves_no_tunnel,
 };
 
@@ -77,6 +78,8 @@ soccr_lab::tests![
     nobody_learns_the_place_of_a_target,
     what_comes_without_its_state_stays_alone,
     who_begins_twice_leaves_no_tunnel,
+    nothing_is_delivered_for_a_source_that_is_not_reached,
+    what_is_delivered_for_a_connection_ends_with_it,
 ];
 
 /// How long a read may take before its test fails.
@@ -380,7 +383,9 @@ fn what_no_next_hop_is_named_for_stays() {
     let (ours, _) = listener.accept().unwrap();
     let (mut here, there) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        let listening = scope.spawn(|| away.run(|| listen(there, Terms::default())).join().unwrap());
+        let mut terms = Terms::default();
+        terms.steered = soccr_handover::Steered::Always;
+        let listening = scope.spawn(|| away.run(|| listen(there, terms)).join().unwrap());
         let outcome = home.run(|| {
             let (mover, hop) = (Mover::new().unwrap(), NextHop::new(away.v4.into()).unwrap());
             let sending = mover.sending([mover.take(ours).unwrap()]).steered_to(vec![hop]);

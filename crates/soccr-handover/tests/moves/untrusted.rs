@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use soccr::steer::Tunnel;
+use soccr::steer::{Foreign, Tunnel};
 use soccr_image::stream::{Message, Place, Reader, Steered, Writer};
+use soccr_lab::wait_until;
 
 use super::*;
 
@@ -132,4 +133,42 @@ pub fn who_begins_twice_leaves_no_tunnel() {
     drop((source, channel));
     assert!(listening.join().unwrap().is_empty());
     assert_eq!(away.run(Tunnel::list).unwrap(), []);
+}
+
+/// It says that it steers packets, and nobody knows from where: they would be taken from anywhere.
+pub fn nothing_is_delivered_for_a_source_that_is_not_reached() {
+    let lan = Lan::new().unwrap();
+    let (_source, _listening, answer) = offer_steered(&lan, Steered::default());
+    match answer {
+        Some(Message::Refused { reason, .. }) => assert!(reason.contains("not known here"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(lan.hosts[1].run(Foreign::list).unwrap(), []);
+}
+
+/// The stream goes on meanwhile.
+pub fn what_is_delivered_for_a_connection_ends_with_it() {
+    let lan = Lan::new().unwrap();
+    let mut steered = Steered::default();
+    steered.from = vec![lan.hosts[0].v4.into()];
+    let (mut source, _listening, answer) = offer_steered(&lan, steered);
+    assert_eq!(answer, Some(Message::Ready { connection: 1 }));
+    let delivered = || lan.hosts[1].run(Foreign::list).unwrap();
+    assert_eq!(delivered().len(), 1);
+    source.writer.send(&Message::Abort { connection: 1, reason: "changed".into() }).unwrap();
+    wait_until("nothing is delivered any more", || delivered().is_empty());
+}
+
+/// Offers a connection with the address of the first host to the second one, and hears the answer.
+fn offer_steered(lan: &Lan, steered: Steered) -> (Source, thread::JoinHandle<Vec<Arrived>>, Option<Message>) {
+    let [home, away] = [&lan.hosts[0], &lan.hosts[1]];
+    let listener = home.run(|| TcpListener::bind((home.v4, 80))).unwrap();
+    let _peer = lan.peer.run(|| TcpStream::connect((home.v4, 80))).unwrap();
+    let saved = soccr::pause(&listener.accept().unwrap().0).unwrap().save().unwrap();
+    let (channel, there) = UnixStream::pair().unwrap();
+    let listening = away.run(|| listen(there, Terms::default()));
+    let mut source = Source::begin_with(&channel, begin(2, None, Some(steered)));
+    source.writer.connection(1, "x", &saved).unwrap();
+    let answer = source.hear();
+    (source, listening, answer)
 }

@@ -38,6 +38,12 @@ impl<'m, 'b> Expressions<'m, 'b> {
         self.equals(&[protocol as u8]);
     }
 
+    /// Goes on for packets that arrive by this device.
+    pub(crate) fn arrives_by(&mut self, device: u32) {
+        self.meta(META_IIF);
+        self.equals(&device.to_ne_bytes());
+    }
+
     /// Goes on for packets with this mark.
     pub(crate) fn has_mark(&mut self, mark: u32) {
         self.meta(META_MARK);
@@ -356,6 +362,7 @@ pub(crate) const META_KEY: u16 = 2;
 const META_SOURCE: u16 = 3;
 const META_PROTOCOL: u32 = 1;
 pub(crate) const META_MARK: u32 = 3;
+const META_IIF: u32 = 4;
 const META_NFPROTO: u32 = 15;
 pub(crate) const META_L4PROTO: u32 = 16;
 pub(crate) const COMPARE_REGISTER: u16 = 1;

@@ -9,14 +9,15 @@
 //!   chain in { type filter hook prerouting priority mangle
 //!     ip daddr 192.0.2.1 meta l4proto tcp  socket transparent 1  meta mark set 0x50cc accept
 //!     ip daddr 192.0.2.1 meta l4proto icmp socket transparent 1  meta mark set 0x50cc accept
-//!     ip daddr 192.0.2.1 meta l4proto tcp  meta mark != 0xc114   drop
+//!     ip daddr 192.0.2.1 meta l4proto tcp  iif eth0 meta mark != 0xc114 drop   what the old host has sent
 //!   }
 //!   chain resets-192.0.2.1/2 { type filter hook output priority filter
 //!     ip saddr 192.0.2.1 tcp flags rst  dup to 192.0.2.1 device eth0         the old host forgets the connection
 //! } }
 //! ```
 //!
-//! The last rule of `in` drops what comes for a connection that is gone: otherwise the two hosts would send it back and forth. The
+//! The last rule of `in` drops what comes for a connection that is gone: otherwise the two hosts would send it back and forth.
+//! What comes by other devices is none of its affair: this host may be a router on the way to the address. The
 //! address is on no link, so that no ARP or neighbour discovery ever tells of it.
 
 use std::io;
@@ -85,7 +86,8 @@ impl Foreign {
     }
 
     /// The same, where the host is known from which the packets come: the old one, as this one reaches it. It hears of connections that are
-    /// reset here (nft `dup`, where the kernel has it), and forgets them; otherwise it would steer them for a day.
+    /// reset here (nft `dup`, where the kernel has it), and forgets them; otherwise it would steer them for a day. TCP packets for the
+    /// address that no restored connection takes are dropped only where they arrive by the device that leads there.
     ///
     /// # Errors
     /// The errors of [`deliver`](Self::deliver); `ENODEV` where there is no such device. Refused: that host is named by an address of
@@ -308,16 +310,22 @@ impl Foreign {
         if system("nft list", nftables::has_chain(socket, table, &out))? {
             return Ok(());
         }
-        let mut made = self.create(socket, table, hop);
+        let mut made = self.create(socket, table, hop, true);
         // Not every kernel can copy packets.
         if hop.is_some() && matches!(&made, Err(error) if is_missing(error)) {
-            made = self.create(socket, table, None);
+            made = self.create(socket, table, hop, false);
         }
         let needs = "needs nftables with CONFIG_NFT_SOCKET; CAP_NET_ADMIN, as root or under `unshare -Urn`";
         made.map_err(|error| Error::system("nft add table", error).advise(needs))
     }
 
-    fn create(&self, socket: &mut Socket, table: Table<'_>, hop: Option<(&NextHop, u32)>) -> io::Result<()> {
+    fn create(
+        &self,
+        socket: &mut Socket,
+        table: Table<'_>,
+        hop: Option<(&NextHop, u32)>,
+        copies: bool,
+    ) -> io::Result<()> {
         let mut batch = Batch::new();
         let mut transaction = Transaction::begin(&mut batch, table);
         transaction.replace_table();
@@ -336,10 +344,13 @@ impl Foreign {
         transaction.rule(CHAIN, |rule| {
             rule.is_to(self.address);
             rule.is_protocol(libc::IPPROTO_TCP);
+            if let Some((_, device)) = hop {
+                rule.arrives_by(device);
+            }
             rule.lacks_mark(MARK);
             rule.drop();
         });
-        if let Some((hop, device)) = hop {
+        if let Some((hop, device)) = hop.filter(|_| copies) {
             let hook = Hook { number: Hook::OUTPUT, priority: Hook::FILTER, device: None };
             let chain = resets(hop, device);
             transaction.create_chain(&chain, hook);

@@ -9,6 +9,7 @@ use soccr::{Flow, pause};
 use soccr_lab::{Sniffer, TcpInfo, supervised, sysctl, wait_until};
 use soccr_netlink::{Policy, Rtnetlink};
 
+use super::devices::{FIRST, SECOND, connect_by_another, send};
 use super::moves::{exchange, transfer};
 use super::{Net, address, connect};
 
@@ -110,6 +111,24 @@ pub fn what_no_socket_has_is_dropped() {
         assert!(seen.iter().all(|segment| segment.source == flow.remote), "{seen:?}");
         assert!(seen.len() < 10, "{seen:?}");
     }
+}
+
+/// The new host is a router on the way to the address.
+pub fn what_comes_by_another_device_passes() {
+    let lan = Net::flat();
+    let [home, away, other] = &lan.hosts;
+    connect_by_another(other, away);
+    away.run(|| sysctl("net/ipv4/ip_forward", "1")).unwrap();
+    let mut routes = other.namespace.rtnetlink().unwrap();
+    routes.route(home.v4.into(), 32, "eth1", Some(SECOND.into())).unwrap();
+    let hop = lan.hop_back(1, false);
+    away.run(|| Foreign::deliver_from(home.v4.into(), Numbers::default(), Some(&hop))).unwrap();
+    let flow = Flow { local: (home.v4, 80).into(), remote: (FIRST, 1000).into() };
+    let mut sniffer = Sniffer::on(&home.namespace, "eth0").unwrap();
+    wait_until("it has come to the host that has the address", || {
+        send(other, None, flow);
+        sniffer.segments().unwrap().iter().any(|segment| segment.source == flow.remote)
+    });
 }
 
 pub fn without_it_a_foreign_address_is_refused() {

@@ -11,8 +11,8 @@ use soccr_lab::{Host, Sniffer, VethEnd, set_option, veth, wait_until};
 use super::Net;
 use super::tables::{segment, stray_segment};
 
-const FIRST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-const SECOND: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+pub const FIRST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+pub const SECOND: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
 /// Connects two hosts by a device `eth1` of each.
 pub fn connect_by_another(first: &Host, second: &Host) {

@@ -58,6 +58,7 @@ fn main() -> ExitCode {
         delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,
         delivery::what_no_socket_has_is_dropped,
+        delivery::what_comes_by_another_device_passes,
         delivery::without_it_a_foreign_address_is_refused,
         delivery::where_any_address_can_be_bound_nothing_changes,
         delivery::where_nobody_tells_who_can_bind_any_address_nothing_changes,
