@@ -87,15 +87,34 @@ pub(crate) struct Reports {
     demands: Demands,
     trust: Trust,
     all: Vec<Json>,
-    /// What is missing and why: the message of the first connection, and how many others share it.
-    missing: BTreeMap<[String; 2], (String, usize)>,
+    missing: Missing,
+}
+
+/// Why something that an image says is not set.
+const UNTRUSTED: &str = "it is not taken from an image (see --settings)";
+
+/// What is missing and why: the message of the first connection, and how many others share it.
+#[derive(Debug, Default)]
+struct Missing(BTreeMap<[String; 2], (String, usize)>);
+
+impl Missing {
+    fn count(&mut self, name: &str, reason: &str, message: impl FnOnce() -> String) {
+        /// More than all options of all kernels: names come from a source, which may make up any number of them.
+        const MOST: usize = 256;
+        let what = [name, reason].map(str::to_owned);
+        if self.0.len() < MOST || self.0.contains_key(&what) {
+            self.0.entry(what).or_insert_with(|| (message(), 0)).1 += 1;
+        } else {
+            self.0.entry(Default::default()).or_insert_with(|| ("other options".into(), 0)).1 += 1;
+        }
+    }
 }
 
 impl Demands {
     /// `trust` decides which options are set, unless the command line does.
     pub(crate) fn reports(&self, trust: Trust) -> Reports {
         let trust = self.settings.unwrap_or(trust);
-        Reports { demands: self.clone(), trust, all: Vec::new(), missing: BTreeMap::new() }
+        Reports { demands: self.clone(), trust, all: Vec::new(), missing: Missing::default() }
     }
 }
 
@@ -112,9 +131,7 @@ impl Reports {
         connection.settings.retain(|name, _| {
             let takes = self.trust.takes(name);
             if !takes {
-                let reason = "it is not taken from an image (see --settings)";
-                let what = [name, reason].map(str::to_owned);
-                self.missing.entry(what).or_insert_with(|| (format!("{name}: {reason}"), 0)).1 += 1;
+                self.missing.count(name, UNTRUSTED, || format!("{name}: {UNTRUSTED}"));
             }
             takes
         });
@@ -127,8 +144,7 @@ impl Reports {
             restored.report().strict()?;
         }
         for missing in restored.report().iter().filter(|entry| entry.fidelity() == Fidelity::Missing) {
-            let what = [missing.name(), missing.reason()].map(str::to_owned);
-            self.missing.entry(what).or_insert_with(|| (missing.to_string(), 0)).1 += 1;
+            self.missing.count(missing.name(), missing.reason(), || missing.to_string());
         }
         if self.demands.report.is_some() {
             let values: Vec<Json> = restored.report().iter().map(value).collect();
@@ -139,7 +155,7 @@ impl Reports {
 
     /// Prints what is missing, and writes the file if one was asked for.
     pub(crate) fn tell(&self) -> Result<()> {
-        for (first, count) in self.missing.values() {
+        for (first, count) in self.missing.0.values() {
             let more = if *count > 1 { format!(" ({count} connections)") } else { String::new() };
             exit::complain(&format!("not brought back: {first}{more}"));
         }
@@ -167,4 +183,28 @@ fn value(entry: &Entry) -> Json {
         "after": entry.values().map(|[_, after]| after),
         "reason": Some(entry.reason()).filter(|reason| !reason.is_empty()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use soccr::settings::Value;
+
+    use super::*;
+
+    fn reports(trust: Trust) -> Reports {
+        Demands { settings: None, strict: false, report: None }.reports(trust)
+    }
+
+    #[test]
+    fn names_that_are_made_up_take_limited_memory() {
+        let mut reports = reports(Trust::Safe);
+        for number in 0..1000 {
+            let mut connection = Connection::empty();
+            connection.settings.set(&format!("made up {number}"), Value::Number(1));
+            reports.distrust(&mut connection).unwrap();
+            assert_eq!(connection.settings.iter().count(), 0);
+        }
+        assert!(reports.missing.0.len() < 300);
+        assert_eq!(reports.missing.0.values().map(|(_, count)| count).sum::<usize>(), 1000);
+    }
 }

@@ -30,7 +30,8 @@ use crate::terms::Terms;
 const BATCH: usize = 128;
 const BATCH_BYTES: usize = 16 << 20;
 
-/// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 128 at a time.
+/// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 128 at a time. The states of
+/// connections that are ours count until they are passed on.
 const WAITING: usize = 1024;
 const WAITING_BYTES: usize = 1 << 30;
 
@@ -136,6 +137,8 @@ pub(crate) struct Arrival {
     waiting: HashMap<Id, Waiting>,
     waiting_bytes: usize,
     held_bytes: usize,
+    /// How long the states are of connections that are ours.
+    state_bytes: usize,
     /// Connections that the source has let go of, and that are not restored yet.
     committed: Vec<Id>,
     batches: HashMap<usize, Batch>,
@@ -190,6 +193,7 @@ impl Arrival {
             waiting: HashMap::new(),
             waiting_bytes: 0,
             held_bytes: 0,
+            state_bytes: 0,
             committed: Vec::new(),
             batches: HashMap::new(),
             next_batch: 0,
@@ -214,7 +218,9 @@ impl Arrival {
 
     /// The next connection that lives.
     pub(crate) fn landed(&mut self) -> Option<Landed> {
-        self.landed.pop_front()
+        let landed = self.landed.pop_front()?;
+        self.state_bytes -= landed.state.len();
+        Some(landed)
     }
 
     /// How many more connections are taken behind this stream.
@@ -343,6 +349,7 @@ impl Arrival {
         };
         self.ask(|recipient| recipient.take(&name));
         self.say(&Message::Taken { connection: id });
+        self.state_bytes += state.len();
         if let Some(batch) = self.batches.get_mut(&batch) {
             batch.taken.push(Taken { id, name, state, restored, held });
         }
@@ -375,10 +382,13 @@ impl Arrival {
             // Some did not come: packets held for those would draw resets.
             false => drop(lock),
         }
-        let (landed, shared) = (&mut self.landed, &self.shared);
+        let (landed, bytes, shared) = (&mut self.landed, &mut self.state_bytes, &self.shared);
         shared.kit.resume(restored, |(number, name, flow, state), outcome| match outcome {
             Ok(stream) => landed.push_back(Landed { number, name, flow, state, stream }),
-            Err(error) => shared.tell(Event::Lost { number, reason: &error.to_string() }),
+            Err(error) => {
+                *bytes -= state.len();
+                shared.tell(Event::Lost { number, reason: &error.to_string() });
+            }
         });
     }
 
@@ -436,10 +446,6 @@ impl Arrival {
     fn is_full(&self) -> bool {
         self.arriving.len() >= BATCH || self.arriving_bytes >= BATCH_BYTES
     }
-}
-
-fn bytes_of(connection: &Connection) -> usize {
-    connection.receive_queue.len() + connection.send_queue.len()
 }
 
 fn bytes_of_packets(held: &Held) -> usize {

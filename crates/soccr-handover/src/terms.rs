@@ -9,7 +9,7 @@ use crate::notes::Notes;
 use crate::recipient::{Check, Offer, Recipient};
 
 /// What a target takes, and with which addresses.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Terms {
     /// An address OLD, at either end of a connection, becomes NEW.
@@ -18,6 +18,9 @@ pub struct Terms {
     pub room: Option<usize>,
     /// Connections over the loopback of another network are taken, too: their peers are in this one.
     pub takes_loopback: bool,
+    /// What the source sends along with a connection, for its application, is kept. Otherwise it is thrown away as it comes; an
+    /// [offer](Offer::is_state_critical) tells whether the source would mind.
+    pub takes_states: bool,
     /// When packets for addresses of other hosts are delivered here.
     pub steered: Steered,
     /// The mark, the routing table and the rules for that, if nothing delivers the address yet.
@@ -27,6 +30,23 @@ pub struct Terms {
     pub(crate) recipient: Option<Arc<Mutex<dyn Recipient>>>,
     /// The caller says END.
     pub(crate) leaves_end: bool,
+}
+
+impl Default for Terms {
+    /// Everything is taken, as it comes.
+    fn default() -> Self {
+        Self {
+            map: Vec::new(),
+            room: None,
+            takes_loopback: false,
+            takes_states: true,
+            steered: Steered::default(),
+            numbers: Numbers::default(),
+            notes: Notes::default(),
+            recipient: None,
+            leaves_end: false,
+        }
+    }
 }
 
 /// When packets for an address that is not this host's are delivered here, to a connection that arrives with it.

@@ -109,7 +109,7 @@
 //! **In one network namespace** the socket of the source is in the way of a new one until the COMMIT. There the target says READY for
 //! what is valid, restores it behind the COMMIT, and answers TAKEN then; or REFUSED, and the source restores it from its value.
 //!
-//! **REFUSED is final.** The target may say it of any connection that it has not said TAKEN of: of one whose HELD record is damaged,
+//! **REFUSED is final.** The target may say it of any connection that it has not said TAKEN of: of one whose STATE or HELD record is damaged,
 //! or needs a newer version; of all that wait when the source takes too long, or somebody ends the target. Whatever comes about that
 //! connection afterwards is passed over, a COMMIT that is on its way too: then the source takes the connection back.
 //!

@@ -121,10 +121,7 @@ impl Kit {
         connections: impl IntoIterator<Item = (K, Connection)>,
         mut each: impl FnMut(K, Result<Restored>) + Send,
     ) {
-        let cost = |(_, connection): &(K, Connection)| {
-            // Nothing is validated yet.
-            connection.receive_queue.len() + connection.send_queue.len()
-        };
+        let cost = |(_, connection): &(K, Connection)| connection.queued();
         let fresh: [OnceLock<Settings>; 2] = Default::default();
         let work = |injectors: &mut Injectors, (key, mut connection): (K, Connection)| {
             let family = &fresh[usize::from(connection.local.is_ipv4())];

@@ -350,6 +350,25 @@ impl Connection {
         std::iter::once(flow).chain(self.tracked.and_then(|tracked| tracked.translation(flow)))
     }
 
+    /// How many bytes of the two applications it carries: in its queues, and in TLS records that nobody has read.
+    ///
+    /// # Examples
+    /// ```
+    /// use soccr::Connection;
+    /// use soccr::tls::{Cipher, Record, Tls, Version};
+    ///
+    /// let mut connection = Connection::empty();
+    /// connection.send_queue = b"unsent".to_vec();
+    /// let mut tls = Tls::new(Version::Tls13, Cipher::AesGcm128);
+    /// tls.unread.push(Record { content_type: 23, bytes: b"unread".to_vec() });
+    /// connection.tls = Some(tls);
+    /// assert_eq!(connection.queued(), 12);
+    /// ```
+    pub fn queued(&self) -> usize {
+        let records = self.tls.as_ref().map_or(0, Tls::unread_len);
+        self.receive_queue.len() + self.send_queue.len() + records
+    }
+
     /// Puts bytes that the application has read back in front of the receive queue: whoever has the restored socket
     /// reads them again, first. They are the last ones that were read, in their order.
     ///

@@ -125,7 +125,7 @@ impl Receive {
         parting.end_with_parent()?;
         let recipient = self.handover.find()?;
         descriptors::raise_limit();
-        let terms = self.terms(recipient.capacity());
+        let terms = self.terms(&recipient);
         exit::complain_by(&terms.notes);
         let counts = Arc::new(Counts::default());
         let intake = Intake {
@@ -172,8 +172,7 @@ impl Receive {
         for (number, arrived) in arrived.iter().enumerate().filter(|(_, arrived)| !arrived.state().is_empty())
         {
             match state::keep(arrived.state()) {
-                Ok(state) if recipient.takes_states() => states.push((number, state)),
-                Ok(_) => {}
+                Ok(state) => states.push((number, state)),
                 Err(error) => exit::complain(&format!("{}: {}", arrived.name(), exit::line(&error))),
             }
         }
@@ -199,10 +198,11 @@ impl Receive {
         }
     }
 
-    fn terms(&self, capacity: usize) -> Terms {
+    fn terms(&self, recipient: &Recipient) -> Terms {
         let mut terms = Terms::default();
         terms.map = self.map.clone();
-        terms.room = Some(capacity);
+        terms.room = Some(recipient.capacity());
+        terms.takes_states = recipient.takes_states();
         terms.takes_loopback = self.netns.is_some();
         terms.steered = match self.steered {
             Steered::Auto => soccr_handover::Steered::Auto,

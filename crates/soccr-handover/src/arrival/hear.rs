@@ -4,7 +4,7 @@ use soccr::bulk::Needs;
 use soccr_image::AddressMap;
 use soccr_image::stream::{Message, Steered, Writer};
 
-use super::{Arrival, Arriving, HELD_BYTES, PACKET, bytes_of, violation};
+use super::{Arrival, Arriving, HELD_BYTES, PACKET, violation};
 use crate::drive::Outbox;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mover::Event;
@@ -49,7 +49,8 @@ impl Arrival {
                 }
             }
             Message::State { connection, bytes, critical } => {
-                self.state = Some((connection, bytes, critical))
+                let bytes = if self.terms.takes_states { bytes } else { Vec::new() };
+                self.state = Some((connection, bytes, critical));
             }
             Message::Connection { id, name, mut connection } => {
                 let (state, is_critical) = match self.state.take() {
@@ -62,7 +63,7 @@ impl Arrival {
                 self.handle(News::Offer(id));
                 // Not if its state was damaged. A number that was used before refers to the earlier connection.
                 if self.machine.places(id) {
-                    self.arriving_bytes += bytes_of(&connection) + state.len();
+                    self.arriving_bytes += connection.queued() + state.len();
                     self.arriving.push(Arriving { id, name, state, is_critical, connection });
                 }
             }

@@ -7,7 +7,7 @@ use soccr::diag::Diag;
 use soccr::lock::Held;
 use soccr::{Connection, Flow, Lock, Restored};
 
-use super::{Arrival, Arriving, Batch, Place, WAITING, WAITING_BYTES, Waiting, bytes_of, bytes_of_packets};
+use super::{Arrival, Arriving, Batch, Place, WAITING, WAITING_BYTES, Waiting, bytes_of_packets};
 use crate::mover::{Event as Told, is_in_use};
 use crate::protocol::{Id, News};
 use crate::recipient::{Offer, Origin};
@@ -26,15 +26,15 @@ impl Arrival {
     /// `None`: nobody can say what is in use here. The restore will tell.
     fn place_with(&mut self, diag: &mut Option<Diag>) {
         let mut batch = Vec::new();
-        let mut crowd = (self.waiting.len(), self.waiting_bytes);
+        let mut crowd = (self.waiting.len(), self.waiting_bytes + self.state_bytes);
         for mut arriving in std::mem::take(&mut self.arriving) {
             let accepted = match crowd.0 >= WAITING || crowd.1 > WAITING_BYTES {
-                true => Err("more connections wait for the source than there is room for".into()),
+                true => Err("more has come than there is room for".into()),
                 false => self.accept(&mut arriving, diag),
             };
             match accepted {
                 Ok(()) => {
-                    crowd = (crowd.0 + 1, crowd.1 + bytes_of(&arriving.connection) + arriving.state.len());
+                    crowd = (crowd.0 + 1, crowd.1 + arriving.connection.queued() + arriving.state.len());
                     batch.push(arriving);
                 }
                 Err(reason) => self.placed(arriving.id, Err(reason)),
@@ -116,13 +116,13 @@ impl Arrival {
             return;
         }
         for Arriving { id, name, state, connection, .. } in behind {
-            let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
+            let (flow, bytes) = (connection.flow(), connection.queued() + state.len());
             let place = Place::Behind(Box::new(connection));
             self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
         }
         let mut outcomes = Vec::with_capacity(free.len());
         let keyed = free.into_iter().map(|Arriving { id, name, state, connection, .. }| {
-            let (flow, bytes) = (connection.flow(), bytes_of(&connection) + state.len());
+            let (flow, bytes) = (connection.flow(), connection.queued() + state.len());
             ((id, name, state, flow, bytes), connection)
         });
         self.shared.kit.restore(keyed, |key, outcome| outcomes.push((key, outcome)));

@@ -37,9 +37,9 @@ use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::{
-    nobody_learns_the_place_of_a_target, nothing_is_delivered_for_a_source_that_is_not_reached,
-    what_comes_without_its_state_stays_alone, what_is_delivered_for_a_connection_ends_with_it,
-    who_begins_twice_leaves_no_tunnel,
+    a_state_that_nobody_takes_is_not_kept, nobody_learns_the_place_of_a_target,
+    nothing_is_delivered_for_a_source_that_is_not_reached, what_comes_without_its_state_stays_alone,
+    what_is_delivered_for_a_connection_ends_with_it, who_begins_twice_leaves_no_tunnel,
 };
 
 soccr_lab::tests![
@@ -80,6 +80,7 @@ soccr_lab::tests![
     who_begins_twice_leaves_no_tunnel,
     nothing_is_delivered_for_a_source_that_is_not_reached,
     what_is_delivered_for_a_connection_ends_with_it,
+    a_state_that_nobody_takes_is_not_kept,
 ];
 
 /// How long a read may take before its test fails.

@@ -172,3 +172,18 @@ fn offer_steered(lan: &Lan, steered: Steered) -> (Source, thread::JoinHandle<Vec
     let answer = source.hear();
     (source, listening, answer)
 }
+
+/// It would take memory for as long as the connection waits to be passed on.
+pub fn a_state_that_nobody_takes_is_not_kept() {
+    let (mut ours, peers) = connect(1);
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let mut terms = Terms::default();
+    terms.takes_states = false;
+    let listening = listen(there, terms);
+    let departing = Mover::new().unwrap().take(ours.pop().unwrap()).unwrap().with_state(*b"its state");
+    assert!(departing.send(&mut here).is_moved());
+    drop(here);
+    let arrived = listening.join().unwrap().pop().unwrap();
+    assert_eq!(arrived.state(), b"");
+    assert_alive(&arrived.into_stream().unwrap(), &peers[0]);
+}
