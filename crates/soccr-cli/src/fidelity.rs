@@ -17,7 +17,7 @@ use crate::exit;
 pub(crate) enum Trust {
     /// All that this process may set
     All,
-    /// Those that concern nothing but the connection: no mark, filter, device, foreign address or IP option
+    /// Those that concern nothing but the connection: no mark (nor that of connection tracking), filter, device, foreign address or IP option
     Safe,
     /// None
     None,
@@ -119,14 +119,17 @@ impl Demands {
 }
 
 impl Reports {
-    /// Removes the options of a connection that are not trusted.
+    /// Removes what an image says of a connection and is not trusted: options, and the mark by which firewalls may know it.
     pub(crate) fn distrust(&mut self, connection: &mut Connection) -> Result<()> {
         const RESERVED: u16 = 1024;
-        if self.trust != Trust::All
-            && connection.control.state == State::SynSent
-            && connection.local.port() < RESERVED
-        {
-            bail!("it begins at a port that services trust: --settings all takes it");
+        if self.trust != Trust::All {
+            if connection.control.state == State::SynSent && connection.local.port() < RESERVED {
+                bail!("it begins at a port that services trust: --settings all takes it");
+            }
+            let mark = connection.tracked.as_mut().map_or(0, |tracked| std::mem::take(&mut tracked.mark));
+            if mark != 0 {
+                self.missing.count("ct mark", UNTRUSTED, || format!("ct mark: {UNTRUSTED}"));
+            }
         }
         connection.settings.retain(|name, _| {
             let takes = self.trust.takes(name);
@@ -187,6 +190,8 @@ fn value(entry: &Entry) -> Json {
 
 #[cfg(test)]
 mod tests {
+    use soccr::Flow;
+    use soccr::connection::Tracked;
     use soccr::settings::Value;
 
     use super::*;
@@ -206,5 +211,18 @@ mod tests {
         }
         assert!(reports.missing.0.len() < 300);
         assert_eq!(reports.missing.0.values().map(|(_, count)| count).sum::<usize>(), 1000);
+    }
+
+    #[test]
+    fn firewalls_know_it_by_no_mark_that_a_source_says() {
+        let flow = Flow { local: ([192, 0, 2, 1], 80).into(), remote: ([192, 0, 2, 2], 1000).into() };
+        for (trust, mark, told) in [(Trust::All, 7, 0), (Trust::Safe, 0, 1), (Trust::None, 0, 1)] {
+            let mut connection = Connection::empty();
+            connection.tracked = Some(Tracked { wire: flow, initiator: true, mark: 7 });
+            let mut reports = reports(trust);
+            reports.distrust(&mut connection).unwrap();
+            assert_eq!(connection.tracked, Some(Tracked { wire: flow, initiator: true, mark }));
+            assert_eq!(reports.missing.0.len(), told);
+        }
     }
 }

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::flow::Flow;
 use crate::nftables;
 use crate::state::State;
+use crate::sys;
 use crate::sys::namespace::{self, Recently};
 use crate::sys::raw::Injectors;
 use crate::sys::sockopt;
@@ -360,7 +361,8 @@ fn enter(
                 }
                 m.be32(STATUS, SEEN_REPLY | ASSURED | CONFIRMED);
                 m.be32(TIMEOUT, 120);
-                if tracked.mark != 0 {
+                // Rules may give the packets of a connection its mark.
+                if tracked.mark != 0 && tracked.mark != sys::MARK {
                     m.be32(MARK, tracked.mark);
                 }
             }
