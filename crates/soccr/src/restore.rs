@@ -178,10 +178,18 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// Invalid: see [`Flow::validate`]. System: the call that failed, see [`Connection::restore`](crate::Connection::restore).
     pub fn connect(&mut self, flow: Flow) -> Result<()> {
+        self.occupy(flow)?;
+        self.set_connected(flow).map_err(|error| error.at("restore"))
+    }
+
+    /// Step 2: binds and connects the socket. That shows whether the connection has a place here, and nobody hears of it.
+    ///
+    /// # Errors
+    /// Those of [`connect`](Self::connect).
+    pub fn occupy(&self, flow: Flow) -> Result<()> {
         flow.validate()
             .and_then(|()| bind(self.fd, flow.local))
             .and_then(|()| connect(self.fd, flow))
-            .and_then(|()| self.set_connected(flow))
             .map_err(|error| error.at("restore"))
     }
 

@@ -1,6 +1,9 @@
 //! `soccr send --dry-run`: the target says what it would do, and nothing happens.
 
+use std::process::Command;
+
 use serde_json::Value;
+use soccr::conntrack::Tracking;
 use soccr_lab::{Call, Side, run_and_watch};
 
 use crate::programs::{SOCCR, assert_runs, complaints, installed};
@@ -11,6 +14,7 @@ crate::tests![
     a_target_without_the_address_says_so,
     a_target_without_rights_or_program_says_so,
     nothing_is_stopped_or_locked,
+    nothing_is_tracked,
 ];
 
 /// Exit code, answers where there are any, and complaints.
@@ -97,5 +101,29 @@ fn nothing_is_stopped_or_locked() {
         }
     });
     assert!(seen.is_empty(), "{seen:?}");
+    assert_untouched(moving);
+}
+
+/// Where rules could look at an entry of connection tracking.
+fn nothing_is_tracked() {
+    if !installed("python3") || !installed("nft") {
+        return;
+    }
+    let moving = Move::new(1);
+    let flow = moving.saved().flow();
+    let tracked = || {
+        let Some(mut tracking) = Tracking::open().unwrap() else {
+            soccr_lab::skip("the kernel tracks no connections");
+            return None;
+        };
+        tracking.find(flow).unwrap()
+    };
+    moving.lab.b.run(|| {
+        let rule = "add table inet filter { chain in { type filter hook input priority 0; ct state established accept; }; }";
+        assert!(Command::new("nft").arg(rule).status().unwrap().success());
+    });
+    let (code, _, complaint) = ask(&moving, &moving.receive());
+    assert_eq!((code, complaint.as_str()), (0, ""));
+    assert_eq!(moving.lab.b.run(tracked), None);
     assert_untouched(moving);
 }

@@ -59,12 +59,12 @@ fn has_address(local: SocketAddr) -> Result<(), String> {
     bind(&socket, &any_port).map_err(failed)
 }
 
-/// Makes a socket for it, in repair mode: it says nothing, and is closed in silence.
+/// Makes a socket for it, in repair mode: it says nothing, connection tracking hears nothing of it, and it is closed in silence.
 fn has_place(connection: &Connection) -> Result<(), String> {
     let family = if connection.local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let socket = socket.map_err(|errno| format!("socket: {errno}"))?;
     let connected = Restore::unbound(&socket, &connection.control, None)
-        .and_then(|mut steps| steps.connect(connection.flow()));
+        .and_then(|steps| steps.occupy(connection.flow()));
     connected.map_err(|error| error.to_string())
 }
