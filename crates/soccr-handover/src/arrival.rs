@@ -62,6 +62,8 @@ struct Waiting {
     state: Vec<u8>,
     batch: usize,
     place: Place,
+    /// Its addresses, those on the wire included.
+    flows: Vec<Flow>,
     held: Held,
     /// Its share of [`WAITING_BYTES`].
     bytes: usize,
@@ -83,6 +85,7 @@ struct Taken {
     name: String,
     state: Vec<u8>,
     restored: Restored,
+    flows: Vec<Flow>,
     held: Held,
 }
 
@@ -344,14 +347,15 @@ impl Arrival {
     /// The connection is ours from here on.
     fn take(&mut self, id: Id) {
         let Some(waiting) = self.remove(id) else { return };
-        let Waiting { name, state, batch, place: Place::Restored(restored), held, .. } = waiting else {
+        let Waiting { name, state, batch, place: Place::Restored(restored), flows, held, .. } = waiting
+        else {
             return;
         };
         self.ask(|recipient| recipient.take(&name));
         self.say(&Message::Taken { connection: id });
         self.state_bytes += state.len();
         if let Some(batch) = self.batches.get_mut(&batch) {
-            batch.taken.push(Taken { id, name, state, restored, held });
+            batch.taken.push(Taken { id, name, state, restored, flows, held });
         }
         self.handle(News::Taken(id, true));
         self.decided(batch);
@@ -368,9 +372,9 @@ impl Arrival {
 
     fn resume(&mut self, number: usize) {
         let Some(Batch { lock, silent, size, taken, .. }) = self.batches.remove(&number) else { return };
-        let arrived: Vec<Flow> = taken.iter().map(|taken| taken.held.flow).collect();
+        let arrived: Vec<Flow> = taken.iter().flat_map(|taken| &taken.flows).copied().collect();
         self.shared.settle(lock.flows(), &arrived, &silent);
-        let restored = taken.into_iter().map(|Taken { id, name, state, restored, held }| {
+        let restored = taken.into_iter().map(|Taken { id, name, state, restored, held, .. }| {
             // The peer sends again what cannot be delivered.
             let _ = held.replay(&restored);
             self.held_bytes -= bytes_of_packets(&held);

@@ -116,21 +116,26 @@ impl Arrival {
             return;
         }
         for Arriving { id, name, state, connection, .. } in behind {
-            let (flow, bytes) = (connection.flow(), connection.queued() + state.len());
+            let flows: Vec<Flow> = connection.flows().collect();
+            let bytes = connection.queued() + state.len();
             let place = Place::Behind(Box::new(connection));
-            self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
+            self.wait(id, Waiting { name, state, batch: number, place, held: held(flows[0]), flows, bytes });
         }
         let mut outcomes = Vec::with_capacity(free.len());
         let keyed = free.into_iter().map(|Arriving { id, name, state, connection, .. }| {
-            let (flow, bytes) = (connection.flow(), connection.queued() + state.len());
-            ((id, name, state, flow, bytes), connection)
+            let flows: Vec<Flow> = connection.flows().collect();
+            let bytes = connection.queued() + state.len();
+            ((id, name, state, flows, bytes), connection)
         });
         self.shared.kit.restore(keyed, |key, outcome| outcomes.push((key, outcome)));
-        for ((id, name, state, flow, bytes), outcome) in outcomes {
+        for ((id, name, state, flows, bytes), outcome) in outcomes {
             match self.inspect(&name, outcome) {
                 Ok(restored) => {
                     let place = Place::Restored(restored);
-                    self.wait(id, Waiting { name, state, batch: number, place, held: held(flow), bytes });
+                    self.wait(
+                        id,
+                        Waiting { name, state, batch: number, place, held: held(flows[0]), flows, bytes },
+                    );
                 }
                 Err(reason) => {
                     self.make_room();

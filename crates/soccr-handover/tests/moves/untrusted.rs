@@ -120,9 +120,7 @@ pub fn who_begins_twice_leaves_no_tunnel() {
     let begin = |id| {
         let tunnel = Tunnel::known(home.v4.into(), away.v4.into(), id, 4789);
         home.run(|| tunnel.open()).unwrap();
-        let mut steered = Steered::default();
-        steered.tunnel = Some(tunnel);
-        begin(1, None, Some(steered))
+        begin(1, None, Some(Steered { tunnel: Some(tunnel), ..Steered::default() }))
     };
     let (channel, there) = UnixStream::pair().unwrap();
     let listening = away.run(|| listen(there, Terms::default()));
@@ -149,8 +147,7 @@ pub fn nothing_is_delivered_for_a_source_that_is_not_reached() {
 /// The stream goes on meanwhile.
 pub fn what_is_delivered_for_a_connection_ends_with_it() {
     let lan = Lan::new().unwrap();
-    let mut steered = Steered::default();
-    steered.from = vec![lan.hosts[0].v4.into()];
+    let steered = Steered { from: vec![lan.hosts[0].v4.into()], ..Steered::default() };
     let (mut source, _listening, answer) = offer_steered(&lan, steered);
     assert_eq!(answer, Some(Message::Ready { connection: 1 }));
     let delivered = || lan.hosts[1].run(Foreign::list).unwrap();
