@@ -15,6 +15,7 @@ mod ended;
 mod faults;
 mod idle;
 mod images;
+mod keeper;
 mod kill;
 mod kill_any;
 mod list;
@@ -60,6 +61,7 @@ fn main() -> std::process::ExitCode {
         terminal::tests(),
         idle::tests(),
         kill::tests(),
+        keeper::tests(),
         kill_any::tests(),
         list::tests(),
         nat::tests(),
