@@ -13,8 +13,8 @@ mod common;
 use common::{include, installed, run};
 
 /// The programs in `tests/c`.
-const PROGRAMS: [&str; 9] =
-    ["connections", "staged", "border", "lessons", "host", "image", "grown", "path", "tls"];
+const PROGRAMS: [&str; 10] =
+    ["connections", "staged", "border", "handles", "lessons", "host", "image", "grown", "path", "tls"];
 
 fn main() -> ExitCode {
     // An emulated machine takes what its host has built: there compilers and valgrind take minutes.

@@ -402,6 +402,16 @@ struct saved kit_move(struct pair *pair)
 	return saved;
 }
 
+struct libsoccr_sk *kit_pause(struct pair *pair)
+{
+	struct libsoccr_sk *sk;
+
+	*pair = kit_connect(IPV4);
+	sk = libsoccr_pause(pair->here);
+	CHECK(sk);
+	return sk;
+}
+
 int kit_set_queue(struct libsoccr_sk *sk, int queue, char *bytes)
 {
 	return libsoccr_set_queue_bytes(sk, queue, bytes, 0);

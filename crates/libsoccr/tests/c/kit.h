@@ -111,6 +111,8 @@ struct libsoccr_sk *kit_restore(struct pair *pair, struct saved *saved);
 /* Moves the connection to another socket, and resumes it there. */
 struct saved kit_move(struct pair *pair);
 
+/* Connects a pair, and pauses pair->here. */
+struct libsoccr_sk *kit_pause(struct pair *pair);
 /* libsoccr_set_queue_bytes of the present interface, for a queue that stays the caller's. */
 int kit_set_queue(struct libsoccr_sk *sk, int queue, char *bytes);
 

@@ -386,6 +386,26 @@ except OSError:
 signal.pause()
 "#;
 
+/// A target that says READY, and refuses behind the COMMIT, when its gate is opened.
+struct RefusesLate {
+    ready: Answers,
+    all: Answers,
+    gate: Gate,
+}
+
+impl RefusesLate {
+    fn new() -> Self {
+        let ready = Answers::new(&[Message::Ready { connection: 1 }]);
+        Self { ready, all: Answers::refusing_behind_the_commit(), gate: Gate::new() }
+    }
+
+    fn via(&self) -> String {
+        let rest = self.ready.0.as_file().metadata().unwrap().len() + 1;
+        let refuses = format!("{}; tail -c +{rest} {}", self.gate.command(), self.all.path());
+        format!("cat {}; {refuses}; cat > /dev/null", self.ready.path())
+    }
+}
+
 /// The process goes on while its connection is in doubt, and has closed its socket when the target refuses that.
 fn what_comes_back_to_a_process_that_has_closed_it_is_in_an_image() {
     if !installed("python3") {
@@ -394,15 +414,12 @@ fn what_comes_back_to_a_process_that_has_closed_it_is_in_an_image() {
     let directory = tempfile::tempdir().unwrap();
     let mut moving = Move::of(&mut python(CLOSES, &[]), Side::B, 1, |_| {});
     moving.directory = directory.path().into();
-    let (ready, gate) = (Answers::new(&[Message::Ready { connection: 1 }]), Gate::new());
-    let all = Answers::refusing_behind_the_commit();
-    let rest = ready.0.as_file().metadata().unwrap().len() + 1;
-    let refuses = format!("{}; tail -c +{rest} {}", gate.command(), all.path());
-    let via = format!("cat {}; {refuses}; cat > /dev/null", ready.path());
+    let refusing = RefusesLate::new();
+    let via = refusing.via();
     let (code, complaints) = std::thread::scope(|scope| {
         let send = scope.spawn(|| moving.try_send(&["--all", "--timeout", "5", "--via", &via]));
         wait_until_closed(&moving.old);
-        gate.open();
+        refusing.gate.open();
         send.join().unwrap()
     });
     assert_eq!(code, 1, "{complaints}");
@@ -417,11 +434,8 @@ fn what_comes_back_without_a_keeper_is_in_an_image() {
     let directory = tempfile::tempdir().unwrap();
     let mut moving = Move::of(&mut python(CLOSES, &[]), Side::B, 1, |_| {});
     moving.directory = directory.path().into();
-    let (ready, gate) = (Answers::new(&[Message::Ready { connection: 1 }]), Gate::new());
-    let all = Answers::refusing_behind_the_commit();
-    let rest = ready.0.as_file().metadata().unwrap().len() + 1;
-    let refuses = format!("{}; tail -c +{rest} {}", gate.command(), all.path());
-    let via = format!("cat {}; {refuses}; cat > /dev/null", ready.path());
+    let refusing = RefusesLate::new();
+    let via = refusing.via();
     let said = Said::new();
     let mut send = moving.send(&["--all", "--via", &via]);
     let mut send = Program::start(send.stderr(said.output()));
@@ -432,7 +446,7 @@ fn what_comes_back_without_a_keeper_is_in_an_image() {
     });
     kill_process(Pid::from_raw(keeper(send.0.id()) as i32).unwrap(), Signal::KILL).unwrap();
     wait_until_closed(&moving.old);
-    gate.open();
+    refusing.gate.open();
     assert_eq!(send.0.wait().unwrap().code(), Some(1), "{}", said.read());
     assert_is_rescued(&mut moving, &said.read());
 }
