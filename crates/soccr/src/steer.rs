@@ -52,6 +52,7 @@ mod narrow;
 mod next_hop;
 mod redirect;
 mod steering;
+mod transparent;
 mod tunnel;
 
 use std::io;
@@ -63,12 +64,12 @@ use crate::error::{Error, Result};
 
 pub use adoption::adopt_address;
 pub use foreign::{Foreign, Numbers, is_foreign};
-pub(crate) use foreign::{admit, admit_transparent, forget_transparency, is_foreign_beside};
 pub use homecoming::Homecoming;
 pub use narrow::narrow;
 pub use next_hop::NextHop;
 pub use redirect::{Steerer, redirect, redirect_answers, stop};
 pub use steering::{Steered, Steering, Times};
+pub(crate) use transparent::{admit, admit_transparent, forget_transparency, is_foreign_beside};
 pub use tunnel::Tunnel;
 
 fn index(route: &Rtnetlink, device: &str) -> Result<u32> {

@@ -158,7 +158,7 @@ impl Capture {
                         Entry::Occupied(replay) => replay.into_mut(),
                         Entry::Vacant(place) => {
                             let interface = match socket {
-                                Some(socket) => Ok(Some(bound_interface(socket))),
+                                Some(socket) => bound_interface(socket).map(Some),
                                 None => self.packets.bound_interface(flow),
                             };
                             match interface {

@@ -46,7 +46,7 @@ impl Held {
         // A firewall may let only established connections pass, and not know that this is one.
         let wire = conntrack::admit(&mut injectors, socket, self.flow, save::state(socket)?, None)?;
         let way = injectors.inward(socket, Via::routed(wire.local.ip()), wire.remote, wire.local)?;
-        let mut replay = Replay::new(self.flow, wire, bound_interface(socket));
+        let mut replay = Replay::new(self.flow, wire, bound_interface(socket)?);
         let runs = self.packets.iter().filter_map(|packet| {
             let parsed = Parsed::new(packet)?;
             let fits = parsed.source.is_ipv4() == self.flow.is_ipv4();

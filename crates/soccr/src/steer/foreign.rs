@@ -21,8 +21,7 @@
 //! address is on no link, so that no ARP or neighbour discovery ever tells of it.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::net::IpAddr;
 
 use soccr_netlink::{Batch, Family, Link, Packet, Policy, Rtnetlink, Socket};
 
@@ -30,9 +29,7 @@ use super::{NextHop, Steerer, absent, index, number_of, present, system, with_ro
 use crate::error::{Error, Result};
 use crate::nftables::{self, Hook, Table, Transaction};
 use crate::segment::flags;
-use crate::settings::{Settings, Value};
 use crate::sys::MARK;
-use crate::sys::{namespace, sockopt};
 
 const PREFIX: &str = "soccr-foreign-";
 
@@ -438,13 +435,7 @@ pub fn is_foreign(address: IpAddr) -> Result<bool> {
     with_route(|route| is_foreign_to(route, address))
 }
 
-/// The same in the network namespace of a socket.
-pub(crate) fn is_foreign_beside(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
-    let route = namespace::open_beside(socket, Rtnetlink::here);
-    system("routing socket", route).and_then(|mut route| is_foreign_to(&mut route, address))
-}
-
-fn is_foreign_to(route: &mut Rtnetlink, address: IpAddr) -> Result<bool> {
+pub(super) fn is_foreign_to(route: &mut Rtnetlink, address: IpAddr) -> Result<bool> {
     match route.way(Packet::to(address)) {
         Ok(way) => Ok(!way.local),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) => {
@@ -453,50 +444,3 @@ fn is_foreign_to(route: &mut Rtnetlink, address: IpAddr) -> Result<bool> {
         Err(error) => Err(Error::system("ip route get", error)),
     }
 }
-
-/// Whether packets for an address of another host are delivered in the network namespace of a socket, by us.
-fn is_delivered(socket: BorrowedFd<'_>, address: IpAddr) -> Result<bool> {
-    let route = namespace::open_beside(socket, Rtnetlink::here);
-    let list = system("routing socket", route).and_then(|mut route| list(&mut route))?;
-    Ok(list.iter().any(|foreign| foreign.address == address.to_canonical()))
-}
-
-/// Lets a socket have an address of another host, where packets for that are delivered here. Returns whether they are.
-pub(crate) fn admit(socket: BorrowedFd<'_>, local: SocketAddr) -> Result<bool> {
-    if !is_delivered(socket, local.ip())? {
-        return Ok(false);
-    }
-    let (level, option, name) = if local.is_ipv4() {
-        (libc::IPPROTO_IP, libc::IP_TRANSPARENT, TRANSPARENT[0])
-    } else {
-        (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT, TRANSPARENT[1])
-    };
-    system(name, sockopt::set(socket, level, option, &1i32)).map(|()| true)
-}
-
-/// The same for a socket that is transparent for a reason of its application: it can have any address.
-pub(crate) fn admit_transparent(
-    socket: BorrowedFd<'_>,
-    local: SocketAddr,
-    settings: &Settings,
-) -> Result<bool> {
-    let is_transparent = TRANSPARENT.iter().any(|name| settings.get(name) == Some(&Value::Number(1)));
-    if is_transparent && is_foreign_beside(socket, local.ip())? { admit(socket, local) } else { Ok(false) }
-}
-
-/// Forgets that a saved socket was transparent where it had to be, because packets for another host's address are delivered here. That
-/// tells nothing of what its application wants, and where the address is at home it must not be. A transparent proxy stays one.
-pub(crate) fn forget_transparency(
-    socket: BorrowedFd<'_>,
-    local: SocketAddr,
-    settings: &mut Settings,
-) -> Result<()> {
-    let is_transparent = TRANSPARENT.iter().any(|name| settings.get(name) == Some(&Value::Number(1)));
-    if is_transparent && is_delivered(socket, local.ip())? {
-        TRANSPARENT.iter().for_each(|name| settings.forget(name));
-    }
-    Ok(())
-}
-
-/// One and the same option, under two names.
-const TRANSPARENT: [&str; 2] = ["IP_TRANSPARENT", "IPV6_TRANSPARENT"];

@@ -192,8 +192,11 @@ impl AsFd for Ways {
 }
 
 /// The interface to which a socket is bound, or 0 (`SO_BINDTOIFINDEX`, Linux 5.0; older kernels tell none).
-pub(crate) fn bound_interface(socket: BorrowedFd<'_>) -> u32 {
-    sockopt::get(socket, libc::SOL_SOCKET, libc::SO_BINDTOIFINDEX).unwrap_or(0)
+pub(crate) fn bound_interface(socket: BorrowedFd<'_>) -> Result<u32> {
+    match sockopt::get(socket, libc::SOL_SOCKET, libc::SO_BINDTOIFINDEX) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(0),
+        interface => interface.map_err(|error| Error::system("SO_BINDTOIFINDEX", error)),
+    }
 }
 
 /// What is opened to inject packets and to ask the kernel, the last one of each kind with the cookie of its network
@@ -225,7 +228,7 @@ impl Injectors {
         let namespace = namespace_of(socket)?;
         let injector = beside(RAW, &mut self.last[via as usize], namespace, socket, || Injector::open(via))?;
         injector
-            .bind_to(bound_interface(socket))
+            .bind_to(bound_interface(socket)?)
             .map_err(|error| Error::system("SO_BINDTOIFINDEX", error))?;
         Ok(injector)
     }
@@ -250,7 +253,7 @@ impl Injectors {
         remote: SocketAddr,
         local: SocketAddr,
     ) -> Result<Inward<'_>> {
-        let (namespace, interface) = (namespace_of(socket)?, bound_interface(socket));
+        let (namespace, interface) = (namespace_of(socket)?, bound_interface(socket)?);
         let peer = (via == Via::Loopback).then_some(remote.ip());
         let mut at_any_port = local;
         at_any_port.set_port(0);

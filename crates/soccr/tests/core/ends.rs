@@ -394,3 +394,8 @@ pub fn assert_nothing_new(wire: &mut Sniffer, connection: &Connection, when: &st
         assert!(!reset && (ahead as i32) <= 0, "{when}: {segment:?}");
     }
 }
+
+/// An ESTABLISHED connection with something in each queue.
+pub fn busy() -> Ends {
+    Ends::of(Case { family: Family::V4, state: State::Established, received: 5000, sent: 5000, unsent: 3000 })
+}

@@ -10,41 +10,21 @@ use std::time::Duration;
 use rustix::net::sockopt::{
     set_socket_recv_buffer_size, set_socket_reuseaddr, set_socket_send_buffer_size, socket_reuseaddr,
 };
-use rustix::net::{AddressFamily, Protocol, SocketType, connect, socket};
+use rustix::net::{AddressFamily, SocketType, connect, socket};
 use soccr::connection::{Buffers, Connection, QUEUE_LIMIT, Urgent, Window};
 use soccr::settings::Value;
-use soccr::{Error, ErrorKind, Fidelity, Flow, Paused, pause};
+use soccr::{ErrorKind, Fidelity, Flow, Paused, pause};
 use soccr_lab::{
     Case, Family, Flags, Namespace, Pair, Sniffer, State, VethEnd, supervised, veth, wait_until,
 };
 
 use crate::ends::{
-    Ends, LIMIT, PORT, assert_same, assert_same_bytes, has_peek_offset, info, option, pattern, set_deaf,
-    set_option, unconnected,
+    Ends, LIMIT, PORT, assert_same, assert_same_bytes, busy, has_peek_offset, info, option, pattern,
+    set_deaf, set_option, unconnected,
 };
+use crate::refused::{assert_refused, save};
 use crate::states::through_bytes;
 use crate::sys;
-
-fn assert_refused<T: std::fmt::Debug>(
-    result: soccr::Result<T>,
-    step: &str,
-    what: &str,
-    remedy: &str,
-) -> Error {
-    let error = result.unwrap_err();
-    assert_eq!((error.kind(), error.step()), (ErrorKind::Refused, step), "{error}");
-    assert!(error.what().contains(what) && error.remedy().contains(remedy), "{error}");
-    error
-}
-
-fn save(socket: impl AsFd) -> soccr::Result<Connection> {
-    pause(&socket)?.save()
-}
-
-/// An ESTABLISHED connection with something in each queue.
-fn busy() -> Ends {
-    Ends::of(Case { family: Family::V4, state: State::Established, received: 5000, sent: 5000, unsent: 3000 })
-}
 
 /// Makes a connection contradict itself.
 type Damage = fn(&mut Connection);
@@ -182,50 +162,6 @@ pub fn what_a_socket_has_of_its_process_is_told() {
     assert_eq!(told("cgroup"), None);
     assert!(report.strict().unwrap_err().to_string().contains("O_ASYNC"));
     ends.resume(restored);
-    ends.finish();
-}
-
-pub fn a_socket_that_was_never_connected_is_refused() {
-    for family in [Family::V4, Family::V6] {
-        assert_refused(save(unconnected(family)), "save", "not connected", "no connection");
-    }
-}
-
-pub fn a_listener_is_refused() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    set_socket_reuseaddr(&listener, true).unwrap();
-    assert_refused(save(&listener), "pause", "listening", "accept");
-    TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    listener.accept().unwrap();
-    assert_eq!(socket_reuseaddr(&listener), Ok(true));
-}
-
-pub fn an_mptcp_socket_is_refused() {
-    let mptcp = Protocol::from_raw(rustix::net::RawProtocol::new(262).unwrap());
-    match socket(AddressFamily::INET, SocketType::STREAM, Some(mptcp)) {
-        Ok(socket) => drop(assert_refused(save(socket), "pause", "MPTCP", "multipathtcp=0")),
-        Err(error) => soccr_lab::skip(format_args!("no MPTCP here: {error}")),
-    }
-}
-
-pub fn an_upper_layer_protocol_is_refused() {
-    let ends = Ends::new(Family::V4);
-    match soccr_lab::set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls\0") {
-        Ok(()) => drop(assert_refused(save(&ends.ours), "save", "kernel TLS", "handshake")),
-        Err(error) => soccr_lab::skip(format_args!("no kTLS here: {error}")),
-    }
-}
-
-pub fn a_second_pause_of_one_socket_is_refused() {
-    let ends = busy();
-    let duplicate = ends.ours.try_clone().unwrap();
-    let first = pause(&ends.ours).unwrap();
-    assert_refused(save(&duplicate), "pause", "repair mode already", "resume");
-    let connection = first.save().unwrap();
-    assert_refused(save(&duplicate), "pause", "repair mode already", "resume");
-    assert_same(&connection, &first.save().unwrap());
-    first.resume().unwrap();
-    assert_same(&connection, &save(&duplicate).unwrap());
     ends.finish();
 }
 
@@ -524,18 +460,6 @@ pub fn what_has_arrived_since_the_save_stops_the_detach() {
     assert_eq!((error.kind(), error.step()), (ErrorKind::Changed, "detach"), "{error}");
     assert!(error.what().contains("changes while it is read") && error.remedy().contains("lock"), "{error}");
     ends.to_us.extend_from_slice(b"late");
-    ends.finish();
-}
-
-pub fn a_socket_with_a_connection_is_not_restored_onto() {
-    let ends = busy();
-    let other = busy().take();
-    assert_refused(
-        soccr::Restore::unbound(&ends.ours, &other.control, None),
-        "restore",
-        "has a connection",
-        "fresh",
-    );
     ends.finish();
 }
 

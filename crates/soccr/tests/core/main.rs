@@ -64,11 +64,6 @@ fn main() -> ExitCode {
         lessons: a_length_that_contradicts_another_is_refused_before_the_first_system_call
             what_arrives_during_a_save_is_carried_whole_or_told
             what_a_socket_has_of_its_process_is_told
-            a_socket_that_was_never_connected_is_refused
-            a_listener_is_refused
-            an_mptcp_socket_is_refused
-            an_upper_layer_protocol_is_refused
-            a_second_pause_of_one_socket_is_refused
             one_connection_restores_twice
             a_listener_on_the_port_is_no_hindrance
             a_save_consumes_nothing
@@ -87,7 +82,6 @@ fn main() -> ExitCode {
             a_detached_socket_is_silent_for_ever
             a_restored_socket_that_is_dropped_is_silent
             what_has_arrived_since_the_save_stops_the_detach
-            a_socket_with_a_connection_is_not_restored_onto
             a_blocked_connect_goes_on_though_the_old_socket_holds_its_port;
         full: both_sides_full_on_ipv4_then_drained_25_times
             both_sides_full_on_ipv6_then_drained_25_times
@@ -96,7 +90,13 @@ fn main() -> ExitCode {
         outward: a_rule_for_its_source_counts a_rule_for_its_mark_counts;
         partly: what_is_acknowledged_of_a_segment_is_not_saved;
         property: every_connection_comes_back;
-        refused: a_handshake_that_carries_data a_socket_that_signs_its_segments;
+        refused: a_handshake_that_carries_data a_socket_that_signs_its_segments
+            a_socket_that_was_never_connected_is_refused
+            a_listener_is_refused
+            an_mptcp_socket_is_refused
+            an_upper_layer_protocol_is_refused
+            a_second_pause_of_one_socket_is_refused
+            a_socket_with_a_connection_is_not_restored_onto;
         reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused
             notices_that_never_come_are_told;
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
