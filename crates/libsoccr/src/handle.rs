@@ -295,7 +295,7 @@ impl Handle {
         extras.validate(control)?;
         let paused = self.take_fresh()?;
         if control.state == State::SynSent {
-            paused.connect_anew(flow, control.write_seq)?;
+            paused.connect_anew(flow, control.write_seq, extras.buffers.map(|(buffers, _)| buffers))?;
             self.stage = Stage::Connecting;
             return Ok(());
         }

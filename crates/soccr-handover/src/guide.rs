@@ -6,7 +6,7 @@ use soccr::steer::{NextHop, Tunnel, narrow};
 use soccr_image::stream::{Place, Steered};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::mover::{Event, Shared, is_in_use};
+use crate::mover::{Event, Shared, in_use};
 
 /// How packets follow connections to another host, see [`soccr::steer`].
 #[derive(Clone, Debug, Default)]
@@ -132,8 +132,10 @@ impl Guide {
         }
         // A connection that arrives here from now on ends the silence itself.
         let mut diag = Diag::open().ok();
-        let here = flows.iter().copied().filter(|flow| is_in_use(&mut diag, *flow));
-        shared.warn_of(shared.end_silence(&here.collect::<Vec<_>>()).map(drop));
+        let here = in_use(&mut diag, flows).map(|in_use| {
+            flows.iter().zip(in_use).filter_map(|(flow, here)| here.then_some(*flow)).collect::<Vec<_>>()
+        });
+        shared.warn_of(here.and_then(|here| shared.end_silence(&here)).map(drop));
     }
 
     /// Undoes it for connections that have not left after all.

@@ -261,10 +261,13 @@ impl Shared {
     }
 }
 
-/// There is such a connection here.
-pub(crate) fn is_in_use(diag: &mut Option<Diag>, flow: Flow) -> bool {
-    let state = diag.as_mut().map(|diag| diag.find(flow.local, flow.remote, |socket| socket.state));
-    matches!(state, Some(Ok(Some(state))) if state != State::TimeWait)
+/// For each of these connections, whether there is such a one here.
+pub(crate) fn in_use(diag: &mut Option<Diag>, flows: &[Flow]) -> soccr::Result<Vec<bool>> {
+    let mut in_use = vec![false; flows.len()];
+    if let Some(diag) = diag {
+        diag.find_each(flows, |index, socket| in_use[index] = socket.state != State::TimeWait)?;
+    }
+    Ok(in_use)
 }
 
 /// The host, and the network namespace of the calling thread.

@@ -220,7 +220,7 @@ impl Seat {
         let system = |what: &'static str| move |errno: Errno| Error::of(ErrorKind::System, what, errno);
         let paused = soccr::pause(&socket)?;
         if connection.control.state == State::SynSent {
-            paused.connect_anew(connection.flow(), connection.control.write_seq)?;
+            paused.connect_anew(connection.flow(), connection.control.write_seq, connection.buffers)?;
             return self.set_reuse(connection);
         }
         let mut steps = paused.restore(&connection.control, connection.buffers)?;

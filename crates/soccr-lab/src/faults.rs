@@ -105,6 +105,25 @@ pub fn supervised(body: impl FnOnce(&Faults) + Send) {
     });
 }
 
+/// Runs `body` on a thread of its own, and returns which of these calls it has made.
+pub fn calls_of(calls: &'static [i64], body: impl FnOnce() + Send) -> Vec<Call> {
+    let mut made = Vec::new();
+    thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        scope.spawn(move || {
+            sender.send(Supervisor::of_this_thread(calls)).unwrap();
+            body();
+        });
+        let supervisor = receiver.recv().unwrap().expect("seccomp");
+        let mut note = |call| {
+            made.push(call);
+            None
+        };
+        while supervisor.decide(&mut note).unwrap().is_some() {}
+    });
+    made
+}
+
 /// The level and the name of the option that `getsockopt(2)` or `setsockopt(2)` is called for.
 pub fn option_of(call: Call) -> (i32, i32) {
     (call.arguments[1] as i32, call.arguments[2] as i32)

@@ -53,7 +53,7 @@ pub use case::{Case, Made, Peer};
 pub use cpu::OnCpu;
 pub use enter::{Unavailable, enter};
 #[cfg(feature = "harness")]
-pub use faults::{Faults, option_of, supervised};
+pub use faults::{Faults, calls_of, option_of, supervised};
 #[cfg(feature = "harness")]
 pub use harness::{Test, harness};
 pub use host::{Family, Host};

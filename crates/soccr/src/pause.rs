@@ -261,15 +261,15 @@ impl<'fd> Paused<'fd> {
     }
 
     /// Restores a connection in SYN_SENT onto this socket, if it is fresh: it leaves repair mode and starts the
-    /// handshake anew, without waiting for it.
+    /// handshake anew, without waiting for it. `buffers` is `None` where they are not known, or as they shall be.
     ///
     /// # Errors
-    /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`.
-    pub fn connect_anew(self, flow: Flow, write_seq: u32) -> Result<()> {
+    /// Invalid: see [`Flow::validate`]. System: `bind` or `connect`, or the option.
+    pub fn connect_anew(self, flow: Flow, write_seq: u32, buffers: Option<Buffers>) -> Result<()> {
         let (fd, reuse_address) = (self.fd, self.reuse_address);
         self.leave_paused();
         flow.validate()
-            .and_then(|()| restore::connect_anew(fd, flow, write_seq))
+            .and_then(|()| restore::connect_anew(fd, flow, write_seq, buffers))
             .and_then(|()| tcp::set_reuse_address(fd, reuse_address))
             .map_err(|error| error.at("restore"))
     }

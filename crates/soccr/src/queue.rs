@@ -10,6 +10,7 @@ use crate::buffers::{self, Buffer};
 use crate::connection::Urgent;
 use crate::error::{Error, Result};
 use crate::sys::tcp::{self, Queue};
+use crate::tls;
 
 /// The kernel keeps each write to the receive queue in one linear buffer; much larger ones can fail to allocate.
 const RECEIVE_CHUNK: usize = 68 << 10;
@@ -37,6 +38,10 @@ pub(crate) fn receive_queue_extent(fd: BorrowedFd<'_>) -> Result<(u32, Option<Ur
 /// Linux 6.9 (IPv6: 6.12). Such a connection cannot be saved. Nothing is changed by looking.
 pub fn hides_unread<Fd: AsFd + ?Sized>(socket: &Fd) -> bool {
     let fd = socket.as_fd();
+    // Kernel TLS takes the question for one for the next record, and decrypts that.
+    if !tls::has_layer(fd).is_ok_and(|has_layer| !has_layer) {
+        return false;
+    }
     let peeks_behind = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF").is_ok();
     let urgent = || recv(fd, &mut [0], RecvFlags::OOB | RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok();
     !peeks_behind && tcp::unread(fd).is_ok_and(|bytes| bytes > 0) && urgent()

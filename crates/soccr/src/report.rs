@@ -147,6 +147,13 @@ impl Report {
         }
     }
 
+    /// Notes that the connection has another congestion control algorithm than before.
+    pub(crate) fn algorithm(&mut self, now: &[u8], reason: Option<String>) {
+        let now = String::from_utf8_lossy(now);
+        let reason = reason.unwrap_or_else(|| "the kernel did not take it a second time".into());
+        self.missing("TCP_CONGESTION", format!("it is {now} now: {reason}"));
+    }
+
     /// Notes that the connection was not unlocked, or did not get all that was held for it.
     pub(crate) fn unlock(&mut self, error: &Error) {
         self.missing("unlock", error.to_string());

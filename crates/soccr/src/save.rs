@@ -196,17 +196,18 @@ fn control_block(
         refuse_authentication(fd)?;
     }
     if state == State::Close {
-        // A reset empties the send queue, but not its length.
         (receives, sends) = (true, true);
     }
     // The TLS layer answers in the place of TCP to whoever looks into the queue.
     let (inq_len, urgent) = if decrypts || !receives { (0, None) } else { queue::receive_queue_extent(fd)? };
     let (mut unacknowledged, mut unsent) =
         (if sends { tcp::unacknowledged(fd)? } else { 0 }, info.notsent_bytes);
-    if reset {
-        // The kernel has emptied the send queue.
+    if state == State::Close {
+        // The kernel has emptied the send queue, but not its length, whether anybody has read the error yet or not.
         write_seq = write_seq.wrapping_sub(unacknowledged);
         (unacknowledged, unsent) = (0, 0);
+    }
+    if reset {
         state = if queue::has_ended(fd, inq_len)? { State::CloseWait } else { State::Established };
     }
     // A FIN that is queued counts one in the lengths that the kernel reports.

@@ -28,7 +28,7 @@ use std::os::fd::BorrowedFd;
 use crate::error::{Error, Result};
 use crate::fidelity::Fidelity;
 use crate::sys::MARK;
-use crate::sys::{filter, sockopt};
+use crate::sys::{filter, sockopt, tcp};
 use table::{Carrier, Kind, Row, TABLE};
 
 pub(crate) use table::{MD5, REUSEADDR, Stage};
@@ -296,7 +296,10 @@ impl Row {
             }
             Kind::Bytes { max, fresh } => {
                 let length = sockopt::get_bytes(fd, self.level, self.number, &mut buffer[..max])?;
-                let bytes = &buffer[..length];
+                let mut bytes = &buffer[..length];
+                if (self.level, self.number) == (libc::IPPROTO_TCP, libc::TCP_CONGESTION) {
+                    bytes = tcp::chosen(bytes);
+                }
                 Ok(bytes.iter().any(|byte| *byte != fresh).then(|| Value::Bytes(bytes.to_vec())))
             }
             Kind::Filter => {

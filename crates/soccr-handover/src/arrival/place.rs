@@ -8,7 +8,7 @@ use soccr::lock::Held;
 use soccr::{Connection, Flow, Lock, Restored};
 
 use super::{Arrival, Arriving, Batch, Place, WAITING, WAITING_BYTES, Waiting, bytes_of_packets};
-use crate::mover::{Event as Told, is_in_use};
+use crate::mover::{Event as Told, in_use};
 use crate::protocol::{Id, News};
 use crate::recipient::{Offer, Origin};
 
@@ -27,10 +27,12 @@ impl Arrival {
     fn place_with(&mut self, diag: &mut Option<Diag>) {
         let mut batch = Vec::new();
         let mut crowd = (self.waiting.len(), self.waiting_bytes + self.state_bytes);
-        for mut arriving in std::mem::take(&mut self.arriving) {
+        let arriving = std::mem::take(&mut self.arriving);
+        let free = self.are_free(diag, arriving.iter().map(|arriving| arriving.connection.flow()));
+        for (mut arriving, is_free) in arriving.into_iter().zip(free) {
             let accepted = match crowd.0 >= WAITING || crowd.1 > WAITING_BYTES {
                 true => Err("more has come than there is room for".into()),
-                false => self.accept(&mut arriving, diag),
+                false => self.accept(&mut arriving, is_free),
             };
             match accepted {
                 Ok(()) => {
@@ -60,11 +62,30 @@ impl Arrival {
         }
     }
 
+    /// For each of these connections, whether it is free to come: one of somebody else is neither locked nor replaced.
+    pub(super) fn are_free(
+        &self,
+        diag: &mut Option<Diag>,
+        flows: impl Iterator<Item = Flow>,
+    ) -> Vec<std::result::Result<(), String>> {
+        let flows: Vec<Flow> = flows.collect();
+        if self.origin == Origin::Here {
+            return vec![Ok(()); flows.len()];
+        }
+        let in_use = in_use(diag, &flows).map_err(|error| error.to_string());
+        let is_free = |index: usize| match &in_use {
+            Ok(in_use) if in_use[index] => Err("this connection is in use here, and not by the source".into()),
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("nobody can say whether this connection is in use here: {error}")),
+        };
+        (0..flows.len()).map(is_free).collect()
+    }
+
     /// Whether the application wants the connection, and this host has room for it.
     pub(super) fn accept(
         &mut self,
         arriving: &mut Arriving,
-        diag: &mut Option<Diag>,
+        is_free: std::result::Result<(), String>,
     ) -> std::result::Result<(), String> {
         let Arriving { name, state, is_critical, connection, .. } = arriving;
         connection.validate().map_err(|error| error.to_string())?;
@@ -76,10 +97,7 @@ impl Arrival {
         if self.origin.is_apart() && is_loopback && !self.terms.takes_loopback {
             return Err("its peer is where it comes from: take it over there, or map its addresses".into());
         }
-        // A connection of somebody else is neither locked nor replaced.
-        if self.origin != Origin::Here && is_in_use(diag, flow) {
-            return Err("this connection is in use here, and not by the source".into());
-        }
+        is_free?;
         let mut offer = Offer { name, state, is_state_critical: *is_critical, connection };
         self.ask(|recipient| recipient.accept(&mut offer)).unwrap_or(Ok(()))?;
         self.delivery.arrange(&mut self.shared.steerer(), &flow).map_err(|error| error.to_string())?;

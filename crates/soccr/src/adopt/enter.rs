@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::program::{self, Position};
-use super::wide::{self, Wide};
+use super::wide::{self, Listeners, Wide};
 use super::{Adopted, Adopter, again, attributes, obstacle};
 use crate::connection::{Connection, ControlBlock, Flow, State};
 use crate::diag;
@@ -45,18 +45,23 @@ impl Adopter {
             |connection: &Connection| (connection.flow().is_ipv4(), obstacle::scope(connection.flow()));
         let alike = connections.chunk_by(|a, b| is_short(a) && is_short(b) && family(a) == family(b));
         let batches = alike.flat_map(|alike| alike.chunks(program::MOST));
-        batches.flat_map(|batch| self.adopt_batch(batch)).collect()
+        let mut listeners = Listeners::default();
+        batches.flat_map(|batch| self.adopt_batch(&mut listeners, batch)).collect()
     }
 
     /// Several of one address family and scope, for which one look suffices.
-    pub(super) fn adopt_batch(&mut self, batch: &[&Connection]) -> Vec<Result<Adopted>> {
+    pub(super) fn adopt_batch(
+        &mut self,
+        listeners: &mut Listeners,
+        batch: &[&Connection],
+    ) -> Vec<Result<Adopted>> {
         let flows: Vec<Flow> = batch.iter().map(|connection| connection.flow()).collect();
         let scope = flows.first().map_or(0, |flow| obstacle::scope(*flow));
         let there = match self.sysctls.check_cookies().and_then(|()| self.look(&flows, scope)) {
             Ok(there) => there,
             Err(error) => return batch.iter().map(|_| Err(again(&error))).collect(),
         };
-        let begun = batch.iter().zip(there).map(|(connection, there)| self.begin(connection, there));
+        let begun = batch.iter().zip(there).map(|(connection, there)| self.begin(listeners, connection, there));
         let begun: Vec<Result<Begun>> = begun.collect();
         // What cannot be seen here is looked for one by one.
         let there = self.look(&flows, scope).unwrap_or_else(|_| vec![None; batch.len()]);
@@ -74,7 +79,12 @@ impl Adopter {
     }
 
     /// Checks, and sends the first segment, if it is a listener that is there for it.
-    fn begin(&mut self, connection: &Connection, mut there: Option<Position>) -> Result<Begun> {
+    fn begin(
+        &mut self,
+        listeners: &mut Listeners,
+        connection: &Connection,
+        mut there: Option<Position>,
+    ) -> Result<Begun> {
         let control = &connection.control;
         obstacle::in_connection(connection)?;
         if control.outq_len > 0 {
@@ -109,8 +119,8 @@ impl Adopter {
         let wide = match control.inq_len {
             0..=ALWAYS_FITS => None,
             _ => {
-                let listeners = obstacle::listeners(&mut self.diag, flow)?;
-                Some(Wide::new(&listeners, wide::room_for(connection)))
+                let inodes = obstacle::listeners(&mut self.diag, flow)?;
+                Some(Wide::new(listeners, &inodes, wide::room_for(connection)))
             }
         };
         self.send_first(connection, interface)?;

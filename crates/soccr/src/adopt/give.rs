@@ -4,6 +4,7 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use crate::adopt::wide::Listeners;
 use crate::adopt::{Adopted, Adopter, again};
 use crate::connection::{Connection, Flow};
 use crate::error::{Error, Result};
@@ -139,8 +140,9 @@ impl Adopter {
                 return sockets.into_iter().map(|socket| Err(Kept::here(socket, again(&error)))).collect();
             }
         };
+        let mut listeners = Listeners::default();
         let moved = sockets.into_iter().zip(flows).map(|(socket, flow)| match flow {
-            Ok(_) => self.move_out(socket),
+            Ok(_) => self.move_out(&mut listeners, socket),
             Err(error) => Moved::Kept(Kept::here(socket, error)),
         });
         let moved: Vec<Moved> = moved.collect();
@@ -149,13 +151,13 @@ impl Adopter {
     }
 
     /// Takes the connection out of its socket and puts it into the queue of the listener, under a lock.
-    fn move_out(&mut self, socket: OwnedFd) -> Moved {
+    fn move_out(&mut self, listeners: &mut Listeners, socket: OwnedFd) -> Moved {
         let connection = match self.leave(&socket) {
             Ok(connection) => connection,
             Err((undrained, error)) => return Moved::Kept(Kept { undrained, ..Kept::here(socket, error) }),
         };
         drop(socket);
-        match self.adopt_batch(&[&connection]).pop().expect("there is one for each") {
+        match self.adopt_batch(listeners, &[&connection]).pop().expect("there is one for each") {
             Ok(adopted) => Moved::Adopted(adopted, connection),
             Err(error) => match connection.restore() {
                 Ok(restored) => Moved::Restored(restored, connection, error),

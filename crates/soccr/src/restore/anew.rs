@@ -5,13 +5,21 @@ use std::os::fd::BorrowedFd;
 
 use super::bind::bind;
 use super::derived;
-use crate::connection::Flow;
+use crate::buffers;
+use crate::connection::{Buffers, Flow};
 use crate::error::Result;
+use crate::report::Report;
 use crate::resume::start_handshake;
 use crate::sys::tcp::{self, Queue, Repair};
 
 /// What is left of a connection in SYN_SENT: its addresses. A fresh socket in repair mode leaves it, and connects anew.
-pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Result<()> {
+pub(crate) fn connect_anew(
+    fd: BorrowedFd<'_>,
+    flow: Flow,
+    write_seq: u32,
+    buffers: Option<Buffers>,
+) -> Result<()> {
+    restore_buffers(fd, buffers)?;
     match bind_anew(fd, flow.local, write_seq) {
         // A socket that got its port by bind(2) still has that, and maybe no address: connect(2) chooses it again.
         Err(error) if error.errno() == Some(libc::EINVAL) => leave_repair_at(fd, write_seq)?,
@@ -19,6 +27,17 @@ pub(crate) fn connect_anew(fd: BorrowedFd<'_>, flow: Flow, write_seq: u32) -> Re
     }
     start_handshake(fd, flow.remote)?;
     derived::check_local(fd, flow.local)
+}
+
+/// Brings the sizes of the buffers back, ahead of the SYN: it announces a window scale by them.
+pub(super) fn restore_buffers(fd: BorrowedFd<'_>, saved: Option<Buffers>) -> Result<Report> {
+    let mut report = Report::default();
+    if let Some(saved) = saved {
+        let restored = buffers::write(fd, buffers::read(fd)?.buffers, saved)?;
+        report.buffers(saved, restored);
+        report.buffer_locks(saved, restored);
+    }
+    Ok(report)
 }
 
 /// Readies a fresh socket for the same SYN once more. A peer that has answered the first one refuses the connection for

@@ -93,30 +93,31 @@ impl Restore<'_> {
         if !has_congestion(&self.control, self.speed.path.as_ref()) {
             return Ok(());
         }
-        let (info, unwritten) = self.restore_congestion(info)?;
+        let before = tcp::congestion(self.fd)?;
+        let (info, unwritten) = self.restore_congestion(info, &before)?;
+        let now = tcp::congestion(self.fd)?;
+        if now != before {
+            self.report.algorithm(&now, unwritten.clone());
+        }
         let Speed { path, untimed, .. } = std::mem::take(&mut self.speed);
         self.report.speed(path.as_ref(), self.control.options.ecn, &info, untimed, unwritten);
         Ok(())
     }
 
     /// Returns what the socket has then, and why it is not what it was.
-    fn restore_congestion(&self, info: TcpInfo) -> Result<(TcpInfo, Option<String>)> {
+    fn restore_congestion(&self, info: TcpInfo, algorithm: &[u8]) -> Result<(TcpInfo, Option<String>)> {
         let (fd, options) = (self.fd, &self.control.options);
         let path = self.speed.path.unwrap_or_default();
         let is_back = (info.options & info_option::ECN != 0) == options.ecn
             && [(info.snd_cwnd, path.snd_cwnd), (info.snd_ssthresh, path.snd_ssthresh)]
                 .iter()
                 .all(|(now, before)| now == before || *before == 0);
-        let algorithm = match tcp::congestion(fd) {
-            Ok(algorithm) => algorithm,
-            Err(error) => return Ok((info, Some(error.to_string()))),
-        };
         if is_back {
-            let restarted = congestion::restart(fd, &algorithm);
+            let restarted = congestion::restart(fd, algorithm);
             return Ok((info, restarted.err().map(|reason| reason.to_string())));
         }
-        let restored = congestion::restore(fd, &path, options.ecn, options.ecn_seen, &algorithm)
-            .or_else(|reason| congestion::restart(fd, &algorithm).and(Err(reason)));
+        let restored = congestion::restore(fd, &path, options.ecn, options.ecn_seen, algorithm)
+            .or_else(|reason| congestion::restart(fd, algorithm).and(Err(reason)));
         Ok((tcp::info(fd)?, restored.err().map(|reason| reason.to_string())))
     }
 }

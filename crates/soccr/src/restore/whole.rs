@@ -7,14 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::Restore;
-use super::anew::bind_anew;
+use super::anew::{bind_anew, restore_buffers};
 use super::bind::{bind_freely, connect};
 use super::scope::scoped_here;
 use super::speed::has_congestion;
 use crate::congestion;
 use crate::connection::{Connection, ControlBlock, Flow, Owner, State};
 use crate::error::{Error, Result};
-use crate::report::Report;
 use crate::resume::{Restored, set_nonblocking};
 use crate::settings::{self, Skipped, Stage, Value};
 use crate::steer;
@@ -67,12 +66,13 @@ impl Connection {
         let socket = self.open(&mut skipped)?;
         let flow = scoped_here(socket.as_fd(), self.flow(), &self.settings)?;
         let report = if self.control.state == State::SynSent {
+            let report = restore_buffers(socket.as_fd(), self.buffers)?;
             self.apply(socket.as_fd(), Stage::BeforeBind, &mut skipped);
             bind_anew(socket.as_fd(), flow.local, self.control.write_seq)?;
             for stage in [Stage::BeforeConnect, Stage::InRepair, Stage::Injected, Stage::Last] {
                 self.apply(socket.as_fd(), stage, &mut skipped);
             }
-            Report::default()
+            report
         } else {
             let control = ControlBlock { inq_len: receive_queue.len() as u32, ..self.control.clone() };
             let mut steps = self.connect(injectors, socket.as_fd(), flow, control, &mut skipped)?;

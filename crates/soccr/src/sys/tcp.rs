@@ -230,11 +230,16 @@ pub(crate) fn set_window(fd: BorrowedFd<'_>, window: &Window) -> Result<()> {
     named("TCP_REPAIR_WINDOW", sockopt::set(fd, SOL_TCP, TCP_REPAIR_WINDOW, &values))
 }
 
-/// The name of the congestion control algorithm.
+/// The name of the congestion control algorithm, by which it can be chosen.
 pub(crate) fn congestion(fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
     let mut name = [0; 16];
     let length = named("TCP_CONGESTION", sockopt::get_bytes(fd, SOL_TCP, libc::TCP_CONGESTION, &mut name))?;
-    Ok(name[..length].split(|byte| *byte == 0).next().unwrap_or_default().to_vec())
+    Ok(chosen(name[..length].split(|byte| *byte == 0).next().unwrap_or_default()).to_vec())
+}
+
+/// DCTCP calls itself `dctcp-reno` while a connection has no ECN; by that name nobody can choose it.
+pub(crate) fn chosen(algorithm: &[u8]) -> &[u8] {
+    if algorithm.starts_with(b"dctcp-reno") { b"dctcp" } else { algorithm }
 }
 
 pub(crate) fn info(fd: BorrowedFd<'_>) -> Result<TcpInfo> {

@@ -12,7 +12,7 @@ use soccr::connection::Connection;
 use soccr::lock::{Locker, Mode};
 use soccr::{Error, ErrorKind, Fidelity, Paused, Restored, pause};
 use soccr_lab::{
-    Call, Case, Family, Faults, Flags, Made, Pair, Sniffer, State, Supervisor, option_of, supervised,
+    Call, Case, Family, Faults, Flags, Made, Pair, Sniffer, State, Supervisor, calls_of, option_of, supervised,
     wait_until,
 };
 
@@ -91,23 +91,11 @@ pub fn without_threads_it_takes_longer() {
 /// Connection tracking is loaded on most machines, and used in few network namespaces.
 pub fn a_save_opens_nothing_where_nothing_is_tracked() {
     let ends = Ends::new(Family::V4);
-    let mut opened = Vec::new();
-    thread::scope(|scope| {
-        let (sender, receiver) = mpsc::channel();
-        let ours = &ends.ours;
-        scope.spawn(move || {
-            let calls = [libc::SYS_socket, libc::SYS_openat, libc::SYS_clone, libc::SYS_clone3];
-            sender.send(Supervisor::of_this_thread(&calls)).unwrap();
-            let paused = pause(ours).unwrap();
-            paused.save().unwrap();
-            paused.resume().unwrap();
-        });
-        let supervisor = receiver.recv().unwrap().expect("seccomp");
-        let mut note = |call| {
-            opened.push(call);
-            None
-        };
-        while supervisor.decide(&mut note).unwrap().is_some() {}
+    let calls = &[libc::SYS_socket, libc::SYS_openat, libc::SYS_clone, libc::SYS_clone3];
+    let opened = calls_of(calls, || {
+        let paused = pause(&ends.ours).unwrap();
+        paused.save().unwrap();
+        paused.resume().unwrap();
     });
     assert!(opened.is_empty(), "{opened:?}");
     ends.finish();

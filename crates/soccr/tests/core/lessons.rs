@@ -403,6 +403,7 @@ pub fn a_blocked_connect_goes_on() {
     set_deaf(&listener, true).unwrap();
     let remote = pair.a.address_of(&pair.b, Family::V4, PORT);
     let socket = pair.a.run(|| unconnected(Family::V4));
+    set_socket_recv_buffer_size(&socket, 8000).unwrap();
     let connection = thread::scope(|scope| {
         let blocked = scope.spawn(|| connect(&socket, &remote));
         wait_until("the SYN is lost", || !wire.segments().unwrap().is_empty());
@@ -417,6 +418,10 @@ pub fn a_blocked_connect_goes_on() {
     let ours = restored.resume().unwrap();
     assert_eq!(info(&ours).state, State::SynSent);
     assert!(!rustix::fs::fcntl_getfl(&ours).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+    // The window scale in its SYN depends on them.
+    let again = pause(&ours).unwrap().with_peer(remote);
+    assert_eq!(again.save().unwrap().buffers, connection.buffers);
+    again.resume().unwrap();
     set_deaf(&listener, false).unwrap();
     wait_until("the handshake is over", || info(&ours).state == State::Established);
     let (peer, _) = listener.accept().unwrap();

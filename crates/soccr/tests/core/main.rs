@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use soccr_lab::Test;
 
 mod detach;
+mod diag;
 mod ends;
 mod errors;
 mod faults;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
     soccr::prepare();
     let mut tests = tests! {
         detach: what_moves_between_two_guards_stops_the_detach a_connection_that_stands_still_between_two_guards_leaves;
+        diag: those_that_are_not_here_are_looked_for_together those_that_are_here_are_told_by_their_places;
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
             a_restore_at_a_port_of_services_without_capability
@@ -97,7 +99,7 @@ fn main() -> ExitCode {
             an_upper_layer_protocol_is_refused
             a_second_pause_of_one_socket_is_refused
             a_socket_with_a_connection_is_not_restored_onto;
-        reset: an_unread_reset_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused
+        reset: an_unread_reset_is_carried what_an_ended_connection_has_not_read_is_carried one_of_a_socket_that_is_sent_notices_is_carried notices_that_nobody_has_read_are_refused
             notices_that_never_come_are_told;
         unread: into_a_closed_window in_front_of_the_urgent_mark up_to_64_mib
             a_connection_that_is_not_established_has_been_read_nothing_from;

@@ -61,6 +61,28 @@ fn carry(mut ends: Ends, behind_fin: bool) {
     assert_eq!(ours.write(&[0]).unwrap_err().kind(), ErrorKind::BrokenPipe);
 }
 
+/// The application knows of the end, but not yet of everything that came before it. That something had not been acknowledged
+/// is of no more interest.
+pub fn what_an_ended_connection_has_not_read_is_carried() {
+    for family in [Family::V4, Family::V6] {
+        for unacknowledged in [0, 3000] {
+            let mut ends = Ends::new(family);
+            ends.receive(10);
+            ends.deafen();
+            ends.ours.write_all(&vec![1; unacknowledged]).unwrap();
+            reset(&mut ends);
+            assert_eq!(ends.ours.take_error().unwrap().map(|error| error.kind()), Some(ErrorKind::ConnectionReset));
+            let connection = through_bytes(ends.take(), true);
+            assert_eq!((connection.control.state, connection.control.reset), (Saved::Close, false));
+            assert_same_bytes(&connection.receive_queue, &ends.to_us);
+            let mut ours = ends.restore(&connection).unwrap().resume().unwrap();
+            let mut read = Vec::new();
+            ours.read_to_end(&mut read).unwrap();
+            assert_same_bytes(&read, &ends.to_us);
+        }
+    }
+}
+
 /// What is told in the error queue.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Notices {

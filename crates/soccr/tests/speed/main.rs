@@ -5,6 +5,8 @@ mod estimates;
 mod options;
 
 use ends::{Ends, bpf_is_allowed};
+use rustix::net::sockopt::set_tcp_congestion;
+use rustix::net::{AddressFamily, SocketType, socket};
 use soccr::connection::Path;
 use soccr::{Fidelity, Report};
 use soccr_lab::{Family, Side, sysctl};
@@ -105,16 +107,27 @@ mod window {
         }
     }
 
+    fn has_algorithm(name: &str) -> bool {
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        set_tcp_congestion(&socket, name).is_ok()
+    }
+
     fn mss(path: Path) -> u32 {
         path.snd_mss
     }
 
     pub fn explicit_congestion_notification_comes_back() {
-        for family in [Family::V4, Family::V6] {
+        for (family, algorithm) in
+            [(Family::V4, "cubic"), (Family::V6, "cubic"), (Family::V4, "dctcp"), (Family::V6, "dctcp")]
+        {
+            if !has_algorithm(algorithm) {
+                soccr_lab::skip(format_args!("{algorithm} is not in this kernel, or not loaded"));
+                continue;
+            }
             let mut ends = Ends::prepared(family, |host| {
                 host.run(|| sysctl("net/ipv4/tcp_ecn", "1")).unwrap();
             });
-            ends.choose("cubic");
+            ends.choose(algorithm);
             ends.transfer();
             let restored = ends.restored();
             assert!(ends.saved.control.options.ecn && ends.saved.control.options.ecn_seen);
@@ -124,6 +137,8 @@ mod window {
             ends.resume(restored);
             let options = ends.save().control.options;
             assert_eq!((options.ecn, options.ecn_seen), (bpf_is_allowed(), bpf_is_allowed()));
+            let now = ends.save().settings;
+            assert_eq!(now.get("TCP_CONGESTION"), ends.saved.settings.get("TCP_CONGESTION"));
             ends.transfer();
         }
     }
