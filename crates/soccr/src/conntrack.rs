@@ -204,7 +204,7 @@ fn is_denied(error: &Error) -> bool {
 /// rules ask for it. Where there were none a moment ago, nobody is asked again.
 fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> bool {
     static UNUSED: Recently = Recently::within(Duration::from_millis(10));
-    if UNUSED.holds_at(socket) {
+    if UNUSED.at(socket).is_some() {
         return false;
     }
     let is_used = match has_entry(&original_destination(socket, flow)) {
@@ -213,7 +213,7 @@ fn is_used(injectors: &mut Injectors, socket: BorrowedFd<'_>, flow: Flow) -> boo
         known => known.is_some(),
     };
     if !is_used {
-        UNUSED.note_at(socket);
+        UNUSED.note_at(socket, ());
     }
     is_used
 }
@@ -265,7 +265,7 @@ fn untranslated(wanted: Tracked, reason: &str) -> Error {
 pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> io::Result<Vec<(Flow, Flow)>> {
     /// Where nothing was translated a moment ago, nothing is that is worth a lock.
     static PLAIN: Recently = Recently::within(Duration::from_millis(10));
-    if PLAIN.holds_at(netlink.as_fd()) || !is_loaded() {
+    if PLAIN.at(netlink.as_fd()).is_some() || !is_loaded() {
         return Ok(Vec::new());
     }
     let translates = match translates(netlink) {
@@ -281,7 +281,7 @@ pub(crate) fn translated(netlink: &mut Socket, flows: &[Flow]) -> io::Result<Vec
         translates => translates?,
     };
     if !translates {
-        PLAIN.note_at(netlink.as_fd());
+        PLAIN.note_at(netlink.as_fd(), ());
         return Ok(Vec::new());
     }
     let mut translated = Vec::new();

@@ -13,6 +13,7 @@
 mod anew;
 mod bind;
 mod derived;
+mod port;
 mod scope;
 mod speed;
 mod whole;
@@ -33,6 +34,7 @@ use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
 use bind::{bind, connect};
 
 pub(crate) use anew::connect_anew;
+use port::bind_and_connect;
 use speed::Speed;
 pub(crate) use whole::open;
 
@@ -188,8 +190,7 @@ impl<'fd> Restore<'fd> {
     /// Those of [`connect`](Self::connect).
     pub fn occupy(&self, flow: Flow) -> Result<()> {
         flow.validate()
-            .and_then(|()| bind(self.fd, flow.local))
-            .and_then(|()| connect(self.fd, flow))
+            .and_then(|()| bind_and_connect(self.fd, flow, false, || ()))
             .map_err(|error| error.at("restore"))
     }
 

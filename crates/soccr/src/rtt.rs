@@ -79,7 +79,7 @@ impl Seed {
         if control.window.is_none() {
             return Err("the windows of the connection are not known");
         }
-        if SWALLOWED.holds_at(fd) {
+        if SWALLOWED.at(fd).is_some() {
             return Err("a segment that plays the peer's was swallowed a moment ago");
         }
         Ok(Self::plan(path))
@@ -131,7 +131,7 @@ impl Seed {
     ) -> Result<()> {
         let sown = self.take_samples(injectors, fd, flow, control);
         if sown.is_err() {
-            SWALLOWED.note_at(fd);
+            SWALLOWED.note_at(fd, ());
         }
         sown
     }

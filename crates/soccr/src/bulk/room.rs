@@ -31,7 +31,7 @@ pub struct Needs {
     /// Bytes in their queues altogether, for which the kernel needs memory.
     pub queue_bytes: u64,
     /// The ports of their own that they use towards one peer's address and port: the largest number of any. The host's
-    /// own new connections to that peer need others of the ephemeral ports.
+    /// own new connections to that peer need others of the ephemeral ports; before Linux 6.3, those to all peers.
     pub ports: usize,
 }
 

@@ -72,7 +72,7 @@ fn admit_foreign(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
 /// Where that was not so a moment ago, nobody asks again.
 fn anybody_is_free(fd: BorrowedFd<'_>) -> bool {
     static NOT: Recently = Recently::within(Duration::from_millis(10));
-    if NOT.holds_at(fd) {
+    if NOT.at(fd).is_some() {
         return false;
     }
     let bound = namespace::open_beside(fd, || {
@@ -82,7 +82,7 @@ fn anybody_is_free(fd: BorrowedFd<'_>) -> bool {
     });
     match bound.map_err(|error| error.raw_os_error()) {
         Err(Some(libc::EADDRNOTAVAIL)) => {
-            NOT.note_at(fd);
+            NOT.note_at(fd, ());
             false
         }
         // A kernel without IPv6: the bind itself says so.

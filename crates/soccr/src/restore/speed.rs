@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::net::connect_unspec;
 
-use super::{Restore, bind, connect, derived};
+use super::{Restore, bind, connect};
 use crate::congestion;
 use crate::connection::{ControlBlock, Flow, Path};
 use crate::error::{Error, Result};
@@ -75,8 +75,10 @@ impl Restore<'_> {
         // Its send queue holds a byte that nobody wrote. In repair mode nothing of this is sent.
         connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
         self.set_unbound()?;
-        if derived::check_local(self.fd, flow.local).is_err() {
-            bind(self.fd, flow.local)?;
+        // A port that connect(2) has chosen is gone, whatever getsockname(2) says.
+        match bind(self.fd, flow.local) {
+            Err(error) if error.errno() == Some(libc::EINVAL) => {}
+            bound => bound?,
         }
         connect(self.fd, flow)?;
         self.set_options(flow)?;

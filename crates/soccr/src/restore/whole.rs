@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::Restore;
 use super::anew::{bind_anew, restore_buffers};
-use super::bind::{bind_freely, connect};
+use super::port::bind_and_connect;
 use super::scope::scoped_here;
 use super::speed::has_congestion;
 use crate::congestion;
@@ -116,9 +116,7 @@ impl Connection {
         self.apply(fd, Stage::BeforeBind, skipped);
         steer::admit_transparent(fd, flow.local, &self.settings)?;
         let free = self.settings.get("IPV6_FREEBIND") == Some(&Value::Number(1));
-        bind_freely(fd, flow.local, free)?;
-        self.apply(fd, Stage::BeforeConnect, skipped);
-        connect(fd, flow)?;
+        bind_and_connect(fd, flow, free, || self.apply(fd, Stage::BeforeConnect, skipped))?;
         steps.set_options(flow)?;
         steps.admit(injectors, self.tracked)?;
         let before = skipped.len();

@@ -91,29 +91,28 @@ pub(crate) fn open_in<T: AsFd + Send>(
 /// What was seen a moment ago in one network namespace, for the whole process. Only a hint: whoever finds it locked goes on
 /// without, also behind a fork.
 #[derive(Debug)]
-pub(crate) struct Recently {
-    seen: Mutex<Option<(u64, Instant)>>,
+pub(crate) struct Recently<T = ()> {
+    seen: Mutex<Option<(u64, Instant, T)>>,
     lasts: Duration,
 }
 
-impl Recently {
+impl<T: Copy> Recently<T> {
     pub(crate) const fn within(lasts: Duration) -> Self {
         Self { seen: Mutex::new(None), lasts }
     }
 
     /// It is seen now in the namespace of this socket.
-    pub(crate) fn note_at(&self, socket: BorrowedFd<'_>) {
+    pub(crate) fn note_at(&self, socket: BorrowedFd<'_>, what: T) {
         if let (Ok(mut seen), Ok(namespace)) = (self.seen.try_lock(), cookie(socket)) {
             // Old kernels tell no namespace from another.
-            *seen = (namespace != 0).then(|| (namespace, Instant::now()));
+            *seen = (namespace != 0).then(|| (namespace, Instant::now(), what));
         }
     }
 
-    /// It was seen a moment ago in the namespace of this socket.
-    pub(crate) fn holds_at(&self, socket: BorrowedFd<'_>) -> bool {
-        let seen = self.seen.try_lock().ok().and_then(|seen| *seen);
-        seen.is_some_and(|(namespace, when)| {
-            when.elapsed() < self.lasts && cookie(socket).is_ok_and(|here| here == namespace)
-        })
+    /// What was seen a moment ago in the namespace of this socket.
+    pub(crate) fn at(&self, socket: BorrowedFd<'_>) -> Option<T> {
+        let (namespace, when, what) = self.seen.try_lock().ok().and_then(|seen| *seen)?;
+        let is_fresh = when.elapsed() < self.lasts && cookie(socket).is_ok_and(|here| here == namespace);
+        is_fresh.then_some(what)
     }
 }

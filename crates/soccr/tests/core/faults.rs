@@ -119,6 +119,8 @@ fn name(call: Call) -> Option<&'static str> {
             (libc::IPPROTO_TCP, 31) => "TCP_ULP",
             (libc::IPPROTO_TCP, 40) => "TCP_AO_INFO",
             (libc::IPPROTO_IP, libc::IP_OPTIONS) => "IP_OPTIONS",
+            (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT) => "IP_BIND_ADDRESS_NO_PORT",
+            (libc::IPPROTO_IP, 51) => "IP_LOCAL_PORT_RANGE",
             (libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS) => "IPV6_HOPOPTS",
             (libc::IPPROTO_IPV6, libc::IPV6_RTHDR) => "IPV6_RTHDR",
             (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS) => "IPV6_DSTOPTS",

@@ -17,6 +17,7 @@ mod orphans;
 mod outward;
 mod owners;
 mod partly;
+mod ports;
 mod property;
 mod refused;
 mod reset;
@@ -91,6 +92,7 @@ fn main() -> ExitCode {
         orphans: an_orphan_does_not_hold_its_link;
         outward: a_rule_for_its_source_counts a_rule_for_its_mark_counts;
         partly: what_is_acknowledged_of_a_segment_is_not_saved;
+        ports: connections_to_other_peers_can_have_the_same_port a_port_that_is_bound_is_had_again;
         property: every_connection_comes_back;
         refused: a_handshake_that_carries_data a_socket_that_signs_its_segments
             a_socket_that_was_never_connected_is_refused
