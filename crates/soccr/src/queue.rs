@@ -116,7 +116,12 @@ fn peek_into(
     match queue {
         Queue::Receive if marked => peek_across_mark(fd, room, length)?,
         Queue::Receive => with_peek_offset(fd, NO_PEEK_OFFSET, || peek_once(fd, room).map(drop))?,
-        Queue::Send => peek_unacknowledged(fd, room, length as usize)?,
+        Queue::Send => {
+            let peeked = peek_unacknowledged(fd, room, length as usize);
+            // While this queue is selected, the timer by which a sender paces itself counts all that is unsent as sent.
+            tcp::select_queue(fd, None)?;
+            peeked?;
+        }
     }
     if room.filled() == length as usize { Ok(()) } else { Err(changed()) }
 }

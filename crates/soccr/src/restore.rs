@@ -296,6 +296,11 @@ impl<'fd> Restore<'fd> {
         }
         let (sent, unsent) = bytes.split_at(bytes.len() - self.control.unsq_len as usize);
         if self.has_sent() {
+            if self.speed.has_path() {
+                // A congestion window that has grown by the samples of the RTT lets the kernel probe for a larger MTU with these
+                // bytes (net.ipv4.tcp_mtu_probing), in repair mode as well; a closed window does not.
+                self.open_window()?;
+            }
             tcp::select_queue(self.fd, Queue::Send)?;
             queue::fill_send(self.fd, sent)?;
             if self.control.options.sack {
@@ -393,7 +398,7 @@ impl<'fd> Restore<'fd> {
     }
 
     /// Makes room for the segments that are injected, whatever window was saved. Returns the window for the time being: that of
-    /// the peer seems closed where there is something that was never sent, which an ACK or a timer would set free.
+    /// the peer seems closed where there is something to send, which an ACK or a timer would set free.
     fn open_window(&self) -> Result<Window> {
         self.open_window_at(tcp::queue_seq(self.fd, Queue::Receive)?)
     }
@@ -401,7 +406,7 @@ impl<'fd> Restore<'fd> {
     /// The same where `rcv_nxt` is known.
     fn open_window_at(&self, rcv_nxt: u32) -> Result<Window> {
         let saved = self.control.window.map_or_else(|| tcp::window(self.fd), Ok)?;
-        let holds_back = self.control.unsq_len > 0 || self.control.fin_unsent;
+        let holds_back = self.control.outq_len > 0 || self.control.fin_unsent;
         let window = Window {
             snd_wl1: rcv_nxt,
             snd_wnd: if holds_back { 0 } else { saved.snd_wnd },

@@ -155,12 +155,13 @@ fn standing_still<T>(
     decrypts: bool,
     mut read_queues: impl FnMut(&ControlBlock, bool) -> Result<T>,
 ) -> Result<(Position, ControlBlock, Option<Urgent>, Path, T)> {
-    let mut read = || {
-        let info = tcp::info(fd)?;
-        let (control, urgent) = control_block(fd, &info, decrypts)?;
+    let mut sent = None;
+    let mut read_it = || {
+        let mut info = tcp::info(fd)?;
+        let (control, urgent) = control_block(fd, &mut info, &mut sent, decrypts)?;
         let queues = read_queues(&control, urgent.is_some())?;
-        let end = tcp::info(fd)?;
         tcp::select_queue(fd, None)?;
+        let end = tcp::info(fd)?;
         let unread = (control.inq_len, urgent);
         let position = Position { unread, queued: queued(fd, &info)?, ..Position::of(&info) };
         // The send queue may show more than its length, so the length is compared, too.
@@ -169,6 +170,12 @@ fn standing_still<T>(
             return Err(changed());
         }
         Ok((position, control, urgent, path(&info), queues))
+    };
+    let mut read = || {
+        read_it().inspect_err(|_| {
+            // The error tells more than one of this would.
+            let _ = tcp::select_queue(fd, None);
+        })
     };
     for _ in 1..ATTEMPTS {
         match read() {
@@ -179,14 +186,41 @@ fn standing_still<T>(
     read()
 }
 
+/// How far a connection had sent when it was first looked at. Its pacing timer may run out while the send queue is selected to be
+/// read: the kernel then counts all that is unsent as sent, and sends nothing.
+struct Sent {
+    /// Without those that were sent again.
+    segments: u32,
+    snd_nxt: u32,
+}
+
+impl Sent {
+    /// Corrects what the kernel says to be unsent, where it has sent nothing new since.
+    fn correct(sent: &mut Option<Self>, info: &mut TcpInfo, write_seq: u32) {
+        let segments = new_segments(info);
+        match sent {
+            Some(sent) if sent.segments == segments => {
+                info.notsent_bytes = write_seq.wrapping_sub(sent.snd_nxt)
+            }
+            _ => *sent = Some(Self { segments, snd_nxt: write_seq.wrapping_sub(info.notsent_bytes) }),
+        }
+    }
+}
+
+fn new_segments(info: &TcpInfo) -> u32 {
+    info.data_segs_out.wrapping_sub(info.total_retrans)
+}
+
 /// Reads what `info` does not tell, but for the queues' bytes and the addresses.
 fn control_block(
     fd: BorrowedFd<'_>,
-    info: &TcpInfo,
+    info: &mut TcpInfo,
+    sent: &mut Option<Sent>,
     decrypts: bool,
 ) -> Result<(ControlBlock, Option<Urgent>)> {
     let mut write_seq = tcp::queue_seq(fd, Queue::Send)?;
     let rcv_nxt = tcp::queue_seq(fd, Queue::Receive)?;
+    Sent::correct(sent, info, write_seq);
     let mut state = kernel_state(info)?;
     let reset = check_savable(fd, state, decrypts)?;
     // One call instead of four for a connection that rests.
@@ -200,8 +234,8 @@ fn control_block(
     }
     // The TLS layer answers in the place of TCP to whoever looks into the queue.
     let (inq_len, urgent) = if decrypts || !receives { (0, None) } else { queue::receive_queue_extent(fd)? };
-    let (mut unacknowledged, mut unsent) =
-        (if sends { tcp::unacknowledged(fd)? } else { 0 }, info.notsent_bytes);
+    let mut unacknowledged = if sends { tcp::unacknowledged(fd)? } else { 0 };
+    let mut unsent = info.notsent_bytes.min(unacknowledged);
     if state == State::Close {
         // The kernel has emptied the send queue, but not its length, whether anybody has read the error yet or not.
         write_seq = write_seq.wrapping_sub(unacknowledged);
@@ -237,6 +271,8 @@ pub struct Position {
     /// What every segment that is received, acknowledged or sent moves, and every write.
     received: u64,
     acknowledged: u64,
+    /// Segments, but for those that were sent again.
+    sent: u32,
     unacknowledged: u32,
     unsent: u32,
     /// What every read moves.
@@ -251,6 +287,7 @@ impl Position {
             state: info.state,
             received: info.bytes_received,
             acknowledged: info.bytes_acked,
+            sent: new_segments(info),
             unacknowledged: info.unacked,
             unsent: info.notsent_bytes,
             unread: (0, None),
@@ -259,7 +296,10 @@ impl Position {
     }
 
     fn has_same_traffic(&self, now: &TcpInfo) -> bool {
-        Self { unread: self.unread, queued: self.queued, ..Self::of(now) } == *self
+        let now = Self { unread: self.unread, queued: self.queued, ..Self::of(now) };
+        // What only counts as sent, see `Sent`, has not moved.
+        let as_sent = Self { unacknowledged: now.unacknowledged, unsent: now.unsent, ..*self };
+        now == *self || (now.unsent < self.unsent && now == as_sent)
     }
 
     /// Nothing was received, acknowledged or written since.

@@ -74,7 +74,9 @@ impl Arrival {
         }
         let in_use = in_use(diag, &flows).map_err(|error| error.to_string());
         let is_free = |index: usize| match &in_use {
-            Ok(in_use) if in_use[index] => Err("this connection is in use here, and not by the source".into()),
+            Ok(in_use) if in_use[index] => {
+                Err("this connection is in use here, and not by the source".into())
+            }
             Ok(_) => Ok(()),
             Err(error) => Err(format!("nobody can say whether this connection is in use here: {error}")),
         };

@@ -61,7 +61,8 @@ impl Adopter {
             Ok(there) => there,
             Err(error) => return batch.iter().map(|_| Err(again(&error))).collect(),
         };
-        let begun = batch.iter().zip(there).map(|(connection, there)| self.begin(listeners, connection, there));
+        let begun =
+            batch.iter().zip(there).map(|(connection, there)| self.begin(listeners, connection, there));
         let begun: Vec<Result<Begun>> = begun.collect();
         // What cannot be seen here is looked for one by one.
         let there = self.look(&flows, scope).unwrap_or_else(|_| vec![None; batch.len()]);

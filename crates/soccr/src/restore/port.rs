@@ -35,8 +35,10 @@ struct RangeOfOne<'fd> {
 
 // linux/in.h
 const IP_LOCAL_PORT_RANGE: i32 = 51;
-const OPTIONS: [(i32, &str); 2] =
-    [(libc::IP_BIND_ADDRESS_NO_PORT, "IP_BIND_ADDRESS_NO_PORT"), (IP_LOCAL_PORT_RANGE, "IP_LOCAL_PORT_RANGE")];
+const OPTIONS: [(i32, &str); 2] = [
+    (libc::IP_BIND_ADDRESS_NO_PORT, "IP_BIND_ADDRESS_NO_PORT"),
+    (IP_LOCAL_PORT_RANGE, "IP_LOCAL_PORT_RANGE"),
+];
 
 impl<'fd> RangeOfOne<'fd> {
     /// `None` where the port is not one that `connect` chooses, or this kernel cannot.

@@ -31,6 +31,10 @@ impl Speed {
         };
         Ok(Self { path: Some(path), window_clamp: None, seed, untimed })
     }
+
+    pub(super) fn has_path(&self) -> bool {
+        self.path.is_some()
+    }
 }
 
 /// There is something to control: it may send again, and what it knew about that was saved.

@@ -95,7 +95,8 @@ pub(crate) struct TcpInfo {
     reordering: u32,
     rcv_rtt: u32,
     rcv_space: u32,
-    total_retrans: u32,
+    /// Segments that were sent again.
+    pub(crate) total_retrans: u32,
     /// Bytes per second.
     pub(crate) pacing_rate: u64,
     max_pacing_rate: u64,
@@ -108,9 +109,12 @@ pub(crate) struct TcpInfo {
     /// `write_seq − snd_nxt`: a FIN counts.
     pub(crate) notsent_bytes: u32,
     min_rtt: u32,
+    data_segs_in: u32,
+    /// Segments with data that were sent, those that were sent again as well.
+    pub(crate) data_segs_out: u32,
 }
 
-// SAFETY: eight bytes, 24 32-bit integers, four of 64 bits, four of 32: no padding, no invalid values.
+// SAFETY: eight bytes, 24 32-bit integers, four of 64 bits, six of 32: no padding, no invalid values.
 unsafe impl Plain for TcpInfo {}
 
 /// Bits of [`TcpInfo::options`].

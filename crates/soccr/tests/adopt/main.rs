@@ -99,9 +99,10 @@ mod adopted {
         let mut connections: Vec<Connection> = sockets.into_iter().map(leave).collect();
         connections[23].control.reset = true;
         let mut outcomes = Vec::new();
-        let duplicated = ends.pair.a.run(|| {
-            calls_of(&[libc::SYS_pidfd_getfd], || outcomes = adopter.adopt(&lock, &connections))
-        });
+        let duplicated = ends
+            .pair
+            .a
+            .run(|| calls_of(&[libc::SYS_pidfd_getfd], || outcomes = adopter.adopt(&lock, &connections)));
         // Among all descriptors of the host the listener is looked for once, not for each long queue.
         assert_eq!(duplicated.len(), 1);
         for (number, (outcome, flow)) in outcomes.iter().zip(&flows).enumerate() {

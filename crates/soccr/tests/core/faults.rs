@@ -12,8 +12,8 @@ use soccr::connection::Connection;
 use soccr::lock::{Locker, Mode};
 use soccr::{Error, ErrorKind, Fidelity, Paused, Restored, pause};
 use soccr_lab::{
-    Call, Case, Family, Faults, Flags, Made, Pair, Sniffer, State, Supervisor, calls_of, option_of, supervised,
-    wait_until,
+    Call, Case, Family, Faults, Flags, Made, Pair, Sniffer, State, Supervisor, calls_of, option_of,
+    supervised, wait_until,
 };
 
 use crate::ends::{

@@ -71,7 +71,10 @@ pub fn what_an_ended_connection_has_not_read_is_carried() {
             ends.deafen();
             ends.ours.write_all(&vec![1; unacknowledged]).unwrap();
             reset(&mut ends);
-            assert_eq!(ends.ours.take_error().unwrap().map(|error| error.kind()), Some(ErrorKind::ConnectionReset));
+            assert_eq!(
+                ends.ours.take_error().unwrap().map(|error| error.kind()),
+                Some(ErrorKind::ConnectionReset)
+            );
             let connection = through_bytes(ends.take(), true);
             assert_eq!((connection.control.state, connection.control.reset), (Saved::Close, false));
             assert_same_bytes(&connection.receive_queue, &ends.to_us);

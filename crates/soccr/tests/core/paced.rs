@@ -1,0 +1,80 @@
+//! A sender that paces itself: a timer of the kernel sends what is unsent.
+
+use std::net::TcpStream;
+use std::sync::mpsc;
+use std::thread;
+
+use soccr::pause;
+use soccr_lab::{Call, Family, Sniffer, Supervisor, TcpInfo, option, sysctl, wait_until};
+
+use crate::ends::{Ends, PORT, info, set_option};
+
+const TCP_REPAIR_QUEUE: i32 = 20;
+const SEND: i32 = 2;
+
+/// Where the timer runs out while the send queue is read, the kernel counts all of it as sent, and sends nothing.
+pub fn what_only_counts_as_sent_is_saved_as_unsent() {
+    for family in [Family::V4, Family::V6] {
+        let mut ends = Ends::new(family);
+        let mut wire = Sniffer::on(&ends.pair.b.namespace, "eth0").unwrap();
+        // Twenty segments a second, behind the first ten.
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, 30_000);
+        ends.send(40_000);
+        wait_until("it paces itself", || info(&ends.ours).unsent < 24_000);
+        ends.disconnect_hosts();
+        let connection = saved_slowly(&ends.ours);
+        let sent = connection.control.write_seq.wrapping_sub(connection.control.unsq_len);
+        let segments = wire.segments().unwrap();
+        let ours = segments.iter().filter(|segment| segment.destination.port() == PORT);
+        let ends_of = ours.map(|segment| segment.seq.wrapping_add(segment.payload_len as u32));
+        let furthest = ends_of.max_by_key(|end| end.wrapping_sub(connection.control.rcv_nxt));
+        assert_eq!(Some(sent), furthest, "{:?}", connection.control);
+        ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
+
+/// Saves a connection, and holds the thread that does so up where it reads the send queue, until the timer has run out.
+fn saved_slowly(ours: &TcpStream) -> soccr::Connection {
+    let has_send_selected = || {
+        let mut queue = [0; 4];
+        option(ours, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, &mut queue).is_ok()
+            && i32::from_ne_bytes(queue) == SEND
+    };
+    thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        let saving = scope.spawn(move || {
+            sender.send(Supervisor::of_this_thread(&[libc::SYS_recvfrom])).unwrap();
+            let paused = pause(ours).unwrap();
+            let connection = paused.save().unwrap();
+            paused.detach().unwrap();
+            connection
+        });
+        let supervisor = receiver.recv().unwrap().expect("seccomp");
+        let hold_up = |_: Call| {
+            if has_send_selected() {
+                wait_until("all counts as sent", || TcpInfo::of(ours).unwrap().unsent == 0);
+            }
+            None
+        };
+        while supervisor.decide(hold_up).unwrap().is_some() {}
+        saving.join().unwrap()
+    })
+}
+
+/// The kernel probes for a larger MTU with whatever is in the queue, in repair mode as well.
+pub fn a_probe_of_the_mtu_does_not_end_the_silence() {
+    for family in [Family::V4, Family::V6] {
+        let mut ends = Ends::new(family);
+        ends.pair.a.run(|| sysctl("net/ipv4/tcp_mtu_probing", "2")).unwrap();
+        // The first acknowledgements widen the window enough for a probe.
+        ends.send(20_000);
+        wait_until("it is acknowledged", || info(&ends.ours).unacknowledged == 0);
+        ends.deafen();
+        ends.send(40_000);
+        let connection = ends.take();
+        assert!(connection.control.outq_len > 0 && connection.control.options.sack);
+        ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
