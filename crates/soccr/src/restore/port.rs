@@ -75,11 +75,14 @@ impl<'fd> RangeOfOne<'fd> {
         self.set(self.before)
     }
 
-    fn set(&self, values: [i32; 2]) -> Result<()> {
-        OPTIONS.iter().zip(values).fold(Ok(()), |outcome, ((option, name), value)| {
-            let set = sockopt::set(self.fd, libc::IPPROTO_IP, *option, &value);
-            outcome.and(set.map_err(|error| Error::system(*name, error)))
-        })
+    /// Sets both, also where the first cannot be set.
+    fn set(&self, [no_port, range]: [i32; 2]) -> Result<()> {
+        let set = |(option, name): (i32, &'static str), value: i32| {
+            let set = sockopt::set(self.fd, libc::IPPROTO_IP, option, &value);
+            set.map_err(|error| Error::system(name, error))
+        };
+        let outcome = set(OPTIONS[0], no_port);
+        outcome.and(set(OPTIONS[1], range))
     }
 }
 
