@@ -25,6 +25,19 @@ pub(crate) fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     Ok(info)
 }
 
+/// Sets an option of a socket that is an `int`.
+pub(crate) fn set_option(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    number: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let (from, length) = ((&raw const value).cast(), size_of_val(&value) as libc::socklen_t);
+    // SAFETY: the kernel reads an int.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, number, from, length) };
+    check(result.into())
+}
+
 /// Whether the next byte to be read is an urgent one (`SIOCATMARK`).
 pub(crate) fn is_at_mark(socket: BorrowedFd<'_>) -> rustix::io::Result<bool> {
     const SIOCATMARK: Opcode = 0x8905;

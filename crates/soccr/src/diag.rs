@@ -24,6 +24,7 @@ use soccr_netlink::{ACK, Batch, DUMP, Family, REQUEST};
 use crate::error::{Error, Result};
 use crate::flow::Flow;
 pub use crate::queue::hides_unread;
+pub use crate::save::refusal;
 use crate::state::State;
 use crate::sys::{descriptor, namespace, sockopt};
 use socket::{INET_DIAG_CONG, INET_DIAG_INFO, decode};

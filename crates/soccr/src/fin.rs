@@ -138,7 +138,7 @@ pub(crate) fn send_to_peer(injector: &Injector, fd: BorrowedFd<'_>, segment: &Se
             option(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
         ),
     };
-    segment::set_service(&mut packet, class, hops);
+    segment::set_service(&mut packet, class, hops.or(Some(segment::ORDINARY_HOP_LIMIT)));
     injector.send_ours(fd, &packet, segment.destination)
 }
 

@@ -25,6 +25,7 @@ use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 use crate::tls::{self, Arrived};
 use crate::{buffers, conntrack};
+pub use savable::refusal;
 pub(crate) use savable::refuse_layer;
 use savable::{check_savable, pending, refuse_authentication};
 

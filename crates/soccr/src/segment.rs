@@ -30,7 +30,10 @@ const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const TCP_HEADER: usize = 20;
 const TCP: u8 = 6;
-const HOP_LIMIT: u8 = 64;
+/// What plays the peer's never leaves the host, and a socket may want that no router has forwarded it (`IP_MINTTL`, RFC 5082).
+const HOP_LIMIT: u8 = u8::MAX;
+/// Of packets that leave the host, where nothing else is known.
+pub(crate) const ORDINARY_HOP_LIMIT: u8 = 64;
 
 /// A segment to be built.
 ///

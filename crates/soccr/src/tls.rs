@@ -39,7 +39,7 @@ use crate::error::{Error, Result};
 use crate::state::State;
 
 pub(crate) use arrived::Arrived;
-pub(crate) use layer::{check_settled, has_layer, read};
+pub(crate) use layer::{check_settled, has_layer, read, refuse_hidden};
 pub use layer::{discard, is_on, settle};
 
 /// The most bytes of an application in one record (RFC 8446 §5.1).

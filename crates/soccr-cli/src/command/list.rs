@@ -76,6 +76,7 @@ impl List {
         let mut nat = Nat::around(|| network::enter(netns.as_deref()))?;
         let Some(seconds) = self.watch else {
             let rows = self.rows(&mut nat)?;
+            nat.complain();
             return exit::written(if self.json { show::json(&rows) } else { show::table(&rows) });
         };
         loop {
@@ -83,6 +84,7 @@ impl List {
             if let Err(error) = clear().and_then(|()| show::table(&rows)) {
                 return exit::written(Err(error));
             }
+            nat.complain();
             std::thread::sleep(Duration::from_secs(seconds.into()));
         }
     }

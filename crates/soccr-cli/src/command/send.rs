@@ -149,6 +149,7 @@ impl Send {
             let translated = captive.flow().ok().and_then(|flow| nat.of(flow))?;
             Some((captive.name().to_owned(), translated.warning()))
         }));
+        nat.complain();
         let heard = Arc::new(Heard::default());
         let mover = self.mover(sockets.len(), Arc::clone(&heard))?;
         let waiting = backlog.seats()?;

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use libc::c_int;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
@@ -62,6 +63,7 @@ impl Relay {
         let mut servers = Vec::with_capacity(connections.len());
         for (Live { flow, stream: client }, number) in connections.iter().zip(0..) {
             let server = self.connect(*flow).with_context(|| format!("--connect {}", self.server))?;
+            make_ours(client)?;
             for side in [client, &server] {
                 side.set_nonblocking(true).context("fcntl(O_NONBLOCK)")?;
                 // An urgent byte stays in its place, where `pass_urgent` finds it.
@@ -94,6 +96,35 @@ impl Relay {
         }
         Ok(server)
     }
+}
+
+/// Takes back what the old program has set for itself: how it was told of bytes and errors, when its own bytes should leave, and
+/// how it closed. What the connection itself needs stays, such as keepalive, time limits, buffers, rate and headers.
+fn make_ours(client: &TcpStream) -> Result<()> {
+    const ORDINARY: [(&str, c_int, c_int, c_int); 7] = [
+        // With more, few bytes would not wake us.
+        ("SO_RCVLOWAT", libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1),
+        // `pass_urgent` peeks at the next byte.
+        ("SO_PEEK_OFF", libc::SOL_SOCKET, libc::SO_PEEK_OFF, -1),
+        // Nobody reads the notices that it asks for, and they would fill the receive buffer.
+        ("SO_TIMESTAMPING", libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 0),
+        // With it an ICMP message ends the connection, which would otherwise try again.
+        ("IP_RECVERR", libc::IPPROTO_IP, libc::IP_RECVERR, 0),
+        ("IPV6_RECVERR", libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 0),
+        // The server has decided already when its bytes leave.
+        ("TCP_CORK", libc::IPPROTO_TCP, libc::TCP_CORK, 0),
+        ("TCP_NODELAY", libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+    ];
+    // A close would wait, and all other connections with it, or cut off what has not been sent yet.
+    sockopt::set_socket_linger(client, None).context("SO_LINGER")?;
+    for (name, level, number, value) in ORDINARY {
+        match sys::set_option(client.as_fd(), level, number, value) {
+            // What this kernel does not have, or not for such a socket, is not set.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP)) => {}
+            outcome => outcome.context(name)?,
+        }
+    }
+    Ok(())
 }
 
 /// Version 1 of the PROXY protocol: source, then destination.

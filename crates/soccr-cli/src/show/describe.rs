@@ -3,9 +3,9 @@
 use std::fmt::Write;
 
 use serde_json::{Value as Json, json};
-use soccr::Connection;
 use soccr::connection::Tls;
 use soccr::settings::Value;
+use soccr::{Connection, Flow};
 
 use super::width;
 
@@ -20,7 +20,8 @@ pub(crate) enum Data {
 pub(crate) fn text(connection: &Connection, data: Data) -> String {
     let control = &connection.control;
     let options = &control.options;
-    let mut out = format!("{} → {}  {}\n", connection.local, connection.remote, control.state);
+    let reset = if control.reset { ", reset by the peer" } else { "" };
+    let mut out = format!("{} → {}  {}{reset}\n", connection.local, connection.remote, control.state);
     let mut negotiated = vec![format!("mss {}", options.mss_clamp)];
     if let Some(scale) = options.window_scale {
         negotiated.push(format!("window scale {} (peer {})", scale.rcv, scale.snd));
@@ -63,6 +64,16 @@ pub(crate) fn text(connection: &Connection, data: Data) -> String {
     if let Some(buffers) = connection.buffers {
         let _ = writeln!(out, "buffers     send {}, receive {}", buffers.send, buffers.receive);
     }
+    if let Some(tracked) = connection.tracked {
+        let Flow { local, remote } = tracked.wire;
+        let nat = if tracked.is_translated(connection.flow()) { " (NAT)" } else { "" };
+        let begun = if tracked.initiator { "here" } else { "by the peer" };
+        let mark = if tracked.mark == 0 { String::new() } else { format!(", mark {:#x}", tracked.mark) };
+        let _ = writeln!(out, "tracked     on the wire {local} → {remote}{nat}, begun {begun}{mark}");
+    }
+    if let Some(owner) = connection.owner {
+        let _ = writeln!(out, "owner       user {}, group {}", owner.user, owner.group);
+    }
     let settings: Vec<String> =
         connection.settings.iter().map(|(name, value)| format!("{name}={}", setting(value))).collect();
     if !settings.is_empty() {
@@ -102,6 +113,7 @@ pub(crate) fn json(connection: &Connection, data: Data) -> Json {
         "outq_len": control.outq_len,
         "unsq_len": control.unsq_len,
         "fin_unsent": control.fin_unsent,
+        "reset": control.reset,
         "options": {
             "mss_clamp": options.mss_clamp,
             "snd_wscale": options.window_scale.map(|scale| scale.snd),
@@ -139,6 +151,14 @@ pub(crate) fn json(connection: &Connection, data: Data) -> Json {
             "lock": buffers.lock,
         })),
         "nonblocking": connection.nonblocking,
+        "tracked": connection.tracked.map(|tracked| json!({
+            "local": tracked.wire.local,
+            "remote": tracked.wire.remote,
+            "translated": tracked.is_translated(connection.flow()),
+            "initiator": tracked.initiator,
+            "mark": tracked.mark,
+        })),
+        "owner": connection.owner.map(|owner| json!({ "user": owner.user, "group": owner.group })),
         "tls": connection.tls.as_ref().map(|tls| json!({
             "version": tls.version.to_string(),
             "cipher": tls.cipher.to_string(),

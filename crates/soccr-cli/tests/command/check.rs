@@ -18,6 +18,7 @@ crate::tests![
     what_drops_unknown_connections_is_named,
     strict_reverse_paths_are_named,
     an_address_that_is_not_here_is_refused,
+    where_nobody_may_trace_it_says_so,
 ];
 
 fn works<'a>(findings: &'a [Value], name: &str) -> (&'a Value, &'a str) {
@@ -207,5 +208,27 @@ fn an_address_that_is_not_here_is_refused() {
         assert!(network.run(|| Command::new("ip").args(all).status()).unwrap().success());
         let (works, detail) = checked(&network, "missing addresses");
         assert!(!works && detail.contains("240.0.0.1"), "{detail}");
+    }
+}
+
+/// `kernel.yama.ptrace_scope` cannot be lowered again, so the command sees another one.
+fn where_nobody_may_trace_it_says_so() {
+    if !installed("unshare") || !installed("mount") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let yama = directory.path().join("yama");
+    std::fs::create_dir(&yama).unwrap();
+    for (scope, is_named) in [("1", false), ("3", true)] {
+        std::fs::write(yama.join("ptrace_scope"), format!("{scope}\n")).unwrap();
+        let script = "mount --bind \"$0\" /proc/sys/kernel && exec \"$1\" check --json";
+        let mut check = Command::new("unshare");
+        let output =
+            check.args(["-m", "sh", "-c", script]).arg(directory.path()).arg(SOCCR).output().unwrap();
+        let findings: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let (works, detail) = works(&findings, "other users' processes");
+        assert!(detail.contains(&format!("kernel.yama.ptrace_scope is {scope}")), "{detail}");
+        assert_eq!(detail.contains("nobody may"), is_named, "{detail}");
+        assert!(works == false || !is_named, "{detail}");
     }
 }

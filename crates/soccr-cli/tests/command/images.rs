@@ -13,6 +13,7 @@ crate::tests![
     an_extracted_connection_is_what_the_dump_says,
     rewritten_addresses_are_found_again,
     bytes_are_shown_on_demand_only,
+    all_that_may_hinder_a_restore_is_shown,
     a_damaged_image_is_an_error,
     a_lock_stays_until_it_is_removed,
     every_subcommand_has_a_page,
@@ -90,6 +91,35 @@ fn bytes_are_shown_on_demand_only() {
     assert!(json(&["inspect", "--json", image])[0].get("receive_queue_hex").is_none());
     let shown = json(&["inspect", "--json", "--data", image]);
     assert_eq!(shown[0]["receive_queue_hex"].as_str().unwrap().len(), 10_000);
+}
+
+fn all_that_may_hinder_a_restore_is_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    let name = image.to_str().unwrap();
+    succeed(&["criu", "extract", DUMP, "13", "-o", name]);
+    let plain = &json(&["inspect", "--json", name])[0];
+    assert!(plain["reset"] == false && plain["tracked"].is_null() && plain["owner"].is_null(), "{plain}");
+    let mut connection = soccr_image::load_file(&image).unwrap();
+    // A reset leaves nothing in the send queue.
+    connection.send_queue.clear();
+    (connection.control.outq_len, connection.control.unsq_len, connection.control.reset) = (0, 0, true);
+    let wire = soccr::Flow { local: "203.0.113.7:80".parse().unwrap(), ..connection.flow() };
+    connection.tracked = Some(soccr::connection::Tracked { wire, initiator: false, mark: 0x2a });
+    connection.owner = Some(soccr::connection::Owner { user: 1000, group: 100 });
+    fs::remove_file(&image).unwrap();
+    soccr_image::save_file(&image, &connection).unwrap();
+    let shown = &json(&["inspect", "--json", name])[0];
+    assert_eq!(shown["reset"], true);
+    let tracked = &shown["tracked"];
+    assert_eq!((&tracked["local"], &tracked["mark"]), (&"203.0.113.7:80".into(), &42.into()));
+    assert_eq!((&tracked["translated"], &tracked["initiator"]), (&true.into(), &false.into()));
+    assert_eq!(shown["owner"], serde_json::json!({ "user": 1000, "group": 100 }));
+    let text = String::from_utf8(succeed(&["inspect", name])).unwrap();
+    let nat = format!("on the wire {} → {} (NAT), begun by the peer, mark 0x2a", wire.local, wire.remote);
+    for part in ["ESTABLISHED, reset by the peer\n", &nat, "owner       user 1000, group 100\n"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
 }
 
 fn a_damaged_image_is_an_error() {

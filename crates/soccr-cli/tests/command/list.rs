@@ -22,6 +22,7 @@ crate::tests![
     children_that_have_the_connections_are_named,
     a_tracer_is_named,
     what_urgent_data_hides_is_told,
+    what_a_save_would_refuse_is_told,
 ];
 
 fn filters_choose() {
@@ -311,4 +312,58 @@ fn what_urgent_data_hides_is_told() {
         assert!(complaint.contains("urgent"), "{complaint}");
     }
     drop(server.0.stdin.take());
+}
+
+/// Connections to itself: one has notices in its error queue, on another one the kernel decrypts into a small buffer.
+const REFUSED: &str = r#"
+import select, signal, socket, struct
+listener = socket.create_server(("127.0.0.1", 7))
+pairs = [(socket.create_connection(("127.0.0.1", 7)), listener.accept()[0]) for _ in range(2)]
+noticed = pairs[0][0]
+noticed.setsockopt(socket.SOL_SOCKET, 60, 1)
+noticed.send(bytes(20000), 0x4000000)
+poll = select.poll()
+poll.register(noticed, 0)
+poll.poll()
+small = pairs[1][0]
+small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+try:
+    small.setsockopt(socket.IPPROTO_TCP, 31, b"tls")
+    small.setsockopt(282, 2, struct.pack("HH", 0x304, 51) + bytes(36))
+    print(noticed.fileno(), small.fileno(), flush=True)
+except OSError as error:
+    print(noticed.fileno(), flush=True)
+signal.pause()
+"#;
+
+fn what_a_save_would_refuse_is_told() {
+    if !installed("python3") {
+        return;
+    }
+    let mut program = Program::start(&mut python(REFUSED, &[]));
+    let mut line = String::new();
+    BufReader::new(program.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let refused: Vec<&str> = line.split_whitespace().collect();
+    if refused.len() == 1 {
+        soccr_lab::skip("the kernel has no TLS");
+    }
+    let sockets = json(&["list", "--json", "--pid", &program.pid(), "--state", "established"]);
+    assert_eq!(sockets.len(), 4);
+    let directory = tempfile::tempdir().unwrap();
+    for socket in &sockets {
+        let fd = socket["processes"][0]["fd"].to_string();
+        let Some(at) = refused.iter().position(|refused| *refused == fd) else {
+            assert_eq!(socket["savable"], true, "{socket}");
+            continue;
+        };
+        let what =
+            ["a socket with a pending error or an unread error queue", "kernel TLS with a receive buffer"]
+                [at];
+        let told = socket["why_not"].as_str().unwrap_or_default();
+        assert!(socket["savable"] == false && told.starts_with(what), "{socket}");
+        let image = directory.path().join("image");
+        let complaint =
+            fail(1, &["save", "--pid", &program.pid(), "--fd", &fd, "--keep", "-o", image.to_str().unwrap()]);
+        assert!(complaint.contains(what), "{complaint}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use soccr_lab::{Lab, Namespace, Side, sysctl};
+use soccr_lab::{Call, Lab, Namespace, Side, Supervisor, sysctl};
 
 use crate::programs::{
     HEIR, Program, ask, assert_unlocked, complaints, connect, hear, installed, json, server, soccr, succeed,
@@ -12,6 +12,7 @@ use crate::programs::{
 crate::tests![
     nat_outside_of_the_network_is_named,
     nat_in_the_network_is_named,
+    where_nobody_answers_it_is_not_known,
     an_image_is_locked_as_its_packets_come
 ];
 
@@ -59,6 +60,36 @@ fn is_named(lab: &Lab, place: &Namespace, rules: &str, wire: &str, outside: bool
     assert_eq!(complaints.matches("NAT ").count(), 1, "{complaints}");
     assert!(complaints.contains(wire) && complaints.matches(": stays: ").count() == 2, "{complaints}");
     both();
+}
+
+/// Every socket by which to ask for what is tracked is refused, as where too many files are open.
+fn where_nobody_answers_it_is_not_known() {
+    if !installed("nft") {
+        return;
+    }
+    // The kernel tracks connections from now on.
+    let rules = "table ip nat { chain nat { type nat hook prerouting priority -100; }; }";
+    assert!(Command::new("nft").arg(rules).status().unwrap().success());
+    let list = |errno: Option<i32>| {
+        std::thread::scope(|scope| {
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let listing = scope.spawn(move || {
+                sender.send(Supervisor::of_this_thread(&[libc::SYS_socket])).unwrap();
+                soccr(&["list", "--json"]).output().unwrap()
+            });
+            let supervisor = receiver.recv().unwrap().expect("seccomp");
+            let asks = [libc::AF_NETLINK as u64, libc::NETLINK_NETFILTER as u64];
+            let decide = |call: Call| errno.filter(|_| [call.arguments[0], call.arguments[2]] == asks);
+            while supervisor.decide(decide).unwrap().is_some() {}
+            let output = listing.join().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            complaints(&output.stderr)
+        })
+    };
+    assert_eq!(list(None), "");
+    assert_eq!(list(Some(libc::EPERM)), "");
+    let told = list(Some(libc::EMFILE));
+    assert!(told.contains("NAT") && told.contains("EMFILE") && told.lines().count() == 1, "{told}");
 }
 
 /// The host to which it goes does not know yet that they are translated.

@@ -4,11 +4,16 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
 use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
+use rustix::process::Pid;
 use soccr::connection::State::{CloseWait, SynSent};
 use soccr::diag::Diag;
-use soccr_lab::{Side, State, TcpInfo, wait_until};
+use soccr::settings::Value;
+use soccr_handover::foreign::Process;
+use soccr_lab::{Side, State, TcpInfo, option, wait_until};
 
-use crate::programs::{Program, SOCCR, Said, accept, ask, connect, hear, installed, python, soccr};
+use crate::programs::{
+    Program, SOCCR, Said, accept, ask, connect, descriptors, hear, installed, python, soccr,
+};
 use crate::transfer::Move;
 
 crate::tests![
@@ -17,6 +22,7 @@ crate::tests![
     urgent_bytes_hold_nothing_up,
     an_urgent_byte_that_nobody_has_read_moves_along,
     among_urgent_bytes_everything_keeps_its_place,
+    what_the_old_program_has_set_for_itself_does_not_disturb,
     where_no_server_listens_they_stay,
     what_no_server_accepts_is_in_an_image_that_the_source_names,
     what_the_source_no_longer_hears_the_target_tells,
@@ -175,6 +181,15 @@ fn urgent_bytes_hold_nothing_up() {
 /// A connection that is relayed out of an image: its peer, the relay, and the end that the server has. Before it was saved, its peer
 /// has said this, which has brought it into this state. `None` where the kernel cannot read what is unread.
 fn restored(say: impl FnOnce(&mut TcpStream), state: State) -> Option<(TcpStream, Program, TcpStream)> {
+    restored_with(&[], say, state)
+}
+
+/// With socket options of the old program.
+fn restored_with(
+    settings: &[(&str, Value)],
+    say: impl FnOnce(&mut TcpStream),
+    state: State,
+) -> Option<(TcpStream, Program, TcpStream)> {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
     let listener = TcpListener::bind("127.0.0.1:7").unwrap();
@@ -185,7 +200,10 @@ fn restored(say: impl FnOnce(&mut TcpStream), state: State) -> Option<(TcpStream
     wait_until("all is there", || TcpInfo::of(&ours).unwrap().state == state);
     let paused = soccr::pause(&ours).unwrap();
     match paused.save() {
-        Ok(connection) => soccr_image::save_file(&image, &connection).unwrap(),
+        Ok(mut connection) => {
+            settings.iter().for_each(|(name, value)| connection.settings.set(name, value.clone()));
+            soccr_image::save_file(&image, &connection).unwrap();
+        }
         Err(error) if error.what() == "urgent data behind other unread bytes" => {
             soccr_lab::skip(error);
             return None;
@@ -255,6 +273,55 @@ fn among_urgent_bytes_everything_keeps_its_place() {
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     drop(stream);
     assert!(relay.0.wait().unwrap().success());
+}
+
+fn what_the_old_program_has_set_for_itself_does_not_disturb() {
+    let bytes = |numbers: [i32; 2]| Value::Bytes(numbers.map(i32::to_ne_bytes).concat());
+    // Each byte that is sent makes two notices.
+    const NOTICES: i32 = 1 << 1 | 1 << 4 | 1 << 8;
+    let settings = [
+        ("SO_RCVLOWAT", Value::Number(1000)),
+        ("SO_LINGER", bytes([1, 0])),
+        ("SO_TIMESTAMPING", bytes([NOTICES, 0])),
+        ("IP_RECVERR", Value::Number(1)),
+        ("TCP_CORK", Value::Number(1)),
+    ];
+    let (mut client, mut relay, mut stream) = restored_with(&settings, |_| {}, State::Established).unwrap();
+    client.write_all(b"few").unwrap();
+    assert_eq!(hear(&mut stream, 3), "few");
+    let process = Process::open(Pid::from_raw(relay.0.id() as i32).unwrap()).unwrap();
+    let ours = descriptors(&relay.pid())
+        .into_iter()
+        .filter_map(|number| process.duplicate(number.parse().ok()?).ok())
+        .find(|fd| soccr::Flow::of(fd).is_ok_and(|flow| flow.local == client.peer_addr().unwrap()))
+        .unwrap();
+    // Not only how long it takes tells.
+    assert_eq!(sockopt::socket_linger(&ours).unwrap(), None);
+    assert!(sockopt::tcp_nodelay(&ours).unwrap() && !sockopt::tcp_cork(&ours).unwrap());
+    let mut number = [0; 4];
+    option(&ours, libc::IPPROTO_IP, libc::IP_RECVERR, &mut number).unwrap();
+    assert_eq!(i32::from_ne_bytes(number), 0);
+    drop((ours, process));
+    for _ in 0..2000 {
+        stream.write_all(b"!").unwrap();
+        assert_eq!(hear(&mut client, 1), "!");
+    }
+    // There is room for more than a few bytes.
+    let long = vec![b'?'; 1 << 20];
+    let mut heard = vec![0; long.len()];
+    std::thread::scope(|scope| {
+        scope.spawn(|| { &client }.write_all(&long).unwrap());
+        stream.read_exact(&mut heard).unwrap();
+    });
+    assert!(heard == long, "other bytes than were sent");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    stream.write_all(&long).unwrap();
+    drop(stream);
+    assert!(relay.0.wait().unwrap().success());
+    heard.clear();
+    client.read_to_end(&mut heard).unwrap();
+    assert!(heard == long, "{} bytes are missing", long.len() - heard.len());
 }
 
 fn where_no_server_listens_they_stay() {

@@ -175,10 +175,13 @@ pub(super) fn create(socket: &mut Socket, name: &str, flows: &[Flow], limit: Opt
     flows.iter().try_for_each(validate)?;
     for table in transaction::names(socket).map_err(|error| Error::system("nft list", error))? {
         let Some(other) = table.strip_prefix(PREFIX) else { continue };
-        // A table whose time is over is empty, and nobody else removes it. Where that is not certain, it stays.
-        let is_over = matches!(transaction::contents(socket, &table), Ok(contents) if contents.is_empty());
-        // Somebody else may be doing the same.
-        let is_gone = is_over && matches!(remove_empty(socket, &table), Ok(true));
+        // A table whose time is over is empty. Somebody else may be doing the same, and have removed it already. Where neither is
+        // certain, it stays.
+        let (is_over, is_gone) = match transaction::contents(socket, &table) {
+            Ok(contents) if contents.is_empty() => (true, matches!(remove_empty(socket, &table), Ok(true))),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => (true, true),
+            _ => (false, false),
+        };
         if other == name && !is_over {
             return Err(not_created(io::Error::from_raw_os_error(libc::EEXIST)));
         }

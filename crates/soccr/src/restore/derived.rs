@@ -64,6 +64,7 @@ pub(super) fn derive_segment_size(fd: BorrowedFd<'_>, flow: Flow) -> Result<()> 
         (libc::IPV6_HOPOPTS, "IPV6_HOPOPTS"),
         (libc::IPV6_RTHDR, "IPV6_RTHDR"),
         (libc::IPV6_DSTOPTS, "IPV6_DSTOPTS"),
+        (libc::IPV6_RTHDRDSTOPTS, "IPV6_RTHDRDSTOPTS"),
     ] {
         if rewrite(libc::IPPROTO_IPV6, name, text)? {
             return Ok(());

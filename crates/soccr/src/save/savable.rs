@@ -1,13 +1,13 @@
 //! Refuses what cannot be carried without loss, even if it could be read.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, recv};
 
 use crate::connection::State;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{sockopt, tcp};
 use crate::{buffers, queue, tls};
 
@@ -20,6 +20,18 @@ pub(crate) fn refuse_layer(fd: BorrowedFd<'_>) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Why a save would refuse this connection, as far as a look tells that changes nothing and takes nothing from the application:
+/// what waits in its error queue, keys that nobody can read, bytes that the kernel hides. `None` does not promise that it can be saved.
+pub fn refusal<Fd: AsFd + ?Sized>(socket: &Fd) -> Option<Error> {
+    let fd = socket.as_fd();
+    let look = || {
+        check_whole(fd, super::state(fd)?)?;
+        refuse_authentication(fd)?;
+        tls::refuse_hidden(fd)
+    };
+    look().err().filter(|error| error.kind() == ErrorKind::Refused)
 }
 
 /// Keys of TCP-AO (RFC 5925, Linux 6.7) can be read by nobody, and without them the peer drops every segment.
@@ -39,7 +51,7 @@ pub(super) fn refuse_authentication(fd: BorrowedFd<'_>) -> Result<()> {
 
 /// Refuses a state that is not whole. True where the connection is broken, and the
 /// application has not been told.
-pub(super) fn check_savable(fd: BorrowedFd<'_>, state: State, decrypts: bool) -> Result<bool> {
+fn check_whole(fd: BorrowedFd<'_>, state: State) -> Result<bool> {
     let refuse = |what, remedy| Err(Error::refused(what, remedy));
     let events = pending(fd)?;
     // SO_ERROR would tell more, and take it from the application. Where nothing is in the error queue, it is an error
@@ -54,6 +66,13 @@ pub(super) fn check_savable(fd: BorrowedFd<'_>, state: State, decrypts: bool) ->
     if state == State::Close && !events.contains(PollFlags::RDHUP) {
         return refuse("a socket that is not connected", "there is no connection to save");
     }
+    Ok(reset)
+}
+
+/// Refuses also what only repair mode shows; the answer is that of [`check_whole`].
+pub(super) fn check_savable(fd: BorrowedFd<'_>, state: State, decrypts: bool) -> Result<bool> {
+    let refuse = |what, remedy| Err(Error::refused(what, remedy));
+    let reset = check_whole(fd, state)?;
     if state == State::SynSent && queue::sends_before_handshake(fd)? {
         return refuse(
             "a handshake that carries data (TCP Fast Open)",

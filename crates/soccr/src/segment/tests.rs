@@ -171,15 +171,15 @@ fn each_piece_points_to_the_same_urgent_byte() {
 fn a_packet_gets_the_service_of_its_socket() {
     for addresses in [V4, V6] {
         let mut packet = packet(&segment(addresses, b"hello"));
-        set_service(&mut packet, Some(0xb8), Some(255));
+        set_service(&mut packet, Some(0xb8), Some(ORDINARY_HOP_LIMIT));
         match SlicedPacket::from_ip(&packet).unwrap().net.unwrap() {
             NetSlice::Ipv4(v4) => {
                 let header = v4.header().to_header();
-                assert_eq!((header.dscp.value() << 2, header.time_to_live), (0xb8, 255));
+                assert_eq!((header.dscp.value() << 2, header.time_to_live), (0xb8, 64));
             }
             NetSlice::Ipv6(v6) => {
                 let header = v6.header().to_header();
-                assert_eq!((header.traffic_class, header.hop_limit), (0xb8, 255));
+                assert_eq!((header.traffic_class, header.hop_limit), (0xb8, 64));
             }
             _ => panic!("no IP"),
         }

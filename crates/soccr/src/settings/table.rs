@@ -144,6 +144,8 @@ pub(crate) const TABLE: &[Row] = rows! {
         IPV6_FLOWINFO_SEND BeforeConnect ZERO;
         IPV6_AUTOFLOWLABEL BeforeConnect TUNED;
         IPV6_HOPOPTS BeforeConnect EXTENSION_HEADER;
+        IPV6_RTHDRDSTOPTS BeforeConnect EXTENSION_HEADER;
+        IPV6_RTHDR BeforeConnect EXTENSION_HEADER;
         IPV6_DSTOPTS BeforeConnect EXTENSION_HEADER;
         IPV6_MINHOPCOUNT Last ZERO;
         IPV6_RECVERR Last ZERO;

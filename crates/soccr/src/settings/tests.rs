@@ -22,7 +22,9 @@ fn sample(row: &Row) -> Value {
         "IP_LOCAL_PORT_RANGE" => number(50_000 << 16 | 40_000),
         "IP_UNICAST_IF" | "IPV6_UNICAST_IF" => number(1_i32.to_be()),
         "IP_OPTIONS" => Value::Bytes(vec![1, 1, 1, 0]),
-        "IPV6_HOPOPTS" | "IPV6_DSTOPTS" => Value::Bytes(vec![0, 0, 1, 4, 0, 0, 0, 0]),
+        // A segment routing header (RFC 8754) whose only segment is ::1.
+        "IPV6_RTHDR" => Value::Bytes([&[0, 2, 4][..], &[0; 20], &[1]].concat()),
+        "IPV6_HOPOPTS" | "IPV6_RTHDRDSTOPTS" | "IPV6_DSTOPTS" => Value::Bytes(vec![0, 0, 1, 4, 0, 0, 0, 0]),
         "IPV6_AUTOFLOWLABEL" | "SO_TXREHASH" | "SO_PEEK_OFF" => number(0),
         "TCP_CONGESTION" => Value::Bytes(b"reno".to_vec()),
         "TCP_KEEPIDLE" | "TCP_KEEPINTVL" | "TCP_LINGER2" => number(33),

@@ -126,19 +126,7 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls, is_read: 
     }
     let memory = buffers::read(fd)?;
     if tls.receive.is_some() {
-        if memory.buffers.receive < LEAST_RECEIVE_BUFFER {
-            let what = format!("kernel TLS with a receive buffer of {} bytes", memory.buffers.receive);
-            return Err(refused(
-                what,
-                "it hides half records: let the application set SO_RCVBUF to 32768 or more",
-            ));
-        }
-        if tcp::at_mark(fd)? {
-            return Err(refused(
-                "an urgent mark in a TLS connection",
-                "the kernel decrypts nothing behind it",
-            ));
-        }
+        refuse_obscured(fd, &memory)?;
         if tcp::unacknowledged(fd)? > fin_queued(fd)? {
             let what = "unacknowledged bytes of a socket on which the kernel decrypts";
             return Err(refused(what, SETTLE));
@@ -149,6 +137,29 @@ pub(crate) fn check_settled(fd: BorrowedFd<'_>, flow: Flow, tls: &Tls, is_read: 
     }
     if tls.transmit.is_some() && holds_bytes(&memory) {
         return Err(refused("a part of a record that TLS has not given to TCP", SETTLE));
+    }
+    Ok(())
+}
+
+/// Where the kernel decrypts, no more must be between TCP and TLS than it shows.
+fn refuse_obscured(fd: BorrowedFd<'_>, memory: &Memory) -> Result<()> {
+    if memory.buffers.receive < LEAST_RECEIVE_BUFFER {
+        let what = format!("kernel TLS with a receive buffer of {} bytes", memory.buffers.receive);
+        return Err(refused(
+            what,
+            "it hides half records: let the application set SO_RCVBUF to 32768 or more",
+        ));
+    }
+    if tcp::at_mark(fd)? {
+        return Err(refused("an urgent mark in a TLS connection", "the kernel decrypts nothing behind it"));
+    }
+    Ok(())
+}
+
+/// The same of a socket about which nothing is known yet.
+pub(crate) fn refuse_hidden(fd: BorrowedFd<'_>) -> Result<()> {
+    if is_on(&fd)? && tls::kind(fd, Direction::Receive)?.is_some() {
+        refuse_obscured(fd, &buffers::read(fd)?)?;
     }
     Ok(())
 }

@@ -28,6 +28,7 @@ fn main() -> std::process::ExitCode {
             many_of_every_kind_come_in_their_order
             what_arrives_meanwhile_follows
             a_listener_that_waits_for_data_gets_it_without
+            a_listener_that_wants_what_no_router_has_forwarded_gets_it
             clients_that_connect_are_not_touched;
         give: a_socket_waits_until_its_peer_has_acknowledged
             a_socket_that_is_never_acknowledged_stays
@@ -311,6 +312,31 @@ mod adopted {
         lock.release().unwrap();
         adopter.announce(&connections[0]).unwrap();
         ends.talk(&accept(&listener));
+    }
+
+    /// RFC 5082.
+    pub fn a_listener_that_wants_what_no_router_has_forwarded_gets_it() {
+        for (family, level, least, hops) in [
+            (Family::V4, libc::IPPROTO_IP, libc::IP_MINTTL, libc::IP_TTL),
+            (Family::V6, libc::IPPROTO_IPV6, libc::IPV6_MINHOPCOUNT, libc::IPV6_UNICAST_HOPS),
+        ] {
+            let most = 255_i32.to_ne_bytes();
+            let mut ends = Ends::new(family);
+            let Some(mut adopter) = adopter(&ends.pair) else { return };
+            set_option(&ends.client, level, hops, &most).unwrap();
+            ends.client.write_all(&pattern(5000)).unwrap();
+            ends.received(5000);
+            let listener = ends.listen(family, On::Address);
+            set_option(&listener, level, least, &most).unwrap();
+            let (lock, connection) = ends.leave();
+            let connections = [connection];
+            ends.pair.a.run(|| adopter.adopt(&lock, &connections)).remove(0).unwrap();
+            lock.release().unwrap();
+            adopter.announce(&connections[0]).unwrap();
+            let server = accept(&listener);
+            assert!(read(&server, 5000) == pattern(5000), "other bytes than were unread");
+            ends.talk(&server);
+        }
     }
 
     pub fn clients_that_connect_are_not_touched() {

@@ -124,6 +124,7 @@ fn name(call: Call) -> Option<&'static str> {
             (libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS) => "IPV6_HOPOPTS",
             (libc::IPPROTO_IPV6, libc::IPV6_RTHDR) => "IPV6_RTHDR",
             (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS) => "IPV6_DSTOPTS",
+            (libc::IPPROTO_IPV6, libc::IPV6_RTHDRDSTOPTS) => "IPV6_RTHDRDSTOPTS",
             (libc::IPPROTO_IPV6, 6) => "IPV6_2292PKTOPTIONS",
             (libc::SOL_SOCKET, libc::SO_REUSEADDR) => "SO_REUSEADDR",
             (libc::SOL_SOCKET, libc::SO_OOBINLINE) => "SO_OOBINLINE",

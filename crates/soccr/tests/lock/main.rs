@@ -66,6 +66,7 @@ fn main() -> ExitCode {
         rights_in_the_namespace_of_the_socket_suffice,
         persistent::a_persistent_lock_is_listed_and_removed,
         persistent::a_persistent_lock_ends_with_its_time,
+        persistent::what_is_over_may_be_cleared_up_by_others_at_any_moment,
         persistent::a_persistent_lock_grows,
         persistent::what_others_add_stays_locked,
         persistent::a_lock_becomes_persistent,

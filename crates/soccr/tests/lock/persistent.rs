@@ -1,11 +1,13 @@
 //! Locks that stay when the process ends.
 
 use std::io::Write;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use soccr::Flow;
 use soccr::lock::{Mode, PersistentLock, SILENCE};
-use soccr_lab::{Family, wait_until};
+use soccr_lab::{Family, Supervisor, wait_until};
 
 use crate::{connect, expect, expect_nothing, retransmissions};
 
@@ -57,6 +59,44 @@ pub fn a_persistent_lock_ends_with_its_time() {
     create(None);
     let locks = list();
     assert_eq!((locks.len(), locks[0].flows.len()), (1, 1));
+}
+
+/// Two may find it at the same time.
+pub fn what_is_over_may_be_cleared_up_by_others_at_any_moment() {
+    let flow = Flow { local: "192.0.2.1:1".parse().unwrap(), remote: "192.0.2.2:2".parse().unwrap() };
+    let list = || PersistentLock::list().unwrap();
+    for moment in 0.. {
+        PersistentLock::create("over", &[flow], Some(Duration::from_millis(1))).unwrap();
+        wait_until("the lock is empty", || list()[0].flows.is_empty());
+        let mut messages = 0;
+        let created = thread::scope(|scope| {
+            let (sender, receiver) = mpsc::channel();
+            let creating = scope.spawn(move || {
+                sender.send(Supervisor::of_this_thread(&[libc::SYS_sendto])).unwrap();
+                PersistentLock::create("over", &[flow], None)
+            });
+            let supervisor = receiver.recv().unwrap().expect("seccomp");
+            let clear_up =
+                || list().iter().filter(|lock| lock.flows.is_empty()).for_each(|lock| lock.remove().unwrap());
+            let decide = |messages: &mut usize| {
+                if *messages == moment {
+                    clear_up();
+                }
+                *messages += 1;
+                None
+            };
+            while supervisor.decide(|_| decide(&mut messages)).unwrap().is_some() {}
+            creating.join().unwrap()
+        });
+        created.unwrap_or_else(|error| panic!("before message {moment}: {error}"));
+        let [lock] = &list()[..] else { panic!("{:?}", list()) };
+        assert_eq!(lock.flows, [flow]);
+        lock.remove().unwrap();
+        if messages <= moment {
+            assert!(messages > 2, "{messages}");
+            break;
+        }
+    }
 }
 
 pub fn a_lock_becomes_persistent() {

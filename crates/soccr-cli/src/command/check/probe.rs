@@ -41,7 +41,7 @@ pub(super) fn all() -> Vec<Finding> {
         finding("restore cwnd and ECN", false, over_lo(congestion)),
         finding("adopt (servers as they are)", false, adopt()),
         finding("kernel TLS", false, over_lo(tls)),
-        finding("other users' processes", false, capability(19, "CAP_SYS_PTRACE", yama())),
+        finding("other users' processes", false, processes()),
         finding("other namespaces", false, capability(21, "CAP_SYS_ADMIN", String::new())),
         finding("large queues", false, capability(12, "CAP_NET_ADMIN", buffers())),
         finding("firewalls of others", false, surroundings::firewalls()),
@@ -168,14 +168,15 @@ fn capability(number: u32, name: &str, beside: String) -> Result<String> {
     }
 }
 
-fn yama() -> String {
-    match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") {
+fn processes() -> Result<String> {
+    let yama = match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") {
         Ok(scope) if scope.trim() == "3" => {
-            "kernel.yama.ptrace_scope is 3: nobody may (set it to 2 and reboot)".into()
+            bail!("kernel.yama.ptrace_scope is 3: nobody may, not even root (set it to 2 and reboot)")
         }
         Ok(scope) => format!("kernel.yama.ptrace_scope is {}", scope.trim()),
         Err(_) => String::new(),
-    }
+    };
+    capability(19, "CAP_SYS_PTRACE", yama)
 }
 
 fn buffers() -> String {

@@ -1,5 +1,6 @@
 //! One socket: whose it is, what moves over it, and why it cannot be saved.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
@@ -34,7 +35,7 @@ pub(super) struct Row {
     pub(super) inode: u32,
     pub(super) processes: Vec<Owner>,
     pub(super) savable: bool,
-    pub(super) why_not: Option<&'static str>,
+    pub(super) why_not: Option<Cow<'static, str>>,
     /// What the kernel encrypts and decrypts.
     pub(super) tls: Option<String>,
     /// A connection that can be saved, but is known by other addresses outside.
@@ -94,7 +95,7 @@ impl Row {
         socket: &Socket<'_>,
         traffic: Option<Traffic>,
         processes: Vec<Owner>,
-        why_not: Option<&'static str>,
+        why_not: Option<Cow<'static, str>>,
     ) -> Self {
         Self {
             local: on_the_wire(socket.local),
@@ -119,9 +120,9 @@ impl Row {
 }
 
 /// Why a socket cannot be saved, as far as that can be told without touching it.
-pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> Option<&'static str> {
+pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> Option<Cow<'static, str>> {
     let tls = socket.tls().and_then(|tls| tls.refusal());
-    match socket.state {
+    let reason = match socket.state {
         State::Listen => Some("listener: no connection"),
         State::SynReceived => Some("handshake: not accepted yet"),
         State::TimeWait => Some("closed: belongs to no process"),
@@ -134,21 +135,28 @@ pub(super) fn why_not(socket: &Socket<'_>, held: &[Holder], may_pause: bool) -> 
         _ if socket.inode == 0 => Some("orphan: its process has closed it, or not accepted it yet"),
         _ if held.is_empty() => Some("its process is not visible: run as root"),
         _ if !may_pause => Some("needs CAP_NET_ADMIN: run as root"),
-        _ => look(held[0]),
-    }
+        _ => return look(held[0]),
+    };
+    reason.map(Cow::Borrowed)
 }
 
-/// What only the descriptor tells: whether we can duplicate it, and whether the socket is in repair mode.
-fn look(holder: Holder) -> Option<&'static str> {
+/// What only the descriptor tells: whether we can duplicate it, whether the socket is in repair mode, and what a save would refuse.
+fn look(holder: Holder) -> Option<Cow<'static, str>> {
     match Process::open(holder.pid).ok()?.duplicate(holder.fd) {
         Ok(socket) => {
             let paused = Paused::take_over(socket.as_fd()).map(Paused::leave_paused).is_ok();
-            match soccr::diag::hides_unread(&socket) {
-                true => Some("urgent data behind unread bytes: this kernel shows it to its process alone"),
-                false => paused.then_some("paused: soccr resume"),
+            if soccr::diag::hides_unread(&socket) {
+                return Some(
+                    "urgent data behind unread bytes: this kernel shows it to its process alone".into(),
+                );
             }
+            if paused {
+                return Some("paused: soccr resume".into());
+            }
+            let refusal = soccr::diag::refusal(&socket)?;
+            Some(format!("{}: {}", refusal.what(), refusal.remedy()).into())
         }
-        Err(Errno::PERM) => Some("needs CAP_SYS_PTRACE over its process: run as root"),
+        Err(Errno::PERM) => Some("needs CAP_SYS_PTRACE over its process: run as root".into()),
         // The process has ended, or closed the socket, a moment ago.
         Err(_) => None,
     }

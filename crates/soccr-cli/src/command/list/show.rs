@@ -70,7 +70,7 @@ pub(super) fn table(rows: &[Row]) -> io::Result<()> {
 
 fn can_be_saved(row: &Row) -> String {
     let tls = row.tls.as_ref().map_or(String::new(), |tls| format!(" ({tls})"));
-    match (row.why_not, &row.nat) {
+    match (&row.why_not, &row.nat) {
         (Some(reason), _) => format!("{reason}{tls}"),
         (None, Some(nat)) => format!("yes, but {nat}{tls}"),
         (None, None) => format!("yes{tls}"),
