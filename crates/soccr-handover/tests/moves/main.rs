@@ -32,7 +32,9 @@ use broken::{
     a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
     what_has_arrived_does_not_wait_for_a_silent_source,
 };
-use seat::{a_handshake_comes_back, what_a_disconnect_clears_comes_back};
+use seat::{
+    a_handshake_comes_back, what_a_disconnect_clears_comes_back, what_lets_in_the_peer_alone_is_no_obstacle,
+};
 use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_stays_silent};
 use stop::a_thread_that_does_not_stop_holds_no_other_up;
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
@@ -69,6 +71,7 @@ soccr_lab::tests![
     what_is_no_connection_is_given_back,
     a_handshake_comes_back,
     what_a_disconnect_clears_comes_back,
+    what_lets_in_the_peer_alone_is_no_obstacle,
     a_silence_begins_again,
     what_does_not_come_home_stays_silent,
     silences_do_not_end_each_other,
