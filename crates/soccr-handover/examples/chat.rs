@@ -9,8 +9,10 @@
 //! The first line of a client is its nickname, every other one goes to all. What goes along with each connection are its nickname and
 //! the messages that could not be sent to it yet; half a line that has been read goes back in front of the queue. For another host the
 //! address moves there, too, and the channel goes through `ssh -L`: whoever may connect to it gets the room.
+//!
+//! Whoever connects while the room moves and nobody listens is refused and has to try again; on one host
+//! the listener can go along, as in the example `replace`.
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -24,8 +26,8 @@ use tokio::task::JoinSet;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Everybody who is here, by number.
-type Room = Arc<Mutex<HashMap<u64, UnboundedSender<String>>>>;
+/// Everybody who is here.
+type Room = Arc<Mutex<Vec<UnboundedSender<String>>>>;
 
 /// One who talks.
 struct Client {
@@ -48,7 +50,7 @@ async fn main() -> Result<()> {
     };
     let (mover, room) = (Mover::new()?, Room::default());
     let mut clients = match arguments.len() {
-        3 => take_over(&mover, &room, TcpStream::connect(control).await?).await?,
+        3 => take_over(&mover, &room, TcpStream::connect(control).await?).await,
         _ => Vec::new(),
     };
     loop {
@@ -92,17 +94,29 @@ async fn give_away(mover: &Mover, mut channel: TcpStream, clients: Vec<Client>) 
 }
 
 /// THERE: takes over whoever comes, until the other end closes the channel.
-async fn take_over(mover: &Mover, room: &Room, channel: TcpStream) -> Result<Vec<Client>> {
+async fn take_over(mover: &Mover, room: &Room, channel: TcpStream) -> Vec<Client> {
     let mut arrivals = mover.listen_async(channel);
     let mut clients = Vec::new();
-    while let Some(arrived) = arrivals.next().await? {
-        let mut parts = arrived.state().splitn(2, |byte| *byte == b'\n').map(<[u8]>::to_vec);
-        let name = String::from_utf8(parts.next().unwrap_or_default())?;
-        let unsent = parts.next().unwrap_or_default();
-        let messages = join(room, clients.len() as u64);
-        clients.push(Client { stream: arrived.into_stream()?, name, unsent, half: Vec::new(), messages });
+    loop {
+        let arrived = match arrivals.next().await {
+            Ok(Some(arrived)) => arrived,
+            Ok(None) => return clients,
+            Err(error) => {
+                // Those who have come are here.
+                eprintln!("the other end: {error}");
+                return clients;
+            }
+        };
+        let mut parts = arrived.state().splitn(2, |byte| *byte == b'\n');
+        let name = String::from_utf8_lossy(parts.next().unwrap_or_default()).into_owned();
+        let unsent = parts.next().unwrap_or_default().to_vec();
+        match arrived.into_stream() {
+            Ok(stream) => {
+                clients.push(Client { stream, name, unsent, half: Vec::new(), messages: join(room) })
+            }
+            Err(error) => eprintln!("{name} is lost: {error}"),
+        }
     }
-    Ok(clients)
 }
 
 /// The room, until a successor comes: then everybody who is in it, and the way to the successor.
@@ -116,18 +130,16 @@ async fn serve(
     println!("{} talk", clients.len());
     let (leave, told) = watch::channel(false);
     let mut talking = JoinSet::new();
-    let mut number = clients.len() as u64;
     for client in clients {
         talking.spawn(talk(client, Arc::clone(room), told.clone()));
     }
     let channel = loop {
         tokio::select! {
             accepted = listener.accept() => {
-                let messages = join(room, number);
+                let messages = join(room);
                 let (name, unsent, half) = Default::default();
                 let client = Client { stream: accepted?.0, name, unsent, half, messages };
                 talking.spawn(talk(client, Arc::clone(room), told.clone()));
-                number += 1;
             }
             accepted = control.accept() => break accepted?.0,
         }
@@ -136,9 +148,9 @@ async fn serve(
     Ok((channel, talking.join_all().await.into_iter().flatten().collect()))
 }
 
-fn join(room: &Room, number: u64) -> UnboundedReceiver<String> {
+fn join(room: &Room) -> UnboundedReceiver<String> {
     let (send, messages) = unbounded_channel();
-    room.lock().unwrap().insert(number, send);
+    room.lock().unwrap().push(send);
     messages
 }
 
@@ -161,7 +173,7 @@ async fn talk(mut client: Client, room: Room, mut told: watch::Receiver<bool>) -
                 false => {
                     let message = format!("{name}: {line}\n");
                     // Whoever has gone hears nothing any more.
-                    room.lock().unwrap().retain(|_, everybody| everybody.send(message.clone()).is_ok());
+                    room.lock().unwrap().retain(|everybody| everybody.send(message.clone()).is_ok());
                 }
             }
         }

@@ -23,8 +23,9 @@ use std::process::Command;
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::Pid;
+use soccr::{Flow, Lock};
 use soccr_handover::foreign::{Captive, Keeper, Process, Sharing, namespace, process};
-use soccr_handover::{Mover, Outcome, Terms};
+use soccr_handover::{ErrorKind, Mover, Outcome, Terms};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -41,7 +42,15 @@ fn main() -> Result<()> {
 
 /// HERE: all connections of a process, and of those that it has started, leave.
 fn give(pid: Pid, path: &str) -> Result<()> {
-    let captives = captives(pid)?;
+    let mut captives = captives(pid)?;
+    captives.retain(|captive| match captive.flow() {
+        Ok(_) => true,
+        // It has ended, and the kernel has forgotten its peer.
+        Err(why) => {
+            eprintln!("stays: {why}");
+            false
+        }
+    });
     let Some(first) = captives.first() else { return Err("it has no connections".into()) };
     let sockets: Vec<_> = captives.iter().map(AsFd::as_fd).collect();
     let inodes: Vec<u64> = captives.iter().map(Captive::inode).collect();
@@ -52,11 +61,8 @@ fn give(pid: Pid, path: &str) -> Result<()> {
     let mut departing = Vec::new();
     for captive in captives {
         let name = captive.name().to_owned();
-        match captive.into_seat() {
-            Ok(seat) => departing.push(mover.take_seat(seat).named(name)),
-            // It has ended, and the kernel has forgotten its peer.
-            Err(why) => eprintln!("stays: {why}"),
-        }
+        // The keeper knows each by its place: none is left out here. An error: it has just ended, and nothing has happened yet.
+        departing.push(mover.take_seat(captive.into_seat()?).named(name));
     }
     let mut channel = UnixStream::connect(path)?;
     let outcomes = mover.sending(departing).used_by(keeper).through(&mut channel);
@@ -68,11 +74,28 @@ fn give(pid: Pid, path: &str) -> Result<()> {
     for outcome in outcomes {
         match outcome {
             Outcome::Moved => {}
+            // Its process has lost it: it would end with this one.
+            Outcome::Stays(stream, why) if why.kind() == ErrorKind::Adrift => {
+                eprintln!("{why}");
+                save(&stream)?;
+            }
             // Its process goes on with it.
             Outcome::Stays(_, why) => eprintln!("stays: {why}"),
             Outcome::Unknown(why) => eprintln!("the target has it, or nobody: {why}"),
         }
     }
+    Ok(())
+}
+
+/// Saves a connection that nobody has any more, for `soccr restore`.
+fn save(stream: &TcpStream) -> Result<()> {
+    let flow = Flow::of(stream)?;
+    let path = format!("adrift-{}-{}.soccr", flow.local, flow.remote);
+    let _lock = Lock::hold(&[flow])?;
+    let paused = soccr::pause(stream)?.with_tls();
+    soccr_image::save_file(&path, &paused.save()?)?;
+    paused.detach()?;
+    eprintln!("saved in {path}");
     Ok(())
 }
 

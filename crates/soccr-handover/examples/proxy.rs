@@ -10,6 +10,9 @@
 //! A connection moves between two answers; what hyper has read ahead goes back in front of the queue. Nothing of it is in the memory of
 //! the process then, so that no state goes along. For another host the address moves there, too, and the channel goes through
 //! `ssh -L`: whoever may connect to it gets the connections.
+//!
+//! Whoever connects while nobody listens, between the last answer HERE and the first one THERE, is refused and has to try again; on one host
+//! the listener can go along, as in the example `replace`.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -47,7 +50,7 @@ async fn main() -> Result<()> {
     };
     let mover = Mover::new()?;
     let mut idle = match arguments.len() {
-        3 => take_over(&mover, TcpStream::connect(control).await?).await?,
+        3 => take_over(&mover, TcpStream::connect(control).await?).await,
         _ => Vec::new(),
     };
     loop {
@@ -86,13 +89,23 @@ async fn give_away(mover: &Mover, mut channel: TcpStream, idle: Vec<Idle>) -> Ve
 }
 
 /// THERE: takes over what comes, until the other end closes the channel.
-async fn take_over(mover: &Mover, channel: TcpStream) -> Result<Vec<Idle>> {
+async fn take_over(mover: &Mover, channel: TcpStream) -> Vec<Idle> {
     let mut arrivals = mover.listen_async(channel);
     let mut idle = Vec::new();
-    while let Some(arrived) = arrivals.next().await? {
-        idle.push((arrived.into_stream()?, Bytes::new()));
+    loop {
+        match arrivals.next().await {
+            Ok(Some(arrived)) => match arrived.into_stream() {
+                Ok(stream) => idle.push((stream, Bytes::new())),
+                Err(error) => eprintln!("lost: {error}"),
+            },
+            Ok(None) => return idle,
+            Err(error) => {
+                // Those that have come are ours.
+                eprintln!("the predecessor: {error}");
+                return idle;
+            }
+        }
     }
-    Ok(idle)
 }
 
 /// Answers until a successor comes: then everything that is idle, and the way to the successor.

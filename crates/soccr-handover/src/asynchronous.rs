@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::net::TcpStream;
 use ::tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use ::tokio::task::spawn_blocking;
+use ::tokio::task::{JoinHandle, spawn_blocking};
 use ::tokio::time::{timeout, timeout_at};
 
 use crate::arrival::{Arrival, Landed};
@@ -19,6 +19,7 @@ use crate::departing::{items_of, sealed::Sealed};
 use crate::departure::{Departure, Manner};
 use crate::drive::{Engine, PIECE};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mover::Shared;
 use crate::{Arrived, Departing, Mover, Outcome, Stream, Terms};
 
 impl Sealed for TcpStream {}
@@ -38,39 +39,27 @@ impl Departing<TcpStream> {
     /// Moves the connection to the listener at the other end of the channel, and waits for what becomes of it. See
     /// [`Departing::send`] of streams that wait.
     ///
-    /// If the future is dropped, connections that can come back do so: see [`Mover::came_back`].
-    pub async fn send(self, channel: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Outcome<TcpStream> {
-        let mover = Mover { shared: Arc::clone(&self.shared) };
-        mover.send_all_async([self], channel).await.pop().expect("one connection has one outcome")
+    /// If the future is dropped, polled or not, connections that can come back do so: see [`Mover::came_back`].
+    pub fn send(
+        self,
+        channel: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    ) -> impl Future<Output = Outcome<TcpStream>> {
+        let sending = send(Arc::clone(&self.shared), [self], channel);
+        async { sending.await.pop().expect("one connection has one outcome") }
     }
 }
 
 impl Mover {
-    /// Like [`send_all`](Self::send_all), without waiting on this thread.
-    pub async fn send_all_async(
+    /// Like [`send_all`](Self::send_all), without waiting on this thread. The time of [`Limits::start`](crate::Limits::start) begins with
+    /// this call.
+    ///
+    /// If the future is dropped, polled or not, connections that can come back do so: see [`came_back`](Self::came_back).
+    pub fn send_all_async(
         &self,
         departing: impl IntoIterator<Item = Departing<TcpStream>>,
         channel: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    ) -> Vec<Outcome<TcpStream>> {
-        let mut engine = Departure::new(Arc::clone(&self.shared), Manner::default(), items_of(departing));
-        let count = engine.count();
-        let mut line = Line::new(channel);
-        let mut happened = None;
-        loop {
-            engine = match aside(engine, happened.take()).await {
-                Ok(engine) => engine,
-                Err(()) => {
-                    let ends = || Outcome::Unknown(Error::new(ErrorKind::Gone, "the runtime ends"));
-                    return (0..count).map(|_| ends()).collect();
-                }
-            };
-            if engine.is_over() && engine.output().bytes().is_empty() {
-                break;
-            }
-            happened = Some(line.wait(&mut engine).await);
-        }
-        line.flush(self.shared.limits.answer).await;
-        engine.outcomes().into_iter().map(|ended| Outcome::of(&self.shared, ended)).collect()
+    ) -> impl Future<Output = Vec<Outcome<TcpStream>>> {
+        send(Arc::clone(&self.shared), departing, channel)
     }
 
     /// Takes in the connections that come through a channel, by a task of its own: to be called where the runtime is.
@@ -87,8 +76,37 @@ impl Mover {
         C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (landed, arrivals) = unbounded_channel();
-        ::tokio::spawn(listen(self.clone(), channel, terms, landed));
-        Arrivals { arrivals }
+        let task = ::tokio::spawn(listen(self.clone(), channel, terms, landed));
+        Arrivals { arrivals, task: Some(task) }
+    }
+}
+
+/// The connections are on their way from here on: a future that is dropped before it was polled gives them back, too.
+fn send<C: AsyncRead + AsyncWrite + Unpin>(
+    shared: Arc<Shared>,
+    departing: impl IntoIterator<Item = Departing<TcpStream>>,
+    channel: &mut C,
+) -> impl Future<Output = Vec<Outcome<TcpStream>>> {
+    let mut engine = Departure::new(Arc::clone(&shared), Manner::default(), items_of(departing));
+    async move {
+        let count = engine.count();
+        let mut line = Line::new(channel);
+        let mut happened = None;
+        loop {
+            engine = match aside(engine, happened.take()).await {
+                Ok(engine) => engine,
+                Err(()) => {
+                    let ends = || Outcome::Unknown(Error::new(ErrorKind::Gone, "the runtime ends"));
+                    return (0..count).map(|_| ends()).collect();
+                }
+            };
+            if engine.is_over() && engine.output().bytes().is_empty() {
+                break;
+            }
+            happened = Some(line.wait(&mut engine).await);
+        }
+        line.flush(shared.limits.answer).await;
+        engine.outcomes().into_iter().map(|ended| Outcome::of(&shared, ended)).collect()
     }
 }
 
@@ -100,18 +118,26 @@ impl Mover {
 #[must_use = "dropping it ends the task that listens"]
 pub struct Arrivals {
     arrivals: UnboundedReceiver<Result<Landed>>,
+    /// Until its end is told.
+    task: Option<JoinHandle<()>>,
 }
 
 impl Arrivals {
     /// Waits for the next connection. `None` when the channel is closed between two streams. Dropping the future loses nothing.
     ///
     /// # Errors
-    /// The channel is broken, or the source does not know its part. What it had let go of has been given before.
+    /// The channel is broken, or the source does not know its part. What it had let go of has been given before. Or the task that listens
+    /// has panicked, as where the [terms](Terms::accept_if) do. It is told once.
     pub async fn next(&mut self) -> Result<Option<Arrived<TcpStream>>> {
-        match self.arrivals.recv().await {
-            Some(landed) => landed.map(|landed| Some(Arrived::new(landed))),
-            None => Ok(None),
+        if let Some(landed) = self.arrivals.recv().await {
+            return landed.map(|landed| Some(Arrived::new(landed)));
         }
+        let Some(task) = &mut self.task else { return Ok(None) };
+        let ended = task.await;
+        self.task = None;
+        ended
+            .map(|()| None)
+            .map_err(|error| Error::of(ErrorKind::Gone, "the task that listens has ended", error))
     }
 }
 

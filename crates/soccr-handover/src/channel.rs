@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -234,11 +235,13 @@ fn unless_busy(outcome: rustix::io::Result<usize>) -> rustix::io::Result<Option<
 /// A thread that waits in vain stays until its reader or writer fails: dropping the channel does not end it.
 #[derive(Debug)]
 pub struct Threads {
-    output: Sender<Vec<u8>>,
+    output: Sender<Arc<[u8]>>,
     /// What both threads tell.
     told: Receiver<Told>,
     /// Bytes handed to the writer and not confirmed.
-    writing: bool,
+    writing: Option<Arc<[u8]>>,
+    /// Another stream has begun before they were.
+    is_broken: bool,
     /// What was read and did not fit.
     left: Vec<u8>,
 }
@@ -246,7 +249,7 @@ pub struct Threads {
 #[derive(Debug)]
 enum Told {
     Read(Vec<u8>),
-    Wrote(usize),
+    Wrote,
     Failed(io::Error),
 }
 
@@ -261,7 +264,7 @@ impl Threads {
     ) -> io::Result<Self> {
         // Bounded: a writer that floods us has to wait.
         let (tell, told) = sync_channel(1);
-        let (output, pieces) = channel::<Vec<u8>>();
+        let (output, pieces) = channel::<Arc<[u8]>>();
         let tell_wrote = tell.clone();
         let named = |name: &str| std::thread::Builder::new().name(name.into());
         let read = move || {
@@ -281,7 +284,7 @@ impl Threads {
         let write = move || {
             for piece in pieces {
                 let wrote = writer.write_all(&piece).and_then(|()| writer.flush());
-                let wrote = wrote.map_or_else(Told::Failed, |()| Told::Wrote(piece.len()));
+                let wrote = wrote.map_or_else(Told::Failed, |()| Told::Wrote);
                 if tell_wrote.send(wrote).is_err() {
                     break;
                 }
@@ -289,7 +292,7 @@ impl Threads {
         };
         soccr::without_signals(|| named("soccr-read").spawn(read))?;
         soccr::without_signals(|| named("soccr-write").spawn(write))?;
-        Ok(Self { output, told, writing: false, left: Vec::new() })
+        Ok(Self { output, told, writing: None, is_broken: false, left: Vec::new() })
     }
 
     fn give(&mut self, bytes: Vec<u8>, input: &mut [u8]) -> Option<usize> {
@@ -311,25 +314,91 @@ impl Channel for Threads {
             let left = std::mem::take(&mut self.left);
             return Ok(Exchanged { written: 0, read: self.give(left, input) });
         }
-        if !self.writing && !output.is_empty() {
-            // The thread ends only when its writer has failed, and tells that first.
-            self.writing = self.output.send(output.to_vec()).is_ok();
+        match &self.writing {
+            Some(piece) => self.is_broken |= !output.is_empty() && !output.starts_with(piece),
+            None if !output.is_empty() => {
+                let piece = Arc::from(output);
+                // The thread ends only when its writer has failed, and tells that first.
+                self.writing = self.output.send(Arc::clone(&piece)).is_ok().then_some(piece);
+            }
+            None => {}
+        }
+        if self.is_broken {
+            // What the other end still gets belongs to a stream whose rest was thrown away.
+            return Err(io::Error::new(
+                ErrorKind::BrokenPipe,
+                "an earlier hand-over was not read to its end",
+            ));
         }
         let far = Duration::from_secs(86_400);
-        let limit = deadline.map_or(far, |deadline| deadline.saturating_duration_since(Instant::now()));
-        match self.told.recv_timeout(limit) {
-            Ok(Told::Read(bytes)) => Ok(Exchanged { written: 0, read: self.give(bytes, input) }),
-            Ok(Told::Wrote(written)) => {
-                self.writing = false;
-                Ok(Exchanged { written, read: None })
-            }
-            Ok(Told::Failed(error)) => Err(error),
-            Err(RecvTimeoutError::Timeout) => Ok(Exchanged::default()),
-            Err(RecvTimeoutError::Disconnected) => Err(ErrorKind::BrokenPipe.into()),
+        loop {
+            let limit = deadline.map_or(far, |deadline| deadline.saturating_duration_since(Instant::now()));
+            return match self.told.recv_timeout(limit) {
+                Ok(Told::Read(bytes)) => Ok(Exchanged { written: 0, read: self.give(bytes, input) }),
+                Ok(Told::Wrote) => match self.writing.take() {
+                    Some(piece) if !output.is_empty() => Ok(Exchanged { written: piece.len(), read: None }),
+                    // Nobody waits for it any longer.
+                    _ => continue,
+                },
+                Ok(Told::Failed(error)) => Err(error),
+                Err(RecvTimeoutError::Timeout) => Ok(Exchanged::default()),
+                Err(RecvTimeoutError::Disconnected) => Err(ErrorKind::BrokenPipe.into()),
+            };
         }
     }
 
     fn hides_writes(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// Takes a piece when it is told to.
+    struct Gate(Receiver<()>);
+
+    impl Write for Gate {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.recv().map_err(|_| ErrorKind::BrokenPipe)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_stream_has_said_does_not_count_for_the_next_one() {
+        let soon = || Some(Instant::now() + Duration::from_millis(10));
+        for is_told_between in [true, false] {
+            let (_silent, reader) = UnixStream::pair().unwrap();
+            let (go, wait) = channel();
+            let mut threads = Threads::new(reader, Gate(wait)).unwrap();
+            let say = |threads: &mut Threads, output: &[u8], deadline| {
+                threads.exchange(output, &mut [0; 9], deadline)
+            };
+            assert_eq!(say(&mut threads, b"first stream", soon()).unwrap(), Exchanged::default());
+            // More of the same stream.
+            assert_eq!(say(&mut threads, b"first stream goes on", soon()).unwrap(), Exchanged::default());
+            if is_told_between {
+                go.send(()).unwrap();
+                while threads.writing.is_some() {
+                    assert_eq!(say(&mut threads, b"", soon()).unwrap(), Exchanged::default());
+                }
+                go.send(()).unwrap();
+                let written = Exchanged { written: 6, read: None };
+                assert_eq!(say(&mut threads, b"second", None).unwrap(), written);
+            } else {
+                for output in [&b"second"[..], b""] {
+                    let error = say(&mut threads, output, None).unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+                }
+            }
+        }
     }
 }

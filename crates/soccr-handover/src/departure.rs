@@ -172,8 +172,9 @@ impl Departure {
     fn tell(&mut self, id: Id) {
         let item = &self.items[id as usize - 1];
         if let (Some(fate), false) = (self.fate(id, item), item.is_told) {
-            self.shared.tell(Told::Settled { name: &item.name, fate });
+            // Also where the listener panics.
             self.item(id).is_told = true;
+            self.shared.tell(Told::Settled { name: &self.items[id as usize - 1].name, fate });
         }
     }
 

@@ -79,6 +79,8 @@ pub struct Arriving<C> {
     engine: Arrival,
     input: Vec<u8>,
     is_open: bool,
+    /// Nothing more comes.
+    is_over: bool,
 }
 
 impl Mover {
@@ -90,7 +92,8 @@ impl Mover {
     /// The same, under conditions.
     pub fn listen_for<C: Channel>(&self, channel: C, terms: Terms) -> Arriving<C> {
         let engine = Arrival::new(Arc::clone(&self.shared), terms.clone());
-        Arriving { mover: self.clone(), terms, channel, engine, input: vec![0; PIECE], is_open: true }
+        let input = vec![0; PIECE];
+        Arriving { mover: self.clone(), terms, channel, engine, input, is_open: true, is_over: false }
     }
 
     /// Takes in all connections of one stream. The caller has to say its last word: the source waits for that.
@@ -111,10 +114,10 @@ impl<C: Channel> Arriving<C> {
     /// Waits for the next connection. `None` when the channel is closed between two streams.
     ///
     /// # Errors
-    /// The channel is broken, or the source does not know its part. What it had let go of has been given before.
+    /// The channel is broken, or the source does not know its part. What it had let go of has been given before. It is told once.
     #[allow(clippy::should_implement_trait, reason = "it can fail, as a whole")]
     pub fn next(&mut self) -> Result<Option<Arrived>> {
-        loop {
+        while !self.is_over {
             self.engine.advance();
             // The source waits until this has been written.
             let has_said_all = self.engine.output().bytes().is_empty();
@@ -128,13 +131,16 @@ impl<C: Channel> Arriving<C> {
                         self.engine = Arrival::new(Arc::clone(&self.mover.shared), self.terms.clone());
                         self.engine.feed(&rest);
                     }
-                    Ok(None) => return Ok(None),
-                    Err(error) => return Err(error),
+                    ended => {
+                        self.is_over = true;
+                        return ended.map(|_| None);
+                    }
                 }
                 continue;
             }
             drive::step(&mut self.engine, &mut self.channel, &mut self.input, &mut self.is_open);
         }
+        Ok(None)
     }
 
     /// Gives the channel back.

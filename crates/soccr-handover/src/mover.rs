@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use soccr::Flow;
@@ -190,7 +192,11 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     pub(crate) fn tell(&self, event: Event<'_>) {
-        if let Some(listener) = &self.listener {
+        let Some(listener) = &self.listener else { return };
+        if thread::panicking() {
+            // A second panic would end the program, and this one is on its way already.
+            let _ = catch_unwind(AssertUnwindSafe(|| listener(event)));
+        } else {
             listener(event);
         }
     }

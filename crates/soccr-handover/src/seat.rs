@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socket_with, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 use soccr::connection::State;
 use soccr::settings::{Settings, Value};
 use soccr::{Connection, Flow, Position};
@@ -220,10 +220,13 @@ impl Seat {
         let system = |what: &'static str| move |errno: Errno| Error::of(ErrorKind::System, what, errno);
         let paused = soccr::pause(&socket)?;
         if connection.control.state == State::SynSent {
+            connection.settings.set_again(socket, connection.local);
             paused.connect_anew(connection.flow(), connection.control.write_seq, connection.buffers)?;
             return self.set_reuse(connection);
         }
-        let mut steps = paused.restore(&connection.control, connection.buffers)?;
+        let mut steps = paused
+            .restore(&connection.control, connection.buffers)?
+            .again(&connection.settings, connection.local);
         // To be disconnected has cost the socket this as well.
         if let Some(path) = connection.path {
             steps = steps.path(path)?;
@@ -241,11 +244,7 @@ impl Seat {
         steps.connected(Some(connection.flow()))?;
         steps.receive_queue(&connection.receive_queue, connection.urgent)?;
         steps.send_queue(&connection.send_queue)?;
-        let restored = steps.finish()?;
-        if connection.settings.reads_no_more() {
-            rustix::net::shutdown(socket, Shutdown::Read).map_err(system("shutdown"))?;
-        }
-        restored.resume()?;
+        steps.finish()?.resume()?;
         self.set_reuse(connection)
     }
 

@@ -1,16 +1,24 @@
 //! The examples, run as their readers run them.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use soccr::steer::Steering;
-use soccr_lab::{Flags, LIMIT, Lab, Lan, Side, Sniffer};
+use soccr_handover::Mover;
+use soccr_lab::{Flags, LIMIT, Lab, Lan, Side, Sniffer, wait_until};
 
 soccr_lab::tests![
     a_server_is_replaced_three_times,
+    who_connects_while_a_server_is_replaced_is_served,
+    what_has_come_before_a_predecessor_breaks_off_is_served,
     a_server_with_tls_is_replaced,
     a_chat_room_moves_while_everybody_talks,
     a_proxy_moves_between_two_answers,
@@ -97,6 +105,87 @@ fn a_server_is_replaced_three_times() {
     let three = connect("127.0.0.1:7");
     says(&three, "new\n");
     hears(&three, "1: new\n");
+}
+
+fn who_connects_while_a_server_is_replaced_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let arguments = ["127.0.0.1:7", path.to_str().unwrap()];
+    let mut server = Example::start("replace", &arguments);
+    assert_eq!(server.says(), "serving 0 clients\n");
+    let (is_over, served) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !is_over.load(SeqCst) {
+                    let client = connect("127.0.0.1:7");
+                    says(&client, "x\n");
+                    hears(&client, "1: x\n");
+                    served.fetch_add(1, SeqCst);
+                }
+            });
+        }
+        for _ in 0..5 {
+            let before = served.load(SeqCst);
+            wait_until("some are served", || served.load(SeqCst) > before + 20);
+            let successor = Example::start("replace", &arguments);
+            let mut before = std::mem::replace(&mut server, successor);
+            assert!(server.says().starts_with("serving "));
+            assert_eq!(before.says(), "given away\n");
+            before.ends();
+        }
+        is_over.store(true, SeqCst);
+    });
+}
+
+/// The predecessor is killed between two streams, and breaks the protocol in the second one.
+fn what_has_come_before_a_predecessor_breaks_off_is_served() {
+    let stream = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:7").unwrap();
+        let client = connect("127.0.0.1:7");
+        (listener.accept().unwrap().0, client)
+    };
+    // With TCP, as chat and proxy have it.
+    for (name, state, question, answer) in [
+        ("chat", &b"Ada\n"[..], "hello\n", "Ada: hello\n"),
+        ("proxy", &[], "GET / HTTP/1.1\r\nHost: here\r\n\r\n", "HTTP/1.1 200 OK\r\n"),
+    ] {
+        let control = std::net::TcpListener::bind("127.0.0.1:9").unwrap();
+        let (ours, client) = stream();
+        let mut successor = Example::start(name, &["127.0.0.1:7", "127.0.0.1:9", "take"]);
+        let mut channel = control.accept().unwrap().0;
+        drop(control);
+        let mover = Mover::new().unwrap();
+        assert!(mover.take(ours).unwrap().with_state(state).send(&mut channel).is_moved());
+        channel.write_all(b"this is no stream").unwrap();
+        drop(channel);
+        assert!(successor.says().starts_with("1 "), "{name}");
+        says(&client, question);
+        hears(&client, answer);
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let control = UnixListener::bind(&path).unwrap();
+    let (ours, client) = stream();
+    let mut successor = Example::start("replace", &["127.0.0.1:7", path.to_str().unwrap()]);
+    let mut channel = control.accept().unwrap().0;
+    send_descriptor(&channel, ours.try_clone().unwrap());
+    let mover = Mover::new().unwrap();
+    assert!(mover.take(ours).unwrap().with_state(7u64.to_le_bytes()).send(&mut channel).is_moved());
+    channel.write_all(b"this is no stream").unwrap();
+    drop(channel);
+    assert_eq!(successor.says(), "serving 1 clients\n");
+    says(&client, "x\n");
+    hears(&client, "8: x\n");
+}
+
+/// As a predecessor passes its listener on.
+fn send_descriptor(channel: &UnixStream, descriptor: TcpStream) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [descriptor.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    sendmsg(channel, &[IoSlice::new(b"L")], &mut control, SendFlags::empty()).unwrap();
 }
 
 /// The clients are openssl and curl, and the kernel of this machine encrypts for the server, which moves between processes and

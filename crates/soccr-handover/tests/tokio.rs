@@ -12,6 +12,8 @@ use tokio::net::TcpStream;
 soccr_lab::tests![
     what_half_a_request_was_read_of_moves_along,
     a_future_that_is_dropped_leaves_the_connection_here,
+    a_future_that_is_never_polled_leaves_the_connection_here,
+    a_panic_in_the_terms_is_told,
     what_is_refused_serves_on,
     the_executor_goes_on_meanwhile,
     through_a_buffer_the_last_words_of_a_source_arrive,
@@ -89,6 +91,39 @@ fn a_future_that_is_dropped_leaves_the_connection_here() {
         assert_eq!(came_back.error.kind(), ErrorKind::Gone);
         let mut stream = TcpStream::from_std(came_back.value).unwrap();
         assert_alive(&mut stream, &peer).await;
+    });
+}
+
+fn a_future_that_is_never_polled_leaves_the_connection_here() {
+    run(async {
+        let (stream, peer) = connect().await;
+        let mover = Mover::new().unwrap();
+        let (mut here, _there) = duplex(4096);
+        drop(mover.take(stream).unwrap().send(&mut here));
+        let mut came_back = mover.came_back();
+        let mut stream = TcpStream::from_std(came_back.pop().unwrap().value).unwrap();
+        assert_alive(&mut stream, &peer).await;
+        // As where another branch of a select! is ready.
+        let departing = [mover.take(stream).unwrap()];
+        drop(mover.send_all_async(departing, &mut here));
+        let mut stream = TcpStream::from_std(mover.came_back().pop().unwrap().value).unwrap();
+        assert_alive(&mut stream, &peer).await;
+    });
+}
+
+fn a_panic_in_the_terms_is_told() {
+    run(async {
+        let (stream, peer) = connect().await;
+        let (mut here, there) = duplex(4096);
+        let terms = Terms::default().accept_if(|_| panic!("as a test wants it"));
+        let mut arrivals = Mover::new().unwrap().listen_async_for(there, terms);
+        match Mover::new().unwrap().take(stream).unwrap().send(&mut here).await {
+            Outcome::Stays(mut stream, _) => assert_alive(&mut stream, &peer).await,
+            other => panic!("{other:?}"),
+        }
+        let error = arrivals.next().await.unwrap_err();
+        assert!(error.to_string().contains("panic"), "{error}");
+        assert!(arrivals.next().await.unwrap().is_none());
     });
 }
 

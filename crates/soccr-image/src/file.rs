@@ -34,6 +34,8 @@ pub struct AtomicFile {
     path: PathBuf,
     /// What was at the path when this was created: device and inode.
     before: Option<(u64, u64)>,
+    /// It stays where it is.
+    is_left: bool,
 }
 
 impl AtomicFile {
@@ -54,7 +56,7 @@ impl AtomicFile {
             temporary.push(format!(".{number}.tmp"));
             let temporary = path.with_file_name(temporary);
             match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary) {
-                Ok(file) => return Ok(Self { file, temporary, path, before }),
+                Ok(file) => return Ok(Self { file, temporary, path, before, is_left: false }),
                 // Another thread's, or left behind by a process that was killed.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     number = number.wrapping_add(1);
@@ -89,7 +91,7 @@ impl AtomicFile {
     ///
     /// # Errors
     /// The errors of fsync(2) and rename(2); then nothing has changed at the path.
-    pub fn commit(self) -> io::Result<Option<io::Error>> {
+    pub fn commit(&self) -> io::Result<Option<io::Error>> {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
         Ok(self.sync_name())
@@ -100,7 +102,7 @@ impl AtomicFile {
     ///
     /// # Errors
     /// `AlreadyExists` where another file is there now; those of `commit`.
-    pub fn commit_unless_replaced(self) -> io::Result<Option<io::Error>> {
+    pub fn commit_unless_replaced(&self) -> io::Result<Option<io::Error>> {
         self.file.sync_all()?;
         let now = identity(&self.path)?;
         if now.is_some() && now != self.before {
@@ -111,6 +113,11 @@ impl AtomicFile {
             None => put(&self.temporary, &self.path)?,
         }
         Ok(self.sync_name())
+    }
+
+    /// Gives it up, and leaves it where it [is](Self::temporary).
+    pub fn leave(mut self) {
+        self.is_left = true;
     }
 
     fn sync_name(&self) -> Option<io::Error> {
@@ -188,6 +195,9 @@ impl Write for AtomicFile {
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
+        if self.is_left {
+            return;
+        }
         // Gone already after a commit.
         let _ = std::fs::remove_file(&self.temporary);
     }
@@ -265,6 +275,15 @@ mod tests {
         std::os::unix::fs::lchown(path("file"), Some(65533), None).unwrap();
         AtomicFile::create(path("file")).unwrap().commit().unwrap();
         assert_eq!(std::fs::read(path("file")).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_file_that_is_left_is_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = AtomicFile::create(directory.path().join("image")).unwrap();
+        let temporary = file.temporary().to_owned();
+        file.leave();
+        assert!(temporary.exists());
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //!  6 finish         FINs, windows; then everything is verified
 //! ```
 
+mod again;
 mod anew;
 mod bind;
 mod derived;
@@ -31,6 +32,7 @@ use crate::resume::Restored;
 use crate::save;
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
+use again::Again;
 use bind::{bind, connect};
 
 pub(crate) use anew::connect_anew;
@@ -63,6 +65,8 @@ pub struct Restore<'fd> {
     /// The buffers that the kernel has locked meanwhile, where it does not tell.
     locked: u32,
     report: Report,
+    /// The options of a socket that had the connection before.
+    again: Option<Again>,
 }
 
 impl<'fd> Restore<'fd> {
@@ -126,6 +130,7 @@ impl<'fd> Restore<'fd> {
             wire: None,
             reuse_address: false,
             report: Report::default(),
+            again: None,
         };
         steps.set_unbound()?;
         steps.make_room(buffers)?;
@@ -223,7 +228,9 @@ impl<'fd> Restore<'fd> {
     /// # Errors
     /// Refused: the state was not reached. System: the option.
     pub fn finish(mut self) -> Result<Restored<BorrowedFd<'fd>>> {
-        let completed = self.complete(&mut Injectors::default()).and_then(|info| self.restore_speed(info));
+        let completed = self
+            .complete(&mut Injectors::default())
+            .and_then(|info| self.set_again().and_then(|()| self.restore_speed(info)));
         let flow = completed.and_then(|()| self.flow()).map_err(|error| error.at("restore"))?;
         let Self { fd, control, reuse_address, report, .. } = self;
         Ok(Restored { control, flow, reuse_address, report, socket: fd })
@@ -233,7 +240,11 @@ impl<'fd> Restore<'fd> {
         let mut injectors = Injectors::default();
         self.set_options(flow)?;
         self.admit(&mut injectors, None)?;
-        self.seed(&mut injectors, flow).map(drop)
+        self.set_again_in_repair();
+        if !self.seed(&mut injectors, flow)? {
+            self.set_again_in_repair();
+        }
+        Ok(())
     }
 
     fn set_options(&mut self, flow: Flow) -> Result<()> {

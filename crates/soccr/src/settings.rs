@@ -23,7 +23,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::error::{Error, Result};
 use crate::fidelity::Fidelity;
@@ -183,6 +183,25 @@ impl Settings {
         self.get(SHUT_RD) == Some(&Value::Number(1))
     }
 
+    /// Sets again what a socket loses that is disconnected, as far as that can be set.
+    pub fn set_again(&self, socket: impl AsFd, local: SocketAddr) {
+        for stage in [Stage::InRepair, Stage::Injected, Stage::Last] {
+            self.apply(socket.as_fd(), stage, local, &mut Vec::new());
+        }
+    }
+
+    /// Takes off a socket, which has these options, those that would drop segments that play the peer's. Returns what it has lost.
+    pub(crate) fn unblock(&self, fd: BorrowedFd<'_>, local: SocketAddr) -> Self {
+        let was_taken_off = |(name, value): &&(Name, Value)| match name {
+            Name::Known(place) => {
+                let row = &TABLE[usize::from(*place)];
+                row.drops_segments() && row.applies(local) && row.clear(fd, value).is_ok()
+            }
+            Name::Unknown(_) => false,
+        };
+        Self(self.0.iter().filter(was_taken_off).cloned().collect())
+    }
+
     /// Sets the options of one stage, and adds to `skipped` what could not be set.
     pub(crate) fn apply(
         &self,
@@ -252,7 +271,7 @@ fn unreadable(row: &Row, error: io::Error) -> Error {
 #[derive(Debug)]
 pub(crate) struct Skipped {
     pub(crate) name: Cow<'static, str>,
-    error: io::Error,
+    pub(crate) error: io::Error,
     pub(crate) fidelity: Fidelity,
 }
 
@@ -307,6 +326,16 @@ impl Row {
                 Ok((!filter.is_empty()).then_some(Value::Bytes(filter)))
             }
             Kind::Md5Keys => Ok(None),
+        }
+    }
+
+    /// Makes the option what it is on a new socket.
+    fn clear(&self, fd: BorrowedFd<'_>, value: &Value) -> io::Result<()> {
+        match (self.kind, value) {
+            (Kind::Number { fresh: Some(fresh) }, _) => sockopt::set(fd, self.level, self.number, &fresh),
+            (Kind::Filter, _) => filter::detach(fd),
+            (Kind::Md5Keys, Value::Secret(keys)) => md5::remove(fd, keys),
+            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         }
     }
 

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::value_parser;
 use soccr::Lock;
 use soccr::connection::Flow;
@@ -20,7 +20,7 @@ use soccr_image::stream::Writer;
 
 use crate::command::restore::image::{left_behind, refuse_to_replace};
 use crate::descriptors;
-use crate::exit::{self, Exit};
+use crate::exit::{self, Coded, Exit};
 use crate::give::rescue::rescue;
 use crate::selection::Selection;
 use crate::signals::{Deaf, Unstoppable};
@@ -117,7 +117,7 @@ impl Save {
         let locker = Locker::new(Mode::HOLD)?;
         keeper.stop()?;
         let known = settled(known, &mut fail);
-        let (image, mut saved) = self.write(sink, known, &locker, &mut fail)?;
+        let (mut image, mut saved) = self.write(sink, known, &locker, &mut fail)?;
         let exit = match (saved.len(), failed) {
             (0, _) => return Ok(Exit::Failed),
             (_, 0) => Exit::Done,
@@ -126,7 +126,7 @@ impl Save {
         if self.keep {
             drop(saved);
             keeper.go_on()?;
-            return self.finish(image).map(|()| exit);
+            return self.finish(&mut image).map(|()| exit);
         }
         let flows: Vec<Flow> = saved.iter().map(|saved| saved.seat.flow()).collect();
         silence::begin(&flows, Duration::from_secs(self.silence))?;
@@ -134,24 +134,10 @@ impl Save {
         let _deaf = Deaf::begin();
         let taken =
             saved.iter_mut().try_for_each(|saved| saved.seat.let_go().with_context(|| saved.name.clone()));
-        if let Err(error) = taken.and_then(|()| self.finish(image)) {
-            for Saved { number, name, mut seat, .. } in saved {
-                // Without the keeper, it comes back all the same.
-                let _ = keeper.filling(number);
-                let is_back = seat.come_back();
-                let _ = keeper.filled(number);
-                if let Err(error) = is_back {
-                    exit::complain(&format!("{name}: {error}"));
-                } else if seat.is_adrift() {
-                    let (flow, stream) = (seat.flow(), seat.into_socket().into());
-                    let why = rescue([(flow, &stream)], &anyhow!("its process has lost it"));
-                    exit::complain(&format!("{name}: {}", exit::line(&why)));
-                }
-            }
-            silence::lift(&flows)?;
-            return Err(error);
+        match taken.and_then(|()| self.finish(&mut image)) {
+            Ok(()) => Ok(exit),
+            Err(error) => take_back(saved, image.into_inner(), keeper, error),
         }
-        Ok(exit)
     }
 
     /// Refuses --keep for connections that must not exist twice.
@@ -218,8 +204,9 @@ impl Save {
     }
 
     /// Ends the image, and gives the file its name.
-    fn finish(&self, image: Writer<Sink>) -> Result<()> {
-        let finish = || match image.finish()? {
+    fn finish(&self, image: &mut Writer<Sink>) -> Result<()> {
+        image.end().with_context(|| self.destination())?;
+        let mut finish = || match image.get_mut() {
             Sink::File(file) if self.force => Ok(file.commit()?),
             Sink::File(file) => Ok(file.commit_unless_replaced()?),
             // A slow reader can still read all of it.
@@ -237,6 +224,52 @@ impl Save {
 
     fn destination(&self) -> String {
         self.output.as_ref().map_or("standard output".into(), |path| path.display().to_string())
+    }
+}
+
+/// Puts connections back into their processes. Until they are there, the image may be all that there is of them; it stays for those that
+/// cannot be put back.
+fn take_back(saved: Vec<Saved>, image: Sink, mut keeper: impl Users, why: Error) -> Result<Exit> {
+    let (mut back, mut lost) = (Vec::with_capacity(saved.len()), 0);
+    for Saved { number, name, mut seat, .. } in saved {
+        // Without the keeper, it comes back all the same.
+        let _ = keeper.filling(number);
+        match seat.come_back() {
+            Ok(()) => {
+                let _ = keeper.filled(number);
+            }
+            Err(error) => {
+                // The keeper ends what is incomplete, in silence.
+                lost += 1;
+                exit::complain(&match image.temporary() {
+                    Some(file) => {
+                        format!("{name}: {error}; it is in {}: see `soccr restore`", file.display())
+                    }
+                    None => format!("{name}: it is lost: {error}"),
+                });
+                continue;
+            }
+        }
+        if seat.is_adrift() {
+            let (flow, stream) = (seat.flow(), seat.into_socket().into());
+            let reason = rescue([(flow, &stream)], &anyhow!("its process has lost it"));
+            exit::complain(&format!("{name}: {}", exit::line(&reason)));
+        } else {
+            back.push(seat.flow());
+        }
+    }
+    silence::lift(&back)?;
+    match (lost, image) {
+        (0, _) => Err(why),
+        (_, Sink::File(file)) => {
+            file.leave();
+            Err(why)
+        }
+        (count, Sink::Output(_)) => {
+            let what =
+                format!("{}; {count} connections could not be put back, and are lost", exit::line(&why));
+            Err(Coded(Exit::Lost, what).into())
+        }
     }
 }
 

@@ -2,10 +2,12 @@
 //! still.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
+use std::sync::Mutex;
+use std::thread;
 
 use rustix::net::sockopt::socket_reuseaddr;
 use rustix::process::{Pid, Signal, kill_process};
@@ -13,7 +15,8 @@ use soccr_lab::{Call, Lab, Side, run_and_kill, run_and_watch, wait_until};
 
 use crate::kill::*;
 use crate::programs::{
-    Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, installed, python, server, soccr,
+    Program, SOCCR, Said, ask, assert_runs, assert_unlocked, connect, descriptors, installed, python, server,
+    soccr,
 };
 use crate::targets::Answers;
 use crate::transfer::Move;
@@ -25,6 +28,7 @@ crate::tests![
     a_killed_keeper_costs_no_connection,
     what_is_half_put_back_does_not_come_to_life,
     what_a_save_has_half_put_back_does_not_come_to_life,
+    what_a_save_cannot_put_back_stays_silent_and_is_told,
 ];
 
 fn a_socket_does_not_stay_in_repair() {
@@ -205,9 +209,87 @@ fn what_a_save_has_half_put_back_does_not_come_to_life() {
     stays_silent(old, tell, client);
 }
 
+/// Reads to the end of its client, and has a filter from then on that drops every FIN, and that nothing takes off any more. Says something
+/// when it is told to.
+const LOCKED: &str = r#"
+import ctypes, socket, struct, sys
+connection = socket.create_server(("127.0.0.1", 7)).accept()[0]
+while connection.recv(100):
+    pass
+# The flags of the TCP header; BPF_LD, BPF_JMP, BPF_RET, BPF_RET.
+code = b"".join(struct.pack("HBBI", *step) for step in [(0x30, 0, 0, 13), (0x45, 0, 1, 1), (6, 0, 0, 0), (6, 0, 0, 0xffffffff)])
+buffer = ctypes.create_string_buffer(code, len(code))
+connection.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", 4, ctypes.addressof(buffer)))
+connection.setsockopt(socket.SOL_SOCKET, 44, 1)
+print("filtered", flush=True)
+sys.stdin.readline()
+connection.sendall(b"old")
+"#;
+
+/// The peer's FIN, which must be played to the socket, does not get through.
+fn what_a_save_cannot_put_back_stays_silent_and_is_told() {
+    if !installed("python3") {
+        return;
+    }
+    for to_file in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        let mut old = Program::start(python(LOCKED, &[]).stdin(Stdio::piped()).stderr(Stdio::null()));
+        let tell = old.0.stdin.take().unwrap();
+        let client = connect(([127, 0, 0, 1], 7));
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut said = [0; 9];
+        old.0.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+        let mut save = soccr(&["save", "--pid", &old.pid(), "--fd", &descriptors(&old.pid()).remove(0)]);
+        let complaints = Said::new();
+        save.stderr(complaints.output());
+        // Read until the connection leaves its socket; what comes then is the end of the image.
+        let (reader, writer) = std::io::pipe().unwrap();
+        let reader = Mutex::new(Some(reader));
+        match to_file {
+            true => save.arg("-o").arg(&image),
+            false => save.stdout(writer),
+        };
+        let code = thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_until("nobody is to read any more", || match &mut *reader.lock().unwrap() {
+                    Some(reader) if rustix::io::ioctl_fionread(&reader).unwrap() > 0 => {
+                        reader.read(&mut [0; 4096]).unwrap() == 0
+                    }
+                    reader => reader.is_none(),
+                });
+            });
+            let mut connects = 0;
+            run_and_watch(&mut save, |call| {
+                connects += u32::from(call.number == libc::SYS_connect);
+                if connects == 1 {
+                    reader.lock().unwrap().take();
+                    std::fs::write(&image, "another").unwrap();
+                }
+            })
+        });
+        let complaints = complaints.read();
+        assert_eq!(code, Some(if to_file { 1 } else { 4 }), "{complaints}");
+        if to_file {
+            let left = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path());
+            let left: Vec<_> = left.filter(|path| *path != image).collect();
+            assert!(
+                left.len() == 1 && complaints.contains(left[0].to_str().unwrap()),
+                "{left:?} {complaints}"
+            );
+        } else {
+            assert!(
+                complaints.contains("it is lost") && complaints.contains("did not arrive"),
+                "{complaints}"
+            );
+        }
+        stays_silent(old, tell, client);
+    }
+}
+
 /// The server looks at its connection and ends with an error, and its client hears nothing.
 fn stays_silent(mut old: Program, mut tell: ChildStdin, mut client: TcpStream) {
-    client.write_all(b"second").unwrap();
+    let _ = client.write_all(b"second");
     writeln!(tell).unwrap();
     wait_until("the server has an error", || old.0.try_wait().unwrap().is_some());
     client.set_nonblocking(true).unwrap();

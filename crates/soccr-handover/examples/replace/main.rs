@@ -11,18 +11,24 @@
 //!
 //! It numbers the lines that each client sends. The number goes along as the state of the connection, and half a line that
 //! has been read goes back in front of the queue. HERE is the process that gives everything away, THERE the one that is started
-//! later: another version of the program, or another program. Whoever may connect to the UNIX socket gets the clients.
+//! later: another version of the program, or another program. On the same host the listener goes along, so that nobody who connects meanwhile
+//! is refused or reset. Whoever may connect to the UNIX socket gets the clients.
 
 mod tls;
 
 use std::error::Error;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use rustls::ServerConfig;
 use soccr_handover::{Mover, Outcome, Terms};
 
@@ -46,23 +52,61 @@ fn main() -> Result<()> {
         _ => None,
     };
     let mover = Mover::new()?;
-    // Before the predecessor closes its own, so that nobody is refused in between.
-    let listener = listen(address.parse()?)?;
-    let mut clients = match UnixStream::connect(&path) {
-        Ok(channel) => take_over(&mover, channel)?,
-        Err(_) => Vec::new(),
+    let address = address.parse()?;
+    let (listener, mut clients) = match UnixStream::connect(&path) {
+        Ok(channel) => {
+            let theirs = receive_listener(&channel)?;
+            // Where the predecessor is on another host, or in another network, its listener is of no use.
+            let listener = match listen(address) {
+                Err(error) if error.kind() == ErrorKind::AddrInUse => theirs,
+                ours => ours?,
+            };
+            (listener, take_over(&mover, channel))
+        }
+        Err(_) => (listen(address)?, Vec::new()),
     };
     let _ = std::fs::remove_file(&path);
     let control = UnixListener::bind(&path)?;
     println!("serving {} clients", clients.len());
-    loop {
-        let channel = serve(&listener, encryption.as_ref(), &control, &mut clients)?;
+    let mut listeners = Some((listener, control));
+    while let Some(channel) = serve(listeners.as_ref(), encryption.as_ref(), &mut clients)? {
+        // Clients that connect from here on wait until the successor accepts them.
+        let listener = listeners.as_ref().map(|(listener, _)| listener);
+        if let Err(error) = listener.map_or(Ok(()), |listener| send_listener(&channel, listener)) {
+            eprintln!("the successor is gone: {error}");
+            continue;
+        }
+        let count = clients.len();
         clients = give_away(&mover, channel, clients);
-        if clients.is_empty() {
-            println!("given away");
-            return Ok(());
+        if clients.is_empty() || clients.len() < count {
+            // The successor listens. Those who stay are served as long as they want.
+            listeners = None;
         }
     }
+    println!("given away");
+    Ok(())
+}
+
+/// HERE: the successor listens with the same socket. With one of its own, it would lose clients that this one has not accepted.
+fn send_listener(channel: &UnixStream, listener: &TcpListener) -> std::io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [listener.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)), "there is room for it");
+    sendmsg(channel, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// THERE: the listener of the predecessor.
+fn receive_listener(channel: &UnixStream) -> Result<TcpListener> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(channel, &mut [IoSliceMut::new(&mut [0])], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let descriptor = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    Ok(descriptor.ok_or("the predecessor is of another version")?.into())
 }
 
 /// HERE: the successor gets all clients. Returns those that stay.
@@ -90,7 +134,7 @@ fn give_away(mover: &Mover, mut channel: UnixStream, clients: Vec<Client>) -> Ve
 }
 
 /// THERE: takes over what comes, until the predecessor closes the channel.
-fn take_over(mover: &Mover, channel: UnixStream) -> Result<Vec<Client>> {
+fn take_over(mover: &Mover, channel: UnixStream) -> Vec<Client> {
     // A state of another version is served best by whoever has it.
     let terms = Terms::default().accept_if(|offer| match offer.state.len() {
         8 => Ok(()),
@@ -98,30 +142,45 @@ fn take_over(mover: &Mover, channel: UnixStream) -> Result<Vec<Client>> {
     });
     let mut arriving = mover.listen_for(channel, terms);
     let mut clients = Vec::new();
-    while let Some(arrived) = arriving.next()? {
-        let lines = u64::from_le_bytes(arrived.state().try_into()?);
-        clients.push(Client { stream: arrived.into_stream()?, lines, half: Vec::new() });
+    loop {
+        match arriving.next() {
+            Ok(Some(arrived)) => {
+                let lines = u64::from_le_bytes(arrived.state().try_into().expect("it is of our version"));
+                match arrived.into_stream() {
+                    Ok(stream) => clients.push(Client { stream, lines, half: Vec::new() }),
+                    Err(error) => eprintln!("lost: {error}"),
+                }
+            }
+            Ok(None) => return clients,
+            Err(error) => {
+                // Those that have come are ours.
+                eprintln!("the predecessor: {error}");
+                return clients;
+            }
+        }
     }
-    Ok(clients)
 }
 
-/// Serves until a successor comes.
+/// Serves until a successor comes or, where nobody listens any more, until all clients have gone.
 fn serve(
-    listener: &TcpListener,
+    listeners: Option<&(TcpListener, UnixListener)>,
     encryption: Option<&Arc<ServerConfig>>,
-    control: &UnixListener,
     clients: &mut Vec<Client>,
-) -> Result<UnixStream> {
-    loop {
-        let mut events = vec![PollFd::new(control, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        events.extend(clients.iter().map(|client| PollFd::new(&client.stream, PollFlags::IN)));
+) -> Result<Option<UnixStream>> {
+    while listeners.is_some() || !clients.is_empty() {
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut events: Vec<_> = clients.iter().map(|client| watch(client.stream.as_fd())).collect();
+        if let Some((listener, control)) = listeners {
+            events.extend([watch(listener.as_fd()), watch(control.as_fd())]);
+        }
         poll(&mut events, None)?;
         let ready: Vec<bool> = events.iter().map(|event| !event.revents().is_empty()).collect();
-        let mut served = ready[2..].iter();
+        let mut served = ready.iter();
         clients.retain_mut(|client| match served.next() {
             Some(true) => client.answer().is_ok(),
             _ => true,
         });
+        let Some((listener, control)) = listeners else { continue };
         // Those that wait to be accepted are ours, too.
         while let Ok((stream, _)) = listener.accept() {
             if let Some(Err(error)) = encryption.map(|configuration| tls::accept(configuration, &stream)) {
@@ -131,10 +190,11 @@ fn serve(
             stream.set_nonblocking(true)?;
             clients.push(Client { stream, lines: 0, half: Vec::new() });
         }
-        if ready[0] {
-            return Ok(control.accept()?.0);
+        if ready.last() == Some(&true) {
+            return Ok(Some(control.accept()?.0));
         }
     }
+    Ok(None)
 }
 
 impl Client {
@@ -156,15 +216,8 @@ impl Client {
     }
 }
 
-/// A listener beside which another process can listen.
-fn listen(address: SocketAddr) -> Result<TcpListener> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    sockopt::set_socket_reuseport(&socket, true)?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, 128)?;
-    let listener = TcpListener::from(socket);
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let listener = TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }

@@ -120,12 +120,16 @@ pub fn tracer(pid: Pid) -> Option<String> {
     Some(format!("pid {tracer} ({})", name(tracer).unwrap_or_default()))
 }
 
+/// The parent of a process; none where that is not visible.
+pub(super) fn parent(pid: Pid) -> io::Result<Option<Pid>> {
+    Ok(status(pid, "PPid")?.and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw))
+}
+
 /// The descendants of a process.
 pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
     let mut family = vec![pid];
     for process in all()? {
-        let parent = status(process, "PPid").with_context(|| format!("pid {process}: its status"))?;
-        let parent = parent.and_then(|parent| parent.parse().ok()).and_then(Pid::from_raw);
+        let parent = parent(process).with_context(|| format!("pid {process}: its status"))?;
         // Parents mostly have smaller numbers: then they have been found already.
         if parent.is_some_and(|parent| family.contains(&parent)) {
             family.push(process);

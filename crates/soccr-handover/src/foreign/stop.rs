@@ -97,27 +97,34 @@ impl Stopped {
         }
     }
 
-    /// Whether there were new ones.
+    /// Whether there were new ones. The child of a process that may still run has to wait: were it stopped in vfork(2), before it has begun
+    /// its own program, its parent could not stop.
     fn seize_new_threads(&mut self, processes: &[Pid]) -> Result<bool> {
-        let mut found = false;
+        let mut new = BTreeMap::new();
         for pid in processes {
-            for id in process::threads(*pid).with_context(|| format!("pid {pid}"))? {
-                if self.threads.contains_key(&id.as_raw_pid()) {
-                    continue;
-                }
-                match sys::seize(id) {
-                    Ok(()) => {}
-                    // It has just ended.
-                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) || process::has_ended(id) => {
-                        continue;
-                    }
-                    Err(error) => return Err(refused(*pid, error)),
-                }
-                self.threads.insert(id.as_raw_pid(), Thread { id, state: State::Running });
-                found = true;
+            let mut threads = process::threads(*pid).with_context(|| format!("pid {pid}"))?;
+            threads.retain(|id| !self.threads.contains_key(&id.as_raw_pid()));
+            if !threads.is_empty() {
+                new.insert(pid.as_raw_pid(), (*pid, threads));
             }
         }
-        Ok(found)
+        for (pid, threads) in new.values() {
+            let parent = if new.len() > 1 { process::parent(*pid).ok().flatten() } else { None };
+            if parent.is_some_and(|parent| new.contains_key(&parent.as_raw_pid())) {
+                continue;
+            }
+            for id in threads {
+                let state = match sys::seize(*id) {
+                    Ok(()) => State::Running,
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) || process::has_ended(*id) => {
+                        State::Gone
+                    }
+                    Err(error) => return Err(refused(*pid, error)),
+                };
+                self.threads.insert(id.as_raw_pid(), Thread { id: *id, state });
+            }
+        }
+        Ok(!new.is_empty())
     }
 }
 

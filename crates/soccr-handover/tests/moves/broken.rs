@@ -1,11 +1,13 @@
 //! What breaks on the way: who has the connection then.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex};
 
-use soccr_image::stream::Message;
+use soccr::diag::Diag;
+use soccr_image::stream::{Decoded, Decoder, Message};
 
 use super::untrusted::here;
 use super::*;
@@ -447,4 +449,99 @@ pub fn a_target_that_is_not_heard_tells_what_is_lost() {
     drop(arriving);
     assert_eq!(told.try_iter().collect::<Vec<_>>(), [("lost", 1)]);
     assert_alive(&ours[0], &peers[0]);
+}
+
+/// Whoever asks once more after an error is not kept waiting.
+pub fn after_an_error_nothing_more_is_waited_for() {
+    let (here, there) = UnixStream::pair().unwrap();
+    let mover = Mover::new().unwrap();
+    let mut arriving = mover.listen(there);
+    let mut writer = soccr_image::stream::Writer::new(&here).unwrap();
+    let begin = Message::Begin { connections: 1, answers: true, notes: false, place: None, steered: None };
+    writer.send(&begin).unwrap();
+    drop(here);
+    assert_eq!(arriving.next().unwrap_err().kind(), ErrorKind::Gone);
+    assert!(arriving.next().unwrap().is_none());
+}
+
+/// The connections come back, and the program goes on.
+pub fn a_listener_that_panics_ends_nothing_else() {
+    let (ours, peers) = connect(2);
+    let (mut here, _there) = UnixStream::pair().unwrap();
+    let mut limits = Limits::default();
+    limits.start = Duration::from_millis(50);
+    let mover = Mover::with(limits).unwrap().on_event(|event| {
+        if let Event::Settled { .. } = event {
+            panic!("as a test wants it");
+        }
+    });
+    let departing: Vec<_> = ours.into_iter().map(|stream| mover.take(stream).unwrap()).collect();
+    let sent = catch_unwind(AssertUnwindSafe(|| mover.send_all(departing, &mut here)));
+    assert!(sent.is_err());
+    let back = mover.came_back();
+    assert_eq!(back.len(), 2);
+    for (back, peer) in back.iter().zip(&peers) {
+        assert_alive(&back.value, peer);
+    }
+}
+
+/// Looks at a connection whenever the target is about to say that it has it.
+struct Watched {
+    channel: UnixStream,
+    decoder: Decoder,
+    /// How much has been written, and decoded.
+    bytes: (usize, usize),
+    flow: Flow,
+    unread: Arc<Mutex<Option<u32>>>,
+}
+
+impl Channel for Watched {
+    fn exchange(
+        &mut self,
+        output: &[u8],
+        input: &mut [u8],
+        deadline: Option<Instant>,
+    ) -> io::Result<Exchanged> {
+        let (written, decoded) = self.bytes;
+        self.decoder.feed(&output[(decoded - written).min(output.len())..]);
+        self.bytes.1 = decoded.max(written + output.len());
+        loop {
+            match self.decoder.decode().unwrap() {
+                Decoded::Message(Message::Taken { .. }) => {
+                    let Flow { local, remote } = self.flow;
+                    let unread = Diag::open().unwrap().find(local, remote, |socket| socket.receive_queue);
+                    *self.unread.lock().unwrap() = unread.unwrap();
+                }
+                Decoded::Incomplete | Decoded::End => break,
+                _ => {}
+            }
+        }
+        let exchanged = self.channel.exchange(output, input, deadline)?;
+        self.bytes.0 += exchanged.written;
+        Ok(exchanged)
+    }
+}
+
+/// To deliver what was held may take long where a firewall swallows it. The source waits, and those who use its sockets stand still.
+pub fn who_has_taken_it_says_so_before_it_goes_on() {
+    let (mut ours, peers) = connect(1);
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let unread = Arc::new(Mutex::new(None));
+    let watched = Watched {
+        channel: there,
+        decoder: Decoder::new(),
+        bytes: (0, 0),
+        flow: Flow::of(&ours[0]).unwrap(),
+        unread: Arc::clone(&unread),
+    };
+    let peer = peers[0].try_clone().unwrap();
+    // While the connection is locked.
+    let terms =
+        Terms::default().accept_if(move |_| (&peer).write_all(b"held").map_err(|error| error.to_string()));
+    let listening = listen(watched, terms);
+    assert!(Mover::new().unwrap().take(ours.remove(0)).unwrap().send(&mut here).is_moved());
+    drop(here);
+    let ours = listening.join().unwrap().pop().unwrap().into_stream().unwrap();
+    assert_eq!(*unread.lock().unwrap(), Some(0));
+    assert_eq!(read(&ours, 4), b"held");
 }

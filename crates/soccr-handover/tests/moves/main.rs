@@ -26,15 +26,19 @@ use soccr_lab::{Flags, LIMIT, Lab, Lan, Namespace, Side, Sniffer, blocked_signal
 use broken::{
     a_channel_that_breaks_behind_the_commit_leaves_no_certainty,
     a_commit_that_cannot_have_been_read_is_taken_back, a_commit_that_may_have_been_read_is_not_taken_back,
+    a_listener_that_panics_ends_nothing_else,
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
     a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
-    what_has_arrived_does_not_wait_for_a_silent_source,
+    after_an_error_nothing_more_is_waited_for, what_has_arrived_does_not_wait_for_a_silent_source,
+    who_has_taken_it_says_so_before_it_goes_on,
 };
-use seat::{a_handshake_comes_back, what_a_disconnect_clears_comes_back};
+use seat::{
+    a_handshake_comes_back, what_a_disconnect_clears_comes_back, what_lets_in_the_peer_alone_is_no_obstacle,
+};
 use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_stays_silent};
-use stop::a_thread_that_does_not_stop_holds_no_other_up;
+use stop::{a_child_in_vfork_goes_on_until_its_parent_stops, a_thread_that_does_not_stop_holds_no_other_up};
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::{
     a_state_that_nobody_takes_is_not_kept, nobody_learns_the_place_of_a_target,
@@ -65,14 +69,19 @@ soccr_lab::tests![
     a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost,
     what_has_arrived_does_not_wait_for_a_silent_source,
+    after_an_error_nothing_more_is_waited_for,
+    a_listener_that_panics_ends_nothing_else,
+    who_has_taken_it_says_so_before_it_goes_on,
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,
     a_handshake_comes_back,
     what_a_disconnect_clears_comes_back,
+    what_lets_in_the_peer_alone_is_no_obstacle,
     a_silence_begins_again,
     what_does_not_come_home_stays_silent,
     silences_do_not_end_each_other,
     a_thread_that_does_not_stop_holds_no_other_up,
+    a_child_in_vfork_goes_on_until_its_parent_stops,
     with_kernel_tls_it_moves_with_its_session,
     with_kernel_tls_what_is_refused_goes_on,
     nobody_learns_the_place_of_a_target,

@@ -201,6 +201,11 @@ impl<W: Write> Writer<W> {
         &mut self.writer
     }
 
+    /// Gives the writer back, whether the stream has an end or not.
+    pub fn into_inner(self) -> W {
+        self.writer
+    }
+
     /// Writes the end of the stream, flushes, and gives the writer back.
     ///
     /// # Errors

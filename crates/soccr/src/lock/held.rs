@@ -1,11 +1,13 @@
 //! Packets that were held back, and how they reach the connection after all.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use super::replay::Replay;
 use crate::connection::{Flow, State};
 use crate::error::{Error, Result};
 use crate::segment::{Checksum, Parsed, Run};
+use crate::sys::namespace::Recently;
 use crate::sys::raw::{Injectors, Via, bound_interface};
 use crate::sys::sockopt;
 use crate::{conntrack, fin, save};
@@ -20,6 +22,12 @@ pub struct Held {
     /// packets that were overtaken on the way are put back into their place.
     pub packets: Vec<Vec<u8>>,
 }
+
+/// After packets were swallowed, a while without waiting for others.
+const REST: Duration = Duration::from_secs(1);
+
+/// Packets were swallowed.
+static SWALLOWED: Recently = Recently::within(REST);
 
 impl Held {
     /// Hands the packets to the connection as if they had just arrived, in their order. Returns how many.
@@ -55,7 +63,10 @@ impl Held {
         replay.packets(&way, runs, None)?;
         let count = replay.finish(&way)?;
         let arrived = || Ok((segments_in(socket)? != before).then_some(()));
-        if count > 0 && fin::wait_for(fin::ARRIVAL, arrived)?.is_none() {
+        // To wait once is enough: whoever swallows packets does so with every connection.
+        let limit = if SWALLOWED.holds_at(socket) { Duration::ZERO } else { fin::ARRIVAL };
+        if count > 0 && fin::wait_for(limit, arrived)?.is_none() {
+            SWALLOWED.note_at(socket);
             return Err(Error::refused(
                 "packets of the peer that did not arrive",
                 "let packets with the mark 0xC114 pass the firewall, from `lo` too",

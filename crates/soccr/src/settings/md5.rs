@@ -34,6 +34,16 @@ pub(super) fn set(fd: BorrowedFd<'_>, keys: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Removes every key of `keys`.
+pub(super) fn remove(fd: BorrowedFd<'_>, keys: &[u8]) -> io::Result<()> {
+    let mut keys = keys.to_vec();
+    for key in keys.as_chunks_mut::<REPORTED>().0 {
+        // A key without a length is none.
+        key[2..4].fill(0);
+    }
+    set(fd, &keys)
+}
+
 /// Has every key for the address `old` count for `new` alone, unless it does already.
 pub(super) fn move_to(keys: &mut [u8], old: IpAddr, new: IpAddr) {
     for key in keys.as_chunks_mut::<REPORTED>().0 {

@@ -219,6 +219,12 @@ impl Row {
         }
     }
 
+    /// Segments that play the peer's may not pass it.
+    pub(crate) fn drops_segments(&self) -> bool {
+        matches!(self.kind, Kind::Filter | Kind::Md5Keys)
+            || ["IP_MINTTL", "IPV6_MINHOPCOUNT"].contains(&self.name)
+    }
+
     /// Neither another option nor the route changes it: `IP_TOS` sets the priority, and a route may have a hop limit.
     pub(crate) fn stands_alone(&self) -> bool {
         let depends = ["SO_PRIORITY", "IP_TTL", "IPV6_UNICAST_HOPS"].contains(&self.name);

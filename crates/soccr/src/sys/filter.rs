@@ -6,6 +6,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use super::sockopt;
+
 /// `struct sock_filter`: a code, two jumps and an operand.
 const INSTRUCTION: usize = 8;
 
@@ -55,4 +57,9 @@ pub(crate) fn attach(fd: BorrowedFd<'_>, filter: &[u8]) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Takes the filter off.
+pub(crate) fn detach(fd: BorrowedFd<'_>) -> io::Result<()> {
+    sockopt::set(fd, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &0)
 }

@@ -16,8 +16,8 @@ use rustix::process::{
 use soccr::lock::{Locker, Mode, PersistentLock};
 use soccr::{ErrorKind, Flow, Lock};
 use soccr_lab::{
-    Family, Faults, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, harness,
-    skip, supervised, sysctl, wait_until,
+    Family, Faults, Flags, Host, LIMIT, Lab, Pair, Side, Sniffer, State, TcpInfo, Test, as_owner, calls_of,
+    harness, skip, supervised, sysctl, wait_until,
 };
 
 fn main() -> ExitCode {
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         }),
         Test::new("reverse_paths_are_checked", || moves_beside("")),
         Test::new("a_firewall_that_swallows_our_mark_is_named", a_firewall_that_swallows_our_mark_is_named),
+        Test::new("what_is_swallowed_is_waited_for_once", what_is_swallowed_is_waited_for_once),
         Test::new(
             "a_rule_that_takes_our_mark_away_brings_nothing_twice",
             a_rule_that_takes_our_mark_away_brings_nothing_twice,
@@ -359,6 +360,28 @@ fn a_firewall_that_swallows_our_mark_is_named() {
     let error = behind.move_on().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
     assert!(error.to_string().contains("0xC114"), "{error}");
+}
+
+/// Many connections would otherwise be silent one after the other.
+fn what_is_swallowed_is_waited_for_once() {
+    let rules = "chain input { type filter hook input priority 0; meta mark 0xC114 drop; }";
+    let Some(mut behind) = Behind::firewall(rules) else { return };
+    expect(&mut behind.ours, b"unread");
+    let flow = Flow::of(&behind.ours).unwrap();
+    let lock = behind.pair.b.run(|| Lock::hold(&[flow]).unwrap());
+    behind.peer.write_all(b"held").unwrap();
+    wait_until("it is held", || lock.held() > 0);
+    let held = lock.take().unwrap().remove(0);
+    let (pair, ours) = (&behind.pair, &behind.ours);
+    let replay = || {
+        let calls = calls_of(&[libc::SYS_getsockopt], || {
+            let error = pair.b.run(|| held.replay(ours)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+        });
+        calls.len()
+    };
+    let first = replay();
+    wait_until("it is not waited for again", || 10 * replay() < first);
 }
 
 /// As hosts with two providers or a tunnel have it. What is given back meets the lock once more.
