@@ -5,6 +5,7 @@ mod devices;
 #[path = "../lock/firewall.rs"]
 mod firewall;
 mod homecoming;
+mod listed;
 mod moves;
 mod tables;
 mod traffic;
@@ -54,6 +55,8 @@ fn main() -> ExitCode {
         devices::made_anew_ingress,
         devices::made_anew_egress,
         devices::made_anew_towards_the_old_host,
+        listed::by_nft_on_one_network,
+        listed::by_nft_with_tunnels,
         delivery::numbers_of_others_are_refused,
         delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,
