@@ -45,7 +45,8 @@ const PATIENCE: Duration = Duration::from_millis(2);
 /// How long a batch waits for the source to read that it is taken. Where a firewall swallows what is delivered to it, it takes long to go on.
 const FIRST_WORDS: Duration = Duration::from_millis(2);
 
-/// How long the source may take to say END behind the last connection: it has nothing else to do.
+/// How long the source may take to say END behind the last connection, and a source without answers to close the channel or to begin
+/// another stream: it has nothing else to do.
 const PARTING: Duration = Duration::from_secs(1);
 
 /// A connection that has been read.
@@ -179,6 +180,8 @@ pub(crate) struct Arrival {
     has_said_all: bool,
     /// Bytes have come.
     has_begun: bool,
+    /// Another stream has come before this one: nobody needs to send one more.
+    is_behind: bool,
     /// The source has said END.
     is_complete: bool,
     error: Option<Error>,
@@ -223,9 +226,21 @@ impl Arrival {
             tried: 0,
             has_said_all: false,
             has_begun: false,
+            is_behind: false,
             is_complete: false,
             error: None,
         }
+    }
+
+    /// The same for what may come right behind another stream.
+    pub(crate) fn behind_another(mut self) -> Self {
+        self.is_behind = true;
+        self
+    }
+
+    /// Whether the source of this stream reads no answers.
+    pub(crate) fn is_one_way(&self) -> bool {
+        self.has_begun && self.writer.is_none()
     }
 
     /// The next connection that lives.
@@ -440,6 +455,9 @@ impl Arrival {
 
     /// How long the source may be silent, where nobody else limits that.
     fn silence(&self) -> Option<Duration> {
+        if self.is_behind && !self.has_begun && !self.is_over() {
+            return Some(PARTING);
+        }
         if !self.terms.leaves_end || self.landed.is_empty() || self.is_over() {
             return None;
         }

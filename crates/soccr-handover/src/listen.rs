@@ -96,15 +96,28 @@ impl Mover {
         Arriving { mover: self.clone(), terms, channel, engine, input, is_open: true, is_over: false }
     }
 
-    /// Takes in all connections of one stream. The caller has to say its last word: the source waits for that.
+    /// Takes in all connections of one stream, and of those right behind it that hear no answers: their sources cannot be told that
+    /// nobody reads on. The caller has to say its last word: a source that hears answers waits for that.
     pub fn receive_all(&self, channel: &mut impl Channel, mut terms: Terms) -> Received {
         terms.leaves_end = true;
-        let mut engine = Arrival::new(Arc::clone(&self.shared), terms);
-        drive::run(&mut engine, channel);
-        let mut landed: Vec<Landed> = std::iter::from_fn(|| engine.landed()).collect();
-        landed.sort_by_key(|landed| landed.number);
+        let mut engine = Arrival::new(Arc::clone(&self.shared), terms.clone());
+        let mut landed: Vec<Landed> = Vec::new();
+        let outcome = loop {
+            drive::run(&mut engine, channel);
+            let before = landed.len();
+            landed.extend(std::iter::from_fn(|| engine.landed()));
+            landed[before..].sort_by_key(|landed| landed.number);
+            match engine.next_stream(engine.is_one_way()) {
+                Ok(Some(rest)) => {
+                    terms.room = engine.room();
+                    engine = Arrival::new(Arc::clone(&self.shared), terms.clone()).behind_another();
+                    engine.feed(&rest);
+                }
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
         let end = engine.last_words();
-        let outcome = engine.next_stream(false).map(drop);
         let was_trial = engine.was_trial();
         Received { was_trial, arrived: landed.into_iter().map(Arrived::new).collect(), outcome, end }
     }

@@ -1,7 +1,7 @@
 //! `soccr inspect`: an image for people.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -10,13 +10,14 @@ use soccr::Connection;
 use soccr_image::criu::{Directory, Protocol};
 use soccr_image::stream::{Message, Reader};
 
+use crate::command::restore::image::behind;
 use crate::exit::{self, Exit};
 use crate::show::describe::{self, Data};
 use crate::show::table::printable;
 
 /// Show what is in an image: addresses, state, options, and a drawing of the sequence spaces
 ///
-/// Understands the images of soccr, with one connection or many, and directories of CRIU images. Damaged and contradictory
+/// Understands the images of soccr, with one connection or many, also several images one behind the other, and directories of CRIU images. Damaged and contradictory
 /// connections are shown as far as they can be read.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -73,13 +74,25 @@ impl Inspect {
 }
 
 /// The connections of an image, and the part that could not be read.
-fn read_stream(reader: impl Read) -> Result<(Vec<Found>, Vec<anyhow::Error>)> {
+fn read_stream(reader: impl BufRead) -> Result<(Vec<Found>, Vec<anyhow::Error>)> {
     let mut reader = Reader::new(reader)?.without_validation();
     let (mut all, mut failed) = (Vec::<Found>::new(), Vec::new());
     let mut numbers = Vec::new();
+    // Each image has its own numbers.
+    let mut first = 0;
     loop {
         match reader.receive() {
-            Ok(None) => break,
+            Ok(None) => match behind(reader) {
+                Ok(Some(next)) => {
+                    (reader, first) = (next.without_validation(), all.len());
+                    numbers.clear();
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    failed.push(error);
+                    break;
+                }
+            },
             Ok(Some(Message::Connection { id, name, connection })) => {
                 if let Err(error) = connection.validate() {
                     failed.push(anyhow::Error::new(error).context(format!("connection {id}")));
@@ -89,7 +102,7 @@ fn read_stream(reader: impl Read) -> Result<(Vec<Found>, Vec<anyhow::Error>)> {
             }
             Ok(Some(Message::Held { connection, packets })) => {
                 if let Some(at) = numbers.iter().position(|id| *id == connection) {
-                    all[at].held_packets += packets.len();
+                    all[first + at].held_packets += packets.len();
                 }
             }
             Ok(Some(_)) => {}

@@ -38,6 +38,7 @@ Examples:
   soccr restore c.soccr --stdio -- cat              as standard input and output
   soccr restore c.soccr --send-fd /run/server.sock  to a process that waits for it
   soccr restore c.soccr --adopt                     to the server that listens on its port
+  cat soccr-rescued-*.soccr | soccr restore -- ./server
   soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server"
 )]
 pub(crate) struct Restore {

@@ -2,7 +2,7 @@
 
 mod pipe;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -87,8 +87,8 @@ struct Saved {
 
 impl Save {
     pub(crate) fn run(&self) -> Result<Exit> {
-        if self.output.is_none() && std::io::stdout().is_terminal() {
-            bail!("an image is not for a terminal: name a file by -o, or use `soccr inspect`");
+        if self.output.is_none() {
+            descriptors::check_output(!self.keep, "name a file by -o")?;
         }
         descriptors::raise_limit();
         let mut failed = 0;

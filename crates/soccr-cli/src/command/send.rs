@@ -4,7 +4,6 @@ mod backlog;
 mod dry_run;
 mod via;
 
-use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -102,8 +101,8 @@ pub(crate) struct Send {
 
 impl Send {
     pub(crate) fn run(&self) -> Result<Exit> {
-        if self.via.is_none() && std::io::stdout().is_terminal() {
-            bail!("connections are not for a terminal: pipe them into `soccr receive`, or name it by --via");
+        if self.via.is_none() {
+            descriptors::check_output(true, "pipe them into `soccr receive`, or name it by --via")?;
         }
         check_hops(&self.steer)?;
         if self.listener {

@@ -28,6 +28,7 @@ mod relay;
 mod rescue;
 mod save;
 mod servers;
+mod several;
 mod states;
 mod steered;
 mod steered_ways;
@@ -56,6 +57,7 @@ fn main() -> std::process::ExitCode {
         images::tests(),
         save::tests(),
         servers::tests(),
+        several::tests(),
         states::tests(),
         transfer::tests(),
         targets::tests(),

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
-    HEIR, Program, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed, json,
+    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed, json,
     python, run, server, soccr, succeed,
 };
 
@@ -16,6 +16,7 @@ crate::tests![
     a_list_stops_quietly_when_nobody_reads,
     a_connection_goes_to_another_program,
     a_connection_that_is_kept_goes_on,
+    nothing_leaves_for_an_output_that_keeps_nothing,
     a_program_gets_it_as_standard_input_and_output,
     a_waiting_process_gets_the_descriptor,
     both_ends_move_to_other_addresses,
@@ -118,6 +119,35 @@ fn a_connection_that_is_kept_goes_on() {
         assert_eq!(ask(&mut client, text, ""), text);
     }
     assert_unlocked();
+}
+
+/// The Rust runtime opens `/dev/null` where standard output is closed.
+fn nothing_leaves_for_an_output_that_keeps_nothing() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", ""), "one");
+    for output in [">&-", ">/dev/null", ">/dev/zero"] {
+        for command in ["save", "send"] {
+            let line = format!("exec {SOCCR} {command} --pid {} --all --with-local {output}", server.pid());
+            let output = Command::new("sh").args(["-c", &line]).output().unwrap();
+            let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{line}: {complaint}");
+            assert!(complaint.contains("standard output is closed"), "{line}: {complaint}");
+            assert_eq!(ask(&mut client, "more", ""), "more");
+        }
+    }
+    // What stays is not lost, and what has another way does not need this one.
+    let all = ["--pid", &server.pid(), "--all", "--with-local"];
+    let mut save = soccr(&[&["save", "--keep"], &all[..]].concat());
+    assert!(save.stdout(Stdio::null()).status().unwrap().success());
+    assert_eq!(ask(&mut client, "kept", ""), "kept");
+    let via = format!("{SOCCR} receive --stdio -- cat");
+    let mut send = soccr(&[&["send", "--via", &via], &all[..]].concat());
+    assert!(send.stdout(Stdio::null()).status().unwrap().success());
+    assert_eq!(ask(&mut client, "two", ""), "two");
 }
 
 fn a_program_gets_it_as_standard_input_and_output() {

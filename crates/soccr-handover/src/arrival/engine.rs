@@ -128,7 +128,7 @@ impl Engine for Arrival {
             self.is_unheard();
         }
         if self.silence.is_some_and(|until| until <= now) {
-            match self.machine.is_settled() {
+            match self.machine.is_settled() || !self.has_begun {
                 true => self.complete(),
                 false => self.give_up(Error::new(ErrorKind::Late, "the source says nothing more")),
             }

@@ -170,18 +170,18 @@ impl<'m, 'b> Expressions<'m, 'b> {
         self.equals(&[kind]);
     }
 
-    /// Goes on for packets to this address, which decides the family.
+    /// Goes on for packets to this address. In tables of its address family alone.
     pub(crate) fn is_to(&mut self, address: IpAddr) {
         self.has_address(address, [16, 24]);
     }
 
-    /// Goes on for packets from this address.
+    /// Goes on for packets from this address. In tables of its address family alone.
     pub(crate) fn is_from(&mut self, address: IpAddr) {
         self.has_address(address, [12, 8]);
     }
 
     fn has_address(&mut self, address: IpAddr, [in_ipv4, in_ipv6]: [u32; 2]) {
-        self.is_ipv6(address.is_ipv6());
+        // The table says the family. Where a rule of such a table says it again, nft 1.0.6 aborts when it lists the rules.
         let mut load = |offset, octets: &[u8]| {
             let length = octets.len() as u32;
             self.load(Load { base: NETWORK_HEADER, offset, length, register: FIRST_REGISTER });

@@ -5,6 +5,7 @@ mod devices;
 #[path = "../lock/firewall.rs"]
 mod firewall;
 mod homecoming;
+mod listed;
 mod moves;
 mod tables;
 mod traffic;
@@ -59,6 +60,8 @@ fn main() -> ExitCode {
         devices::by_another_device_than_has_the_address,
         devices::from_the_host_that_steers_here,
         devices::from_two_hosts_at_once,
+        listed::by_nft_on_one_network,
+        listed::by_nft_with_tunnels,
         delivery::numbers_of_others_are_refused,
         delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,

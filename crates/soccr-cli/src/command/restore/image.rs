@@ -1,7 +1,7 @@
 //! Images in files, and what a killed `soccr save` has left behind.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufReader, ErrorKind, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -146,7 +146,7 @@ fn gone(saved: Saved, mut lives: impl FnMut(&Connection)) -> Result<Saved> {
     Ok(gone)
 }
 
-/// Reads an image to its end.
+/// Reads an image to its end, or several that come one behind the other, as from cat(1).
 fn all_of(source: impl Read) -> Result<Saved> {
     let mut connections = Vec::new();
     read_into(&mut connections, source)?;
@@ -155,13 +155,27 @@ fn all_of(source: impl Read) -> Result<Saved> {
 
 fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
     let mut reader = Reader::new(BufReader::new(source))?;
-    while let Some(message) = reader.receive()? {
-        match message {
-            Message::Connection { name, connection, .. } => connections.push((name, connection)),
-            // Only a hand-over has a recipient for states.
-            Message::State { critical: false, .. } => {}
-            _ => bail!("it is a hand-over, not an image: give it to `soccr receive`"),
+    loop {
+        while let Some(message) = reader.receive()? {
+            match message {
+                Message::Connection { name, connection, .. } => connections.push((name, connection)),
+                // Only a hand-over has a recipient for states.
+                Message::State { critical: false, .. } => {}
+                _ => bail!("it is a hand-over, not an image: give it to `soccr receive`"),
+            }
+        }
+        match behind(reader)? {
+            Some(next) => reader = next,
+            None => return Ok(()),
         }
     }
-    Ok(())
+}
+
+/// The image behind the end of this one, if anything is there.
+pub(crate) fn behind<R: BufRead>(reader: Reader<R>) -> Result<Option<Reader<R>>> {
+    let mut source = reader.into_inner();
+    match source.fill_buf()?.is_empty() {
+        true => Ok(None),
+        false => Ok(Some(Reader::new(source).context("behind the end of an image, what follows is no other")?)),
+    }
 }
