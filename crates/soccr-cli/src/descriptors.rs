@@ -39,7 +39,9 @@ pub(crate) fn check_output(leave: bool, instead: &str) -> Result<()> {
     let about = fstat(output).context("standard output")?;
     let is_device = FileType::from_raw_mode(about.st_mode) == FileType::CharacterDevice;
     if leave && is_device && major(about.st_rdev) == MEMORY_DEVICES {
-        bail!("standard output is closed, or keeps nothing (/dev/null): the connections would be lost: {instead}");
+        bail!(
+            "standard output is closed, or keeps nothing (/dev/null): the connections would be lost: {instead}"
+        );
     }
     Ok(())
 }

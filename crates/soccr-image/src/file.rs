@@ -163,7 +163,7 @@ fn destination(path: &Path) -> io::Result<PathBuf> {
     match std::fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "not a regular file: leave -o out to write to standard output",
+            "not a regular file",
         )),
         Ok(_) if path.is_symlink() => {
             let owner = path.symlink_metadata()?.uid();

@@ -97,9 +97,16 @@ impl Lock {
             PersistentLock::create(&name, &flows, Some(Duration::from_secs(self.seconds)))?;
             return Ok(Exit::Done);
         }
-        let mut locks = PersistentLock::list()?;
-        // The time of a lock without connections is over.
-        locks.retain(|lock| !lock.flows.is_empty());
+        let mut locks = Vec::new();
+        for lock in PersistentLock::list()? {
+            match lock.contents() {
+                // Somebody has removed it meanwhile.
+                Err(error) if error.errno() == Some(libc::ENOENT) => {}
+                // The time of a lock without connections is over.
+                Ok(contents) if contents.is_empty() => {}
+                contents => locks.push((lock.name, contents?)),
+            }
+        }
         if self.json { print_json(&locks) } else { print_table(&locks) }
     }
 }
@@ -122,31 +129,36 @@ impl Unlock {
     }
 }
 
-fn print_json(locks: &[PersistentLock]) -> Result<Exit> {
-    let object = |lock: &PersistentLock| {
-        let flows: Vec<Json> =
-            lock.flows.iter().map(|flow| json!({ "local": flow.local, "remote": flow.remote })).collect();
+/// The name of a lock, its connections, and for how much longer it locks each.
+type Listed = (String, Vec<(Flow, Option<Duration>)>);
+
+fn print_json(locks: &[Listed]) -> Result<Exit> {
+    let millis = |left: Duration| left.as_millis() as u64;
+    let object = |(name, contents): &Listed| {
+        let one = |(flow, left): &(Flow, Option<Duration>)| json!({ "local": flow.local, "remote": flow.remote, "remaining_ms": left.map(millis) });
+        // One without a limit outlasts all others.
+        let all: Option<Vec<Duration>> = contents.iter().map(|(_, left)| *left).collect();
         json!({
-            "name": lock.name,
-            "remaining_ms": lock.remaining.map(|left| left.as_millis() as u64),
-            "connections": flows,
+            "name": name,
+            "remaining_ms": all.and_then(|all| all.into_iter().max()).map(millis),
+            "connections": contents.iter().map(one).collect::<Vec<Json>>(),
         })
     };
     let objects: Vec<Json> = locks.iter().map(object).collect();
     exit::print(&format!("{}\n", serde_json::to_string_pretty(&objects).context("JSON")?))
 }
 
-fn print_table(locks: &[PersistentLock]) -> Result<Exit> {
+fn print_table(locks: &[Listed]) -> Result<Exit> {
     let mut table = Table::new([
         ("NAME", Align::Left),
         ("ENDS IN", Align::Right),
         ("LOCAL", Align::Left),
         ("REMOTE", Align::Left),
     ]);
-    for lock in locks {
-        for flow in &lock.flows {
-            let left = lock.remaining.map_or("never".into(), duration);
-            table.row([lock.name.clone(), left, flow.local.to_string(), flow.remote.to_string()]);
+    for (name, contents) in locks {
+        for (flow, left) in contents {
+            let left = left.map_or("never".into(), duration);
+            table.row([name.clone(), left, flow.local.to_string(), flow.remote.to_string()]);
         }
     }
     exit::written(table.print())

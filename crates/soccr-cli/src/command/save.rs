@@ -169,6 +169,9 @@ impl Save {
                 left.display()
             );
         }
+        if path.exists() && !path.is_file() {
+            bail!("{}: not a regular file: leave -o out to write to standard output", path.display());
+        }
         Ok(Sink::File(AtomicFile::create(path).with_context(|| path.display().to_string())?))
     }
 

@@ -1,5 +1,6 @@
 //! Filters for connections and their processes, the same for `list`, `save` and `send`.
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
@@ -14,7 +15,7 @@ pub(crate) struct Matching {
     peer: Vec<Network>,
     /// Only those of processes with this name (`/proc/PID/comm`); may be repeated
     #[arg(long, value_name = "NAME")]
-    name: Vec<String>,
+    name: Vec<OsString>,
 }
 
 impl Matching {
@@ -30,8 +31,9 @@ impl Matching {
         self.name.is_empty()
     }
 
+    /// `name` has U+FFFD for what is no UTF-8, as `list` shows it: so may the one that is given, or be the bytes themselves.
     pub(crate) fn wants_name(&self, name: &str) -> bool {
-        self.name.iter().any(|wanted| wanted == name)
+        self.name.iter().any(|wanted| wanted.to_string_lossy() == name)
     }
 
     /// Whether ports or peers are given.

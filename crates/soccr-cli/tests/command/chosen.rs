@@ -1,7 +1,9 @@
 //! Which connections of which processes `send` and `save` take.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Seek, Write};
 use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -14,6 +16,7 @@ use crate::programs::{
 crate::tests![
     connections_are_chosen_by_process_and_by_peer,
     descendants_that_have_ended_or_hide_are_no_obstacle,
+    a_name_that_is_no_text_is_no_obstacle,
     what_is_still_connecting_is_taken_too,
     what_was_reset_with_unread_bytes_is_taken_or_named,
     a_told_peer_is_that_of_one_forgotten_connection,
@@ -66,6 +69,51 @@ fn connections_are_chosen_by_process_and_by_peer() {
     lab.steer(Side::B).unwrap();
     for client in &mut clients {
         assert_eq!(ask(client, "more", "new "), "new more");
+    }
+}
+
+/// Has a name that the kernel cuts within a letter, and a child of the same name that has ended and is not waited for.
+const CYRILLIC: &str = r#"
+import os, signal, socket
+with open("/proc/self/comm", "wb") as comm:
+    comm.write("xxсерверы".encode())
+listener = socket.create_server(("", 7))
+if not os.fork():
+    os._exit(0)
+connection = listener.accept()[0]
+while data := connection.recv(100):
+    connection.sendall(b"old " + data)
+signal.pause()
+"#;
+
+fn a_name_that_is_no_text_is_no_obstacle() {
+    if !installed("python3") {
+        return;
+    }
+    let server = Program::start(&mut python(CYRILLIC, &[]));
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    let bytes = std::fs::read(format!("/proc/{}/comm", server.pid())).unwrap();
+    let bytes = bytes.trim_ascii_end();
+    assert!(std::str::from_utf8(bytes).is_err(), "the kernel has cut it: {bytes:?}");
+    let sockets = json(&["list", "--json", "--port", "7", "--state", "established"]);
+    let shown = sockets
+        .iter()
+        .find_map(|socket| socket["processes"][0]["name"].as_str().filter(|name| name.starts_with('x')));
+    let shown = shown.unwrap_or_else(|| panic!("{sockets:?}")).to_owned();
+    assert!(shown.ends_with('\u{fffd}'), "{shown}");
+    // Others who look for other names, or for children, meet it as well.
+    assert!(
+        fail(1, &["save", "--keep", "--all", "--name", "nobody"]).contains("there is no such connection")
+    );
+    for name in [OsStr::new(&shown), OsStr::from_bytes(bytes)] {
+        for children in [&[][..], &["--children"]] {
+            let mut save = soccr(&["save", "--keep", "--all", "--with-local"]);
+            let output = save.arg("--name").arg(name).args(children).output().unwrap();
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && complaint.is_empty(), "{name:?} {children:?}: {complaint}");
+            assert_eq!(ask(&mut client, "more", "old "), "old more");
+        }
     }
 }
 

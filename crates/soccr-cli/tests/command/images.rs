@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
+use soccr::lock::PersistentLock;
 use soccr_lab::Namespace;
 
 use crate::programs::{assert_unlocked, fail, installed, json, run, succeed};
@@ -44,6 +46,9 @@ fn an_extracted_connection_is_what_the_dump_says() {
     let of_dump = json(&["inspect", "--json", DUMP]);
     let of_dump = of_dump.iter().find(|connection| connection["name"] == "socket 13").unwrap();
     assert_eq!(connection["rcv_nxt"], of_dump["rcv_nxt"]);
+    // There is no other way than -o.
+    let complaint = fail(1, &["criu", "extract", DUMP, "13", "-o", "/", "--force"]);
+    assert!(complaint.contains("not a regular file") && !complaint.contains("leave -o out"), "{complaint}");
     // It may be all that is left of the connection.
     assert!(fail(1, &["criu", "extract", DUMP, "13", "-o", image]).contains("--force"));
     succeed(&["criu", "extract", DUMP, "13", "-o", image, "--force"]);
@@ -153,6 +158,30 @@ fn a_lock_stays_until_it_is_removed() {
     assert!((1..=100_000).contains(&left));
     assert!(fail(1, &["lock", "--name", "move", connections[0]]).contains("EEXIST"));
     assert!(String::from_utf8(succeed(&["lock", "--list"])).unwrap().contains("[2001:db8::2]:41234"));
+    // A lock that has grown has a time for each connection.
+    let flow =
+        |remote: &str| soccr::Flow { local: "192.0.2.1:1".parse().unwrap(), remote: remote.parse().unwrap() };
+    let [short, long, forever] = ["192.0.2.2:100", "192.0.2.2:1000", "192.0.2.2:9"].map(flow);
+    PersistentLock::create("grown", &[short], Some(Duration::from_secs(100))).unwrap();
+    let extend = |flow, limit| {
+        let locks = PersistentLock::list().unwrap();
+        locks.into_iter().find(|lock| lock.name == "grown").unwrap().extend(&[flow], limit).unwrap();
+    };
+    extend(long, Some(Duration::from_secs(1000)));
+    let grown =
+        || json(&["lock", "--list", "--json"]).into_iter().find(|lock| lock["name"] == "grown").unwrap();
+    let shown = grown();
+    let listed = shown["connections"].as_array().unwrap();
+    let left = |flow: soccr::Flow| {
+        let is_it = |shown: &&serde_json::Value| shown["remote"] == flow.remote.to_string();
+        listed.iter().find(is_it).unwrap()["remaining_ms"].as_u64().unwrap()
+    };
+    assert!(left(short) <= 100_000 && (100_001..=1_000_000).contains(&left(long)), "{shown}");
+    assert_eq!(shown["remaining_ms"].as_u64(), Some(left(long)));
+    extend(forever, None);
+    assert_eq!(grown()["remaining_ms"], serde_json::Value::Null);
+    assert!(String::from_utf8(succeed(&["lock", "--list"])).unwrap().contains(" never "));
+    succeed(&["unlock", "grown"]);
     // Another network has its own.
     assert_eq!(Namespace::new().unwrap().run(|| json(&["lock", "--list", "--json"])).len(), 0);
     assert!(fail(1, &["unlock", "other"]).contains("no lock other"));

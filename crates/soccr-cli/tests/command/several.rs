@@ -73,7 +73,9 @@ fn junk_behind_an_image_is_an_error_before_anything_is_restored() {
     let all = joined(directory.path(), &server);
     let good = fs::read(&all).unwrap();
     let cut = good[..good.len() - 1].to_vec();
-    for (bytes, words) in [([&good[..], b"\n"].concat(), "behind the end of an image"), (cut, "ends too early")] {
+    for (bytes, words) in
+        [([&good[..], b"\n"].concat(), "behind the end of an image"), (cut, "ends too early")]
+    {
         fs::write(&all, bytes).unwrap();
         let complaint = fail(1, &["restore", &all, "--", "true"]);
         assert!(complaint.contains(words), "{complaint}");

@@ -17,6 +17,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("save --pid 1 --fd 3 --with-local", "--with-local"),
     ("save --pid 1 --pid 1 --fd 3", "--fd is of one process"),
     ("save --pid 1", "--all"),
+    ("save --pid 99999999999 --all", "1 to 2147483647"),
     ("save --all", "--pid"),
     ("save --port 7 --children", "--pid"),
     ("save --pid 1 --all --force", "--output"),

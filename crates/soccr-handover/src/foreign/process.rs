@@ -84,9 +84,16 @@ fn unless_hidden<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
+/// A file of a process as text; nothing where there is no such process. Its name, which is in many of them, may be any bytes: the kernel
+/// cuts it within a character.
+fn read(pid: Pid, file: &str) -> io::Result<Option<String>> {
+    let bytes = unless_hidden(std::fs::read(format!("/proc/{pid}/{file}")))?;
+    Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+}
+
 /// A line of `/proc/PID/status`; nothing where there is no such process.
 fn status(pid: Pid, field: &str) -> io::Result<Option<String>> {
-    let status = unless_hidden(std::fs::read_to_string(format!("/proc/{pid}/status")))?;
+    let status = read(pid, "status")?;
     let find = |line: &str| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned());
     Ok(status.and_then(|status| status.lines().find_map(find)))
 }
@@ -139,9 +146,9 @@ pub fn descendants(pid: Pid) -> Result<Vec<Pid>> {
     Ok(family)
 }
 
-/// The command name of a process; empty where it is gone.
+/// The command name of a process, with U+FFFD for what is no UTF-8; empty where it is gone.
 pub fn name(pid: Pid) -> io::Result<String> {
-    let name = unless_hidden(std::fs::read_to_string(format!("/proc/{pid}/comm")))?;
+    let name = read(pid, "comm")?;
     Ok(name.map_or(String::new(), |name| name.trim_end().into()))
 }
 
@@ -166,8 +173,7 @@ pub fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
 
 /// Whether a thread has ended, possibly as a zombie.
 pub fn has_ended(thread: Pid) -> bool {
-    let stat = unless_hidden(std::fs::read_to_string(format!("/proc/{thread}/stat")));
-    stat.is_ok_and(|stat| {
+    read(thread, "stat").is_ok_and(|stat| {
         stat.is_none_or(|stat| {
             stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
         })

@@ -31,7 +31,7 @@ pub struct PersistentLock {
     /// The connections that it locks, [as their packets show them](Flow::on_the_wire) where they have been listed. None are
     /// left when its time is over.
     pub flows: Vec<Flow>,
-    /// For how much longer it locks them, where there is a limit.
+    /// For how much longer it locks the last of them, where there is a limit. [`contents`](Self::contents) tells it of each.
     pub remaining: Option<Duration>,
 }
 
@@ -66,6 +66,15 @@ impl PersistentLock {
     /// `EPERM` without `CAP_NET_ADMIN`.
     pub fn list() -> Result<Vec<Self>> {
         PersistentLocks::new()?.list()
+    }
+
+    /// The connections that it locks now, in the network namespace of the calling thread, and for how much longer each.
+    ///
+    /// # Errors
+    /// `ENOENT` where it has been removed; `EPERM` without `CAP_NET_ADMIN`.
+    pub fn contents(&self) -> Result<Vec<(Flow, Option<Duration>)>> {
+        let table = format!("{PREFIX}{}", self.name);
+        transaction::contents(&mut open()?, &table).map_err(|error| Error::system("nft list", error))
     }
 
     /// Unlocks, in the network namespace of the calling thread.
