@@ -29,7 +29,7 @@ use crate::traffic::Traffic;
 use crate::{descriptors, sys};
 
 use backlog::Backlog;
-use via::Via;
+use via::{Left, Via};
 
 /// Move connections of running processes through a pipe
 ///
@@ -39,6 +39,10 @@ use via::Via;
 /// stays silent about it for the time of --silence.
 ///
 /// Messages of the target appear here, also through ssh(1).
+///
+/// Ctrl-C, SIGHUP and SIGTERM end this command and its target as long as no connection has left, and are ignored from then on. The
+/// target, ssh(1) included, is started with SIGINT, SIGQUIT, SIGHUP and SIGTSTP ignored, so that the terminal does not cut a move;
+/// `soccr receive` has a program heed them again.
 ///
 /// A connection with kernel TLS (kTLS) takes its keys along, to a program that leaves TLS to the kernel as well. It cannot go back once it
 /// has left: if the target fails then, it is saved in an image.
@@ -188,7 +192,7 @@ impl Send {
                 let outcomes = sending.through(&mut via);
                 report(&names, &flows, &outcomes);
                 let has_said_all = !heard.is_unfinished.load(Ordering::Relaxed);
-                let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved), has_said_all);
+                let has_failed = !via.part(left(&outcomes), has_said_all);
                 failed += usize::from(has_failed || heard.failed.load(Ordering::Relaxed));
                 outcomes
             }
@@ -295,6 +299,14 @@ struct Heard {
 impl Heard {
     fn silent_until(&self) -> Option<SystemTime> {
         *self.silent_until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn left(outcomes: &[Outcome]) -> Left {
+    match outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Stays(..))).count() {
+        0 if outcomes.iter().all(Outcome::is_moved) => Left::All,
+        staying if staying == outcomes.len() => Left::None,
+        _ => Left::Some,
     }
 }
 

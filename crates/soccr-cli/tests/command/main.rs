@@ -28,6 +28,7 @@ mod relay;
 mod rescue;
 mod save;
 mod servers;
+mod signals;
 mod states;
 mod steered;
 mod targets;
@@ -55,6 +56,7 @@ fn main() -> std::process::ExitCode {
         images::tests(),
         save::tests(),
         servers::tests(),
+        signals::tests(),
         states::tests(),
         transfer::tests(),
         targets::tests(),
