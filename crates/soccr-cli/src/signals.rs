@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use rustix::pipe::{PipeFlags, pipe_with};
 use soccr_handover::Users;
 
+use crate::exit::Quiet;
 use crate::sys;
 
 /// What SIGXFSZ did when this command was started.
@@ -116,16 +117,18 @@ impl Drop for Deaf {
     }
 }
 
-/// Users of connections. While they are stopped, the terminal cannot stop this command (Ctrl-Z): they would stand still until somebody
-/// makes it go on.
+/// Users of connections. While they are stopped, the terminal cannot stop this command (Ctrl-Z), and it prints nothing, since nobody may
+/// read that (Ctrl-S): they would stand still until somebody makes it go on.
 pub(crate) struct Unstoppable<U> {
     users: U,
     before: Option<[sys::Disposition; 3]>,
+    /// Declared last, so that it is dropped last: the users have gone on.
+    quiet: Option<Quiet>,
 }
 
 impl<U> Unstoppable<U> {
     pub(crate) fn new(users: U) -> Self {
-        Self { users, before: None }
+        Self { users, before: None, quiet: None }
     }
 
     fn heed(&mut self) {
@@ -138,12 +141,14 @@ impl<U> Unstoppable<U> {
 impl<U: Users> Users for Unstoppable<U> {
     fn stop(&mut self) -> soccr_handover::Result<()> {
         self.before.get_or_insert_with(|| sys::STOPPING.map(sys::ignore));
+        self.quiet.get_or_insert_with(Quiet::begin);
         self.users.stop()
     }
 
     fn go_on(&mut self) -> soccr_handover::Result<()> {
         self.users.go_on()?;
         self.heed();
+        self.quiet = None;
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! `send` to targets that are late, silent, or refuse.
 
-use std::io::Write;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::net::sockopt::set_socket_linger;
@@ -32,6 +32,7 @@ crate::tests![
     what_comes_back_to_a_process_that_has_closed_it_is_in_an_image,
     what_comes_back_without_a_keeper_is_in_an_image,
     the_keeper_is_asked_about_the_right_socket,
+    nobody_stands_still_for_a_reader_who_does_not_read,
 ];
 
 /// What a target answers, in a file.
@@ -516,6 +517,27 @@ fn the_keeper_is_asked_about_the_right_socket() {
         assert!(said.contains("its process has lost it") && said.contains(fate), "{said}");
     }
     assert_eq!(crate::rescue::all_rescued(directory.path()).count(), 1);
+}
+
+/// Like a terminal after Ctrl-S.
+fn nobody_stands_still_for_a_reader_who_does_not_read() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(1);
+    // More than a pipe holds.
+    let note = Message::Note { text: "x".repeat(2000), failed: false };
+    let answers = Answers::new(&vec![note; 100]);
+    let mut send = moving.send(&["--all", "--timeout", "2", "--via", &answers.command()]);
+    let mut send = Program::start(send.stderr(Stdio::piped()));
+    let status = format!("/proc/{}/status", moving.old.pid());
+    let traced = || !std::fs::read_to_string(&status).unwrap().contains("TracerPid:\t0\n");
+    wait_until("it stands still, or is done", || traced() || send.0.try_wait().unwrap().is_some());
+    assert_eq!(ask(&mut moving.clients[0], "more", "old "), "old more");
+    let mut complaints = String::new();
+    send.0.stderr.take().unwrap().read_to_string(&mut complaints).unwrap();
+    assert_eq!(send.0.wait().unwrap().code(), Some(1));
+    assert_eq!(complaints.matches(&"x".repeat(2000)).count(), 100);
 }
 
 /// How many sockets a process has.
