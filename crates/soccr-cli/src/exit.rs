@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Error, Result};
 use soccr_handover::Notes;
@@ -78,12 +78,75 @@ pub(crate) fn fail_by_source(error: &Error) -> bool {
     NOTES.get().is_some_and(|notes| notes.fail(line(error)))
 }
 
+/// Complaints that wait to be printed, as long as that is to wait.
+static HELD: Mutex<Option<Held>> = Mutex::new(None);
+
+#[derive(Default)]
+struct Held {
+    lines: Vec<String>,
+    length: usize,
+    /// How many more there were than may wait.
+    dropped: usize,
+}
+
+impl Held {
+    /// The most bytes that wait.
+    const MOST: usize = 4 << 20;
+
+    fn push(&mut self, line: &str) {
+        if self.length + line.len() > Self::MOST {
+            self.dropped += 1;
+            return;
+        }
+        self.length += line.len();
+        self.lines.push(line.to_owned());
+    }
+}
+
+/// As long as it lives, complaints wait, so that a reader of standard error who does not read holds up nobody else.
+#[derive(Debug)]
+#[must_use = "dropping it prints what has waited"]
+pub(crate) struct Quiet(());
+
+impl Quiet {
+    pub(crate) fn begin() -> Self {
+        held().get_or_insert_default();
+        Self(())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        let Some(Held { lines, dropped, .. }) = held().take() else { return };
+        lines.iter().for_each(|line| print_complaint(line));
+        if dropped > 0 {
+            print_complaint(&format!("{dropped} more messages came at the same time, and are left out"));
+        }
+    }
+}
+
+fn held() -> MutexGuard<'static, Option<Held>> {
+    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Prints one line: on standard error, or through the source of a hand-over.
 pub(crate) fn complain(line: &str) {
     let line = &printable(line);
     if NOTES.get().is_some_and(|notes| notes.say(line)) {
         return;
     }
+    if let Some(held) = held().as_mut() {
+        return held.push(line);
+    }
+    print_complaint(line);
+}
+
+/// Whether complaints [wait](Quiet), and whatever else is to be seen on standard error.
+pub(crate) fn is_quiet() -> bool {
+    held().is_some()
+}
+
+fn print_complaint(line: &str) {
     // A closed standard error must not cost connections.
     let _ = writeln!(anstream::stderr(), "soccr: {line}");
 }

@@ -62,7 +62,7 @@ pub(crate) struct Handover {
     ///
     /// Each message carries up to 253 descriptors, and a line `LOCAL REMOTE` for each connection as its text. Where the source has
     /// sent a state along, the line is `LOCAL REMOTE state`, and the next descriptor is a file with that. What is not read within 10 seconds
-    /// is saved in images: a message that is read later has descriptors without connections.
+    /// is saved in images, without its state: a message that is read later has descriptors without connections.
     #[arg(long, value_name = "UNIX_SOCKET", conflicts_with = "program")]
     send_fd: Option<PathBuf>,
     /// Become this program, which finds the connections as descriptors 3 and up (LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES;
@@ -89,6 +89,8 @@ pub(crate) enum Recipient {
 pub(crate) struct Live {
     pub(crate) flow: Flow,
     pub(crate) stream: TcpStream,
+    /// The source has sent a state along, which is in no image.
+    pub(crate) has_state: bool,
 }
 
 impl Handover {
@@ -136,23 +138,25 @@ impl Recipient {
         matches!(self, Self::Program { stdio: false, .. } | Self::Socket(_))
     }
 
-    /// Checks that this number of connections can be given away, before the first is taken from where it is.
-    pub(crate) fn check_room(&self, connections: usize) -> Result<()> {
+    /// Checks that this number of connections, and of states that come with them, can be given away, before the first is taken from where
+    /// it is.
+    pub(crate) fn check_room(&self, connections: usize, states: usize) -> Result<()> {
         /// Room for everything else that this process has open.
         const OTHERS: u64 = 64;
-        let wanted = OTHERS
-            + connections as u64
-                * match self {
-                    // Each connection has two descriptors for a moment.
-                    Self::Program { stdio: false, .. } => 2,
-                    // The connection to the server, and at worst two full pipes.
-                    Self::Relay(_) => 6,
-                    _ => return Ok(()),
-                };
+        let (each, whom) = match self {
+            // Each has two descriptors for a moment.
+            Self::Program { stdio: false, .. } => (2, "a program"),
+            // The connection to the server, and at worst two full pipes.
+            Self::Relay(_) => (6, "a program"),
+            // They stay here until they have been read.
+            Self::Socket(_) => (1, "--send-fd"),
+            _ => return Ok(()),
+        };
+        let wanted = OTHERS + (connections + states) as u64 * each;
         match getrlimit(Resource::Nofile).current {
             Some(limit) if limit < wanted => {
                 bail!(
-                    "{wanted} descriptors for a program: {limit} are allowed: raise RLIMIT_NOFILE (`ulimit -n`)"
+                    "{wanted} descriptors for {whom}: {limit} are allowed: raise RLIMIT_NOFILE (`ulimit -n`)"
                 )
             }
             _ => Ok(()),
@@ -210,7 +214,7 @@ fn give_up_unless(
     reason: &anyhow::Error,
     parting: &Parting,
 ) -> Result<Exit> {
-    let error = rescue_unless(is_gone, connections.iter().map(|live| (live.flow, &live.stream)), reason);
+    let error = rescue_unless(is_gone, connections, reason);
     let is_told = exit::fail_by_source(&error);
     parting.fail();
     match is_told {

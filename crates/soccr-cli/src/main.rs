@@ -28,5 +28,6 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     command::completions::answer(cli::public);
+    signals::prepare();
     exit::report(cli::Cli::parse().run())
 }

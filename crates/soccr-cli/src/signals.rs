@@ -2,12 +2,69 @@
 //! others stand still for it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use rustix::pipe::{PipeFlags, pipe_with};
 use soccr_handover::Users;
 
+use crate::exit::Quiet;
 use crate::sys;
+
+/// What SIGXFSZ did when this command was started.
+static TOO_LARGE: OnceLock<sys::Disposition> = OnceLock::new();
+
+/// To be called at the start, which may have been by a program that ignores SIGCHLD: then nobody could tell how a child has ended.
+/// A file that grows too large (`ulimit -f`) is an error like any other: SIGXFSZ would cost what is to be saved.
+pub(crate) fn prepare() {
+    sys::heed(libc::SIGCHLD, libc::SIG_DFL);
+    let _ = TOO_LARGE.set(sys::ignore(libc::SIGXFSZ));
+}
+
+/// Has a program start with what [`prepare`] has changed as it was. Where it cannot be executed, [`ignore_again`].
+pub(crate) fn restore_for(command: &mut Command) {
+    if let Some(before) = TOO_LARGE.get() {
+        sys::set_signals(command, vec![(libc::SIGXFSZ, *before)]);
+    }
+}
+
+/// This process has not become another program: it goes on as before.
+pub(crate) fn ignore_again() {
+    // The attempt to execute a program has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.
+    let _ = [libc::SIGPIPE, libc::SIGXFSZ].map(sys::ignore);
+}
+
+/// The signals that [`spare`] has made a target ignore, by their numbers.
+const VARIABLE: &str = "SOCCR_SIGNALS";
+
+/// Has a target, with the relay to it, ignore what a terminal sends to all programs of a command line (Ctrl-C, Ctrl-Z): a relay such as
+/// ssh(1) that ended or stopped in the middle of a move would cut it. Programs inherit this; ssh(1) keeps to it.
+pub(crate) fn spare(command: &mut Command) {
+    let heeded = sys::TERMINAL.into_iter().filter(|signal| sys::disposition(*signal) != libc::SIG_IGN);
+    let heeded: Vec<libc::c_int> = heeded.collect();
+    // Otherwise the variable is that of a source around this one.
+    if !heeded.is_empty() {
+        let numbers: Vec<String> = heeded.iter().map(libc::c_int::to_string).collect();
+        command.env(VARIABLE, numbers.join(","));
+    }
+    sys::set_signals(command, heeded.into_iter().map(|signal| (signal, libc::SIG_IGN)).collect());
+}
+
+/// Heeds again what a source on this host has [made](spare) this process ignore, so that programs do not inherit it. To be called where no
+/// signals of its terminal come.
+pub(crate) fn heed_terminal() {
+    let numbers = std::env::var(VARIABLE).unwrap_or_default();
+    let numbers = numbers.split(',').filter_map(|number| number.parse().ok());
+    for signal in numbers.filter(|number| sys::TERMINAL.contains(number)) {
+        sys::heed(signal, libc::SIG_DFL);
+    }
+}
+
+/// Keeps the variable from the program that gets the connections.
+pub(crate) fn hide(command: &mut Command) {
+    command.env_remove(VARIABLE);
+}
 
 /// SIGHUP, SIGINT and SIGTERM make it readable, instead of ending the process.
 #[derive(Debug)]
@@ -60,16 +117,18 @@ impl Drop for Deaf {
     }
 }
 
-/// Users of connections. While they are stopped, the terminal cannot stop this command (Ctrl-Z): they would stand still until somebody
-/// makes it go on.
+/// Users of connections. While they are stopped, the terminal cannot stop this command (Ctrl-Z), and it prints nothing, since nobody may
+/// read that (Ctrl-S): they would stand still until somebody makes it go on.
 pub(crate) struct Unstoppable<U> {
     users: U,
     before: Option<[sys::Disposition; 3]>,
+    /// Declared last, so that it is dropped last: the users have gone on.
+    quiet: Option<Quiet>,
 }
 
 impl<U> Unstoppable<U> {
     pub(crate) fn new(users: U) -> Self {
-        Self { users, before: None }
+        Self { users, before: None, quiet: None }
     }
 
     fn heed(&mut self) {
@@ -82,12 +141,14 @@ impl<U> Unstoppable<U> {
 impl<U: Users> Users for Unstoppable<U> {
     fn stop(&mut self) -> soccr_handover::Result<()> {
         self.before.get_or_insert_with(|| sys::STOPPING.map(sys::ignore));
+        self.quiet.get_or_insert_with(Quiet::begin);
         self.users.stop()
     }
 
     fn go_on(&mut self) -> soccr_handover::Result<()> {
         self.users.go_on()?;
         self.heed();
+        self.quiet = None;
         Ok(())
     }
 

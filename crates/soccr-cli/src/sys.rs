@@ -5,7 +5,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -98,6 +98,9 @@ pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
 /// Signals by which people and service managers end a process.
 pub(crate) const ENDING: [libc::c_int; 3] = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM];
 
+/// Signals by which a terminal ends or stops all programs of a command line.
+pub(crate) const TERMINAL: [libc::c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP];
+
 /// Signals by which a terminal stops a process.
 pub(crate) const STOPPING: [libc::c_int; 3] = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
 
@@ -131,6 +134,76 @@ pub(crate) fn catch(signal: libc::c_int, bell: BorrowedFd<'_>) -> Disposition {
         ignore(signal);
     }
     before
+}
+
+/// What a signal does.
+pub(crate) fn disposition(signal: libc::c_int) -> Disposition {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: nothing is changed, and the kernel writes one structure. Zeroes are a valid one.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init().sa_sigaction
+    }
+}
+
+/// Sets what signals do to a program just before it is executed.
+pub(crate) fn set_signals(command: &mut Command, dispositions: Vec<(libc::c_int, Disposition)>) {
+    let set = move || {
+        dispositions.iter().for_each(|(signal, disposition)| heed(*signal, *disposition));
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes system calls, and allocates nothing.
+    unsafe { command.pre_exec(set) };
+}
+
+/// The child that ends with this process, or 0.
+static CHILD: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn end_both(signal: libc::c_int) {
+    // SAFETY: all three may be called by a signal handler. The signal is blocked until it returns; then it ends this process.
+    unsafe {
+        if let child @ 1.. = CHILD.load(Ordering::Relaxed) {
+            libc::kill(child, libc::SIGTERM);
+        }
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+}
+
+/// Starts a child. From then on a signal that ends this process also ends the child, by SIGTERM.
+pub(crate) fn spawn_to_end_with_us(command: &mut Command) -> io::Result<Child> {
+    let (mut ending, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+    // SAFETY: the set is initialized before it is read, and the kernel writes the other one.
+    let before: libc::sigset_t = unsafe {
+        libc::sigemptyset(ending.as_mut_ptr());
+        for signal in ENDING {
+            libc::sigaddset(ending.as_mut_ptr(), signal);
+        }
+        // A signal that comes meanwhile waits until it can end both.
+        libc::pthread_sigmask(libc::SIG_BLOCK, ending.as_ptr(), before.as_mut_ptr());
+        before.assume_init()
+    };
+    let restore = move || {
+        // SAFETY: the set is a copy of the one that was in force.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(restore) };
+    let spawned = command.spawn();
+    if let Ok(child) = &spawned {
+        CHILD.store(child.id() as i32, Ordering::Relaxed);
+        let handler = end_both as extern "C" fn(libc::c_int) as Disposition;
+        let heeded = ENDING.into_iter().filter(|signal| disposition(*signal) == libc::SIG_DFL);
+        heeded.for_each(|signal| heed(signal, handler));
+    }
+    restore()?;
+    spawned
+}
+
+/// The child may have ended: its number may be another process's soon.
+pub(crate) fn end_alone() {
+    CHILD.store(0, Ordering::Relaxed);
 }
 
 /// Restores what a signal did before.

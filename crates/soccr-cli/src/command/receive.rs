@@ -17,7 +17,8 @@ use crate::command::completions;
 use crate::exit::{Coded, Exit};
 use crate::fidelity::{Demands, Reports, Trust};
 use crate::give::parting::Parting;
-use crate::give::state;
+use crate::give::rescue::rescue_unless;
+use crate::give::state::States;
 use crate::give::{Handover, Live, Recipient, give_up};
 use crate::lifeline::{self, Claim};
 use crate::signals::Bell;
@@ -134,6 +135,8 @@ impl Receive {
             claim,
             is_here: self.netns.is_some(),
             counts: Arc::clone(&counts),
+            states: States::default(),
+            announced: 0,
         };
         let intake = Arc::new(Mutex::new(intake));
         let bell = Bell::hang()?;
@@ -149,7 +152,8 @@ impl Receive {
             exit::complain(&error.to_string());
         }
         let Some(intake) = Arc::into_inner(intake) else { bail!("the hand-over is not over") };
-        let Intake { recipient, reports, .. } = intake.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Intake { recipient, reports, states: mut kept, .. } =
+            intake.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = reports.tell() {
             exit::complain(&exit::line(&error));
         }
@@ -168,31 +172,57 @@ impl Receive {
                 exit::complain(&exit::line(&error));
             }
         }
-        let mut states = Vec::new();
-        for (number, arrived) in arrived.iter().enumerate().filter(|(_, arrived)| !arrived.state().is_empty())
-        {
-            match state::keep(arrived.state()) {
-                Ok(state) => states.push((number, state)),
-                Err(error) => exit::complain(&format!("{}: {}", arrived.name(), exit::line(&error))),
-            }
-        }
-        let mut streams = Vec::with_capacity(arrived.len());
+        let (all, mut states, mut homeless) = (arrived.len(), Vec::new(), Vec::new());
+        let mut streams = Vec::with_capacity(all);
         for arrived in arrived {
-            let flow = arrived.flow();
-            match arrived.into_stream() {
-                Ok(stream) => streams.push(Live { flow, stream }),
-                Err(error) => left = left.and(Err(error.into())),
+            let (flow, has_state) = (arrived.flow(), !arrived.state().is_empty());
+            let state = match has_state && recipient.takes_states() {
+                true => recipient
+                    .check_room(all, states.len() + 1)
+                    .and_then(|()| kept.take(flow, arrived.state()))
+                    .map(Some),
+                false => Ok(None),
+            };
+            let name = arrived.name().to_owned();
+            match (arrived.into_stream(), state) {
+                (Err(error), _) => left = left.and(Err(error.into())),
+                // The source did not listen, or it would have stayed there.
+                (Ok(stream), Err(error)) if kept.is_critical(flow) => {
+                    exit::complain(&format!("{name}: {}", exit::line(&error)));
+                    homeless.push(Live { flow, stream, has_state });
+                }
+                (Ok(stream), state) => {
+                    match state {
+                        Ok(state) => states.extend(state.map(|state| (streams.len(), state))),
+                        Err(error) => exit::complain(&format!(
+                            "{name}: it goes without its state: {}",
+                            exit::line(&error)
+                        )),
+                    }
+                    streams.push(Live { flow, stream, has_state });
+                }
             }
         }
         if let Err(error) = left {
+            streams.append(&mut homeless);
             return give_up(&streams, &error, &parting);
+        }
+        if !homeless.is_empty() {
+            let error = anyhow!("the states of {} connections could not be passed on", homeless.len());
+            if streams.is_empty() {
+                return give_up(&homeless, &error, &parting);
+            }
+            let error = rescue_unless(&mut |_| false, &homeless, &error);
+            if !exit::fail_by_source(&error) {
+                exit::complain(&exit::line(&error));
+            }
         }
         match streams.len() {
             0 if lost > 0 => bail!(Coded(Exit::Lost, "no connection has arrived".into())),
             0 if failed > 0 || outcome.is_err() => bail!("no connection has arrived"),
             0 => bail!("the source has sent no connection"),
             _ => match recipient.give(streams, &states, deaf, parting) {
-                Ok(Exit::Done) if lost > 0 => Ok(Exit::SomeFailed),
+                Ok(Exit::Done) if lost > 0 || !homeless.is_empty() => Ok(Exit::SomeFailed),
                 given => given,
             },
         }
@@ -262,6 +292,9 @@ struct Intake {
     /// `--netns` names the network namespace.
     is_here: bool,
     counts: Arc<Counts>,
+    states: States,
+    /// How many connections will come.
+    announced: usize,
 }
 
 impl soccr_handover::Recipient for Intake {
@@ -273,7 +306,9 @@ impl soccr_handover::Recipient for Intake {
         }
         self.counts.is_heard.store(announced.answers, Ordering::Relaxed);
         // A source that reads no answers may have let go of the connections already: those that cannot be given are rescued at the end.
-        let room = if announced.answers { self.recipient.check_room(announced.connections) } else { Ok(()) };
+        self.announced = announced.connections;
+        let room =
+            if announced.answers { self.recipient.check_room(announced.connections, 0) } else { Ok(()) };
         room.map_err(|error| exit::line(&error))
     }
 
@@ -285,7 +320,24 @@ impl soccr_handover::Recipient for Intake {
         }
         let accepted =
             self.reports.distrust(offer.connection).and_then(|()| self.recipient.check(offer.connection));
-        accepted.map_err(|error| exit::line(&error))
+        accepted.map_err(|error| exit::line(&error))?;
+        if offer.state.is_empty() || !self.recipient.takes_states() {
+            return Ok(());
+        }
+        let is_heard = self.counts.is_heard.load(Ordering::Relaxed);
+        let room = match is_heard {
+            true => self.recipient.check_room(self.announced, self.states.count() + 1),
+            false => Ok(()),
+        };
+        let kept = room
+            .and_then(|()| self.states.keep(offer.connection.flow(), offer.state, offer.is_state_critical));
+        match kept {
+            Err(error) if offer.is_state_critical && is_heard => {
+                Err(format!("its state cannot be passed on: {}", exit::line(&error)))
+            }
+            // Tried once more when it is here.
+            _ => Ok(()),
+        }
     }
 
     fn inspect(&mut self, name: &str, restored: &Restored) -> Result<(), String> {

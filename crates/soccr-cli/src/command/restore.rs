@@ -70,7 +70,7 @@ impl Restore {
             bail!("{} connections: there is room for one", saved.len());
         }
         descriptors::raise_limit();
-        recipient.check_room(saved.len())?;
+        recipient.check_room(saved.len(), 0)?;
         let mut reports = self.demands.reports(Trust::All);
         for (_, connection) in &mut saved {
             AddressMap::apply_to_connection(&self.map, connection);
@@ -105,7 +105,7 @@ impl Restore {
         let mut streams = Vec::with_capacity(restored.len());
         for (restored, flow) in restored.into_iter().zip(flows.iter().copied()) {
             match restored.resume() {
-                Ok(stream) => streams.push(Live { flow, stream }),
+                Ok(stream) => streams.push(Live { flow, stream, has_state: false }),
                 // It is in the image alone, and the other connections are alive already.
                 Err(error) => {
                     stay_silent(&[flow]);

@@ -15,7 +15,7 @@ use rustix::io::ioctl_fionread;
 use soccr::Flow;
 use soccr_handover::channel::OneWay;
 use soccr_handover::foreign::{Captive, Keeper, Sharing, namespace};
-use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path};
+use soccr_handover::{ErrorKind, Event, Limits, Mover, Outcome, Path, Users};
 
 use crate::exit::{self, Exit};
 use crate::give::rescue::rescue;
@@ -28,7 +28,7 @@ use crate::traffic::Traffic;
 use crate::{descriptors, sys};
 
 use backlog::Backlog;
-use via::Via;
+use via::{Left, Via};
 
 /// Move connections of running processes through a pipe
 ///
@@ -38,6 +38,10 @@ use via::Via;
 /// stays silent about it for the time of --silence.
 ///
 /// Messages of the target appear here, also through ssh(1).
+///
+/// Ctrl-C, SIGHUP and SIGTERM end this command and its target as long as no connection has left, and are ignored from then on. The
+/// target, ssh(1) included, is started with SIGINT, SIGQUIT, SIGHUP and SIGTSTP ignored, so that the terminal does not cut a move;
+/// `soccr receive` has a program heed them again.
 ///
 /// A connection with kernel TLS (kTLS) takes its keys along, to a program that leaves TLS to the kernel as well. It cannot go back once it
 /// has left: if the target fails then, it is saved in an image.
@@ -154,7 +158,10 @@ impl Send {
         let waiting = backlog.seats()?;
         let mut departing = Vec::with_capacity(sockets.len());
         let mut names = Vec::with_capacity(sockets.len());
-        for captive in captives {
+        // By which the keeper knows the sockets of what departs.
+        let mut numbers = Vec::with_capacity(sockets.len());
+        let accepted = captives.len()..sockets.len();
+        for (number, captive) in captives.into_iter().enumerate() {
             let name = captive.name().to_owned();
             let seat = match captive.into_seat() {
                 Ok(seat) => seat,
@@ -167,6 +174,7 @@ impl Send {
             };
             let leaves = mover.take_seat(seat).named(&name);
             names.push(name);
+            numbers.push(number);
             departing.push(match idle {
                 Some(time) => leaves.provided(move |socket| is_still_idle(socket, time)),
                 None => leaves,
@@ -176,30 +184,32 @@ impl Send {
             departing.push(mover.take_seat(seat).named(&name));
             names.push(name);
         }
+        numbers.extend(accepted);
         if departing.is_empty() {
             return Ok(Exit::Failed);
         }
         let flows: Vec<Flow> = departing.iter().map(|departing| departing.flow()).collect();
         let (path, _made) = self.path(&flows)?;
-        let sending = mover.sending(departing).used_by(Unstoppable::new(keeper)).steered_to(path);
+        let users = Unstoppable::new(Numbered { users: keeper, numbers });
+        let sending = mover.sending(departing).used_by(users).steered_to(path);
+        let lost;
         let outcomes = match via {
             Some(mut via) => {
                 via.listen()?;
                 let outcomes = sending.through(&mut via);
-                report(&names, &flows, &outcomes);
+                lost = report(&names, &flows, &outcomes);
                 let has_said_all = !heard.is_unfinished.load(Ordering::Relaxed);
-                let has_failed = !via.part(outcomes.iter().all(Outcome::is_moved), has_said_all);
+                let has_failed = !via.part(left(&outcomes), has_said_all);
                 failed += usize::from(has_failed || heard.failed.load(Ordering::Relaxed));
                 outcomes
             }
             None => {
                 let outcomes = sending.one_way().through(&mut OneWay(rustix::stdio::stdout()));
-                report(&names, &flows, &outcomes);
+                lost = report(&names, &flows, &outcomes);
                 outcomes
             }
         };
         let count = |which: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| which(outcome)).count();
-        let lost = count(|outcome| matches!(outcome, Outcome::Unknown(_)));
         let gone = count(Outcome::is_moved);
         // Without answers, nobody knows whether a connection arrived.
         if gone > 0 && self.via.is_some() {
@@ -282,6 +292,34 @@ impl Send {
     }
 }
 
+/// Users who know the sockets by other numbers: some of these have ended before the move began.
+struct Numbered<U> {
+    users: U,
+    numbers: Vec<usize>,
+}
+
+impl<U: Users> Users for Numbered<U> {
+    fn stop(&mut self) -> soccr_handover::Result<()> {
+        self.users.stop()
+    }
+
+    fn go_on(&mut self) -> soccr_handover::Result<()> {
+        self.users.go_on()
+    }
+
+    fn filling(&mut self, number: usize) -> soccr_handover::Result<()> {
+        self.users.filling(self.numbers[number])
+    }
+
+    fn have(&mut self, number: usize) -> soccr_handover::Result<bool> {
+        self.users.have(self.numbers[number])
+    }
+
+    fn filled(&mut self, number: usize) -> soccr_handover::Result<()> {
+        self.users.filled(self.numbers[number])
+    }
+}
+
 /// What the hand-over reported, for the summary.
 #[derive(Default)]
 struct Heard {
@@ -298,20 +336,37 @@ impl Heard {
     }
 }
 
-/// Prints which connections have not moved, and why.
-fn report(names: &[String], flows: &[Flow], outcomes: &[Outcome]) {
+fn left(outcomes: &[Outcome]) -> Left {
+    match outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Stays(..))).count() {
+        0 if outcomes.iter().all(Outcome::is_moved) => Left::All,
+        staying if staying == outcomes.len() => Left::None,
+        _ => Left::Some,
+    }
+}
+
+/// Prints which connections have not moved, and why; how many of them are lost, or in doubt.
+fn report(names: &[String], flows: &[Flow], outcomes: &[Outcome]) -> usize {
+    let mut lost = 0;
     exit::complain_of_all(names.iter().zip(flows).zip(outcomes).filter_map(|((name, flow), outcome)| {
         let text = match outcome {
             Outcome::Moved => return None,
             Outcome::Stays(stream, error) if error.kind() == ErrorKind::Adrift => {
-                exit::line(&rescue([(*flow, stream)], &anyhow!("{error}")))
+                let error = rescue([(*flow, stream)], &anyhow!("{error}"));
+                lost += usize::from(exit::code(&error) == Exit::Lost);
+                exit::line(&error)
             }
             Outcome::Stays(_, error) => format!("stays: {error}"),
-            Outcome::Unknown(error) if error.kind() == ErrorKind::Lost => format!("lost: {error}"),
-            Outcome::Unknown(error) => format!("the target has it, or it is lost: {error}"),
+            Outcome::Unknown(error) => {
+                lost += 1;
+                match error.kind() {
+                    ErrorKind::Lost => format!("lost: {error}"),
+                    _ => format!("the target has it, or it is lost: {error}"),
+                }
+            }
         };
         Some((name.clone(), text))
     }));
+    lost
 }
 
 /// Leaves out the connections that are not idle.

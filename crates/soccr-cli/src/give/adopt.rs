@@ -64,7 +64,9 @@ impl Server {
                 Err(kept) => {
                     reasons.push(kept.error().to_string());
                     match kept.into_socket() {
-                        Ok(socket) => connections.push(Live { flow, stream: socket.into() }),
+                        Ok(socket) => {
+                            connections.push(Live { flow, stream: socket.into(), has_state: false })
+                        }
                         Err(connection) => exit::complain(&format!("{} is lost", connection.remote)),
                     }
                 }

@@ -17,6 +17,7 @@ use soccr_handover::LastWords;
 use soccr_handover::foreign::process::fork;
 
 use crate::exit::{self, Coded, Exit};
+use crate::signals;
 
 /// Messages of the child to the process that has been started: the first behind the last words to the source. The last one counts.
 const RUNS: &[u8] = b"+";
@@ -46,6 +47,8 @@ impl Parting {
         let starter = getpid();
         let Some(child) = fork().context("fork")? else {
             setsid().context("setsid")?;
+            // Here the terminal ends and stops nobody, and the program is to heed its signals.
+            signals::heed_terminal();
             let mut parting = Self::default();
             parting.parent = Some((starter, theirs));
             return Ok(Ok(parting));
@@ -56,7 +59,7 @@ impl Parting {
         // The pipe ends when the child has ended, or has executed the program.
         let mut said = Vec::new();
         File::from(ours).read_to_end(&mut said).map_err(unknown)?;
-        let words = said.strip_suffix(RUNS);
+        let words = said.strip_suffix(RUNS).filter(|_| has_executed(child));
         if let Some(words) = words {
             send(&source, words);
         }
@@ -174,6 +177,17 @@ impl Parting {
             let _ = write_all(parent, FAILED);
         }
     }
+}
+
+/// Whether a child that has not been waited for has ever executed a program, be it that it has ended since.
+fn has_executed(child: Pid) -> bool {
+    /// From <linux/sched.h>: "forked but didn't exec".
+    const FORKNOEXEC: u64 = 0x40;
+    // Where it is hidden (hidepid), it has executed a program of another user.
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{child}/stat")) else { return true };
+    // Behind the name, which may contain anything: state, parent, group, session, terminal, its group, flags.
+    let flags = status.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse().ok());
+    flags.is_none_or(|flags: u64| flags & FORKNOEXEC == 0)
 }
 
 /// The child goes on, and nobody hears of it.

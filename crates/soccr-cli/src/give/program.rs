@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, OFlags, access, fcntl_getfl, fcntl_setfl};
 
 use crate::exit::{Coded, Exit};
-use crate::signals::Deaf;
+use crate::signals::{self, Deaf};
 use crate::{descriptors, lifeline, sys};
 
 use super::Live;
@@ -67,6 +67,8 @@ pub(super) fn execute(
 ) -> Result<Exit> {
     let mut command = Command::new(path);
     lifeline::hide(&mut command);
+    signals::hide(&mut command);
+    signals::restore_for(&mut command);
     descriptors::keep_limit_from(&mut command);
     command.arg0(&arguments[0]).args(&arguments[1..]);
     let end = FIRST + (connections.len() + states.len()) as RawFd;
@@ -103,8 +105,7 @@ pub(super) fn execute(
     // The program would inherit ignored signals.
     drop(deaf);
     let error = command.exec();
-    // The attempt has reset SIGPIPE to its default: a message to a closed pipe would cost the connections.
-    sys::ignore(libc::SIGPIPE);
+    signals::ignore_again();
     // And it has lowered the limit for the program: a rescue needs more descriptors than that.
     descriptors::raise_limit();
     bail!(Coded(Exit::NotStarted, format!("{}: {error}", path.display())))

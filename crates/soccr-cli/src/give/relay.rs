@@ -61,7 +61,7 @@ impl Relay {
     pub(crate) fn give(self, connections: &mut Vec<Live>, deaf: Deaf, parting: &mut Parting) -> Result<()> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).context("epoll_create")?;
         let mut servers = Vec::with_capacity(connections.len());
-        for (Live { flow, stream: client }, number) in connections.iter().zip(0..) {
+        for (Live { flow, stream: client, .. }, number) in connections.iter().zip(0..) {
             let server = self.connect(*flow).with_context(|| format!("--connect {}", self.server))?;
             make_ours(client)?;
             for side in [client, &server] {

@@ -15,6 +15,8 @@ use soccr_handover::silence;
 use crate::exit::{self, Coded, Exit};
 use crate::signals::Deaf;
 
+use super::Live;
+
 /// How long a peer may take to acknowledge what the kernel has encrypted.
 const SETTLING: Duration = Duration::from_secs(2);
 
@@ -24,21 +26,31 @@ pub(crate) fn rescue<'a>(
     connections: impl IntoIterator<Item = (Flow, &'a TcpStream)>,
     reason: &anyhow::Error,
 ) -> anyhow::Error {
-    rescue_unless(&mut |_| false, connections, reason)
+    rescue_all(&mut |_| false, connections.into_iter().map(|(flow, stream)| (flow, stream, false)), reason)
 }
 
 /// The same, but leaves to its new owner a connection that `is_gone`, by its number from 0. That is asked while it is paused, so that nobody
 /// else can have read or written before a connection is saved.
-pub(crate) fn rescue_unless<'a>(
+pub(crate) fn rescue_unless(
     is_gone: &mut dyn FnMut(usize) -> bool,
-    connections: impl IntoIterator<Item = (Flow, &'a TcpStream)>,
+    connections: &[Live],
+    reason: &anyhow::Error,
+) -> anyhow::Error {
+    let all = connections.iter().map(|Live { flow, stream, has_state }| (*flow, stream, *has_state));
+    rescue_all(is_gone, all, reason)
+}
+
+/// Each with its addresses, and whether it has a state that is lost.
+fn rescue_all<'a>(
+    is_gone: &mut dyn FnMut(usize) -> bool,
+    connections: impl Iterator<Item = (Flow, &'a TcpStream, bool)>,
     reason: &anyhow::Error,
 ) -> anyhow::Error {
     let _deaf = Deaf::begin();
     let code = exit::code(reason);
     let (mut count, mut lost, mut ended) = (0, 0, 0);
     let mut boat = None;
-    for (number, (flow, stream)) in connections.into_iter().enumerate() {
+    for (number, (flow, stream, has_state)) in connections.enumerate() {
         count += 1;
         let name = format!("{} {}", flow.local, flow.remote);
         match Lifeboat::aboard(&mut boat).and_then(|boat| boat.save(flow, stream, || is_gone(number))) {
@@ -48,6 +60,11 @@ pub(crate) fn rescue_unless<'a>(
             }
             Ok(Some(path)) => {
                 exit::complain(&format!("{name}: saved in {}: see `soccr restore`", path.display()));
+                if has_state {
+                    exit::complain(&format!(
+                        "{name}: the state that its application had sent along is lost: no image has it"
+                    ));
+                }
             }
             Err(error) if has_ended(stream) => {
                 ended += 1;

@@ -46,7 +46,7 @@ impl Delivery {
         while !connections.is_empty() {
             let (mut text, mut fds, mut batch) = (String::new(), Vec::new(), 0);
             let mut number = all - connections.len();
-            for Live { flow, stream } in &*connections {
+            for Live { flow, stream, .. } in &*connections {
                 let state = states.first().filter(|(of, _)| *of == number);
                 if fds.len() + 1 + usize::from(state.is_some()) > BATCH {
                     break;

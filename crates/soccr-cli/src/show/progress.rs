@@ -3,6 +3,8 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use crate::exit;
+
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Counts steps, and shows count and rate on standard error.
@@ -24,7 +26,7 @@ impl Progress {
 
     pub(crate) fn step(&mut self) {
         self.count += 1;
-        if self.terminal && self.shown.unwrap_or(self.start).elapsed() > INTERVAL {
+        if self.terminal && !exit::is_quiet() && self.shown.unwrap_or(self.start).elapsed() > INTERVAL {
             self.shown = Some(Instant::now());
             let rate = self.count as f64 / self.start.elapsed().as_secs_f64();
             self.show(&format!("{} {} of {}, {rate:.0}/s", self.what, self.count, self.total));

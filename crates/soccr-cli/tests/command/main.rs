@@ -29,6 +29,7 @@ mod rescue;
 mod save;
 mod servers;
 mod several;
+mod signals;
 mod states;
 mod steered;
 mod steered_ways;
@@ -58,6 +59,7 @@ fn main() -> std::process::ExitCode {
         save::tests(),
         servers::tests(),
         several::tests(),
+        signals::tests(),
         states::tests(),
         transfer::tests(),
         targets::tests(),

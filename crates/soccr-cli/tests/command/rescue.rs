@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use soccr::Connection;
 use soccr_image::stream::{Message, Writer};
-use soccr_lab::{Pair, Side, State, TcpInfo, let_fail, run_and_watch, wait_until};
+use soccr_lab::{Lab, Pair, Side, State, TcpInfo, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
     HEIR, Program, SOCCR, ask, assert_unlocked, connect, descriptors, fail, hear, installed, json, python,
@@ -31,6 +31,8 @@ crate::tests![
     a_received_connection_is_rescued_from_a_program_that_cannot_start,
     what_a_stuck_recipient_has_read_is_its_own_and_the_rest_is_rescued,
     a_lost_connection_is_no_success_of_the_others,
+    a_file_that_grows_too_large_costs_no_other_connection,
+    a_target_that_dies_while_it_rescues_has_not_given,
     the_source_tells_what_the_target_could_not_give_away,
     a_paused_socket_is_shown_and_resumed,
 ];
@@ -427,6 +429,73 @@ fn a_lost_connection_is_no_success_of_the_others() {
     command.0.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
     assert!(complaint.contains("connection 2: lost: "), "{complaint}");
     assert_eq!(command.0.wait().unwrap().code(), Some(3), "{complaint}");
+}
+
+/// A server that reads no more than the first words.
+const UNREAD: &str = r#"
+import signal, socket
+listener = socket.create_server(("", 7))
+connections = [listener.accept()[0] for _ in range(2)]
+for connection in connections:
+    connection.sendall(b"old " + connection.recv(3))
+signal.pause()
+"#;
+
+/// By default SIGXFSZ would end the target with all connections.
+fn a_file_that_grows_too_large_costs_no_other_connection() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [_, hidden] = broken_programs(directory.path());
+    let lab = Lab::new().unwrap();
+    let old = lab.a.run(|| Program::start(&mut python(UNREAD, &[])));
+    let mut clients = [(); 2].map(|()| lab.peer.run(|| connect((lab.a.v4, 7))));
+    for client in &mut clients {
+        assert_eq!(ask(client, "one", "old "), "old one");
+    }
+    clients[0].write_all(&[7; 100_000]).unwrap();
+    let beside = lab.b.run(|| Program::start(Command::new("sleep").arg("1000")));
+    let via = format!(
+        "cd {}; export TMPDIR=.; ulimit -f 20; exec {SOCCR} receive --netns {} -- {hidden}",
+        directory.path().display(),
+        beside.pid()
+    );
+    let output = soccr(&["send", "--pid", &old.pid(), "--all", "--via", &via]).output().unwrap();
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{complaint}");
+    assert!(complaint.contains("File too large"), "{complaint}");
+    assert!(complaint.contains("1 of 2 connections are lost"), "{complaint}");
+    assert_eq!(all_rescued(directory.path()).count(), 1);
+    assert_open(&mut clients[1]);
+}
+
+/// It cannot say any more that it has failed.
+fn a_target_that_dies_while_it_rescues_has_not_given() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [_, hidden] = broken_programs(directory.path());
+    let pid = directory.path().join("pid");
+    let moving = Move::new(100);
+    let via = format!(
+        "cd {}; echo $$ > pid; exec {SOCCR} receive --netns {} -- {hidden}",
+        directory.path().display(),
+        moving.beside.pid()
+    );
+    let (code, complaint) = std::thread::scope(|scope| {
+        let send = scope.spawn(|| moving.try_send(&["--all", "--via", &via]));
+        wait_until("it has begun", || rescued(directory.path()).is_some());
+        let starter: i32 = fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
+        // Unless it was faster, and has said that it has failed.
+        let list = fs::read_to_string(format!("/proc/{starter}/task/{starter}/children")).unwrap_or_default();
+        if let Some(target) = list.split_whitespace().next() {
+            let _ = kill_process(Pid::from_raw(target.parse().unwrap()).unwrap(), Signal::KILL);
+        }
+        send.join().unwrap()
+    });
+    assert_eq!(code, 3, "{complaint}");
 }
 
 /// Does to itself what a program does that is killed between pause and resume. `TCP_REPAIR` is 19.

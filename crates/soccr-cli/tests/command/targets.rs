@@ -1,11 +1,13 @@
 //! `send` to targets that are late, silent, or refuse.
 
-use std::io::Write;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use rustix::net::sockopt::set_socket_linger;
 use rustix::process::{Pid, Signal, kill_process};
 use soccr_image::stream::{Message, Reader, Writer};
-use soccr_lab::{LIMIT, Side, wait_until};
+use soccr_lab::{LIMIT, Side, run_and_watch, wait_until};
 
 use crate::kill::keeper;
 use crate::programs::{
@@ -29,6 +31,8 @@ crate::tests![
     a_connection_that_is_taken_late_is_not_lost,
     what_comes_back_to_a_process_that_has_closed_it_is_in_an_image,
     what_comes_back_without_a_keeper_is_in_an_image,
+    the_keeper_is_asked_about_the_right_socket,
+    nobody_stands_still_for_a_reader_who_does_not_read,
 ];
 
 /// What a target answers, in a file.
@@ -395,8 +399,14 @@ struct RefusesLate {
 
 impl RefusesLate {
     fn new() -> Self {
-        let ready = Answers::new(&[Message::Ready { connection: 1 }]);
-        Self { ready, all: Answers::refusing_behind_the_commit(), gate: Gate::new() }
+        Self::behind(vec![Message::Ready { connection: 1 }], 1)
+    }
+
+    /// It says something else before, and refuses the connection with this number.
+    fn behind(mut messages: Vec<Message>, connection: u32) -> Self {
+        let ready = Answers::new(&messages);
+        messages.push(Message::Refused { connection, reason: "no room".into() });
+        Self { ready, all: Answers::new(&messages), gate: Gate::new() }
     }
 
     fn via(&self) -> String {
@@ -451,13 +461,96 @@ fn what_comes_back_without_a_keeper_is_in_an_image() {
     assert_is_rescued(&mut moving, &said.read());
 }
 
-fn wait_until_closed(process: &Program) {
-    let open = format!("/proc/{}/fd", process.pid());
-    let is_socket = |fd: std::io::Result<std::fs::DirEntry>| {
-        let target = fd.and_then(|fd| std::fs::read_link(fd.path()));
-        target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+/// Closes its first and its third connection when they have an error, and keeps the second in any case.
+const KEEPS_THE_SECOND: &str = r#"
+import signal, socket, threading
+listener = socket.create_server(("", 7))
+def serve(connection, number):
+    try:
+        while data := connection.recv(65536):
+            connection.sendall(b"old " + data)
+    except OSError:
+        if number == 1:
+            threading.Event().wait()
+    connection.close()
+for number in range(3):
+    threading.Thread(target=serve, args=[listener.accept()[0], number], daemon=True).start()
+listener.close()
+signal.pause()
+"#;
+
+/// The first of three connections ends when the keeper has been started and before anything is locked. The third comes back to a process
+/// that has closed its socket, but still has that of the second. If it cannot be saved either, it is lost.
+fn the_keeper_is_asked_about_the_right_socket() {
+    if !installed("python3") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for (place, code, fate) in [(directory.path(), 3, "saved in"), ("/proc".as_ref(), 4, "it is lost")] {
+        let mut moving = Move::of(&mut python(KEEPS_THE_SECOND, &[]), Side::B, 3, |_| {});
+        moving.directory = place.into();
+        let [ready, second] = [1, 2].map(|connection| Message::Ready { connection });
+        let refusing = RefusesLate::behind(vec![ready, second, Message::Taken { connection: 1 }], 2);
+        let mut send = moving.send(&["--all", "--timeout", "3", "--via", &refusing.via()]);
+        let said = Said::new();
+        send.env("TMPDIR", place).stderr(said.output());
+        let mut first = Some(moving.clients.remove(0));
+        let old = &moving.old;
+        let status = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_until("it has closed two", || sockets(old) == 1);
+                refusing.gate.open();
+            });
+            // The pipe to the target is the first that is made larger.
+            run_and_watch(&mut send, |call| {
+                let enlarges =
+                    call.number == libc::SYS_fcntl && call.arguments[1] == libc::F_SETPIPE_SZ as u64;
+                if let (true, Some(client)) = (enlarges, &first) {
+                    set_socket_linger(client, Some(Duration::ZERO)).unwrap();
+                    first = None;
+                    wait_until("it has ended", || sockets(old) == 2);
+                }
+            })
+        });
+        let said = said.read();
+        assert_eq!(status, Some(code), "{said}");
+        assert!(said.contains("its process has lost it") && said.contains(fate), "{said}");
+    }
+    assert_eq!(crate::rescue::all_rescued(directory.path()).count(), 1);
+}
+
+/// Like a terminal after Ctrl-S.
+fn nobody_stands_still_for_a_reader_who_does_not_read() {
+    if !installed("python3") {
+        return;
+    }
+    let mut moving = Move::new(1);
+    // More than a pipe holds.
+    let note = Message::Note { text: "x".repeat(2000), failed: false };
+    let answers = Answers::new(&vec![note; 100]);
+    let mut send = moving.send(&["--all", "--timeout", "2", "--via", &answers.command()]);
+    let mut send = Program::start(send.stderr(Stdio::piped()));
+    let status = format!("/proc/{}/status", moving.old.pid());
+    let traced = || !std::fs::read_to_string(&status).unwrap().contains("TracerPid:\t0\n");
+    wait_until("it stands still, or is done", || traced() || send.0.try_wait().unwrap().is_some());
+    assert_eq!(ask(&mut moving.clients[0], "more", "old "), "old more");
+    let mut complaints = String::new();
+    send.0.stderr.take().unwrap().read_to_string(&mut complaints).unwrap();
+    assert_eq!(send.0.wait().unwrap().code(), Some(1));
+    assert_eq!(complaints.matches(&"x".repeat(2000)).count(), 100);
+}
+
+/// How many sockets a process has.
+fn sockets(process: &Program) -> usize {
+    let is_socket = |fd: &std::io::Result<std::fs::DirEntry>| {
+        let target = fd.as_ref().map(|fd| std::fs::read_link(fd.path()));
+        target.is_ok_and(|target| target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:")))
     };
-    wait_until("the process has closed it", || !std::fs::read_dir(&open).unwrap().any(is_socket));
+    std::fs::read_dir(format!("/proc/{}/fd", process.pid())).unwrap().filter(is_socket).count()
+}
+
+fn wait_until_closed(process: &Program) {
+    wait_until("the process has closed it", || sockets(process) == 0);
 }
 
 fn assert_is_rescued(moving: &mut Move, complaints: &str) {

@@ -10,7 +10,7 @@ use soccr_handover::foreign::{Captive, namespace};
 use soccr_handover::try_out;
 
 use super::Send;
-use super::via::Via;
+use super::via::{Left, Via};
 use crate::exit::{self, Exit};
 use crate::show::table::{Align, Table};
 
@@ -38,7 +38,7 @@ impl Send {
         let named: Vec<(String, Flow)> = named.collect::<Result<_>>()?;
         via.listen()?;
         let asked = try_out(named.clone(), &mut via, Duration::from_secs(self.timeout), exit::complain);
-        let has_failed = !via.part(asked.is_ok(), true);
+        let has_failed = !via.part(if asked.is_ok() { Left::All } else { Left::None }, true);
         let answers: Vec<Answer> = named
             .into_iter()
             .zip(asked?)
