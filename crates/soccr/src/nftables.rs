@@ -50,7 +50,7 @@ pub(crate) fn elements_in(length: usize) -> usize {
 /// A table, whether it exists or not.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Table<'a> {
-    family: Family,
+    pub(crate) family: Family,
     name: &'a str,
 }
 

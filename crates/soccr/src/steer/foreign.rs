@@ -16,20 +16,26 @@
 //! } }
 //! ```
 //!
+//! Packets may come from several hosts: from the one that has the address, and from others that have got connections from it. Each has the
+//! last rule of `in` for its device, and a chain `resets` of its own, which is empty where the kernel cannot copy packets: its name tells
+//! by which device the host is reached.
+//!
 //! The last rule of `in` drops what comes for a connection that is gone: otherwise the two hosts would send it back and forth.
 //! What comes by other devices is none of its affair: this host may be a router on the way to the address. The
 //! address is on no link, so that no ARP or neighbour discovery ever tells of it.
 
-use std::io;
+mod filter;
+
 use std::net::IpAddr;
 
 use soccr_netlink::{Batch, Family, Link, Packet, Policy, Rtnetlink, Socket};
 
-use super::{NextHop, Steerer, absent, index, number_of, present, system, with_route};
+use super::{NextHop, Steerer, absent, index, number_of, present, system, with_route, with_socket};
 use crate::error::{Error, Result};
-use crate::nftables::{self, Hook, Table, Transaction};
-use crate::segment::flags;
+use crate::nftables::{self, Table, Transaction};
 use crate::sys::MARK;
+
+use filter::{CHAIN, resets};
 
 const PREFIX: &str = "soccr-foreign-";
 
@@ -153,15 +159,55 @@ impl Foreign {
         with_route(|route| {
             self.is_reached_by(hop)?;
             let link = index(route, hop.device())?;
-            let (policy, ipv6) = (self.answers(), self.ipv6());
+            let (policy, ipv6) = (self.answering(), self.ipv6());
             if system("ip route", route.table_protocols(policy.table, ipv6))?.iter().any(|by| *by != OURS) {
                 return Err(Error::refused(
                     format!("routing table {}, which has routes of others", policy.table),
                     "choose another number",
                 ));
             }
-            present("ip rule", route.add_policy(&policy, ipv6))?;
-            system("ip route", route.add_gateway_table(policy.table, hop.address(), link, OURS))
+            let added = route.add_policy(&policy, ipv6);
+            let is_new = added.is_ok();
+            present("ip rule", added)?;
+            let routed = route.add_gateway_table(policy.table, hop.address(), link, OURS);
+            if routed.is_err() && is_new {
+                let _ = route.remove_policy(&policy, ipv6);
+            }
+            system("ip route", routed)
+        })
+    }
+
+    /// Has what sockets with this address send go by the routes of this host again.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn answer_directly(&self) -> Result<()> {
+        with_route(|route| {
+            let (policy, ipv6) = (self.answering(), self.ipv6());
+            absent("ip rule", route.remove_policy(&policy, ipv6))?;
+            absent("ip route", route.remove_gateway_table(policy.table, ipv6, OURS))
+        })
+    }
+
+    /// Through which host sockets with this address answer; `None`: directly. It holds for all of them.
+    ///
+    /// # Errors
+    /// The errors of reading rules and routes.
+    pub fn answers(&self) -> Result<Option<NextHop>> {
+        with_route(|route| {
+            let there = list(route)?.into_iter().find(|foreign| foreign.address == self.address);
+            there.map_or(Ok(None), |there| there.answers_by(route))
+        })
+    }
+
+    /// Whether the nftables table is there, without which nothing is delivered: `nft flush ruleset` removes it.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn is_complete(&self) -> Result<bool> {
+        let name = self.table();
+        with_socket(|socket| {
+            system("nft list", nftables::has_chain(socket, Table::ip(&name, self.ipv6()), CHAIN))
         })
     }
 
@@ -251,7 +297,7 @@ impl Foreign {
     }
 
     /// What its sockets send.
-    fn answers(&self) -> Policy {
+    fn answering(&self) -> Policy {
         let table = self.numbers.answers.unwrap_or(0x5300_0000 | number_of(&[self.address]));
         let priority = self.numbers.priority + 2;
         Policy { priority, mark: 0, mask: 0, to: None, from: Some(self.address), table, protocol: OURS }
@@ -299,68 +345,6 @@ impl Foreign {
         present("ip route", route.add_local_table(self.numbers.table, self.ipv6(), OURS))
     }
 
-    fn filter(&self, socket: &mut Socket, route: &Rtnetlink, from: Option<&NextHop>) -> Result<()> {
-        let name = self.table();
-        let table = Table::ip(&name, self.ipv6());
-        let hop = from.map(|hop| Ok((hop, index(route, hop.device())?))).transpose()?;
-        let out = hop.map_or(CHAIN.to_owned(), |(hop, device)| resets(hop, device));
-        if system("nft list", nftables::has_chain(socket, table, &out))? {
-            return Ok(());
-        }
-        let mut made = self.create(socket, table, hop, true);
-        // Not every kernel can copy packets.
-        if hop.is_some() && matches!(&made, Err(error) if is_missing(error)) {
-            made = self.create(socket, table, hop, false);
-        }
-        let needs = "needs nftables with CONFIG_NFT_SOCKET; CAP_NET_ADMIN, as root or under `unshare -Urn`";
-        made.map_err(|error| Error::system("nft add table", error).advise(needs))
-    }
-
-    fn create(
-        &self,
-        socket: &mut Socket,
-        table: Table<'_>,
-        hop: Option<(&NextHop, u32)>,
-        copies: bool,
-    ) -> io::Result<()> {
-        let mut batch = Batch::new();
-        let mut transaction = Transaction::begin(&mut batch, table);
-        transaction.replace_table();
-        let hook = Hook { number: Hook::PREROUTING, priority: Hook::MANGLE, device: None };
-        transaction.create_chain(CHAIN, hook);
-        let icmp = if self.ipv6() { libc::IPPROTO_ICMPV6 } else { libc::IPPROTO_ICMP };
-        for protocol in [libc::IPPROTO_TCP, icmp] {
-            transaction.rule(CHAIN, |rule| {
-                rule.is_to(self.address);
-                rule.is_protocol(protocol);
-                rule.is_for_transparent_socket();
-                rule.mark(self.numbers.mark);
-                rule.accept();
-            });
-        }
-        transaction.rule(CHAIN, |rule| {
-            rule.is_to(self.address);
-            rule.is_protocol(libc::IPPROTO_TCP);
-            if let Some((_, device)) = hop {
-                rule.arrives_by(device);
-            }
-            rule.lacks_mark(MARK);
-            rule.drop();
-        });
-        if let Some((hop, device)) = hop.filter(|_| copies) {
-            let hook = Hook { number: Hook::OUTPUT, priority: Hook::FILTER, device: None };
-            let chain = resets(hop, device);
-            transaction.create_chain(&chain, hook);
-            transaction.rule(&chain, |rule| {
-                rule.is_from(self.address);
-                rule.is_protocol(libc::IPPROTO_TCP);
-                rule.has_tcp_flags(flags::RST, flags::RST);
-                rule.copy_to(hop.address(), device);
-            });
-        }
-        transaction.commit(socket)
-    }
-
     fn withdraw(&self, route: &mut Rtnetlink) -> Result<()> {
         let (name, ipv6, table) = (self.table(), self.ipv6(), self.numbers.table);
         let mut batch = Batch::new();
@@ -368,7 +352,7 @@ impl Foreign {
         transaction.remove();
         let mut socket = system("netfilter socket", Socket::open(Family::Netfilter))?;
         let mut outcome = absent("nft delete table", transaction.commit(&mut socket));
-        let answers = self.answers();
+        let answers = self.answering();
         outcome = outcome.and(absent("ip route", route.remove_gateway_table(answers.table, ipv6, OURS)));
         if !is_used(route, table, ipv6, Some(self.address))? {
             outcome = outcome.and(absent("ip route", route.remove_local_table(table, ipv6, OURS)));
@@ -382,18 +366,6 @@ impl Foreign {
         }
         outcome
     }
-}
-
-const CHAIN: &str = "in";
-
-/// The chain that copies resets to a host. Its name tells to which: `:` does not go into one. The device is named by its index, because it
-/// may be made anew under the same name.
-fn resets(hop: &NextHop, device: u32) -> String {
-    format!("resets-{}/{device}", hop.address()).replace(':', "-")
-}
-
-fn is_missing(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP))
 }
 
 /// Whether rules of ours need the table, but for those of one address.
