@@ -1,11 +1,12 @@
 //! Connections are steered, each from where its packets arrive.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 
 use soccr_netlink::{Family, Packet, Rtnetlink, Socket};
 
-use super::steering::reversed;
+use super::steering::{distinct, reversed};
 use super::{Foreign, NextHop, Numbers, Steering, Times, Tunnel, foreign, index, system};
 use crate::connection::Flow;
 use crate::conntrack;
@@ -31,14 +32,26 @@ impl Steerer {
         open().map_err(|error: std::io::Error| Error::system("netlink socket", error).at("steer"))
     }
 
-    /// Steers connections to a host from now on, whatever was steered where before. Each arrives by the device that has its
-    /// local address, or, where none has, by that of the route to the peer, or by a [`Tunnel`].
+    /// Steers connections to a host from now on, whatever was steered where before. What they answer comes directly, or is
+    /// [sent on](Self::redirect_answers).
+    ///
+    /// Each is steered from wherever its packets can be expected: from the device that has its local address, from that of the route to the
+    /// peer, and, where the address is another host's, from those by which packets for it [come](super::Foreign::deliver_from), and from
+    /// each [`Tunnel`].
     ///
     /// # Errors
     /// Refused: the next hop has another address family than a connection; a connection is behind NAT, and nothing is steered then.
     /// `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` or `ENOENT` where the kernel lacks `CONFIG_NFT_FWD_NETDEV`.
     pub fn redirect(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
-        self.begin(flows, to).map_err(|error| error.at("steer"))
+        self.begin(flows, to, true).map_err(|error| error.at("steer"))
+    }
+
+    /// [`redirect`](Self::redirect), where the connections have moved on without this host: it leaves alone what is arranged for their answers.
+    ///
+    /// # Errors
+    /// The errors of [`redirect`](Self::redirect).
+    pub fn redirect_only(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
+        self.begin(flows, to, false).map_err(|error| error.at("steer"))
     }
 
     /// Sends on what the new host answers, too, where the network between it and the peers forbids foreign sources: it
@@ -68,22 +81,30 @@ impl Steerer {
             .map_err(|error| error.at("steer"))
     }
 
-    fn begin(&mut self, flows: &[Flow], to: &NextHop) -> Result<()> {
+    fn begin(&mut self, flows: &[Flow], to: &NextHop, ends_answers: bool) -> Result<()> {
         self.check_translation(flows)?;
+        let all = distinct(flows);
         let others = Steering::list_by(&mut self.netfilter)?;
         let mut used = Vec::new();
-        for (device, flows) in arrivals(&mut self.route, flows)? {
+        for (device, flows) in self.arrivals(&all)? {
             let steering = self.open(&device, to.device())?;
-            steering.steer_by(&mut self.netfilter, &flows, to.address(), true)?;
-            used.push(steering);
+            steering.steer_by(&mut self.netfilter, &flows, to.address(), ends_answers)?;
+            used.push((steering, flows));
         }
-        let answers = reversed(flows);
         for other in others {
-            if !used.contains(&other) {
-                other.forget_by(&mut self.netfilter, &[flows, &answers].concat())?;
-            } else if used.len() > 1 {
-                other.forget_by(&mut self.netfilter, &answers)?;
+            // Those that are not steered from there any more.
+            let mut stale = match used.iter().find(|(used, _)| *used == other) {
+                Some((_, here)) if here.len() == all.len() => continue,
+                Some((_, here)) => {
+                    let here: HashSet<&Flow> = here.iter().collect();
+                    all.iter().filter(|flow| !here.contains(flow)).copied().collect()
+                }
+                None => all.clone(),
+            };
+            if ends_answers {
+                stale.extend(reversed(&stale));
             }
+            other.forget_by(&mut self.netfilter, &stale)?;
         }
         Ok(())
     }
@@ -107,7 +128,7 @@ impl Steerer {
         let mut hops = HashMap::new();
         // Where this host has to answer through another one itself, these answers have to, too.
         let foreign = foreign::list(&mut self.route)?;
-        for flow in flows.iter().map(Flow::on_the_wire) {
+        for flow in distinct(flows) {
             let ends = (flow.local.ip(), flow.remote.ip());
             let hop = match hops.get(&ends) {
                 Some(hop) => hop,
@@ -130,9 +151,71 @@ impl Steerer {
         Ok(())
     }
 
+    /// The devices by which connections may arrive. Nothing tells for sure: routes say where answers leave. To steer from one device too many
+    /// costs little, and from one too few costs the connection.
+    fn arrivals(&mut self, flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
+        let mut places: HashMap<IpAddr, Place> = HashMap::new();
+        let mut ways: HashMap<(IpAddr, IpAddr), Option<u32>> = HashMap::new();
+        let mut arrivals: HashMap<u32, Vec<Flow>> = HashMap::new();
+        for flow in flows {
+            let (local, remote) = (flow.local.ip(), flow.remote.ip());
+            let place = match places.get(&local) {
+                Some(place) => place,
+                None => {
+                    let found = self.place(local)?;
+                    places.entry(local).or_insert(found)
+                }
+            };
+            let way = match (flow.remote, ways.get(&(local, remote))) {
+                (SocketAddr::V6(remote), _) if remote.scope_id() != 0 => Some(remote.scope_id()),
+                (_, Some(way)) => *way,
+                (_, None) => {
+                    let from = Some(local).filter(|_| place.is_here);
+                    let way = match self.route.way(Packet { from, ..Packet::to(remote) }) {
+                        Err(error) if !place.devices.is_empty() && is_unreachable(&error) => None,
+                        way => Some(system("ip route get", way)?.link),
+                    };
+                    *ways.entry((local, remote)).or_insert(way)
+                }
+            };
+            for device in place.devices.iter().copied().chain(way.filter(|way| !place.devices.contains(way)))
+            {
+                arrivals.entry(device).or_default().push(*flow);
+            }
+        }
+        let name = |link| self.route.name(link).map_err(|error| Error::system("if_indextoname", error));
+        arrivals.into_iter().map(|(link, flows)| Ok((name(link)?, flows))).collect()
+    }
+
+    fn place(&mut self, local: IpAddr) -> Result<Place> {
+        let lo = index(&self.route, "lo")?;
+        let holder = system("ip address", self.route.link_with(local))?;
+        let mut devices: BTreeSet<u32> = holder.into_iter().filter(|link| *link != lo).collect();
+        if devices.is_empty() {
+            for foreign in foreign::list(&mut self.route)?.iter().filter(|foreign| foreign.address() == local)
+            {
+                devices.extend(foreign.arrivals(&mut self.netfilter)?);
+            }
+            for tunnel in Tunnel::list_by(&mut self.route)? {
+                devices.extend(self.route.index(&tunnel.device()));
+            }
+            // By one that is gone nothing arrives.
+            devices.retain(|device| self.route.name(*device).is_ok());
+        }
+        Ok(Place { is_here: holder.is_some(), devices })
+    }
+
     fn open(&mut self, ingress: &str, egress: &str) -> Result<Steering> {
         Steering::open_by(&mut self.netfilter, &self.route, ingress, egress, Times::default())
     }
+}
+
+/// Where a local address is.
+struct Place {
+    /// On this host.
+    is_here: bool,
+    /// The devices by which its packets may arrive, whoever sends them.
+    devices: BTreeSet<u32>,
 }
 
 /// [`Steerer::redirect`] in the network namespace of the calling thread, once.
@@ -172,36 +255,8 @@ pub(super) fn stop_by(socket: &mut Socket, flows: &[Flow]) -> Result<usize> {
     most
 }
 
-/// The devices by which connections arrive.
-fn arrivals(route: &mut Rtnetlink, flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
-    let tunnels = Tunnel::list_by(route)?;
-    let lo = index(route, "lo")?;
-    let mut links: HashMap<IpAddr, Option<u32>> = HashMap::new();
-    let mut arrivals: HashMap<u32, Vec<Flow>> = HashMap::new();
-    let mut through_tunnels = Vec::new();
-    for flow in flows.iter().map(Flow::on_the_wire) {
-        let local = flow.local.ip();
-        let own = match links.get(&local) {
-            Some(own) => *own,
-            None => {
-                let found = system("ip address", route.link_with(local))?.filter(|link| *link != lo);
-                *links.entry(local).or_insert(found)
-            }
-        };
-        let link = match own {
-            Some(link) => link,
-            None => {
-                through_tunnels.push(flow);
-                system("ip route get", route.way(Packet::to(flow.remote.ip())))?.link
-            }
-        };
-        arrivals.entry(link).or_default().push(flow);
-    }
-    let name = |link| route.name(link).map_err(|error| Error::system("if_indextoname", error));
-    let mut named: HashMap<String, Vec<Flow>> =
-        arrivals.into_iter().map(|(link, flows)| Ok((name(link)?, flows))).collect::<Result<_>>()?;
-    for tunnel in tunnels.iter().filter(|_| !through_tunnels.is_empty()) {
-        named.insert(tunnel.device(), through_tunnels.clone());
-    }
-    Ok(named)
+/// Routes name no device for such a peer.
+fn is_unreachable(error: &io::Error) -> bool {
+    let unreachable = [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EACCES, libc::EINVAL];
+    error.raw_os_error().is_some_and(|errno| unreachable.contains(&errno))
 }

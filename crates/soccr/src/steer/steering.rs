@@ -6,7 +6,7 @@
 //!   set alive4 { …; flags dynamic,timeout; timeout 1d; counter }   # steered as long as it is in both
 //!   set end4   { …; flags dynamic,timeout }                        # the peer has sent a FIN or an RST
 //!   chain in-2-3 { type filter hook ingress device eth0 priority -300                      # the indices of the devices
-//!     meta mark 0x50cd       meta mark set 0                                               accept     # see homecoming.rs
+//!     meta mark 0x50cd       accept                                                                   # see homecoming.rs
 //!     no fin, syn, rst       KEY not @end4, KEY @to4, @alive4   update @alive4                fwd        # nearly all packets
 //!     tcp flags fin          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1h }  fwd
 //!     tcp flags rst          KEY @to4, @alive4   update @end4, @alive4 { KEY timeout 1m }  fwd
@@ -29,14 +29,14 @@ mod change;
 mod room;
 mod rules;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use soccr_netlink::{Batch, Message, Rtnetlink, Socket};
 
-use super::{index, with_route, with_socket};
+use super::{absent, index, with_route, with_socket};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::nftables::set::{self, ELEMENT_EXPIRATION, ELEMENT_TIMEOUT};
@@ -197,10 +197,10 @@ impl Steering {
     /// Refused: the next hop has another address family than a connection. `ENFILE` for more than 65536 connections of
     /// one family that have not ended, two seconds later.
     pub fn steer(&self, flows: &[Flow], next_hop: IpAddr) -> Result<()> {
-        with_socket(|socket| self.steer_by(socket, flows, next_hop, false))
+        with_socket(|socket| self.steer_by(socket, &distinct(flows), next_hop, false))
     }
 
-    /// Can also end the steering of their answers, in the same transaction: all of it happens, or nothing.
+    /// Of [`distinct`] connections. Can also end the steering of their answers, in the same transaction: all of it happens, or nothing.
     pub(super) fn steer_by(
         &self,
         socket: &mut Socket,
@@ -218,11 +218,10 @@ impl Steering {
             .at("steer"));
         }
         let ipv6 = next_hop.is_ipv6();
-        let flows: Vec<Flow> = flows.iter().map(Flow::on_the_wire).collect();
         // Where the first is not steered, none is, as a rule: nothing has to be taken out, which takes half of the time.
         let seem_new = flows.len() >= MANY
             && !self.present(socket, ipv6, &flows[..1], &[TO]).map_err(failed)?[&flows[0]].steered;
-        self.change(socket, ipv6, &flows, seem_new, |change| {
+        self.change(socket, ipv6, flows, seem_new, |change| {
             let flows = change.flows;
             change.take_out(TO, flows, |entry| entry.steered);
             change.take_out(END, flows, |entry| entry.ends);
@@ -311,6 +310,29 @@ impl Steering {
         transaction.commit(socket).map_err(|error| Error::system("nft delete table netdev", error))
     }
 
+    /// Removes the table if nothing is steered. Returns whether it is gone.
+    pub(super) fn remove_unused_by(&self, socket: &mut Socket) -> Result<bool> {
+        if !self.contents_by(socket)?.is_empty() {
+            return Ok(false);
+        }
+        // What has ended by itself is still in the map.
+        for ipv6 in [false, true] {
+            self.make_room(socket, ipv6)?;
+        }
+        let (mut batch, name) = (Batch::new(), self.table());
+        let table = Table::netdev(&name);
+        let chains = nftables::chains(socket, table).map_err(failed)?;
+        let mut transaction = Transaction::begin(&mut batch, table);
+        let chains: Vec<&str> = chains.iter().map(String::as_str).collect();
+        // Of the other sets, nothing counts that is not in the map.
+        transaction.remove_empty(&chains, [false, true].map(|ipv6| TO.name(ipv6)));
+        match transaction.commit(socket) {
+            // Something is steered by now.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+            removed => absent("nft delete table netdev", removed).map(|()| true),
+        }
+    }
+
     fn table(&self) -> String {
         format!("{PREFIX}{}/{}", self.ingress, self.egress)
     }
@@ -373,8 +395,16 @@ pub(super) fn reversed(flows: &[Flow]) -> Vec<Flow> {
     flows.iter().map(Flow::reversed).collect()
 }
 
+/// Each connection once, by its addresses on the wire.
+pub(super) fn distinct(flows: &[Flow]) -> Vec<Flow> {
+    let mut known = HashSet::with_capacity(flows.len());
+    flows.iter().map(Flow::on_the_wire).filter(|flow| known.insert(*flow)).collect()
+}
+
 fn of_family(flows: &[Flow], ipv6: bool) -> Vec<Flow> {
-    flows.iter().filter(|flow| flow.is_ipv4() != ipv6).map(Flow::on_the_wire).collect()
+    let mut flows = distinct(flows);
+    flows.retain(|flow| flow.is_ipv4() != ipv6);
+    flows
 }
 
 fn time(element: &[u8], kind: u16) -> Option<Duration> {

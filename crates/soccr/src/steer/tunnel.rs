@@ -146,13 +146,13 @@ impl Tunnel {
         with_socket(|socket| {
             with_route(|route| {
                 let device = self.device();
-                let mut empty = Vec::new();
+                let mut by_it = Vec::new();
                 for steering in Steering::list_by(socket)? {
                     if [steering.ingress(), steering.egress()].contains(&device.as_str()) {
                         if !steering.contents_by(socket)?.is_empty() {
                             return Ok(());
                         }
-                        empty.push(steering);
+                        by_it.push(steering);
                     }
                 }
                 let ends = [false, true].map(|ipv6| NextHop::known(self.address(ipv6, false), &device));
@@ -162,7 +162,11 @@ impl Tunnel {
                     }
                 }
                 // Their rules have the number of the device, which no other will have.
-                empty.iter().try_for_each(|steering| steering.remove_by(socket))?;
+                for steering in by_it {
+                    if !steering.remove_unused_by(socket)? {
+                        return Ok(());
+                    }
+                }
                 absent("ip link delete", route.remove_link(&device))
             })
         })

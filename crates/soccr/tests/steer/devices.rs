@@ -1,12 +1,13 @@
 //! Devices that are removed, and made anew under the same name.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use rustix::net::{AddressFamily, SendFlags, SocketType, bind, ipproto, sendto};
 use soccr::Flow;
-use soccr::steer::{Foreign, NextHop, Numbers, redirect};
-use soccr_lab::{Host, Sniffer, VethEnd, set_option, veth, wait_until};
+use soccr::steer::{Foreign, NextHop, Numbers, redirect, stop};
+use soccr_lab::{Host, Sniffer, VethEnd, set_option, sysctl, veth, wait_until};
+use soccr_netlink::Policy;
 
 use super::Net;
 use super::tables::{segment, stray_segment};
@@ -54,9 +55,13 @@ fn flow(local: Ipv4Addr, remote: Ipv4Addr, port: u16) -> Flow {
 }
 
 fn is_steered(lan: &Net, device: &str, flow: Flow) {
-    let mut sniffer = Sniffer::on(&lan.hosts[1].namespace, device).unwrap();
+    arrives_at(&lan.hosts[1], device, &lan.hosts[2], flow);
+}
+
+fn arrives_at(new: &Host, device: &str, peer: &Host, flow: Flow) {
+    let mut sniffer = Sniffer::on(&new.namespace, device).unwrap();
     wait_until("a packet has arrived at the new host", || {
-        send(&lan.hosts[2], None, flow);
+        send(peer, None, flow);
         sniffer.segments().unwrap().iter().any(|segment| segment.source == flow.remote)
     });
 }
@@ -90,7 +95,6 @@ pub fn made_anew_egress() {
 
 /// The old host hears of resets by it again.
 pub fn made_anew_towards_the_old_host() {
-    const RST: u8 = 0x04;
     let lan = Net::flat();
     let [home, away, peer] = &lan.hosts;
     let flow = flow(home.v4, peer.v4, 1000);
@@ -98,17 +102,92 @@ pub fn made_anew_towards_the_old_host() {
         connect_by_another(home, away);
         let hop = NextHop::known(FIRST.into(), "eth1");
         away.run(|| Foreign::deliver_from(home.v4.into(), Numbers::default(), Some(&hop))).unwrap();
-        let mut sniffer = Sniffer::on(&home.namespace, "eth1").unwrap();
-        // It has its IP header with it, with an address that this host does not have.
-        let raw = away.run(|| rustix::net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW)));
-        let raw = raw.unwrap();
-        let segment = segment(flow.reversed(), RST);
-        let header = [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0];
-        let packet = [&header[..], &home.v4.octets(), &peer.v4.octets(), &segment].concat();
-        wait_until("the old host has heard of the reset", || {
-            sendto(&raw, &packet, SendFlags::empty(), &flow.remote).unwrap();
-            sniffer.segments().unwrap().iter().any(|segment| segment.source == flow.local)
-        });
+        hears_of_a_reset(home, "eth1", away, flow);
         remove_the_other(home);
     }
+}
+
+/// The new host resets a connection, and the one that steers it there hears of it.
+fn hears_of_a_reset(home: &Host, device: &str, away: &Host, flow: Flow) {
+    const RST: u8 = 0x04;
+    let (SocketAddr::V4(local), SocketAddr::V4(remote)) = (flow.local, flow.remote) else { panic!("IPv4") };
+    let mut sniffer = Sniffer::on(&home.namespace, device).unwrap();
+    // It has its IP header with it, with an address that this host does not have.
+    let raw = away.run(|| rustix::net::socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::RAW)));
+    let raw = raw.unwrap();
+    let segment = segment(flow.reversed(), RST);
+    let header = [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0];
+    let packet = [&header[..], &local.ip().octets(), &remote.ip().octets(), &segment].concat();
+    wait_until("the old host has heard of the reset", || {
+        sendto(&raw, &packet, SendFlags::empty(), &flow.remote).unwrap();
+        sniffer.segments().unwrap().iter().any(|segment| segment.source == flow.local)
+    });
+}
+
+/// An address on a device of its own, as those of services are, or on a network that the peer is not in.
+pub fn by_another_device_than_has_the_address() {
+    let lan = Net::flat();
+    let [home, away, other] = &lan.hosts;
+    connect_by_another(home, other);
+    lan.router.rtnetlink().unwrap().route(FIRST.into(), 32, "lan", Some(home.v4.into())).unwrap();
+    let flow = flow(FIRST, lan.peer.v4, 1000);
+    home.run(|| redirect(&[flow], &NextHop::new(away.v4.into()).unwrap())).unwrap();
+    arrives_at(away, "eth0", &lan.peer, flow);
+    home.run(|| assert_eq!(stop(&[flow]).unwrap(), 1));
+    // Where the routes name another device for what the address sends, it arrives by that one.
+    home.run(|| {
+        let mut route = home.namespace.rtnetlink().unwrap();
+        route.add_gateway_table(77, SECOND.into(), route.index("eth1").unwrap(), 4).unwrap();
+        let all = Policy { priority: 500, mark: 0, mask: 0, to: None, from: None, table: 77, protocol: 4 };
+        route.add_policy(&Policy { from: Some(home.v4.into()), ..all }, false).unwrap();
+    });
+    let flow = Flow { local: (home.v4, 80).into(), remote: (other.v4, 1000).into() };
+    home.run(|| redirect(&[flow], &NextHop::new(away.v4.into()).unwrap())).unwrap();
+    other.namespace.rtnetlink().unwrap().route(home.v4.into(), 32, "eth1", Some(FIRST.into())).unwrap();
+    arrives_at(away, "eth0", other, flow);
+}
+
+/// The second host gets the packets by another network than the one that leads to the peer.
+pub fn from_the_host_that_steers_here() {
+    let lan = Net::flat();
+    let [home, second, third] = &lan.hosts;
+    connect_by_another(home, second);
+    let flow = flow(home.v4, lan.peer.v4, 1000);
+    home.run(|| redirect(&[flow], &NextHop::new(SECOND.into()).unwrap())).unwrap();
+    second.run(|| {
+        let hop = NextHop::new(FIRST.into()).unwrap();
+        Foreign::deliver_from(home.v4.into(), Numbers::default(), Some(&hop)).unwrap();
+        redirect(&[flow], &NextHop::new(third.v4.into()).unwrap()).unwrap();
+    });
+    arrives_at(third, "eth0", &lan.peer, flow);
+}
+
+/// Two hosts steer here what is for one address: one that has it, and one that has got a connection from that.
+pub fn from_two_hosts_at_once() {
+    let lan = Net::flat();
+    let [home, away, other] = &lan.hosts;
+    connect_by_another(other, away);
+    let hops = [NextHop::known(home.v4.into(), "eth0"), NextHop::known(FIRST.into(), "eth1")];
+    away.run(|| {
+        for hop in &hops {
+            Foreign::deliver_from(home.v4.into(), Numbers::default(), Some(hop)).unwrap();
+        }
+    });
+    hears_of_a_reset(home, "eth0", away, flow(home.v4, lan.peer.v4, 1000));
+    hears_of_a_reset(other, "eth1", away, flow(home.v4, lan.peer.v4, 1001));
+    // What no socket has is dropped from both, although this host forwards.
+    away.run(|| sysctl("net/ipv4/ip_forward", "1")).unwrap();
+    other.namespace.rtnetlink().unwrap().route(home.v4.into(), 32, "eth1", Some(SECOND.into())).unwrap();
+    let mut sniffer = Sniffer::on(&home.namespace, "eth0").unwrap();
+    let dropped = flow(home.v4, FIRST, 1000);
+    send(other, Some("eth1"), dropped);
+    // Behind it, to another port of a host that takes it.
+    let passes = flow(lan.peer.v4, FIRST, 1000);
+    other.namespace.rtnetlink().unwrap().route(lan.peer.v4.into(), 32, "eth1", Some(SECOND.into())).unwrap();
+    let mut behind = Sniffer::on(&lan.peer.namespace, "eth0").unwrap();
+    wait_until("a later packet has passed", || {
+        send(other, Some("eth1"), passes);
+        behind.segments().unwrap().iter().any(|segment| segment.source == passes.remote)
+    });
+    assert!(sniffer.segments().unwrap().iter().all(|segment| segment.source != dropped.remote));
 }

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         moves::neighbours_hear_nothing_of_it,
         moves::the_new_host_takes_the_address,
         tables::many_are_added_moved_and_removed,
+        tables::named_twice_it_is_steered_once,
         tables::what_is_steered_is_counted,
         tables::an_entry_ends_with_its_connection,
         tables::a_new_connection_with_the_same_ports_is_not_steered,
@@ -54,6 +55,9 @@ fn main() -> ExitCode {
         devices::made_anew_ingress,
         devices::made_anew_egress,
         devices::made_anew_towards_the_old_host,
+        devices::by_another_device_than_has_the_address,
+        devices::from_the_host_that_steers_here,
+        devices::from_two_hosts_at_once,
         delivery::numbers_of_others_are_refused,
         delivery::an_old_host_of_the_other_family_is_refused,
         delivery::an_address_is_delivered_once,
@@ -77,6 +81,8 @@ fn main() -> ExitCode {
         tunnels::what_rp_filter_would_drop_is_refused,
         tunnels::a_reset_of_the_new_host_ends_the_steering,
         tunnels::nothing_is_left_of_tunnels,
+        tunnels::a_tunnel_by_which_packets_come_is_used,
+        tunnels::a_tunnel_for_what_has_ended_is_unused,
     ])
 }
 

@@ -68,6 +68,29 @@ pub fn many_are_added_moved_and_removed() {
     });
 }
 
+/// The same connection is named more than once.
+pub fn named_twice_it_is_steered_once() {
+    let lan = Net::flat();
+    lan.hosts[0].run(|| {
+        let b = NextHop::new(lan.hosts[1].v4.into()).unwrap();
+        let flow = flows(1, false)[0];
+        let mapped = |end: SocketAddr| {
+            let IpAddr::V4(v4) = end.ip() else { panic!("IPv4") };
+            SocketAddr::from((v4.to_ipv6_mapped(), end.port()))
+        };
+        let same = Flow { local: mapped(flow.local), remote: mapped(flow.remote) };
+        for _ in 0..2 {
+            redirect(&[flow, flow, same], &b).unwrap();
+            assert_eq!(contents().iter().map(|steered| steered.flow).collect::<Vec<_>>(), [flow]);
+        }
+        assert_eq!(stop(&[flow, flow, same]).unwrap(), 1);
+        assert_eq!(contents(), []);
+        let many = flows(100, false).repeat(2);
+        redirect(&many, &b).unwrap();
+        assert_eq!(contents().len(), 100);
+    });
+}
+
 pub fn what_is_steered_is_counted() {
     let lan = Net::flat();
     for ipv6 in [false, true] {

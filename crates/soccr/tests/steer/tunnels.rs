@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketType};
 use soccr::ErrorKind::Refused;
 use soccr::Flow;
 use soccr::steer::{Foreign, Numbers, Steering, Times, Tunnel};
-use soccr_lab::{TcpInfo, sysctl, wait_until};
+use soccr_lab::{TcpInfo, supervised, sysctl, wait_until};
 
 use super::moves::{narrow, transfer, wander};
 use super::traffic::{End, Peer};
@@ -256,4 +256,52 @@ pub fn nothing_is_left_of_tunnels() {
     });
     // The locks' tables go a moment later.
     wait_until("everything is as it was", || [0, 1].map(|host| listings(&net, host)) == before);
+}
+
+/// A new host whose kernel can copy no packet has the tunnel by which the old one steers.
+pub fn a_tunnel_by_which_packets_come_is_used() {
+    let net = Net::routed(false);
+    let tunnel = net.tunnel(1);
+    let (home, hop) = (net.hosts[0].v4.into(), net.hop_back(1, false));
+    net.hosts[1].run(|| {
+        Foreign::deliver_from(home, Numbers::default(), Some(&hop)).unwrap().remove().unwrap();
+        tunnel.reversed().remove_unused().unwrap();
+        assert_eq!(Tunnel::list().unwrap(), [], "nothing needs it");
+    });
+    net.tunnel(1);
+    supervised(|faults| {
+        net.hosts[1].run(|| {
+            for left in 0.. {
+                faults.arm_among(&[libc::SYS_sendto], left, libc::EOPNOTSUPP);
+                let made = Foreign::deliver_from(home, Numbers::default(), Some(&hop));
+                let failed = faults.disarm().is_some();
+                if made.is_ok() {
+                    tunnel.reversed().remove_unused().unwrap();
+                    assert_eq!(Tunnel::list().unwrap(), [tunnel.reversed()], "after {left} calls");
+                }
+                if !failed {
+                    break;
+                }
+                Foreign::list().unwrap().iter().for_each(|foreign| foreign.remove().unwrap());
+            }
+        });
+    });
+}
+
+/// Nobody needs a tunnel for what has ended, although its entry is still in the map.
+pub fn a_tunnel_for_what_has_ended_is_unused() {
+    let net = Net::routed(false);
+    let tunnel = net.tunnel(1);
+    let flow = Flow { local: (net.hosts[0].v4, 80).into(), remote: (net.peer.v4, 1000).into() };
+    let mut times = Times::default();
+    times.idle = Duration::from_millis(300);
+    net.hosts[0].run(|| {
+        let steering = Steering::open("eth0", &tunnel.device(), times).unwrap();
+        steering.steer(&[flow], net.hop(1, false).address()).unwrap();
+        tunnel.remove_unused().unwrap();
+        assert_eq!(Tunnel::list().unwrap(), [tunnel]);
+        wait_until("it has ended", || steering.contents().unwrap().is_empty());
+        tunnel.remove_unused().unwrap();
+        assert_eq!((Tunnel::list().unwrap(), Steering::list().unwrap()), (vec![], vec![]));
+    });
 }
