@@ -106,20 +106,21 @@ pub(crate) fn path(hops: &[Hop], flows: &[Flow]) -> Result<(Path, Option<Made>)>
     match hops {
         [Hop::Tunnel(remote)] => {
             let tunnel = Tunnel::to(*remote)?;
-            let made = tunnel.open()?.then_some(Made(tunnel));
+            // Only then: one that is dropped removes the tunnel.
+            let made = tunnel.open()?.then(|| Made(tunnel));
             Ok((tunnel.into(), made))
         }
         hops => Ok((find_hops(hops, flows)?.into(), None)),
     }
 }
 
-/// Steers connections, each to the next hop of its family, through a tunnel that is there already.
+/// Steers connections, each to the next hop of its family, through a tunnel that is there already. Their answers come as before.
 pub(crate) fn redirect(hop: &Hop, flows: &[Flow]) -> Result<()> {
     let mut steerer = Steerer::new()?;
     for (number, hop) in find_hops(std::slice::from_ref(hop), flows)?.into_iter().enumerate() {
         let is_ipv4 = hop.address().is_ipv4();
         let flows: Vec<Flow> = flows.iter().filter(|flow| flow.is_ipv4() == is_ipv4).copied().collect();
-        match steerer.redirect(&flows, &hop) {
+        match steerer.redirect_only(&flows, &hop) {
             // Those of the other family are steered.
             Err(error) if number > 0 => bail!(Coded(Exit::SomeFailed, error.to_string())),
             outcome => outcome?,
