@@ -5,6 +5,9 @@
 //!   set flows4, flows6
 //!   chain eth0 { type filter hook ingress device eth0 priority -301      # before the chains that steer
 //!     KEY @flows4 meta mark set 0x50cd                                   # which those pass over
+//!   }
+//!   chain eth0/end { type filter hook ingress device eth0 priority -299  # behind them all
+//!     meta mark 0x50cd meta mark set 0
 //! } }
 //! ```
 
@@ -196,6 +199,12 @@ fn create(transaction: &mut Transaction<'_>) {
 fn create_chain(transaction: &mut Transaction<'_>, device: &str) {
     let hook = Hook { number: Hook::INGRESS, priority: Hook::RAW - 1, device: Some(device) };
     transaction.create_chain(device, hook);
+    let end = format!("{device}/end");
+    transaction.create_chain(&end, Hook { priority: Hook::RAW + 1, ..hook });
+    transaction.rule(&end, |rule| {
+        rule.has_mark(NOT_STEERED);
+        rule.mark(0);
+    });
     for ipv6 in [false, true] {
         let mut rule = |write: &dyn Fn(&mut Expressions<'_, '_>)| {
             transaction.rule(device, |rule| {

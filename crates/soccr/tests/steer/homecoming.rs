@@ -9,9 +9,9 @@ use soccr::lock::{Locker, Mode};
 use soccr::steer::{Homecoming, Steered, Steering, Times, stop};
 use soccr_lab::{sysctl, wait_until};
 
-use super::Net;
-use super::devices::{connect_by_another, raw, send, send_by};
+use super::devices::{SECOND, connect_by_another, raw, send, send_by};
 use super::tables::{contents, flows, resets, segment, stray_segment};
+use super::{Net, say};
 
 /// A connection can arrive by several devices. While it is expected, packets that come by neither of them are steered.
 pub fn by_whichever_device_it_arrives() {
@@ -41,6 +41,37 @@ pub fn by_whichever_device_it_arrives() {
         homecoming.arrived(&[flow]).unwrap();
         assert_eq!(contents(), []);
     });
+}
+
+/// It arrives by a device of which packets go on to several.
+pub fn by_a_device_with_several_ways_on() {
+    let lan = Net::flat();
+    let [home, away, peer] = &lan.hosts;
+    connect_by_another(home, away);
+    // Nobody else sees how it is kept from being steered.
+    let rules =
+        "table ip marks { chain in { type filter hook prerouting priority -300; meta mark != 0 drop; }\n }";
+    if home.run(|| say("nft", &[rules])).is_none() {
+        return;
+    }
+    let to_each = [("eth0", away.v4), ("eth1", SECOND)];
+    for (port, (device, next)) in (1000..).zip(to_each) {
+        let flow = Flow { local: (home.v4, 80).into(), remote: (peer.v4, port).into() };
+        home.run(|| {
+            for (device, _) in to_each {
+                Steering::open("eth0", device, Times::default()).unwrap();
+            }
+            let steering = Steering::open("eth0", device, Times::default()).unwrap();
+            steering.steer(&[flow], next.into()).unwrap();
+            let mut homecoming = Homecoming::new(&Locker::new(Mode::HOLD).unwrap()).unwrap();
+            homecoming.expect(&[flow]).unwrap();
+            let before = resets(&lan);
+            send(peer, None, flow);
+            wait_until("it has come home, where nobody knows it", || resets(&lan) == before + 1);
+            assert_eq!(contents()[0].packets, 0);
+            homecoming.arrived(&[flow]).unwrap();
+        });
+    }
 }
 
 /// By a device that is gone nothing arrives: it is in nobody's way.

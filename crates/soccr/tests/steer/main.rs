@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         tables::nothing_is_left_behind,
         tables::what_has_ended_makes_room,
         homecoming::by_whichever_device_it_arrives,
+        homecoming::by_a_device_with_several_ways_on,
         homecoming::by_a_device_that_is_gone,
         homecoming::while_packets_change_the_sets,
         devices::made_anew_ingress,

@@ -10,7 +10,7 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-/// Marks, between two chains of one device, what is not steered. Nobody else ever sees it.
+/// Marks, between the chains of one device, what is not steered. Nobody else ever sees it.
 pub(in crate::steer) const NOT_STEERED: u32 = 0x50cd;
 
 /// Destination unreachable ("fragmentation needed" is one of its codes), time exceeded.
@@ -73,9 +73,9 @@ pub(super) fn create_chains(
         transaction.create_chain(back, hook(egress, Hook::RAW - 1));
         back
     });
+    // The mark stays for the chains of other tables at the same device.
     transaction.rule(chain, |rule| {
         rule.has_mark(NOT_STEERED);
-        rule.mark(0);
         rule.accept();
     });
     let tcp = |rule: &mut Expressions<'_, '_>, ipv6, mask, flags| {
