@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use soccr::Flow;
+use soccr::connection::State;
 use soccr::diag::Diag;
 use soccr::steer::{Foreign, NextHop, Numbers, Steerer, Tunnel, is_foreign};
 use soccr_image::stream;
@@ -25,13 +26,15 @@ pub(crate) struct Delivery {
     /// What this hand-over has made: it is removed if no connection arrives.
     tunnel: Option<Tunnel>,
     made: Vec<IpAddr>,
+    /// What was delivered before, and answers through the source since.
+    redirected: Vec<IpAddr>,
     /// A connection for which something may have been made does not come.
     is_doubtful: bool,
 }
 
 impl Delivery {
     pub(crate) fn new(when: Steered, numbers: Numbers) -> Self {
-        let (arranged, made) = (HashMap::new(), Vec::new());
+        let (arranged, made, redirected) = (HashMap::new(), Vec::new(), Vec::new());
         Self {
             when,
             numbers,
@@ -40,6 +43,7 @@ impl Delivery {
             arranged,
             tunnel: None,
             made,
+            redirected,
             is_doubtful: false,
         }
     }
@@ -87,8 +91,9 @@ impl Delivery {
                         );
                         return Err(Error::new(ErrorKind::Refused, what));
                     }
-                    if there.is_none() {
-                        self.made.push(address);
+                    match &there {
+                        None => self.made.push(address),
+                        Some(there) => self.agree(there)?,
                     }
                     let numbers = there.map_or(self.numbers, |foreign| foreign.numbers());
                     foreign = Some(self.deliver(steerer, address, numbers)?);
@@ -102,10 +107,46 @@ impl Delivery {
         }
     }
 
+    /// All connections with an address answer one way: those that are here must not lose theirs.
+    fn agree(&mut self, there: &Foreign) -> Result<()> {
+        let address = there.address();
+        let (now, wanted) = (there.answers()?, self.answers_by(address));
+        if now.as_ref() == wanted {
+            return Ok(());
+        }
+        if has_connection(address) {
+            let how = |hop: Option<&NextHop>| match hop {
+                Some(hop) => format!("through {} dev {}", hop.address(), hop.device()),
+                None => "directly".to_owned(),
+            };
+            let remedy = match (&now, wanted) {
+                (None, _) => "hand it over without `--return-via-source`",
+                (Some(_), None) => "hand it over with `--return-via-source`, too",
+                (Some(_), Some(_)) => "hand it over from that host",
+            };
+            let what = format!(
+                "connections that are here with the address {address} answer {}, and this one would answer {}: {remedy}, \
+                 or move those first",
+                how(now.as_ref()),
+                how(wanted)
+            );
+            return Err(Error::new(ErrorKind::Refused, what));
+        }
+        let is_redirected = wanted.is_some();
+        // No connection needs the old way.
+        if now.is_some() {
+            there.answer_directly()?;
+        }
+        if is_redirected {
+            self.redirected.push(address);
+        }
+        Ok(())
+    }
+
     fn deliver(&self, steerer: &mut Steerer, address: IpAddr, numbers: Numbers) -> soccr::Result<Foreign> {
         let hop = self.hop(address);
         let made = steerer.deliver(address, numbers, hop)?;
-        if let Some(hop) = hop.filter(|_| self.path.as_ref().is_some_and(|path| path.answers)) {
+        if let Some(hop) = self.answers_by(address) {
             made.answer_through(hop)?;
         }
         Ok(made)
@@ -118,12 +159,17 @@ impl Delivery {
 
     /// Removes what was made for addresses that no connection here has, if there may be such. No connection is being placed.
     pub(crate) fn review(&mut self) {
-        if !std::mem::take(&mut self.is_doubtful) || self.made.is_empty() {
+        if !std::mem::take(&mut self.is_doubtful) || (self.made.is_empty() && self.redirected.is_empty()) {
             return;
         }
         for foreign in Foreign::list().unwrap_or_default() {
             let address = foreign.address();
-            if !self.made.contains(&address) || has_socket(address) || foreign.remove().is_err() {
+            let undo = match (self.made.contains(&address), self.redirected.contains(&address)) {
+                (true, _) => Foreign::remove,
+                (false, true) => Foreign::answer_directly,
+                (false, false) => continue,
+            };
+            if has_socket(address) || undo(&foreign).is_err() {
                 continue;
             }
             if has_socket(address) {
@@ -133,8 +179,14 @@ impl Delivery {
                 continue;
             }
             self.made.retain(|made| *made != address);
+            self.redirected.retain(|redirected| *redirected != address);
             self.arranged.remove(&address);
         }
+    }
+
+    /// Through which host connections with this address answer.
+    fn answers_by(&self, address: IpAddr) -> Option<&NextHop> {
+        self.hop(address).filter(|_| self.path.as_ref().is_some_and(|path| path.answers))
     }
 
     fn hop(&self, address: IpAddr) -> Option<&NextHop> {
@@ -153,10 +205,22 @@ impl Drop for Delivery {
     }
 }
 
-/// Whether a connection here has this address. If the kernel does not tell, one may have it.
+/// Whether a socket here has this address. If the kernel does not tell, one may have it.
 fn has_socket(address: IpAddr) -> bool {
+    has(address, |_| true)
+}
+
+/// The same, of a connection that has still something to say.
+fn has_connection(address: IpAddr) -> bool {
+    has(address, |state| state != State::TimeWait)
+}
+
+fn has(address: IpAddr, counts: impl Fn(State) -> bool) -> bool {
     let mut found = false;
-    let visited = Diag::open()
-        .and_then(|mut diag| diag.visit(|socket| found |= socket.local.ip().to_canonical() == address));
+    let visited = Diag::open().and_then(|mut diag| {
+        diag.visit(|socket| {
+            found |= counts(socket.state) && socket.local.ip().to_canonical() == address;
+        })
+    });
     found || visited.is_err()
 }
