@@ -1,10 +1,10 @@
 //! `soccr steer`: packets that follow connections to another host, and addresses of other hosts that are delivered here.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::{HashMap, HashSet, hash_map};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Value as Json, json};
+use serde_json::json;
 use soccr::Flow;
 use soccr::steer::{self, Foreign, NextHop, Steered, Steering, Tunnel};
 
@@ -92,7 +92,8 @@ impl Steer {
         if self.all {
             return remove_all();
         }
-        match (self.connections.len(), steer::stop(&self.connections)?) {
+        let distinct: HashSet<Flow> = self.connections.iter().map(Flow::on_the_wire).collect();
+        match (distinct.len(), steer::stop(&self.connections)?) {
             (count, 0) => bail!("{count} of them are not steered"),
             (count, stopped) if stopped < count => {
                 exit::complain(&format!("{} of them are not steered", count - stopped));
@@ -180,17 +181,19 @@ fn print_json(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
             "answers_back": are_answers(&entry.flow, foreign)?,
         }));
     }
-    let delivered = foreign.iter().map(|foreign| {
+    let mut delivered = Vec::with_capacity(foreign.len());
+    for foreign in foreign {
         let numbers = foreign.numbers();
-        json!({
+        delivered.push(json!({
             "address": foreign.address(),
+            "complete": foreign.is_complete()?,
             "mark": numbers.mark,
             "table": numbers.table,
             "priority": numbers.priority,
             "answers_table": numbers.answers,
-        })
-    });
-    let object = json!({ "steered": steered, "delivered": delivered.collect::<Vec<Json>>() });
+        }));
+    }
+    let object = json!({ "steered": steered, "delivered": delivered });
     exit::print(&format!("{}\n", serde_json::to_string_pretty(&object).context("JSON")?))
 }
 
@@ -223,7 +226,8 @@ fn print_tables(all: &[Entry], foreign: &[Foreign]) -> Result<Exit> {
     }
     for foreign in foreign {
         let (address, none) = (foreign.address().to_string(), String::new);
-        let row = [address, "any".into(), "this host".into(), none(), none(), none(), "delivered".into()];
+        let state = if foreign.is_complete()? { "delivered" } else { "FAILED: its nftables table is gone" };
+        let row = [address, "any".into(), "this host".into(), none(), none(), none(), state.into()];
         table.row(row);
     }
     exit::written(table.print())

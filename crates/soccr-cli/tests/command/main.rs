@@ -30,6 +30,7 @@ mod save;
 mod servers;
 mod states;
 mod steered;
+mod steered_ways;
 mod targets;
 mod terminal;
 mod tls;
@@ -73,6 +74,7 @@ fn main() -> std::process::ExitCode {
         usage::tests(),
         only::tests(),
         steered::tests(),
+        steered_ways::tests(),
         tls::tests(),
     ];
     soccr_lab::harness(tests.into_iter().flatten())

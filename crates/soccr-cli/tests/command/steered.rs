@@ -34,21 +34,21 @@ crate::tests![
 ];
 
 /// An old server on the first of three hosts, and clients at the peer.
-struct Steering {
-    lan: Lan,
-    old: Program,
-    clients: Vec<TcpStream>,
+pub struct Steering {
+    pub lan: Lan,
+    pub old: Program,
+    pub clients: Vec<TcpStream>,
     /// A process on each host, by which its network is named.
-    places: Vec<Program>,
+    pub places: Vec<Program>,
     resets: Sniffer,
 }
 
 impl Steering {
-    fn new(connections: usize, ipv6: bool) -> Self {
+    pub fn new(connections: usize, ipv6: bool) -> Self {
         Self::on(Lan::new().unwrap(), connections, ipv6)
     }
 
-    fn on(lan: Lan, connections: usize, ipv6: bool) -> Self {
+    pub fn on(lan: Lan, connections: usize, ipv6: bool) -> Self {
         let address = if ipv6 { "::" } else { "" };
         let old = lan.hosts[0].run(|| server_at(address, "old ", connections));
         let mut clients = Vec::new();
@@ -67,13 +67,13 @@ impl Steering {
         Self { lan, old, clients, places, resets }
     }
 
-    fn receive(&self, host: usize, prefix: &str, more: &str) -> String {
+    pub fn receive(&self, host: usize, prefix: &str, more: &str) -> String {
         let pid = self.places[host].pid();
         format!("{SOCCR} receive --netns {pid} {more} -- python3 -c '{HEIR}' '{prefix}'")
     }
 
     /// What moves all connections of a process.
-    fn send(&self, pid: &str, via: &str, more: &[&str]) -> Command {
+    pub fn send(&self, pid: &str, via: &str, more: &[&str]) -> Command {
         let mut command = soccr(&["send", "--pid", pid, "--all", "--via", via]);
         command.args(more).stdout(Stdio::null());
         command
@@ -84,27 +84,27 @@ impl Steering {
         ["--steer".into(), host.v4.to_string(), "--steer".into(), host.v6.to_string()]
     }
 
-    fn move_to(&self, pid: &str, host: usize, prefix: &str, steer: bool) {
+    pub fn move_to(&self, pid: &str, host: usize, prefix: &str, steer: bool) {
         let hop = self.hop(host);
         let more: Vec<&str> = if steer { hop.iter().map(String::as_str).collect() } else { Vec::new() };
         let status = self.send(pid, &self.receive(host, prefix, ""), &more).status().unwrap();
         assert!(status.success(), "{status}");
     }
 
-    fn assert_lives(&mut self, prefix: &str) {
+    pub fn assert_lives(&mut self, prefix: &str) {
         for client in &mut self.clients {
             assert_eq!(ask(client, "more", prefix), format!("{prefix}more"));
         }
         assert_eq!(self.resets.segments().unwrap().len(), 0);
     }
 
-    fn list(&self, host: usize) -> Value {
+    pub fn list(&self, host: usize) -> Value {
         let pid = self.places[host].pid();
         serde_json::from_slice(&succeed(&["steer", "--list", "--json", "--netns", &pid])).unwrap()
     }
 
     /// The process that has the connections on a host.
-    fn holder(&self, host: usize) -> String {
+    pub fn holder(&self, host: usize) -> String {
         let pid = self.places[host].pid();
         let sockets: Vec<Value> =
             serde_json::from_slice(&succeed(&["list", "--json", "--netns", &pid])).unwrap();
@@ -113,7 +113,7 @@ impl Steering {
     }
 
     /// Ends the programs that have received.
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         self.clients.clear();
         for place in &self.places {
             wait_until("the heirs have ended", || {
