@@ -57,7 +57,8 @@ pub struct Times {
     /// After a FIN of the peer, which may still wait for an answer: one hour.
     pub closing: Duration,
     /// After an RST of the peer or of the new host: one minute. Not at once, because anybody can forge one that the socket
-    /// ignores, and what is under way shall not be reset.
+    /// ignores, and what is under way shall not be reset. Sequence numbers are not checked: a SYN behind it ends the steering at once, also
+    /// a forged one.
     pub reset: Duration,
 }
 
