@@ -161,10 +161,9 @@ fn identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
 /// The file that is to be replaced or made.
 fn destination(path: &Path) -> io::Result<PathBuf> {
     match std::fs::metadata(path) {
-        Ok(metadata) if !metadata.is_file() => Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a regular file",
-        )),
+        Ok(metadata) if !metadata.is_file() => {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
+        }
         Ok(_) if path.is_symlink() => {
             let owner = path.symlink_metadata()?.uid();
             if ![0, std::fs::metadata("/proc/self")?.uid()].contains(&owner) {

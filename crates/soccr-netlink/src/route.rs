@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::net::AddressFamily;
 use rustix::net::netdevice::{index_to_name, name_to_index};
 
-use crate::{ACK, Batch, CREATE, EXCLUSIVE, Family, Message, REQUEST, Socket, attributes};
+use crate::{ACK, Batch, CREATE, DUMP, EXCLUSIVE, Family, Message, REQUEST, Socket, attributes};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
@@ -88,6 +88,19 @@ impl Rtnetlink {
     /// `ENODEV` where there is no such link.
     pub fn name(&self, index: u32) -> io::Result<String> {
         index_to_name(self.socket.as_fd(), index).map_err(Into::into)
+    }
+
+    /// The indices of all links.
+    ///
+    /// # Errors
+    /// The errors of the kernel.
+    pub fn links(&mut self) -> io::Result<Vec<u32>> {
+        let mut batch = Batch::new();
+        batch.message(RTM_GETLINK, REQUEST | DUMP, |message| message.bytes(&link_header(0, 0)));
+        self.socket.dump_all(&batch, |links, link| {
+            let index = link.get(4..).and_then(|bytes| bytes.first_chunk());
+            links.extend(index.map(|bytes| u32::from_ne_bytes(*bytes)));
+        })
     }
 
     /// Whether the link and its other end are up, so that packets pass. The kernel notices a change with a delay.

@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed, json,
-    python, run, server, soccr, succeed,
+    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed,
+    json, python, run, server, soccr, succeed,
 };
 
 crate::tests![

@@ -64,9 +64,9 @@ impl Held {
         let count = replay.finish(&way)?;
         let arrived = || Ok((segments_in(socket)? != before).then_some(()));
         // To wait once is enough: whoever swallows packets does so with every connection.
-        let limit = if SWALLOWED.holds_at(socket) { Duration::ZERO } else { fin::ARRIVAL };
+        let limit = if SWALLOWED.at(socket).is_some() { Duration::ZERO } else { fin::ARRIVAL };
         if count > 0 && fin::wait_for(limit, arrived)?.is_none() {
-            SWALLOWED.note_at(socket);
+            SWALLOWED.note_at(socket, ());
             return Err(Error::refused(
                 "packets of the peer that did not arrive",
                 "let packets with the mark 0xC114 pass the firewall, from `lo` too",

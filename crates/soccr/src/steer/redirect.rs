@@ -154,6 +154,12 @@ impl Steerer {
     /// The devices by which connections may arrive. Nothing tells for sure: routes say where answers leave. To steer from one device too many
     /// costs little, and from one too few costs the connection.
     fn arrivals(&mut self, flows: &[Flow]) -> Result<HashMap<String, Vec<Flow>>> {
+        let lo = index(&self.route, "lo")?;
+        let tunnels = Tunnel::list_by(&mut self.route)?;
+        let tunnels: Vec<u32> =
+            tunnels.iter().filter_map(|tunnel| self.route.index(&tunnel.device()).ok()).collect();
+        let mut others = system("ip link", self.route.links())?;
+        others.retain(|link| *link != lo && !tunnels.contains(link));
         let mut places: HashMap<IpAddr, Place> = HashMap::new();
         let mut ways: HashMap<(IpAddr, IpAddr), Option<u32>> = HashMap::new();
         let mut arrivals: HashMap<u32, Vec<Flow>> = HashMap::new();
@@ -162,11 +168,14 @@ impl Steerer {
             let place = match places.get(&local) {
                 Some(place) => place,
                 None => {
-                    let found = self.place(local)?;
+                    let found = self.place(local, lo, &tunnels)?;
                     places.entry(local).or_insert(found)
                 }
             };
+            // Most hosts have one device. To ask for the way to each of thousands of peers would take longer than to steer them.
+            let is_clear = others.iter().all(|link| place.devices.contains(link));
             let way = match (flow.remote, ways.get(&(local, remote))) {
+                _ if is_clear && !place.devices.is_empty() => None,
                 (SocketAddr::V6(remote), _) if remote.scope_id() != 0 => Some(remote.scope_id()),
                 (_, Some(way)) => *way,
                 (_, None) => {
@@ -187,8 +196,7 @@ impl Steerer {
         arrivals.into_iter().map(|(link, flows)| Ok((name(link)?, flows))).collect()
     }
 
-    fn place(&mut self, local: IpAddr) -> Result<Place> {
-        let lo = index(&self.route, "lo")?;
+    fn place(&mut self, local: IpAddr, lo: u32, tunnels: &[u32]) -> Result<Place> {
         let holder = system("ip address", self.route.link_with(local))?;
         let mut devices: BTreeSet<u32> = holder.into_iter().filter(|link| *link != lo).collect();
         if devices.is_empty() {
@@ -196,9 +204,7 @@ impl Steerer {
             {
                 devices.extend(foreign.arrivals(&mut self.netfilter)?);
             }
-            for tunnel in Tunnel::list_by(&mut self.route)? {
-                devices.extend(self.route.index(&tunnel.device()));
-            }
+            devices.extend(tunnels);
             // By one that is gone nothing arrives.
             devices.retain(|device| self.route.name(*device).is_ok());
         }

@@ -176,6 +176,8 @@ pub(crate) fn behind<R: BufRead>(reader: Reader<R>) -> Result<Option<Reader<R>>>
     let mut source = reader.into_inner();
     match source.fill_buf()?.is_empty() {
         true => Ok(None),
-        false => Ok(Some(Reader::new(source).context("behind the end of an image, what follows is no other")?)),
+        false => {
+            Ok(Some(Reader::new(source).context("behind the end of an image, what follows is no other")?))
+        }
     }
 }
