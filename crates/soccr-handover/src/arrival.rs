@@ -42,9 +42,6 @@ const PACKET: usize = 64;
 /// How long a batch waits for further announced connections. A batch costs about a millisecond, however small it is.
 const PATIENCE: Duration = Duration::from_millis(2);
 
-/// How long a batch waits for the source to read that it is taken. Where a firewall swallows what is delivered to it, it takes long to go on.
-const FIRST_WORDS: Duration = Duration::from_millis(2);
-
 /// How long the source may take to say END behind the last connection, and a source without answers to close the channel or to begin
 /// another stream: it has nothing else to do.
 const PARTING: Duration = Duration::from_secs(1);
@@ -150,10 +147,6 @@ pub(crate) struct Arrival {
     committed: Vec<Id>,
     batches: HashMap<usize, Batch>,
     next_batch: usize,
-    /// The batches that go on once the source has been told.
-    decided: Vec<usize>,
-    /// Until when they wait for that.
-    telling: Option<Instant>,
     landed: VecDeque<Landed>,
     refusals: HashMap<Id, String>,
     /// Connections that could not be restored, and that the source does not take back.
@@ -210,8 +203,6 @@ impl Arrival {
             committed: Vec::new(),
             batches: HashMap::new(),
             next_batch: 0,
-            decided: Vec::new(),
-            telling: None,
             landed: VecDeque::new(),
             refusals: HashMap::new(),
             lost: HashSet::new(),
@@ -390,14 +381,6 @@ impl Arrival {
         let Some(batch) = self.batches.get_mut(&number) else { return };
         batch.undecided -= 1;
         if batch.undecided == 0 {
-            self.decided.push(number);
-        }
-    }
-
-    /// The batches that are decided go on: their source waits no longer for what is said about them.
-    fn resume_decided(&mut self) {
-        self.telling = None;
-        for number in std::mem::take(&mut self.decided) {
             self.resume(number);
         }
     }

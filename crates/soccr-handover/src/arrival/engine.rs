@@ -4,15 +4,12 @@ use std::time::Instant;
 
 use soccr_image::stream::{Decoded, Message};
 
-use super::{Arrival, BATCH, FIRST_WORDS, PATIENCE};
+use super::{Arrival, BATCH, PATIENCE};
 use crate::drive::{Engine, Outbox};
 use crate::error::{Error, ErrorKind};
 
 impl Engine for Arrival {
     fn advance(&mut self) {
-        if self.output().bytes().is_empty() {
-            self.resume_decided();
-        }
         while self.error.is_none() && !self.is_complete {
             match self.decoder.decode() {
                 Ok(Decoded::Message(message)) => {
@@ -59,12 +56,6 @@ impl Engine for Arrival {
         if !self.has_said_all {
             self.terms.notes.take().iter().for_each(|note| self.say(note));
         }
-        if self.output().bytes().is_empty() {
-            // Nobody is told.
-            self.resume_decided();
-        } else if !self.decided.is_empty() {
-            self.telling.get_or_insert_with(|| Instant::now() + FIRST_WORDS);
-        }
         self.silence = self.silence().map(|limit| self.heard + limit);
         match self.output().bytes().is_empty() {
             true => self.reading = None,
@@ -108,7 +99,7 @@ impl Engine for Arrival {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.patience, self.telling, self.decision, self.reading, self.silence].into_iter().flatten().min()
+        [self.patience, self.decision, self.reading, self.silence].into_iter().flatten().min()
     }
 
     fn late(&mut self) {
@@ -116,9 +107,6 @@ impl Engine for Arrival {
         if self.patience.is_some_and(|until| until <= now) {
             self.place();
             self.raise();
-        }
-        if self.telling.is_some_and(|until| until <= now) {
-            self.resume_decided();
         }
         if self.decision.is_some_and(|until| until <= now) {
             let what = "the source does not say COMMIT in time";

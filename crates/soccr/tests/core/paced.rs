@@ -22,20 +22,24 @@ pub fn what_only_counts_as_sent_is_saved_as_unsent() {
         ends.send(40_000);
         wait_until("it paces itself", || info(&ends.ours).unsent < 24_000);
         ends.disconnect_hosts();
-        let connection = saved_slowly(&ends.ours);
-        let sent = connection.control.write_seq.wrapping_sub(connection.control.unsq_len);
-        let segments = wire.segments().unwrap();
-        let ours = segments.iter().filter(|segment| segment.destination.port() == PORT);
-        let ends_of = ours.map(|segment| segment.seq.wrapping_add(segment.payload_len as u32));
-        let furthest = ends_of.max_by_key(|end| end.wrapping_sub(connection.control.rcv_nxt));
-        assert_eq!(Some(sent), furthest, "{:?}", connection.control);
+        let mut sent = Vec::new();
+        let mut note = || {
+            let segments = wire.segments().unwrap();
+            let ours = segments.iter().filter(|segment| segment.destination.port() == PORT);
+            sent.extend(ours.map(|segment| segment.seq.wrapping_add(segment.payload_len as u32)));
+        };
+        let connection = saved_slowly(&ends.ours, &mut note);
+        let control = &connection.control;
+        let furthest = sent.into_iter().max_by_key(|end| end.wrapping_sub(control.write_seq));
+        assert_eq!(Some(control.write_seq.wrapping_sub(control.unsq_len)), furthest, "{control:?}");
         ends.restore_and_resume(&connection);
         ends.finish();
     }
 }
 
-/// Saves a connection, and holds the thread that does so up where it reads the send queue, until the timer has run out.
-fn saved_slowly(ours: &TcpStream) -> soccr::Connection {
+/// Saves a connection, and holds the thread that does so up where it reads the send queue, until the timer has run out. `note` is
+/// called before: behind that the kernel soon repeats the last of what counts as sent.
+fn saved_slowly(ours: &TcpStream, note: &mut impl FnMut()) -> soccr::Connection {
     let has_send_selected = || {
         let mut queue = [0; 4];
         option(ours, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, &mut queue).is_ok()
@@ -51,13 +55,16 @@ fn saved_slowly(ours: &TcpStream) -> soccr::Connection {
             connection
         });
         let supervisor = receiver.recv().unwrap().expect("seccomp");
-        let hold_up = |_: Call| {
+        let mut hold_up = |_: Call| {
             if has_send_selected() {
+                if TcpInfo::of(ours).unwrap().unsent > 0 {
+                    note();
+                }
                 wait_until("all counts as sent", || TcpInfo::of(ours).unwrap().unsent == 0);
             }
             None
         };
-        while supervisor.decide(hold_up).unwrap().is_some() {}
+        while supervisor.decide(&mut hold_up).unwrap().is_some() {}
         saving.join().unwrap()
     })
 }

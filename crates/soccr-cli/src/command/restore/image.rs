@@ -174,7 +174,13 @@ fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
 /// The image behind the end of this one, if anything is there.
 pub(crate) fn behind<R: BufRead>(reader: Reader<R>) -> Result<Option<Reader<R>>> {
     let mut source = reader.into_inner();
-    match source.fill_buf()?.is_empty() {
+    let is_over = loop {
+        match source.fill_buf() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            bytes => break bytes?.is_empty(),
+        }
+    };
+    match is_over {
         true => Ok(None),
         false => {
             Ok(Some(Reader::new(source).context("behind the end of an image, what follows is no other")?))
