@@ -1,5 +1,6 @@
 //! Kernel → [`Connection`], in the order the kernel demands.
 
+mod position;
 mod savable;
 
 use std::mem::MaybeUninit;
@@ -25,6 +26,8 @@ use crate::sys::sockopt;
 use crate::sys::tcp::{self, Queue, TcpInfo, info_option};
 use crate::tls::{self, Arrived};
 use crate::{buffers, conntrack};
+pub use position::Position;
+use position::Sent;
 pub use savable::refusal;
 pub(crate) use savable::refuse_layer;
 use savable::{check_savable, pending, refuse_authentication};
@@ -164,9 +167,9 @@ fn standing_still<T>(
         tcp::select_queue(fd, None)?;
         let end = tcp::info(fd)?;
         let unread = (control.inq_len, urgent);
-        let position = Position { unread, queued: queued(fd, &info)?, ..Position::of(&info) };
+        let position = Position::at(fd, &info, unread)?;
         // The send queue may show more than its length, so the length is compared, too.
-        let is_as_long = [0, control.write_seq.wrapping_sub(control.snd_una())].contains(&position.queued);
+        let is_as_long = [0, control.write_seq.wrapping_sub(control.snd_una())].contains(&position.queued());
         if !position.has_same_traffic(&end) || !is_as_long {
             return Err(changed());
         }
@@ -185,31 +188,6 @@ fn standing_still<T>(
         }
     }
     read()
-}
-
-/// How far a connection had sent when it was first looked at. Its pacing timer may run out while the send queue is selected to be
-/// read: the kernel then counts all that is unsent as sent, and sends nothing.
-struct Sent {
-    /// Without those that were sent again.
-    segments: u32,
-    snd_nxt: u32,
-}
-
-impl Sent {
-    /// Corrects what the kernel says to be unsent, where it has sent nothing new since.
-    fn correct(sent: &mut Option<Self>, info: &mut TcpInfo, write_seq: u32) {
-        let segments = new_segments(info);
-        match sent {
-            Some(sent) if sent.segments == segments => {
-                info.notsent_bytes = write_seq.wrapping_sub(sent.snd_nxt)
-            }
-            _ => *sent = Some(Self { segments, snd_nxt: write_seq.wrapping_sub(info.notsent_bytes) }),
-        }
-    }
-}
-
-fn new_segments(info: &TcpInfo) -> u32 {
-    info.data_segs_out.wrapping_sub(info.total_retrans)
 }
 
 /// Reads what `info` does not tell, but for the queues' bytes and the addresses.
@@ -263,62 +241,6 @@ fn control_block(
         window,
     };
     Ok((control, urgent))
-}
-
-/// Where a connection stood when it was saved: whatever moves it, moves this. See [`Paused::detach_at`](crate::Paused::detach_at).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    state: u8,
-    /// What every segment that is received, acknowledged or sent moves, and every write.
-    received: u64,
-    acknowledged: u64,
-    /// Segments, but for those that were sent again.
-    sent: u32,
-    unacknowledged: u32,
-    unsent: u32,
-    /// What every read moves.
-    unread: (u32, Option<Urgent>),
-    /// In bytes what was sent and not acknowledged, and what is unsent: segments can be joined while others come to them.
-    queued: u32,
-}
-
-impl Position {
-    fn of(info: &TcpInfo) -> Self {
-        Self {
-            state: info.state,
-            received: info.bytes_received,
-            acknowledged: info.bytes_acked,
-            sent: new_segments(info),
-            unacknowledged: info.unacked,
-            unsent: info.notsent_bytes,
-            unread: (0, None),
-            queued: 0,
-        }
-    }
-
-    fn has_same_traffic(&self, now: &TcpInfo) -> bool {
-        let now = Self { unread: self.unread, queued: self.queued, ..Self::of(now) };
-        // What only counts as sent, see `Sent`, has not moved.
-        let as_sent = Self { unacknowledged: now.unacknowledged, unsent: now.unsent, ..*self };
-        now == *self || (now.unsent < self.unsent && now == as_sent)
-    }
-
-    /// Nothing was received, acknowledged or written since.
-    pub(crate) fn has_kept_traffic(&self, fd: BorrowedFd<'_>) -> Result<bool> {
-        tcp::info(fd).map(|info| self.has_same_traffic(&info))
-    }
-
-    /// Nor was anything read. To be asked in repair mode, without kernel TLS.
-    pub(crate) fn is_kept(&self, fd: BorrowedFd<'_>) -> Result<bool> {
-        let now = tcp::info(fd)?;
-        Ok(self.has_same_traffic(&now)
-            && queue::receive_queue_extent(fd)? == self.unread
-            && queued(fd, &now)? == self.queued)
-    }
-}
-
-fn queued(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<u32> {
-    if info.unacked == 0 { Ok(0) } else { tcp::unacknowledged(fd) }
 }
 
 fn options(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<Options> {
