@@ -15,8 +15,8 @@
 //!   Moved     nothing                                          │  TAKEN is said: its socket comes to life
 //! ```
 //!
-//! - The target brings a connection to life only after its COMMIT, and says TAKEN first. Once it has said REFUSED, it obeys no
-//!   later word about that connection.
+//! - The target brings a connection to life only after its COMMIT, and the source reads TAKEN once that is done. Once the target has
+//!   said REFUSED, it obeys no later word about that connection.
 //! - The source puts a connection that has left back into its socket in three cases only: the target says REFUSED, the COMMIT
 //!   cannot have been read, or the target is proven to have ended without any connection.
 //! - In every other case (no answer in time, a channel cut between COMMIT and TAKEN) the source reports

@@ -32,7 +32,7 @@ use broken::{
     a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
     after_an_error_nothing_more_is_waited_for, what_has_arrived_does_not_wait_for_a_silent_source,
-    who_has_taken_it_says_so_before_it_goes_on,
+    what_is_said_to_be_taken_has_gone_on,
 };
 use seat::{
     a_handshake_comes_back, what_a_disconnect_clears_comes_back, what_lets_in_the_peer_alone_is_no_obstacle,
@@ -71,7 +71,7 @@ soccr_lab::tests![
     what_has_arrived_does_not_wait_for_a_silent_source,
     after_an_error_nothing_more_is_waited_for,
     a_listener_that_panics_ends_nothing_else,
-    who_has_taken_it_says_so_before_it_goes_on,
+    what_is_said_to_be_taken_has_gone_on,
     a_state_that_is_too_long_stays_with_its_connection,
     what_is_no_connection_is_given_back,
     a_handshake_comes_back,
