@@ -60,9 +60,13 @@ impl Position {
     }
 
     /// Nor was anything read. To be asked in repair mode, without kernel TLS.
+    ///
+    /// More may have been sent: a sender that paces itself does so at any time. It is sent again, as what the peer has not acknowledged
+    /// is.
     pub(crate) fn is_kept(&self, fd: BorrowedFd<'_>) -> Result<bool> {
         let now = tcp::info(fd)?;
-        Ok(self.has_same_traffic(&now)
+        let has_sent = Self { sent: new_segments(&now), ..*self };
+        Ok((self.has_same_traffic(&now) || has_sent.has_same_traffic(&now))
             && queue::receive_queue_extent(fd)? == self.unread
             && queued(fd, &now)? == self.queued)
     }
