@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use crate::connection::Urgent;
 use crate::error::Result;
 use crate::queue;
+use crate::state::State;
 use crate::sys::tcp::{self, TcpInfo};
 
 /// Where a connection stood when it was saved: whatever moves it, moves this. See [`Paused::detach_at`](crate::Paused::detach_at).
@@ -73,7 +74,12 @@ impl Position {
 }
 
 fn queued(fd: BorrowedFd<'_>, info: &TcpInfo) -> Result<u32> {
-    if info.unacked == 0 { Ok(0) } else { tcp::unacknowledged(fd) }
+    match info.unacked {
+        // The kernel has emptied the queue, but not its length.
+        0 if info.state == State::Close as u8 => Ok(0),
+        0 => Ok(info.notsent_bytes),
+        _ => tcp::unacknowledged(fd),
+    }
 }
 
 /// How far a connection had sent when it was first looked at. Its pacing timer may run out while the send queue is selected to be
