@@ -55,19 +55,23 @@ impl Position {
         now == *self || (now.unsent < self.unsent && now == as_sent)
     }
 
-    /// Nothing was received, acknowledged or written since.
-    pub(crate) fn has_kept_traffic(&self, fd: BorrowedFd<'_>) -> Result<bool> {
-        tcp::info(fd).map(|info| self.has_same_traffic(&info))
+    /// Nothing was received or acknowledged since.
+    ///
+    /// More may have been sent: what is unsent by a timer of the kernel, and all of it again, in other segments where the path has
+    /// become narrower. The peer gets it again, as what it has not acknowledged.
+    fn has_kept_to(&self, now: &TcpInfo) -> bool {
+        (now.state, now.bytes_received, now.bytes_acked) == (self.state, self.received, self.acknowledged)
     }
 
-    /// Nor was anything read. To be asked in repair mode, without kernel TLS.
-    ///
-    /// More may have been sent: a sender that paces itself does so at any time. It is sent again, as what the peer has not acknowledged
-    /// is.
+    /// Nothing was received or acknowledged since. To be asked where nobody can write: in repair mode.
+    pub(crate) fn has_kept_traffic(&self, fd: BorrowedFd<'_>) -> Result<bool> {
+        tcp::info(fd).map(|info| self.has_kept_to(&info))
+    }
+
+    /// Nor was anything written or read. To be asked in repair mode, without kernel TLS.
     pub(crate) fn is_kept(&self, fd: BorrowedFd<'_>) -> Result<bool> {
         let now = tcp::info(fd)?;
-        let has_sent = Self { sent: new_segments(&now), ..*self };
-        Ok((self.has_same_traffic(&now) || has_sent.has_same_traffic(&now))
+        Ok(self.has_kept_to(&now)
             && queue::receive_queue_extent(fd)? == self.unread
             && queued(fd, &now)? == self.queued)
     }

@@ -73,26 +73,44 @@ pub fn a_connection_that_stands_still_between_two_guards_leaves() {
         ends.receive(10);
         ends.deafen();
         ends.send(70_000);
-        let connection = loop {
-            let paused = pause(&ends.ours).unwrap();
-            let connection = paused.save().unwrap();
-            let position = paused.position().unwrap();
-            paused.resume_silently().unwrap();
-            // What its user sees, and sets, does not move it.
-            set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77);
-            match pause(&ends.ours).unwrap().detach_at(position) {
-                Ok(()) => break connection,
-                // The timer that sends again was faster; it waits twice as long each time.
-                Err(error) => assert!(
-                    error.kind() == ErrorKind::Changed && info(&ends.ours).total_retrans < 6,
-                    "{error}"
-                ),
-            }
-        };
+        let paused = pause(&ends.ours).unwrap();
+        let connection = paused.save().unwrap();
+        let position = paused.position().unwrap();
+        paused.resume_silently().unwrap();
+        // What its user sees, and sets, does not move it.
+        set_option(&ends.ours, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77);
+        pause(&ends.ours).unwrap().detach_at(position).unwrap();
         assert!(ends.ours.write(&[0]).is_err());
         ends.restore_and_resume(&connection);
         ends.undeafen();
         set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1);
+        ends.finish();
+    }
+}
+
+/// A timer of the kernel sends it, in more segments: the path has become narrower.
+pub fn what_is_sent_again_meanwhile_does_not_stop_the_detach() {
+    for (family, at_once) in
+        [(Family::V4, true), (Family::V4, false), (Family::V6, true), (Family::V6, false)]
+    {
+        let mut ends = Ends::new(family);
+        ends.receive(10);
+        ends.deafen();
+        ends.send(20_000);
+        let paused = pause(&ends.ours).unwrap();
+        let connection = paused.save().unwrap();
+        let before = info(&ends.ours).total_retrans;
+        ends.pair.a.namespace.rtnetlink().unwrap().set_mtu("eth0", 1280).unwrap();
+        wait_until("it is sent again", || info(&ends.ours).total_retrans > before);
+        if at_once {
+            paused.detach().unwrap();
+        } else {
+            let position = paused.position().unwrap();
+            paused.resume_silently().unwrap();
+            pause(&ends.ours).unwrap().detach_at(position).unwrap();
+        }
+        ends.restore_and_resume(&connection);
+        ends.undeafen();
         ends.finish();
     }
 }

@@ -43,7 +43,8 @@ fn main() -> ExitCode {
     // Not in the middle of a test, whose peers would repeat segments meanwhile.
     soccr::prepare();
     let mut tests = tests! {
-        detach: what_moves_between_two_guards_stops_the_detach a_connection_that_stands_still_between_two_guards_leaves;
+        detach: what_moves_between_two_guards_stops_the_detach a_connection_that_stands_still_between_two_guards_leaves
+            what_is_sent_again_meanwhile_does_not_stop_the_detach;
         diag: those_that_are_not_here_are_looked_for_together those_that_are_here_are_told_by_their_places;
         errors: a_pause_without_capabilities
             a_restore_without_capabilities
