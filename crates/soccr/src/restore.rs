@@ -33,7 +33,6 @@ use crate::save;
 use crate::sys::raw::Injectors;
 use crate::sys::tcp::{self, Queue, Repair, TcpInfo, option_kind};
 use again::Again;
-use bind::{bind, connect};
 
 pub(crate) use anew::connect_anew;
 use port::bind_and_connect;

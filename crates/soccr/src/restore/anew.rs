@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
-use super::bind::bind;
+use super::bind::bind_alone;
 use super::derived;
 use crate::buffers;
 use crate::connection::{Buffers, Flow};
@@ -45,7 +45,7 @@ pub(super) fn restore_buffers(fd: BorrowedFd<'_>, saved: Option<Buffers>) -> Res
 pub(crate) fn bind_anew(fd: BorrowedFd<'_>, local: SocketAddr, write_seq: u32) -> Result<()> {
     // In repair mode no other socket is in the way: the old one may still hold the port.
     tcp::set_repair(fd, Repair::On)?;
-    bind(fd, local)?;
+    bind_alone(fd, local, false)?;
     derived::check_local(fd, local)?;
     leave_repair_at(fd, write_seq)
 }

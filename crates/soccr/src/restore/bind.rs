@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::steer;
 use crate::sys::ipv6::NOBODY;
 use crate::sys::namespace::{self, Recently};
+use crate::sys::tcp;
 
 /// Detection takes two seconds at most, unless it is told to repeat itself.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -27,12 +28,8 @@ const HEADER: usize = 8;
 const IFA_F_DADFAILED: u8 = 0x08;
 const IFA_F_TENTATIVE: u8 = 0x40;
 
-/// Binds an address of another host, too, where its packets are delivered here.
-pub(super) fn bind(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<()> {
-    bind_freely(fd, address, false)
-}
-
-/// The same for a socket that may be `free` to have any address (`IPV6_FREEBIND`).
+/// Binds an address of another host, too, where its packets are delivered here, or where the socket may be `free` to have any
+/// (`IPV6_FREEBIND`).
 pub(super) fn bind_freely(fd: BorrowedFd<'_>, address: SocketAddr, free: bool) -> Result<()> {
     // IPv4 finds no route for an address that is not here: see `connect`.
     if address.ip().to_canonical().is_ipv6() && (free || anybody_is_free(fd)) {
@@ -44,6 +41,18 @@ pub(super) fn bind_freely(fd: BorrowedFd<'_>, address: SocketAddr, free: bool) -
         }
         bound => bound,
     }
+}
+
+/// The same for a socket that may have SO_REUSEPORT by now: bound with it, its user could listen on the port beside others.
+pub(super) fn bind_alone(fd: BorrowedFd<'_>, address: SocketAddr, free: bool) -> Result<()> {
+    const NAME: &str = "SO_REUSEPORT";
+    let shares = tcp::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, NAME)?;
+    let share = |value| tcp::set_int(fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, NAME, value);
+    if shares == 0 {
+        return bind_freely(fd, address, free);
+    }
+    share(0)?;
+    bind_freely(fd, address, free).and(share(shares))
 }
 
 /// Connects a bound socket. In repair mode nothing is sent, and the socket is ESTABLISHED at once.

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use super::bind::{bind_freely, connect};
+use super::bind::{bind_alone, bind_freely, connect};
 use crate::connection::Flow;
 use crate::error::{Error, Result};
 use crate::sys::namespace::{self, Recently};
@@ -63,7 +63,7 @@ impl<'fd> RangeOfOne<'fd> {
         match connect(self.fd, flow) {
             // Somebody has bound the port, a listener perhaps: then it is shared by nobody.
             Err(error) if error.errno() == Some(libc::EADDRNOTAVAIL) => {
-                bind_freely(self.fd, flow.local, free)?;
+                bind_alone(self.fd, flow.local, free)?;
                 connect(self.fd, flow)
             }
             outcome => outcome,

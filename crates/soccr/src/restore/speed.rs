@@ -4,7 +4,8 @@ use std::os::fd::BorrowedFd;
 
 use rustix::net::connect_unspec;
 
-use super::{Restore, bind, connect};
+use super::Restore;
+use super::bind::{bind_alone, connect};
 use crate::congestion;
 use crate::connection::{ControlBlock, Flow, Path};
 use crate::error::{Error, Result};
@@ -80,7 +81,7 @@ impl Restore<'_> {
         connect_unspec(self.fd).map_err(|error| Error::system("connect(AF_UNSPEC)", error))?;
         self.set_unbound()?;
         // A port that connect(2) has chosen is gone, whatever getsockname(2) says.
-        match bind(self.fd, flow.local) {
+        match bind_alone(self.fd, flow.local, false) {
             Err(error) if error.errno() == Some(libc::EINVAL) => {}
             bound => bound?,
         }

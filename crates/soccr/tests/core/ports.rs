@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use soccr::pause;
 use soccr_lab::{Family, Pair, option, skip, sysctl};
 
-use crate::ends::{PORT, assert_same_bytes, unconnected};
+use crate::ends::{PORT, assert_same_bytes, option as get_option, set_option, unconnected};
 
 /// Where connections to different peers share the host's few ports, they do so after a move.
 pub fn connections_to_other_peers_can_have_the_same_port() {
@@ -57,6 +57,32 @@ pub fn a_port_that_is_bound_is_had_again() {
     let _there = pair.a.run(|| TcpListener::bind(local)).unwrap();
     let ours = pair.a.run(|| connection.restore()).unwrap().resume().unwrap();
     assert_talk(&ours, &peer);
+}
+
+/// Nor may its user listen there beside somebody else, though the connection itself shares its port.
+pub fn a_port_that_is_bound_is_shared_with_nobody() {
+    for family in [Family::V4, Family::V6] {
+        let pair = Pair::new().unwrap();
+        let listener = pair.b.run(|| TcpListener::bind(pair.b.address(family, PORT))).unwrap();
+        let to = pair.a.address_of(&pair.b, family, PORT);
+        let sharing = || {
+            let socket = pair.a.run(|| unconnected(family));
+            set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1);
+            socket
+        };
+        let ours = sharing();
+        rustix::net::connect(&ours, &to).unwrap();
+        let peer = listener.accept().unwrap().0;
+        let (local, paused) = (ours.local_addr().unwrap(), pause(&ours).unwrap());
+        let connection = paused.save().unwrap();
+        paused.detach().unwrap();
+        drop(ours);
+        let _there = pair.a.run(|| TcpListener::bind(local)).unwrap();
+        let ours = pair.a.run(|| connection.restore()).unwrap().resume().unwrap();
+        assert_talk(&ours, &peer);
+        assert_eq!(get_option(&ours, libc::SOL_SOCKET, libc::SO_REUSEPORT).unwrap(), 1);
+        assert_eq!(rustix::net::bind(sharing(), &local), Err(rustix::io::Errno::ADDRINUSE));
+    }
 }
 
 fn move_to(pair: &Pair, socket: TcpStream) -> TcpStream {
