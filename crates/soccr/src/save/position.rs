@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::connection::Urgent;
+use crate::connection::{Urgent, after};
 use crate::error::Result;
 use crate::queue;
 use crate::state::State;
@@ -55,15 +55,18 @@ impl Position {
         now == *self || (now.unsent < self.unsent && now == as_sent)
     }
 
-    /// Nothing was received or acknowledged since.
+    /// Nothing was received or acknowledged since, and nothing new was sent: the kernel takes no acknowledgement of that for a restored
+    /// connection that has not sent it.
     ///
-    /// More may have been sent: what is unsent by a timer of the kernel, and all of it again, in other segments where the path has
-    /// become narrower. The peer gets it again, as what it has not acknowledged.
+    /// What the peer has not acknowledged may have been sent again, in other segments where the path has become narrower. What is unsent
+    /// may count as sent, see `Sent`; or a timer has tried to send some, and could not.
     fn has_kept_to(&self, now: &TcpInfo) -> bool {
-        (now.state, now.bytes_received, now.bytes_acked) == (self.state, self.received, self.acknowledged)
+        let has_sent = now.notsent_bytes < self.unsent && after(new_segments(now), self.sent);
+        let moved_by_peer = (now.state, now.bytes_received, now.bytes_acked);
+        moved_by_peer == (self.state, self.received, self.acknowledged) && !has_sent
     }
 
-    /// Nothing was received or acknowledged since. To be asked where nobody can write: in repair mode.
+    /// It has moved nothing but what it sends again. To be asked where nobody can write: in repair mode.
     pub(crate) fn has_kept_traffic(&self, fd: BorrowedFd<'_>) -> Result<bool> {
         tcp::info(fd).map(|info| self.has_kept_to(&info))
     }

@@ -73,6 +73,8 @@ pub fn a_connection_that_stands_still_between_two_guards_leaves() {
         ends.receive(10);
         ends.deafen();
         ends.send(70_000);
+        // From then on nothing new is sent.
+        wait_until("the first of it is sent again", || info(&ends.ours).total_retrans > 0);
         let paused = pause(&ends.ours).unwrap();
         let connection = paused.save().unwrap();
         let position = paused.position().unwrap();
@@ -96,7 +98,8 @@ pub fn what_is_sent_again_meanwhile_does_not_stop_the_detach() {
         let mut ends = Ends::new(family);
         ends.receive(10);
         ends.deafen();
-        ends.send(20_000);
+        // So little that all of it is sent at once.
+        ends.send(10_000);
         let paused = pause(&ends.ours).unwrap();
         let connection = paused.save().unwrap();
         let before = info(&ends.ours).total_retrans;

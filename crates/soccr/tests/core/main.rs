@@ -93,9 +93,9 @@ fn main() -> ExitCode {
             queues_of_64_mib;
         orphans: an_orphan_does_not_hold_its_link;
         outward: a_rule_for_its_source_counts a_rule_for_its_mark_counts;
-        paced: what_only_counts_as_sent_is_saved_as_unsent a_probe_of_the_mtu_does_not_end_the_silence;
+        paced: what_only_counts_as_sent_is_saved_as_unsent what_was_sent_since_the_save_stops_the_detach a_probe_of_the_mtu_does_not_end_the_silence;
         partly: what_is_acknowledged_of_a_segment_is_not_saved;
-        ports: connections_to_other_peers_can_have_the_same_port a_port_that_is_bound_is_had_again;
+        ports: connections_to_other_peers_can_have_the_same_port a_port_that_is_bound_is_had_again a_port_that_is_bound_is_shared_with_nobody;
         property: every_connection_comes_back;
         refused: a_handshake_that_carries_data a_socket_that_signs_its_segments
             a_socket_that_was_never_connected_is_refused

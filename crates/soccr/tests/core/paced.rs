@@ -4,7 +4,7 @@ use std::net::TcpStream;
 use std::sync::mpsc;
 use std::thread;
 
-use soccr::pause;
+use soccr::{ErrorKind, pause};
 use soccr_lab::{Call, Family, Sniffer, Supervisor, TcpInfo, option, sysctl, wait_until};
 
 use crate::ends::{Ends, PORT, info, set_option};
@@ -33,6 +33,23 @@ pub fn what_only_counts_as_sent_is_saved_as_unsent() {
         let furthest = sent.into_iter().max_by_key(|end| end.wrapping_sub(control.write_seq));
         assert_eq!(Some(control.write_seq.wrapping_sub(control.unsq_len)), furthest, "{control:?}");
         ends.restore_and_resume(&connection);
+        ends.finish();
+    }
+}
+
+/// The kernel takes no acknowledgement of what the restored connection has not sent yet.
+pub fn what_was_sent_since_the_save_stops_the_detach() {
+    for family in [Family::V4, Family::V6] {
+        let mut ends = Ends::new(family);
+        set_option(&ends.ours, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, 30_000);
+        ends.send(40_000);
+        wait_until("it paces itself", || info(&ends.ours).unsent < 24_000);
+        ends.disconnect_hosts();
+        let paused = pause(&ends.ours).unwrap();
+        let unsent = paused.save().unwrap().control.unsq_len as usize;
+        wait_until("more is sent", || info(&ends.ours).unsent < unsent);
+        assert_eq!(paused.detach().unwrap_err().kind(), ErrorKind::Changed);
+        ends.connect_hosts();
         ends.finish();
     }
 }
