@@ -54,13 +54,15 @@ impl Foreign {
         if is_there && wanted.map_or(Ok(true), |wanted| nftables::has_chain(socket, table, &wanted))? {
             return Ok(());
         }
-        match self.create(socket, route, is_there, hop, true) {
-            // Not every kernel can copy packets.
-            Err(error) if hop.is_some() && is_missing(&error) => {
-                self.create(socket, route, is_there, hop, false)
+        let mut made = Ok(());
+        // Not every kernel can copy packets. What is missing may also be a chain that somebody else has just deleted, once.
+        for copies in [true, true, false] {
+            made = self.create(socket, route, is_there, hop, copies);
+            if !matches!(&made, Err(error) if hop.is_some() && is_missing(error)) {
+                break;
             }
-            made => made,
         }
+        made
     }
 
     fn create(
