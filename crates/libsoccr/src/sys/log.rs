@@ -3,6 +3,8 @@
 use std::ffi::{CStr, CString, c_char, c_uint};
 use std::sync::{PoisonError, RwLock};
 
+use super::cancel::WithoutCancellation;
+
 /// `void (*)(unsigned int level, const char *format, ...)`.
 pub(crate) type Callback = unsafe extern "C" fn(c_uint, *const c_char, ...);
 
@@ -23,6 +25,8 @@ pub(crate) fn line(level: c_uint, text: impl FnOnce() -> String) {
     let Some((_, callback)) = log.filter(|(highest, _)| level <= *highest) else { return };
     let line = c_string(format!("{}\n", text()));
     let format: &CStr = c"%s";
+    // A thread that ended in the callback would unwind through the library.
+    let _uncancelled = WithoutCancellation::new();
     // SAFETY: the callback has this type by its contract; both strings end in NUL and outlive the call.
     unsafe { callback(level, format.as_ptr(), line.as_ptr()) }
 }
