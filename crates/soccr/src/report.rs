@@ -250,6 +250,7 @@ mod tests {
     fn a_report_prints_what_differs() {
         let mut report = Report::default();
         report.number("snd_mss", [1448, 1448], Fidelity::Approximate, "never said");
+        assert!(report.is_exact());
         report.number("snd_cwnd", [137, 10], Fidelity::Missing, "no BPF");
         report.approximate("rto", [220_000, 244_000], "");
         report.approximate("rtt", [20_600, 20_650], "");

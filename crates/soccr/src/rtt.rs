@@ -185,3 +185,54 @@ fn use_microseconds(fd: BorrowedFd<'_>) -> Result<bool> {
     let can = tcp::info(fd)?.options & info_option::MICROSECOND_TIMESTAMPS != 0;
     Ok(*KNOWN.get_or_init(|| can))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(rtt: u64, rto: u64) -> Seed {
+        let path =
+            Path { rtt: Duration::from_micros(rtt), rto: Duration::from_micros(rto), ..Path::default() };
+        Seed::plan(&path).unwrap()
+    }
+
+    /// What `tcp_rtt_estimator()` makes of equal samples, a round trip each.
+    fn estimated(rtt: u64, samples: u32) -> u64 {
+        let (mut deviation, mut variance) = (2 * rtt, LEAST_VARIANCE.max(2 * rtt));
+        let mut largest = variance;
+        for _ in 1..samples {
+            deviation -= deviation / 4;
+            largest = largest.max(deviation);
+            variance -= variance.saturating_sub(largest) / 4;
+            largest = LEAST_VARIANCE;
+        }
+        rtt + variance
+    }
+
+    #[test]
+    fn samples_bring_the_timeout_to_what_it_was() {
+        for rtt in [1, 900, 20_000, 150_000, 1_000_000, 20_000_000] {
+            // From where samples without any variance end, to what the first one says.
+            let (least, most) = (rtt + LEAST_VARIANCE, rtt + LEAST_VARIANCE.max(2 * rtt));
+            for tenth in 0..=10 {
+                let rto = least + (most - least) * tenth / 10;
+                let seed = plan(rtt, rto);
+                assert_eq!((seed.rtt, seed.rto), (rtt, rto));
+                let estimated = estimated(rtt, seed.samples);
+                assert!(estimated.abs_diff(rto) * 10 <= rto, "rtt {rtt}: {estimated} instead of {rto}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_timeout_that_no_kernel_has_counts_as_unknown() {
+        for rtt in [1_000, 50_000, 99_999, 100_001, 3_000_000] {
+            for rto in [0, rtt / 2, rtt] {
+                assert_eq!(plan(rtt, rto), plan(rtt, rtt + LEAST_VARIANCE.max(2 * rtt)));
+            }
+        }
+        let too_long = LONGEST + Duration::from_micros(1);
+        assert_eq!(Seed::plan(&Path { rtt: too_long, ..Path::default() }), None);
+        assert_eq!(Seed::plan(&Path { rto: 2 * too_long, ..Path::default() }), None);
+    }
+}

@@ -377,3 +377,39 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_packet_that_comes_back_is_known() {
+    type Change = fn(&mut Segment<'_>);
+    for addresses in [V4, V6] {
+        let sent = segment(addresses, b"hello");
+        let changed = |change: Change| {
+            let mut segment = segment(addresses, b"hello");
+            change(&mut segment);
+            run(&packet(&segment))
+        };
+        let mut first = run(&packet(&sent));
+        // What joins it may bring these.
+        let alike: [Change; 3] =
+            [|_| (), |segment| segment.flags &= !flags::PSH, |segment| segment.flags |= flags::FIN];
+        for change in alike {
+            assert!(changed(change).begins_like(&first));
+        }
+        let others: [Change; 7] = [
+            |segment| segment.seq += 1,
+            |segment| segment.ack += 1,
+            |segment| segment.window += 1,
+            |segment| segment.flags |= flags::URG,
+            |segment| segment.timestamps = Some((0xdeadbef0, 7)),
+            |segment| segment.timestamps = None,
+            |segment| segment.payload = b"help!",
+        ];
+        for (nth, change) in others.iter().enumerate() {
+            assert!(!changed(*change).begins_like(&first), "change {nth}");
+        }
+        let short = run(&packet(&sent));
+        let next = packet(&Segment { seq: sent.seq.wrapping_add(5), payload: b" again", ..sent });
+        assert!(first.join(&next, &Parsed::new(&next).unwrap(), PACKET_LIMIT));
+        assert!(first.begins_like(&short) && !short.begins_like(&first));
+    }
+}
