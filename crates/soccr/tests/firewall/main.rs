@@ -380,8 +380,9 @@ fn what_is_swallowed_is_waited_for_once() {
         });
         calls.len()
     };
-    let first = replay();
-    wait_until("it is not waited for again", || 10 * replay() < first);
+    replay();
+    // A wait asks thousands of times, unless the machine is very busy.
+    wait_until("it is not waited for again", || replay() < 100);
 }
 
 /// As hosts with two providers or a tunnel have it. What is given back meets the lock once more.
