@@ -41,9 +41,10 @@ use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_
 use stop::{a_child_in_vfork_goes_on_until_its_parent_stops, a_thread_that_does_not_stop_holds_no_other_up};
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::{
-    a_state_that_nobody_takes_is_not_kept, nobody_learns_the_place_of_a_target,
-    nothing_is_delivered_for_a_source_that_is_not_reached, what_comes_without_its_state_stays_alone,
-    what_is_delivered_for_a_connection_ends_with_it, who_begins_twice_leaves_no_tunnel,
+    a_state_that_nobody_takes_is_not_kept, addresses_on_the_wire_are_nobody_elses,
+    nobody_learns_the_place_of_a_target, nothing_is_delivered_for_a_source_that_is_not_reached,
+    what_comes_without_its_state_stays_alone, what_is_delivered_for_a_connection_ends_with_it,
+    who_begins_twice_leaves_no_tunnel,
 };
 
 soccr_lab::tests![
@@ -85,6 +86,7 @@ soccr_lab::tests![
     with_kernel_tls_it_moves_with_its_session,
     with_kernel_tls_what_is_refused_goes_on,
     nobody_learns_the_place_of_a_target,
+    addresses_on_the_wire_are_nobody_elses,
     what_comes_without_its_state_stays_alone,
     who_begins_twice_leaves_no_tunnel,
     nothing_is_delivered_for_a_source_that_is_not_reached,
