@@ -94,6 +94,8 @@ struct Taken {
 #[derive(Debug)]
 struct Batch {
     lock: Lock,
+    /// Their addresses, those on the wire included, where they are expected home.
+    expected: Vec<Flow>,
     /// Connections that had left this host not long ago: it was silent about them until they were locked.
     silent: Vec<Flow>,
     size: usize,
@@ -386,9 +388,11 @@ impl Arrival {
     }
 
     fn resume(&mut self, number: usize) {
-        let Some(Batch { lock, silent, size, taken, .. }) = self.batches.remove(&number) else { return };
+        let Some(Batch { lock, expected, silent, size, taken, .. }) = self.batches.remove(&number) else {
+            return;
+        };
         let arrived: Vec<Flow> = taken.iter().flat_map(|taken| &taken.flows).copied().collect();
-        self.shared.settle(lock.flows(), &arrived, &silent);
+        self.shared.settle(&expected, &arrived, &silent);
         let restored = taken.into_iter().map(|Taken { id, name, state, restored, held, .. }| {
             // The peer sends again what cannot be delivered.
             let _ = held.replay(&restored);

@@ -126,8 +126,8 @@ impl Arrival {
         let ended = self.shared.end_silence(&flows);
         // Where it fails, it may have ended for some.
         let silent = ended.as_ref().map_or_else(|_| flows.clone(), Vec::clone);
-        self.batches.insert(number, Batch { lock, silent, size, undecided: size, taken });
         let ready = ended.and_then(|_| self.shared.homecoming().expect(&flows));
+        self.batches.insert(number, Batch { lock, expected: flows, silent, size, undecided: size, taken });
         if let Err(error) = ready {
             // These would stay silent here, or steered away.
             for Arriving { id, .. } in free {

@@ -37,7 +37,10 @@ use broken::{
 use seat::{
     a_handshake_comes_back, what_a_disconnect_clears_comes_back, what_lets_in_the_peer_alone_is_no_obstacle,
 };
-use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_stays_silent};
+use silence::{
+    a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_is_steered_on,
+    what_does_not_come_home_stays_silent,
+};
 use stop::{a_child_in_vfork_goes_on_until_its_parent_stops, a_thread_that_does_not_stop_holds_no_other_up};
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::{
@@ -83,6 +86,7 @@ soccr_lab::tests![
     silences_do_not_end_each_other,
     a_thread_that_does_not_stop_holds_no_other_up,
     a_child_in_vfork_goes_on_until_its_parent_stops,
+    what_does_not_come_home_is_steered_on,
     with_kernel_tls_it_moves_with_its_session,
     with_kernel_tls_what_is_refused_goes_on,
     nobody_learns_the_place_of_a_target,
