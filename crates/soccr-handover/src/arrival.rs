@@ -440,6 +440,11 @@ impl Arrival {
         self.say_end();
     }
 
+    /// Whether the source owes something. Behind a stream that is complete, none has to follow.
+    fn is_due(&self) -> bool {
+        self.has_begun || !self.is_behind
+    }
+
     /// How long the source may be silent, where nobody else limits that.
     fn silence(&self) -> Option<Duration> {
         if self.is_behind && !self.has_begun && !self.is_over() {
@@ -448,7 +453,7 @@ impl Arrival {
         if !self.terms.leaves_end || self.landed.is_empty() || self.is_over() {
             return None;
         }
-        if self.machine.is_settled() {
+        if !self.is_due() || self.machine.is_settled() {
             return Some(PARTING);
         }
         // A source that hears no answers may have let go already of what is to come.
