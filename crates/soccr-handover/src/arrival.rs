@@ -447,17 +447,17 @@ impl Arrival {
 
     /// How long the source may be silent, where nobody else limits that.
     fn silence(&self) -> Option<Duration> {
-        if self.is_behind && !self.has_begun && !self.is_over() {
-            return Some(PARTING);
-        }
-        if !self.terms.leaves_end || self.landed.is_empty() || self.is_over() {
+        // What came before this stream waits, too.
+        let keeps_waiting = self.is_behind || self.terms.leaves_end && !self.landed.is_empty();
+        if !keeps_waiting || self.is_over() {
             return None;
         }
         if !self.is_due() || self.machine.is_settled() {
             return Some(PARTING);
         }
-        // A source that hears no answers may have let go already of what is to come.
-        (self.machine.waiting() == 0 && self.writer.is_some()).then_some(self.shared.limits.decision)
+        // A source that hears no answers may have let go already of what is to come. That is no reason to keep others waiting.
+        let may_give_up = self.writer.is_some() || self.is_behind;
+        (self.machine.waiting() == 0 && may_give_up).then_some(self.shared.limits.decision)
     }
 
     /// Nothing the source says counts any more. It may still hear that nothing more is taken.

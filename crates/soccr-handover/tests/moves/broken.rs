@@ -427,6 +427,29 @@ fn saved() -> (Connection, TcpStream) {
     (saved, peer)
 }
 
+/// It begins another stream, and says nothing more.
+pub fn what_has_arrived_does_not_wait_for_the_stream_behind_it() {
+    let mut limits = Limits::default();
+    limits.decision = Duration::from_millis(300);
+    for is_long in [false, true] {
+        let (saved, peer) = saved();
+        let mut writer = Writer::new(Vec::new()).unwrap();
+        let [answers, notes] = [false, false];
+        writer.send(&Message::Begin { connections: 1, answers, notes, place: None, steered: None }).unwrap();
+        // One byte, or all that comes before its connection.
+        let behind: &[u8] = if is_long { writer.get_mut() } else { b"\n" };
+        let (mut here, mut there) = UnixStream::pair().unwrap();
+        here.write_all(&[&one_way(&saved), behind].concat()).unwrap();
+        let (tell, told) = channel();
+        let mover = Mover::with(limits).unwrap();
+        thread::spawn(move || tell.send(mover.receive_all(&mut there, Terms::default())).unwrap());
+        let received = told.recv_timeout(LIMIT).unwrap();
+        assert_eq!(received.outcome.map_err(|error| error.kind()), Err(ErrorKind::Late));
+        let arrived = received.arrived.into_iter().next().unwrap();
+        assert_alive(&arrived.into_stream().unwrap(), &peer);
+    }
+}
+
 /// A channel that fails behind these bytes.
 struct Ending(Vec<u8>, io::ErrorKind);
 
