@@ -31,7 +31,7 @@ const BATCH: usize = 128;
 const BATCH_BYTES: usize = 16 << 20;
 
 /// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 128 at a time. The states of
-/// connections that are ours count until they are passed on.
+/// connections that are ours count until they are passed on: where nobody would take a connection back, it comes without its state.
 const WAITING: usize = 1024;
 const WAITING_BYTES: usize = 1 << 30;
 

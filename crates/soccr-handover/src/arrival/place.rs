@@ -26,11 +26,18 @@ impl Arrival {
     /// `None`: nobody can say what is in use here. The restore will tell.
     fn place_with(&mut self, diag: &mut Option<Diag>) {
         let mut batch = Vec::new();
-        let mut crowd = (self.waiting.len(), self.waiting_bytes + self.state_bytes);
+        let mut crowd = (self.waiting.len(), self.waiting_bytes);
+        let (is_heard, mut left_out) = (self.is_heard(), 0);
         let arriving = std::mem::take(&mut self.arriving);
         let free = self.are_free(diag, arriving.iter().map(|arriving| &arriving.connection));
         for (mut arriving, is_free) in arriving.into_iter().zip(free) {
-            let accepted = match crowd.0 >= WAITING || crowd.1 > WAITING_BYTES {
+            let mut state_bytes = self.state_bytes;
+            if crowd.1 + state_bytes > WAITING_BYTES && !is_heard && !arriving.is_critical {
+                // Nobody would take the connection back: better without its state than not at all.
+                left_out += usize::from(!std::mem::take(&mut arriving.state).is_empty());
+                state_bytes = 0;
+            }
+            let accepted = match crowd.0 >= WAITING || crowd.1 + state_bytes > WAITING_BYTES {
                 true => Err("more has come than there is room for".into()),
                 false => self.accept(&mut arriving, is_free),
             };
@@ -41,6 +48,11 @@ impl Arrival {
                 }
                 Err(reason) => self.placed(arriving.id, Err(reason)),
             }
+        }
+        if left_out > 0 {
+            self.shared.warn(format_args!(
+                "there is no room for more states: {left_out} of the connections come without theirs"
+            ));
         }
         if batch.is_empty() {
             return;
