@@ -31,7 +31,7 @@ const BATCH: usize = 128;
 const BATCH_BYTES: usize = 16 << 20;
 
 /// The most connections, and the most bytes in their queues and states, that wait for the source. It sends 128 at a time. The states of
-/// connections that are ours count until they are passed on.
+/// connections that are ours count until they are passed on: where nobody would take a connection back, it comes without its state.
 const WAITING: usize = 1024;
 const WAITING_BYTES: usize = 1 << 30;
 
@@ -94,6 +94,8 @@ struct Taken {
 #[derive(Debug)]
 struct Batch {
     lock: Lock,
+    /// Their addresses, those on the wire included, where they are expected home.
+    expected: Vec<Flow>,
     /// Connections that had left this host not long ago: it was silent about them until they were locked.
     silent: Vec<Flow>,
     size: usize,
@@ -386,9 +388,11 @@ impl Arrival {
     }
 
     fn resume(&mut self, number: usize) {
-        let Some(Batch { lock, silent, size, taken, .. }) = self.batches.remove(&number) else { return };
+        let Some(Batch { lock, expected, silent, size, taken, .. }) = self.batches.remove(&number) else {
+            return;
+        };
         let arrived: Vec<Flow> = taken.iter().flat_map(|taken| &taken.flows).copied().collect();
-        self.shared.settle(lock.flows(), &arrived, &silent);
+        self.shared.settle(&expected, &arrived, &silent);
         let restored = taken.into_iter().map(|Taken { id, name, state, restored, held, .. }| {
             // The peer sends again what cannot be delivered.
             let _ = held.replay(&restored);
@@ -436,19 +440,24 @@ impl Arrival {
         self.say_end();
     }
 
+    /// Whether the source owes something. Behind a stream that is complete, none has to follow.
+    fn is_due(&self) -> bool {
+        self.has_begun || !self.is_behind
+    }
+
     /// How long the source may be silent, where nobody else limits that.
     fn silence(&self) -> Option<Duration> {
-        if self.is_behind && !self.has_begun && !self.is_over() {
-            return Some(PARTING);
-        }
-        if !self.terms.leaves_end || self.landed.is_empty() || self.is_over() {
+        // What came before this stream waits, too.
+        let keeps_waiting = self.is_behind || self.terms.leaves_end && !self.landed.is_empty();
+        if !keeps_waiting || self.is_over() {
             return None;
         }
-        if self.machine.is_settled() {
+        if !self.is_due() || self.machine.is_settled() {
             return Some(PARTING);
         }
-        // A source that hears no answers may have let go already of what is to come.
-        (self.machine.waiting() == 0 && self.writer.is_some()).then_some(self.shared.limits.decision)
+        // A source that hears no answers may have let go already of what is to come. That is no reason to keep others waiting.
+        let may_give_up = self.writer.is_some() || self.is_behind;
+        (self.machine.waiting() == 0 && may_give_up).then_some(self.shared.limits.decision)
     }
 
     /// Nothing the source says counts any more. It may still hear that nothing more is taken.

@@ -39,7 +39,7 @@ pub struct Limits {
     /// To wait for each answer of the other end, and for it to read on.
     pub answer: Duration,
     /// For the source to decide about connections that are ready. After that they are refused. Also for it to go on where all of them are
-    /// taken, none of them is served before the stream ends ([`Mover::receive_all`]), and more are to come.
+    /// taken, none of them is served before the stream ends ([`Mover::receive_all`]), and more are to come, or another stream has begun.
     pub decision: Duration,
     /// For the source to wait for the target's last word once all connections have come to rest: the target may be passing them on.
     /// Nothing is silent meanwhile.

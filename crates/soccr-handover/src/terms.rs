@@ -19,7 +19,8 @@ pub struct Terms {
     /// Connections over the loopback of another network are taken, too: their peers are in this one.
     pub takes_loopback: bool,
     /// What the source sends along with a connection, for its application, is kept. Otherwise it is thrown away as it comes; an
-    /// [offer](Offer::is_state_critical) tells whether the source would mind.
+    /// [offer](Offer::is_state_critical) tells whether the source would mind. If it does not, and hears no answers, what there is no room
+    /// for is thrown away, too.
     pub takes_states: bool,
     /// When packets for addresses of other hosts are delivered here.
     pub steered: Steered,

@@ -158,8 +158,8 @@ impl Locker {
     /// tells nobody (without `nf_conntrack_netlink`) leaves its addresses on the wire unknown, and unlocked.
     ///
     /// # Errors
-    /// Refused: a connection that is locked already, by this locker; more than 65536 of one address family.
-    /// Nothing is locked then.
+    /// Refused: a connection that is locked already, by this locker; more than 65536 of one address family, where one behind NAT
+    /// counts twice. Nothing is locked then.
     pub fn lock(&self, flows: &[Flow]) -> Result<Lock> {
         self.lock_known(flows.to_vec(), Vec::new())
     }
@@ -324,8 +324,8 @@ impl Shared {
         let others: Vec<Flow> = flows.iter().filter(|flow| !known.contains(flow)).copied().collect();
         let found = self.with_table(|table| conntrack::translated(table.socket(), &others));
         translated.extend(found.map_err(|error| Error::system("conntrack", error))?);
-        self.with_table(|table| table.reserve(flows))?;
-        let add = || self.with_table(|table| table.add(flows, &translated));
+        self.with_table(|table| table.reserve(flows, &translated))?;
+        let add = || self.with_table(|table| table.add(flows));
         let Some(reader) = &self.reader else { return add() };
         reader.capture().packets().hold(flows, &translated);
         let added = add();

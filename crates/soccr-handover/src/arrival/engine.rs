@@ -90,12 +90,18 @@ impl Engine for Arrival {
     }
 
     fn stop(&mut self, reason: String) {
-        self.give_up(Error::new(ErrorKind::Stopped, reason));
+        match self.is_due() {
+            true => self.give_up(Error::new(ErrorKind::Stopped, reason)),
+            false => self.is_complete = true,
+        }
     }
 
     fn broken(&mut self, error: std::io::Error) {
         self.is_unheard();
-        self.give_up(Error::of(ErrorKind::Gone, "the source is gone", error));
+        match self.is_due() {
+            true => self.give_up(Error::of(ErrorKind::Gone, "the source is gone", error)),
+            false => self.is_complete = true,
+        }
     }
 
     fn deadline(&self) -> Option<Instant> {

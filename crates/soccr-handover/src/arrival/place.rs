@@ -26,11 +26,18 @@ impl Arrival {
     /// `None`: nobody can say what is in use here. The restore will tell.
     fn place_with(&mut self, diag: &mut Option<Diag>) {
         let mut batch = Vec::new();
-        let mut crowd = (self.waiting.len(), self.waiting_bytes + self.state_bytes);
+        let mut crowd = (self.waiting.len(), self.waiting_bytes);
+        let (is_heard, mut left_out) = (self.is_heard(), 0);
         let arriving = std::mem::take(&mut self.arriving);
-        let free = self.are_free(diag, arriving.iter().map(|arriving| arriving.connection.flow()));
+        let free = self.are_free(diag, arriving.iter().map(|arriving| &arriving.connection));
         for (mut arriving, is_free) in arriving.into_iter().zip(free) {
-            let accepted = match crowd.0 >= WAITING || crowd.1 > WAITING_BYTES {
+            let mut state_bytes = self.state_bytes;
+            if crowd.1 + state_bytes > WAITING_BYTES && !is_heard && !arriving.is_critical {
+                // Nobody would take the connection back: better without its state than not at all.
+                left_out += usize::from(!std::mem::take(&mut arriving.state).is_empty());
+                state_bytes = 0;
+            }
+            let accepted = match crowd.0 >= WAITING || crowd.1 + state_bytes > WAITING_BYTES {
                 true => Err("more has come than there is room for".into()),
                 false => self.accept(&mut arriving, is_free),
             };
@@ -41,6 +48,11 @@ impl Arrival {
                 }
                 Err(reason) => self.placed(arriving.id, Err(reason)),
             }
+        }
+        if left_out > 0 {
+            self.shared.warn(format_args!(
+                "there is no room for more states: {left_out} of the connections come without theirs"
+            ));
         }
         if batch.is_empty() {
             return;
@@ -62,25 +74,27 @@ impl Arrival {
         }
     }
 
-    /// For each of these connections, whether it is free to come: one of somebody else is neither locked nor replaced.
-    pub(super) fn are_free(
+    /// For each of these connections, whether it is free to come: one of somebody else is neither locked nor replaced. Its addresses
+    /// on the wire are locked as well, and only the source says which they are.
+    pub(super) fn are_free<'a>(
         &self,
         diag: &mut Option<Diag>,
-        flows: impl Iterator<Item = Flow>,
+        connections: impl Iterator<Item = &'a Connection>,
     ) -> Vec<std::result::Result<(), String>> {
-        let flows: Vec<Flow> = flows.collect();
+        let flows: Vec<Vec<Flow>> = connections.map(|connection| connection.flows().collect()).collect();
         if self.origin == Origin::Here {
             return vec![Ok(()); flows.len()];
         }
-        let in_use = in_use(diag, &flows).map_err(|error| error.to_string());
-        let is_free = |index: usize| match &in_use {
-            Ok(in_use) if in_use[index] => {
-                Err("this connection is in use here, and not by the source".into())
-            }
-            Ok(_) => Ok(()),
+        let mut in_use = in_use(diag, &flows.concat()).map(Vec::into_iter).map_err(|error| error.to_string());
+        let is_free = |flows: Vec<Flow>| match &mut in_use {
+            // Takes out all that are its own.
+            Ok(in_use) => match in_use.by_ref().take(flows.len()).fold(false, |any, in_use| any | in_use) {
+                true => Err("this connection is in use here, and not by the source".into()),
+                false => Ok(()),
+            },
             Err(error) => Err(format!("nobody can say whether this connection is in use here: {error}")),
         };
-        (0..flows.len()).map(is_free).collect()
+        flows.into_iter().map(is_free).collect()
     }
 
     /// Whether the application wants the connection, and this host has room for it.
@@ -124,8 +138,8 @@ impl Arrival {
         let ended = self.shared.end_silence(&flows);
         // Where it fails, it may have ended for some.
         let silent = ended.as_ref().map_or_else(|_| flows.clone(), Vec::clone);
-        self.batches.insert(number, Batch { lock, silent, size, undecided: size, taken });
         let ready = ended.and_then(|_| self.shared.homecoming().expect(&flows));
+        self.batches.insert(number, Batch { lock, expected: flows, silent, size, undecided: size, taken });
         if let Err(error) = ready {
             // These would stay silent here, or steered away.
             for Arriving { id, .. } in free {

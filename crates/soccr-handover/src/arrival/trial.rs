@@ -29,8 +29,7 @@ impl Arrival {
         AddressMap::apply_to_connection(&self.terms.map, &mut connection);
         let mut arriving = Arriving { id, name, state: Vec::new(), is_critical: false, connection };
         let shared = std::sync::Arc::clone(&self.shared);
-        let is_free =
-            shared.with_diag(|diag| self.are_free(diag, std::iter::once(arriving.connection.flow())));
+        let is_free = shared.with_diag(|diag| self.are_free(diag, std::iter::once(&arriving.connection)));
         let accepted = is_free.into_iter().try_for_each(|is_free| self.accept(&mut arriving, is_free));
         let is_accepted = accepted.is_ok();
         let outcome = accepted.and_then(|()| {

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
+use soccr::Connection;
 use soccr::diag::Diag;
-use soccr_image::stream::{Decoded, Decoder, Message};
+use soccr_image::stream::{Decoded, Decoder, Message, Writer};
 
 use super::untrusted::here;
 use super::*;
@@ -403,6 +404,75 @@ pub fn what_has_arrived_does_not_wait_for_a_silent_source() {
             let arrived = received.arrived.into_iter().next().unwrap();
             assert_alive(&arrived.into_stream().unwrap(), &peer);
         });
+    }
+}
+
+/// A stream whose source hears no answers, and has let go of the connection.
+fn one_way(connection: &Connection) -> Vec<u8> {
+    let mut writer = Writer::new(Vec::new()).unwrap();
+    let [answers, notes] = [false, false];
+    writer.send(&Message::Begin { connections: 1, answers, notes, place: None, steered: None }).unwrap();
+    writer.connection(1, "x", connection).unwrap();
+    writer.send(&Message::Commit { connection: 1 }).unwrap();
+    writer.finish().unwrap()
+}
+
+/// A connection that is in memory alone, and its peer.
+fn saved() -> (Connection, TcpStream) {
+    let (mut ours, mut peers) = connect(1);
+    let (ours, peer) = (ours.remove(0), peers.remove(0));
+    let paused = soccr::pause(&ours).unwrap();
+    let saved = paused.save().unwrap();
+    paused.detach().unwrap();
+    (saved, peer)
+}
+
+/// It begins another stream, and says nothing more.
+pub fn what_has_arrived_does_not_wait_for_the_stream_behind_it() {
+    let mut limits = Limits::default();
+    limits.decision = Duration::from_millis(300);
+    for is_long in [false, true] {
+        let (saved, peer) = saved();
+        let mut writer = Writer::new(Vec::new()).unwrap();
+        let [answers, notes] = [false, false];
+        writer.send(&Message::Begin { connections: 1, answers, notes, place: None, steered: None }).unwrap();
+        // One byte, or all that comes before its connection.
+        let behind: &[u8] = if is_long { writer.get_mut() } else { b"\n" };
+        let (mut here, mut there) = UnixStream::pair().unwrap();
+        here.write_all(&[&one_way(&saved), behind].concat()).unwrap();
+        let (tell, told) = channel();
+        let mover = Mover::with(limits).unwrap();
+        thread::spawn(move || tell.send(mover.receive_all(&mut there, Terms::default())).unwrap());
+        let received = told.recv_timeout(LIMIT).unwrap();
+        assert_eq!(received.outcome.map_err(|error| error.kind()), Err(ErrorKind::Late));
+        let arrived = received.arrived.into_iter().next().unwrap();
+        assert_alive(&arrived.into_stream().unwrap(), &peer);
+    }
+}
+
+/// A channel that fails behind these bytes.
+struct Ending(Vec<u8>, io::ErrorKind);
+
+impl Channel for Ending {
+    fn exchange(&mut self, _: &[u8], input: &mut [u8], _: Option<Instant>) -> io::Result<Exchanged> {
+        let bytes = std::mem::take(&mut self.0);
+        if bytes.is_empty() {
+            return Err(self.1.into());
+        }
+        input[..bytes.len()].copy_from_slice(&bytes);
+        Ok(Exchanged { written: 0, read: Some(bytes.len()) })
+    }
+}
+
+/// The channel breaks, or the caller is asked to end.
+pub fn a_stream_that_is_complete_does_not_fail_with_its_channel() {
+    for kind in [io::ErrorKind::ConnectionReset, io::ErrorKind::Interrupted] {
+        let (saved, peer) = saved();
+        let mover = Mover::new().unwrap();
+        let received = mover.receive_all(&mut Ending(one_way(&saved), kind), Terms::default());
+        received.outcome.unwrap();
+        let arrived = received.arrived.into_iter().next().unwrap();
+        assert_alive(&arrived.into_stream().unwrap(), &peer);
     }
 }
 

@@ -29,21 +29,26 @@ use broken::{
     a_listener_that_panics_ends_nothing_else,
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
+    a_stream_that_is_complete_does_not_fail_with_its_channel,
     a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
     after_an_error_nothing_more_is_waited_for, what_has_arrived_does_not_wait_for_a_silent_source,
-    what_is_said_to_be_taken_has_gone_on,
+    what_has_arrived_does_not_wait_for_the_stream_behind_it, what_is_said_to_be_taken_has_gone_on,
 };
 use seat::{
     a_handshake_comes_back, what_a_disconnect_clears_comes_back, what_lets_in_the_peer_alone_is_no_obstacle,
 };
-use silence::{a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_stays_silent};
+use silence::{
+    a_silence_begins_again, silences_do_not_end_each_other, what_does_not_come_home_is_steered_on,
+    what_does_not_come_home_stays_silent,
+};
 use stop::{a_child_in_vfork_goes_on_until_its_parent_stops, a_thread_that_does_not_stop_holds_no_other_up};
 use tls::{with_kernel_tls_it_moves_with_its_session, with_kernel_tls_what_is_refused_goes_on};
 use untrusted::{
-    a_state_that_nobody_takes_is_not_kept, nobody_learns_the_place_of_a_target,
-    nothing_is_delivered_for_a_source_that_is_not_reached, what_comes_without_its_state_stays_alone,
-    what_is_delivered_for_a_connection_ends_with_it, who_begins_twice_leaves_no_tunnel,
+    a_state_that_nobody_takes_is_not_kept, addresses_on_the_wire_are_nobody_elses,
+    nobody_learns_the_place_of_a_target, nothing_is_delivered_for_a_source_that_is_not_reached,
+    what_comes_without_its_state_stays_alone, what_is_delivered_for_a_connection_ends_with_it,
+    who_begins_twice_leaves_no_tunnel,
 };
 
 soccr_lab::tests![
@@ -69,6 +74,8 @@ soccr_lab::tests![
     a_target_that_has_not_said_its_last_word_is_told_of,
     a_target_that_is_not_heard_tells_what_is_lost,
     what_has_arrived_does_not_wait_for_a_silent_source,
+    what_has_arrived_does_not_wait_for_the_stream_behind_it,
+    a_stream_that_is_complete_does_not_fail_with_its_channel,
     after_an_error_nothing_more_is_waited_for,
     a_listener_that_panics_ends_nothing_else,
     what_is_said_to_be_taken_has_gone_on,
@@ -79,12 +86,14 @@ soccr_lab::tests![
     what_lets_in_the_peer_alone_is_no_obstacle,
     a_silence_begins_again,
     what_does_not_come_home_stays_silent,
+    what_does_not_come_home_is_steered_on,
     silences_do_not_end_each_other,
     a_thread_that_does_not_stop_holds_no_other_up,
     a_child_in_vfork_goes_on_until_its_parent_stops,
     with_kernel_tls_it_moves_with_its_session,
     with_kernel_tls_what_is_refused_goes_on,
     nobody_learns_the_place_of_a_target,
+    addresses_on_the_wire_are_nobody_elses,
     what_comes_without_its_state_stays_alone,
     who_begins_twice_leaves_no_tunnel,
     nothing_is_delivered_for_a_source_that_is_not_reached,

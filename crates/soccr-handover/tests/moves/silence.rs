@@ -2,7 +2,9 @@
 
 use std::net::Ipv4Addr;
 
+use soccr::connection::Tracked;
 use soccr::lock::{PersistentLock, SILENCE};
+use soccr::steer::{Steering, Times};
 use soccr_handover::silence::{begin, lift};
 use soccr_image::stream::Message;
 use soccr_lab::{TcpInfo, wait_until};
@@ -88,4 +90,44 @@ pub fn what_does_not_come_home_stays_silent() {
     lab.steer(Side::B).unwrap();
     assert_eq!(read(&ours, 4), b"late");
     assert_alive(&ours, &peer);
+}
+
+/// It lives elsewhere, with these addresses on the wire: its packets do not come to the old host again.
+pub fn what_does_not_come_home_is_steered_on() {
+    let lan = Lan::new().unwrap();
+    let [home, away] = [&lan.hosts[0], &lan.hosts[1]];
+    let listener = home.run(|| TcpListener::bind((home.v4, 80))).unwrap();
+    let leave = || {
+        let peer = lan.peer.run(|| TcpStream::connect((home.v4, 80))).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        let paused = soccr::pause(&ours).unwrap();
+        let saved = paused.save().unwrap();
+        paused.detach().unwrap();
+        (saved, peer)
+    };
+    let ((gone, mut peer), (mut saved, _other)) = (leave(), leave());
+    let steering = home.run(|| Steering::open("eth0", "eth0", Times::default())).unwrap();
+    home.run(|| steering.steer(&[gone.flow()], away.v4.into())).unwrap();
+    let steered = || home.run(|| steering.contents()).unwrap()[0].packets;
+
+    // Nothing translates it so here.
+    saved.tracked = Some(Tracked { wire: gone.flow(), initiator: false, mark: 0 });
+    let (channel, there) = UnixStream::pair().unwrap();
+    let listening = home.run(|| listen(there, Terms::default()));
+    let mut source = Source::begin(&channel, 1, None);
+    source.writer.connection(1, "x", &saved).unwrap();
+    match source.hear() {
+        Some(Message::Refused { reason, .. }) => assert!(reason.contains("NAT"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let before = steered();
+    peer.set_nonblocking(true).unwrap();
+    peer.write_all(b"late").unwrap();
+    wait_until("it is steered, or has drawn a reset", || {
+        steered() > before
+            || peer.peek(&mut [0]).is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock)
+    });
+    assert!(steered() > before);
+    drop((source, channel));
+    assert!(listening.join().unwrap().is_empty());
 }

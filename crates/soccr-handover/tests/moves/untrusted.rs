@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
+use soccr::connection::Tracked;
 use soccr::steer::{Foreign, Tunnel};
 use soccr_image::stream::{Message, Place, Reader, Steered, Writer};
 use soccr_lab::wait_until;
@@ -61,6 +62,33 @@ pub fn nobody_learns_the_place_of_a_target() {
         }
         match answer {
             Some(Message::Refused { reason, .. }) => assert!(reason.contains("in use here"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+        assert_alive(&ours[0], &peers[0]);
+        drop((source, channel));
+        assert!(listening.join().unwrap().is_empty());
+    }
+}
+
+/// Addresses that only the source knows are locked beside those of the socket.
+pub fn addresses_on_the_wire_are_nobody_elses() {
+    let (mut ours, peers) = connect(2);
+    let paused = soccr::pause(&ours[1]).unwrap();
+    let mut saved = paused.save().unwrap();
+    paused.detach().unwrap();
+    drop(ours.pop());
+    // Its own addresses are free here.
+    for (wire, is_free) in [(Flow::of(&ours[0]).unwrap(), false), (saved.flow(), true)] {
+        saved.tracked = Some(Tracked { wire, initiator: false, mark: 0 });
+        let (channel, there) = UnixStream::pair().unwrap();
+        let listening = listen(there, Terms::default());
+        let mut source = Source::begin(&channel, 1, None);
+        source.writer.connection(1, "x", &saved).unwrap();
+        match source.hear() {
+            Some(Message::Ready { .. }) if is_free => {}
+            Some(Message::Refused { reason, .. }) if !is_free => {
+                assert!(reason.contains("in use here"), "{reason}");
+            }
             other => panic!("{other:?}"),
         }
         assert_alive(&ours[0], &peers[0]);

@@ -20,10 +20,11 @@ pub(super) struct Table {
     /// How many connections go together, whatever is done to them. A chunk is always processed as a whole, so ENOENT for
     /// one connection means that all of them were unlocked.
     chunk: usize,
+    /// What is in the set: each flow is one connection's, so that unlocking another one leaves it there.
     locked: HashSet<Flow>,
     /// Connections whose packets arrive with other addresses than their sockets have (NAT): both flows are locked.
     wires: HashMap<Flow, Flow>,
-    /// How many of them are IPv6, IPv4.
+    /// How many flows are IPv6, IPv4.
     counts: [u32; 2],
 }
 
@@ -63,9 +64,11 @@ impl Table {
         &mut self.socket
     }
 
-    /// Enters connections as locked, or none of them.
-    pub(super) fn reserve(&mut self, flows: &[Flow]) -> Result<()> {
-        for (index, flow) in flows.iter().enumerate() {
+    /// Enters connections as locked, those that are translated with both flows, or none of them.
+    pub(super) fn reserve(&mut self, flows: &[Flow], translated: &[(Flow, Flow)]) -> Result<()> {
+        let wires = translated.iter().map(|(_, wire)| wire);
+        let all: Vec<Flow> = flows.iter().chain(wires).copied().collect();
+        for (index, flow) in all.iter().enumerate() {
             let refused = if self.counts[usize::from(flow.is_ipv4())] == CAPACITY {
                 Error::refused("more than 65536 connections", "make another Locker for the rest")
             } else if !self.locked.insert(flow.on_the_wire()) {
@@ -75,16 +78,16 @@ impl Table {
                 self.counts[usize::from(flow.is_ipv4())] += 1;
                 continue;
             };
-            self.forget(&flows[..index]);
+            self.leave(&all[..index]);
             return Err(refused);
         }
+        self.wires.extend(translated.iter().map(|(flow, wire)| (flow.on_the_wire(), *wire)));
         Ok(())
     }
 
     /// Locks connections that have been entered: in one transaction, where the kernel lets us send one that long.
     /// Where that fails they are neither locked nor entered.
-    pub(super) fn add(&mut self, flows: &[Flow], translated: &[(Flow, Flow)]) -> Result<()> {
-        self.wires.extend(translated.iter().map(|(flow, wire)| (flow.on_the_wire(), *wire)));
+    pub(super) fn add(&mut self, flows: &[Flow]) -> Result<()> {
         let added = flows.chunks(self.chunk).try_for_each(|flows| {
             let flows = self.with_wires(flows);
             self.transact(|transaction| transaction.add(Set::Flows, &flows, None))
@@ -140,8 +143,14 @@ impl Table {
     }
 
     fn forget(&mut self, flows: &[Flow]) {
+        self.leave(&self.with_wires(flows));
         for flow in flows {
             self.wires.remove(&flow.on_the_wire());
+        }
+    }
+
+    fn leave(&mut self, entered: &[Flow]) {
+        for flow in entered {
             let removed = self.locked.remove(&flow.on_the_wire());
             self.counts[usize::from(flow.is_ipv4())] -= u32::from(removed);
         }

@@ -7,15 +7,15 @@ mod much;
 mod persistent;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
 use std::{env, fs, thread};
 
 use soccr::ErrorKind::Refused;
-use soccr::connection::Flow;
+use soccr::connection::{Flow, Tracked};
 use soccr::lock::{Locker, Mode, SILENCE};
-use soccr::{Lock, pause};
+use soccr::{Connection, Lock, pause};
 use soccr_lab::{Family, LIMIT, Lab, Namespace, OnCpu, Pair, Side, Test, harness, wait_until};
 
 /// Names the addresses of a connection for a process that shall lock it, and wait to be killed.
@@ -58,6 +58,7 @@ fn main() -> ExitCode {
         dropping_the_guard_unlocks,
         what_was_held_for_a_connection_that_has_left_draws_no_reset,
         a_connection_is_locked_once,
+        addresses_on_the_wire_are_locked_once,
         two_lockers_do_not_disturb_each_other,
         a_killed_process_leaves_no_lock,
         ten_thousand_connections,
@@ -333,6 +334,33 @@ fn a_connection_is_locked_once() {
     locker.lock(&[connected.flow]).unwrap().release().unwrap();
     let contradiction = Flow { local: "[2001:db8::1]:1".parse().unwrap(), ..connected.flow };
     assert_eq!(locker.lock(&[contradiction]).unwrap_err().kind(), soccr::ErrorKind::Invalid);
+}
+
+/// Otherwise the first to be unlocked would unlock the other one as well.
+fn addresses_on_the_wire_are_locked_once() {
+    let flow =
+        |port| Flow { local: (Ipv4Addr::LOCALHOST, 80).into(), remote: (Ipv4Addr::LOCALHOST, port).into() };
+    let arriving = |[port, wire]: [u16; 2]| {
+        let mut connection = Connection::empty();
+        let Flow { local, remote } = flow(port);
+        (connection.local, connection.remote) = (local, remote);
+        connection.tracked = Some(Tracked { wire: flow(wire), initiator: false, mark: 0 });
+        connection
+    };
+    let locker = Locker::new(Mode::HOLD).unwrap();
+    let lock = |ports: &[[u16; 2]]| {
+        let connections: Vec<Connection> = ports.iter().copied().map(arriving).collect();
+        locker.lock_arriving(&connections)
+    };
+    let first = lock(&[[1, 2]]).unwrap();
+    for others in [&[[2, 2]][..], &[[3, 1]], &[[3, 2]], &[[3, 4], [4, 4]], &[[3, 4], [5, 4]]] {
+        assert_eq!(lock(others).unwrap_err().kind(), Refused, "{others:?}");
+    }
+    // Nothing is left of those that were refused, and of one that is unlocked.
+    let second = lock(&[[3, 4], [5, 5]]).unwrap();
+    first.release().unwrap();
+    lock(&[[2, 1]]).unwrap().release().unwrap();
+    second.release().unwrap();
 }
 
 fn two_lockers_do_not_disturb_each_other() {
