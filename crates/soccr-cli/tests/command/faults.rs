@@ -12,9 +12,10 @@ use std::process::{Command, Stdio};
 use soccr::Flow;
 use soccr::lock::PersistentLock;
 use soccr::steer::{Foreign, NextHop, Numbers, Steering, redirect, stop};
-use soccr_lab::{Call, Host, LIMIT, Lan, Rtnetlink, Verdict, run_family};
+use soccr_lab::{Call, End as Ending, Host, LIMIT, Lan, Rtnetlink, Verdict, run_family};
 
 use crate::adopt::adoption_works;
+use crate::keeper::cannot_be_put_back;
 use crate::programs::{Program, SOCCR, Said, hear, installed, soccr};
 use crate::rescue::{all_rescued, broken_programs};
 use crate::tls;
@@ -35,6 +36,7 @@ crate::tests![
     a_restore,
     a_restore_through_a_unix_socket,
     a_rescue_of_what_cannot_go_on,
+    a_save_that_cannot_be_undone,
     a_lock_and_an_unlock,
     changes_of_the_steering,
 ];
@@ -354,6 +356,28 @@ fn a_rescue_of_what_cannot_go_on() {
     let restore = ["restore", rescued.to_str().unwrap(), "--stdio", "--", "cat"];
     let _cat = Program::start(soccr(&restore).stdin(Stdio::null()));
     assert_eq!(hear(&mut peer, 6), "unread");
+}
+
+/// What cannot be put back is told, and its image stays, though the locks cannot be looked at any more.
+fn a_save_that_cannot_be_undone() {
+    if !installed("python3") {
+        return;
+    }
+    cannot_be_put_back("EMFILE", |save, watch| {
+        let mut has_left = false;
+        let end = run_family(save, LIMIT, |entry| {
+            if !entry.lineage.is_empty() {
+                return Verdict::Pass;
+            }
+            watch(&entry.call);
+            has_left |= entry.call.number == libc::SYS_connect;
+            if has_left && opens_netlink(&entry.call) { Verdict::Fail(libc::EMFILE) } else { Verdict::Pass }
+        });
+        match end {
+            Ending::Exited(status) => status.code(),
+            _ => None,
+        }
+    });
 }
 
 fn opens_netlink(call: &Call) -> bool {
