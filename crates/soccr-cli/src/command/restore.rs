@@ -42,7 +42,7 @@ Examples:
   soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server"
 )]
 pub(crate) struct Restore {
-    /// The image; standard input without it, or as -
+    /// The image; standard input without it, or as -. Several may come one behind the other, each within a second
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
     /// Restore under another address: each end that is OLD becomes NEW (IP, or IP:PORT)

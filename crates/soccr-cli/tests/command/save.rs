@@ -25,6 +25,7 @@ crate::tests![
     an_image_whose_name_may_not_last_is_there,
     what_others_leave_behind_is_no_image,
     a_pipe_is_not_read_to_see_whether_it_is_an_image,
+    an_image_ends_though_its_writer_stays,
     a_server_that_forks_is_saved,
 ];
 
@@ -425,6 +426,29 @@ fn a_pipe_is_not_read_to_see_whether_it_is_an_image() {
     let mut complaint = String::new();
     save.0.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
     assert!(complaint.contains("leave -o out"), "{complaint}");
+}
+
+/// A parent may keep the pipe open.
+fn an_image_ends_though_its_writer_stays() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("old ", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    let image = succeed(&["save", "--pid", &server.pid(), "--all", "--with-local"]);
+    let start = |arguments: &[&str]| {
+        let mut command = soccr(arguments);
+        let mut program = Program::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let mut writer = program.0.stdin.take().unwrap();
+        std::io::Write::write_all(&mut writer, &image).unwrap();
+        (program, writer)
+    };
+    let (mut inspect, _writer) = start(&["inspect", "--json", "-"]);
+    wait_until("it has ended", || inspect.0.try_wait().unwrap().is_some());
+    assert!(inspect.output().contains(&client.local_addr().unwrap().to_string()));
+    let (_heir, _writer) = start(&["restore", "--", "python3", "-c", HEIR, "new "]);
+    assert_eq!(ask(&mut client, "two", "new "), "new two");
 }
 
 /// Answers, and starts processes all the time, of which four run. They send nothing, which is an error while the connection is read.
