@@ -395,13 +395,14 @@ fn what_others_leave_behind_is_no_image() {
     let image = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     let save = ["save", "--keep", "--pid", &server.pid(), "--all", "--with-local", "-o"];
     let save = |image: &str| soccr(&[&save[..], &[image]].concat());
+    // As a `soccr save` leaves it that was killed; no process ever has this number.
+    let left = |name: &str| image(&format!(".{name}.4194304.tmp"));
     // It would wait for a writer.
-    assert!(Command::new("mkfifo").arg(image(".first.1.tmp")).status().unwrap().success());
+    assert!(Command::new("mkfifo").arg(left("first")).status().unwrap().success());
     let mut saving = Program::start(&mut save(&image("first")));
     wait_until("it is saved", || saving.0.try_wait().unwrap().is_some());
     assert_eq!(saving.0.wait().unwrap().code(), Some(0));
-    // As a `soccr save` leaves it that was killed.
-    let left = image(".second.1.tmp");
+    let left = left("second");
     std::fs::copy(image("first"), &left).unwrap();
     assert_eq!(save(&image("second")).stderr(Stdio::null()).status().unwrap().code(), Some(1));
     if let Err(error) = std::os::unix::fs::lchown(&left, Some(65533), None) {
