@@ -126,7 +126,7 @@ impl Selection {
         };
         captives.retain(|captive| check(captive).map_err(&mut *fail).is_ok());
         if peer.is_some() {
-            refuse_several_forgotten(&captives)?;
+            check_forgotten(&captives)?;
         }
         if self.fd.is_empty() && !self.with_local && !captives.is_empty() {
             has_failed |= leave_out_local(&mut captives)?;
@@ -282,8 +282,8 @@ fn told(captive: Captive, peer: Option<SocketAddr>) -> soccr_handover::Result<Ca
     }
 }
 
-/// One address is not the peer of several connections.
-fn refuse_several_forgotten(captives: &[Captive]) -> Result<()> {
+/// One address is the peer of one connection.
+fn check_forgotten(captives: &[Captive]) -> Result<()> {
     let mut forgotten = Vec::new();
     for captive in captives {
         if captive.has_forgotten_peer()? {
@@ -291,7 +291,11 @@ fn refuse_several_forgotten(captives: &[Captive]) -> Result<()> {
         }
     }
     match forgotten.len() {
-        0 | 1 => Ok(()),
+        0 => {
+            exit::complain("--forgotten-peer: each of the connections still has its peer");
+            Ok(())
+        }
+        1 => Ok(()),
         _ => bail!(
             "{}: --forgotten-peer is the peer of one connection: take each of these by itself (--fd)",
             forgotten.join(", ")

@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed,
-    json, python, run, server, soccr, succeed,
+    HEIR, Program, SOCCR, Said, ask, assert_runs, assert_unlocked, complaints, connect, descriptors, fail,
+    hear, installed, json, python, run, server, soccr, succeed,
 };
 
 crate::tests![
@@ -113,8 +113,11 @@ fn a_connection_that_is_kept_goes_on() {
     let mut client = connect(([127, 0, 0, 1], 7));
     assert_eq!(ask(&mut client, "one", ""), "one");
     let fd = descriptors(&server.pid()).remove(0);
+    let save = ["save", "--keep", "--pid", &server.pid(), "--fd", &fd];
+    let idle = run(&[&save[..], &["--forgotten-peer", "203.0.113.9:9"]].concat());
+    assert!(String::from_utf8_lossy(&idle.stderr).contains("still has its peer"), "{idle:?}");
     for text in ["two", "three"] {
-        let image = succeed(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]);
+        let image = succeed(&save);
         let connection = soccr_image::read(&image[..]).unwrap();
         assert_eq!(connection.remote, client.local_addr().unwrap());
         assert_eq!(ask(&mut client, text, ""), text);
@@ -163,8 +166,16 @@ fn a_program_gets_it_as_standard_input_and_output() {
     assert_eq!(ask(&mut client, "one", "old "), "old one");
     let fd = descriptors(&server.pid()).remove(0);
     succeed(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", image]);
-    let _cat = Program::start(&mut soccr(&["restore", image, "--stdio", "--", "cat"]));
+    let maps = ["--map", "203.0.113.9=203.0.113.10", "--map", "203.0.113.9=203.0.113.11"];
+    assert!(fail(2, &[&["restore", image], &maps[..], &["--", "cat"]].concat()).contains("is named twice"));
+    let said = Said::new();
+    let mut restore = soccr(&[&["restore", image], &maps[..2], &["--stdio", "--", "cat"]].concat());
+    let _cat = Program::start(restore.stderr(said.output()));
     assert_eq!(ask(&mut client, "two", ""), "two");
+    assert_eq!(
+        complaints(said.read().as_bytes()),
+        "soccr: --map 203.0.113.9=203.0.113.10: no connection has that address\n"
+    );
 }
 
 const WAITING: &str = r#"
