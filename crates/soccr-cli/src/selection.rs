@@ -223,9 +223,17 @@ impl Selection {
         Ok(processes)
     }
 
-    /// Where the connections may be instead: servers of several processes leave them to their children.
+    /// Where the connections may be instead: in processes of others; and servers of several processes leave them to their children.
     fn elsewhere(&self) -> String {
-        let [pid] = self.pid[..] else { return String::new() };
+        let is_hidden =
+            |pid: &Pid| process::look_into(*pid).is_err_and(|error| error.kind() == ErrorKind::NoPermission);
+        let pid = match self.pid[..] {
+            [pid] => pid,
+            [] if process::all().is_ok_and(|all| all.iter().any(is_hidden)) => {
+                return " in the processes that may be looked into: run as root to see all".into();
+            }
+            _ => return String::new(),
+        };
         let has_connections = |pid: &Pid| {
             let Ok(process) = Process::open(*pid) else { return false };
             let mut found = false;

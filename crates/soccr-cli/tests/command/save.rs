@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
@@ -342,6 +343,16 @@ fn what_fails_leaves_the_connection() {
         fail(1, &["save", "--pid", &pid, "--fd", "99", "-o", "/dev/null/x"]).contains("no descriptor 99")
     );
     assert!(fail(1, &["save", "--pid", "999999999", "--fd", "1"]).contains("no such process"));
+    match soccr(&["save", "--port", "9"]).uid(65534).gid(65534).output() {
+        Ok(output) => {
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                complaint.contains("no such connection") && complaint.contains("run as root"),
+                "{complaint}"
+            );
+        }
+        Err(error) => soccr_lab::skip(format_args!("the command cannot be run as another user: {error}")),
+    }
     // The image cannot be written.
     assert!(
         fail(1, &["save", "--pid", &pid, "--fd", &fd, "-o", "/nonexistent/x"]).contains("/nonexistent/x")
