@@ -13,6 +13,7 @@ mod fidelity;
 mod give;
 mod guide;
 mod lifeline;
+mod mapping;
 mod nat;
 mod network;
 mod pid;

@@ -126,7 +126,7 @@ impl Selection {
         };
         captives.retain(|captive| check(captive).map_err(&mut *fail).is_ok());
         if peer.is_some() {
-            refuse_several_forgotten(&captives)?;
+            check_forgotten(&captives)?;
         }
         if self.fd.is_empty() && !self.with_local && !captives.is_empty() {
             has_failed |= leave_out_local(&mut captives)?;
@@ -223,9 +223,17 @@ impl Selection {
         Ok(processes)
     }
 
-    /// Where the connections may be instead: servers of several processes leave them to their children.
+    /// Where the connections may be instead: in processes of others; and servers of several processes leave them to their children.
     fn elsewhere(&self) -> String {
-        let [pid] = self.pid[..] else { return String::new() };
+        let is_hidden =
+            |pid: &Pid| process::look_into(*pid).is_err_and(|error| error.kind() == ErrorKind::NoPermission);
+        let pid = match self.pid[..] {
+            [pid] => pid,
+            [] if process::all().is_ok_and(|all| all.iter().any(is_hidden)) => {
+                return " in the processes that may be looked into: run as root to see all".into();
+            }
+            _ => return String::new(),
+        };
         let has_connections = |pid: &Pid| {
             let Ok(process) = Process::open(*pid) else { return false };
             let mut found = false;
@@ -282,8 +290,8 @@ fn told(captive: Captive, peer: Option<SocketAddr>) -> soccr_handover::Result<Ca
     }
 }
 
-/// One address is not the peer of several connections.
-fn refuse_several_forgotten(captives: &[Captive]) -> Result<()> {
+/// One address is the peer of one connection.
+fn check_forgotten(captives: &[Captive]) -> Result<()> {
     let mut forgotten = Vec::new();
     for captive in captives {
         if captive.has_forgotten_peer()? {
@@ -291,7 +299,11 @@ fn refuse_several_forgotten(captives: &[Captive]) -> Result<()> {
         }
     }
     match forgotten.len() {
-        0 | 1 => Ok(()),
+        0 => {
+            exit::complain("--forgotten-peer: each of the connections still has its peer");
+            Ok(())
+        }
+        1 => Ok(()),
         _ => bail!(
             "{}: --forgotten-peer is the peer of one connection: take each of these by itself (--fd)",
             forgotten.join(", ")

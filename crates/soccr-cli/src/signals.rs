@@ -54,9 +54,12 @@ pub(crate) fn spare(command: &mut Command) {
 /// Heeds again what a source on this host has [made](spare) this process ignore, so that programs do not inherit it. To be called where no
 /// signals of its terminal come.
 pub(crate) fn heed_terminal() {
-    let numbers = std::env::var(VARIABLE).unwrap_or_default();
-    let numbers = numbers.split(',').filter_map(|number| number.parse().ok());
-    for signal in numbers.filter(|number| sys::TERMINAL.contains(number)) {
+    let told = std::env::var(VARIABLE).ok();
+    // A relay such as sudo(8) removes the variable. Nobody else ignores what Ctrl-Z sends: nohup(1) and shells leave it alone.
+    let is_lost = told.is_none() && sys::disposition(libc::SIGTSTP) == libc::SIG_IGN;
+    let numbers: Vec<libc::c_int> =
+        told.iter().flat_map(|numbers| numbers.split(',')).filter_map(|number| number.parse().ok()).collect();
+    for signal in sys::TERMINAL.into_iter().filter(|signal| is_lost || numbers.contains(signal)) {
         sys::heed(signal, libc::SIG_DFL);
     }
 }

@@ -11,6 +11,7 @@ use soccr_image::criu::{Directory, Protocol, Rewritten, Socket};
 
 use crate::command::restore::image::refuse_to_replace;
 use crate::exit::{self, Exit};
+use crate::mapping;
 use crate::show::table::{Align, Table, printable};
 
 /// Read and mend the images of CRIU
@@ -91,6 +92,7 @@ impl Criu {
                 Ok(Exit::Done)
             }
             Action::Rewrite { directory, map } => {
+                mapping::refuse_twice(map)?;
                 let rewritten = Directory::open(directory)?.rewrite(map)?;
                 if rewritten.sockets + rewritten.addresses + rewritten.routes == 0 {
                     bail!("{}: no socket has such an address", directory.display());

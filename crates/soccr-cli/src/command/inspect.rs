@@ -1,7 +1,7 @@
 //! `soccr inspect`: an image for people.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -10,7 +10,7 @@ use soccr::Connection;
 use soccr_image::criu::{Directory, Protocol};
 use soccr_image::stream::{Message, Reader};
 
-use crate::command::restore::image::behind;
+use crate::command::restore::image::{behind, stdin};
 use crate::exit::{self, Exit};
 use crate::show::describe::{self, Data};
 use crate::show::table::printable;
@@ -55,10 +55,10 @@ impl Inspect {
             let directory = self.image.display();
             read_criu(&self.image).with_context(|| format!("{directory}, read as images of CRIU"))?
         } else if self.image == Path::new("-") {
-            read_stream(BufReader::new(io::stdin().lock()))?
+            read_stream(stdin()?)?
         } else {
             let file = File::open(&self.image).with_context(|| self.image.display().to_string())?;
-            read_stream(BufReader::new(file)).with_context(|| self.image.display().to_string())?
+            read_stream(file).with_context(|| self.image.display().to_string())?
         };
         let data = if self.data { Data::Shown } else { Data::Hidden };
         exit::written(match (self.json, self.svg) {
@@ -74,8 +74,8 @@ impl Inspect {
 }
 
 /// The connections of an image, and the part that could not be read.
-fn read_stream(reader: impl BufRead) -> Result<(Vec<Found>, Vec<anyhow::Error>)> {
-    let mut reader = Reader::new(reader)?.without_validation();
+fn read_stream(source: File) -> Result<(Vec<Found>, Vec<anyhow::Error>)> {
+    let mut reader = Reader::new(BufReader::new(source))?.without_validation();
     let (mut all, mut failed) = (Vec::<Found>::new(), Vec::new());
     let mut numbers = Vec::new();
     // Each image has its own numbers.

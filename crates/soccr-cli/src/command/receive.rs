@@ -22,7 +22,7 @@ use crate::give::state::States;
 use crate::give::{Handover, Live, Recipient, give_up};
 use crate::lifeline::{self, Claim};
 use crate::signals::Bell;
-use crate::{descriptors, exit, network};
+use crate::{descriptors, exit, mapping, network};
 
 /// Receive connections from `soccr send`, and give them to a program
 ///
@@ -111,6 +111,7 @@ impl Receive {
         if matches!(self.steered, Steered::Never) && self.steered_numbers != Numbers::default() {
             bail!(Coded(Exit::Usage, "--steered never: there is no delivery for --steered-numbers".into()));
         }
+        mapping::refuse_twice(&self.map)?;
         let mut parting = match self.detach || self.handover.is_kept_here() {
             false => Parting::default(),
             true => match Parting::apart(self.detach)? {

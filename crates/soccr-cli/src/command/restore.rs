@@ -17,7 +17,7 @@ use crate::fidelity::{Demands, Trust};
 use crate::give::parting::Parting;
 use crate::give::{Handover, Live};
 use crate::signals::Deaf;
-use crate::{descriptors, network};
+use crate::{descriptors, mapping, network};
 
 /// Give saved connections to a program
 ///
@@ -42,7 +42,7 @@ Examples:
   soccr restore c.soccr --map 192.0.2.1=192.0.2.9 --netns /run/netns/blue -- ./server"
 )]
 pub(crate) struct Restore {
-    /// The image; standard input without it, or as -
+    /// The image; standard input without it, or as -. Several may come one behind the other, each within a second
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
     /// Restore under another address: each end that is OLD becomes NEW (IP, or IP:PORT)
@@ -61,6 +61,7 @@ pub(crate) struct Restore {
 
 impl Restore {
     pub(crate) fn run(&self) -> Result<Exit> {
+        mapping::refuse_twice(&self.map)?;
         network::enter(self.netns.as_deref())?;
         let recipient = self.handover.find()?;
         let (file, mut saved) = image::read(self.file.as_deref())?;
@@ -71,6 +72,7 @@ impl Restore {
         }
         descriptors::raise_limit();
         recipient.check_room(saved.len(), 0)?;
+        mapping::tell_idle(&self.map, saved.iter().map(|(_, connection)| connection));
         let mut reports = self.demands.reports(Trust::All);
         for (_, connection) in &mut saved {
             AddressMap::apply_to_connection(&self.map, connection);

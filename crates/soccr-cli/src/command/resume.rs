@@ -2,9 +2,9 @@
 
 use std::os::fd::{AsFd, RawFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use rustix::process::Pid;
-use soccr::Paused;
+use soccr::{ErrorKind, Paused};
 use soccr_handover::foreign::{Captive, Process, namespace};
 
 use crate::command::completions;
@@ -33,7 +33,13 @@ impl Resume {
         let captive = Captive::new(&Process::open(self.pid)?, self.fd)?;
         let resume = || -> Result<()> {
             namespace::enter_of(captive.as_fd())?;
-            Ok(Paused::take_over(captive.as_fd())?.resume()?)
+            let paused = Paused::take_over(captive.as_fd()).map_err(|error| match error.kind() {
+                ErrorKind::Refused => {
+                    anyhow!("it is not paused (in repair mode): there is nothing to resume")
+                }
+                _ => error.into(),
+            })?;
+            Ok(paused.resume()?)
         };
         resume().with_context(|| captive.name().to_owned())?;
         Ok(Exit::Done)

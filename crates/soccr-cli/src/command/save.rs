@@ -261,7 +261,10 @@ fn take_back(saved: Vec<Saved>, image: Sink, mut keeper: impl Users, why: Error)
             back.push(seat.flow());
         }
     }
-    silence::lift(&back)?;
+    if let Err(error) = silence::lift(&back) {
+        // Whatever is lost weighs more.
+        exit::complain(&format!("this host may stay silent about what is back in its process: {error}"));
+    }
     match (lost, image) {
         (0, _) => Err(why),
         (_, Sink::File(file)) => {

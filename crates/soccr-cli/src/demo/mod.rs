@@ -75,7 +75,7 @@ impl Demo {
             let _ = host.run(|| sysctl("net/ipv4/tcp_congestion_control", "cubic"));
         }
         let mut report = Report::new(self.json);
-        report.network(&network);
+        report.network(&network)?;
         let mut mover = Mover::start(&network)?;
         let peer = Peer::connect(network.peer(), mover.address())?;
         mover.accept()?;
@@ -84,7 +84,7 @@ impl Demo {
             report.rested(peer.wait_for_traffic()?);
             let mut camera = file.as_ref().map(|_| Camera::at(network.peer())).transpose()?;
             let moved = mover.move_once(&peer)?;
-            report.moved(number, &moved);
+            report.moved(number, &moved)?;
             if let Some(camera) = &mut camera {
                 // The picture shows what came after the move, too.
                 peer.wait_for_traffic()?;
@@ -94,7 +94,7 @@ impl Demo {
         report.rested(peer.wait_for_traffic()?);
         let ends = mover.finish(peer)?;
         let summary = Summary::new(&network, &report, &ends);
-        report.summary(&summary);
+        report.summary(&summary)?;
         pictures.sort_by_key(|picture| picture.moved().silence);
         if let (Some((path, file)), Some(picture)) = (&mut file, pictures.get(pictures.len() / 2)) {
             picture.write(file).with_context(|| path.display().to_string())?;

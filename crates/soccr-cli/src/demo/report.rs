@@ -4,8 +4,11 @@ use std::io::Write;
 use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
+use anyhow::Result;
 use serde::Serialize;
 use soccr_lab::Host;
+
+use crate::exit;
 
 use super::mover::{Ends, Move};
 use super::network::{Network, name};
@@ -38,9 +41,9 @@ impl Report {
     }
 
     /// Draws the network.
-    pub(crate) fn network(&self, network: &Network) {
+    pub(crate) fn network(&self, network: &Network) -> Result<()> {
         if self.json {
-            return;
+            return Ok(());
         }
         let (peer, hosts) = (network.peer().v4, network.hosts());
         let what = match network {
@@ -49,7 +52,7 @@ impl Report {
                 "three hosts with three addresses, of which A keeps that of the connection"
             }
         };
-        say(format_args!("One TCP connection, {what}, a new process for every move."));
+        say(format_args!("One TCP connection, {what}, a new process for every move."))?;
         let router = format!("{:─<35}", format!("  peer  {peer} ─── router "));
         let last = hosts.len() - 1;
         for (place, host) in hosts.iter().enumerate() {
@@ -66,20 +69,20 @@ impl Report {
             } else {
                 "┼"
             };
-            say(format_args!("{DIM}{before:<35}{corner}── {}  host {}{DIM:#}", host.v4, name(place)));
+            say(format_args!("{DIM}{before:<35}{corner}── {}  host {}{DIM:#}", host.v4, name(place)))?;
         }
-        say(format_args!(""));
+        say(format_args!(""))?;
         say(format_args!(
             "{BOLD}{:>5}  {:<5}  {:>10}  {:>12}  {:>12}  {:>14}{BOLD:#}",
             "move", "host", "locked", "unread", "unacked", "peer's silence"
-        ));
+        ))
     }
 
     /// Adds a move.
-    pub(crate) fn moved(&mut self, number: u32, moved: &Move) {
+    pub(crate) fn moved(&mut self, number: u32, moved: &Move) -> Result<()> {
         self.moves.push(*moved);
         if self.json || (number > ROWS && !number.is_multiple_of(50)) {
-            return;
+            return Ok(());
         }
         let arrow = format!("{} → {}", name(moved.from), name(moved.to));
         say(format_args!(
@@ -88,31 +91,30 @@ impl Report {
             bytes(moved.unread.into()),
             bytes(moved.unacknowledged.into()),
             milliseconds(moved.silence),
-        ));
+        ))
     }
 
     /// The figures of all moves.
-    pub(crate) fn summary(&self, summary: &Summary) {
+    pub(crate) fn summary(&self, summary: &Summary) -> Result<()> {
         if self.json {
             // A struct of numbers cannot fail to become JSON.
-            say(format_args!("{}", serde_json::to_string(summary).unwrap_or_default()));
-            return;
+            return say(format_args!("{}", serde_json::to_string(summary).unwrap_or_default()));
         }
         let Summary { moves, bytes_lost, resets, mss_before, mss_after, .. } = summary;
         let style = if summary.is_clean() { GOOD } else { BAD };
-        say(format_args!(""));
+        say(format_args!(""))?;
         say(format_args!(
             "{style}{moves} moves, {} carried and compared, {bytes_lost} bytes lost, {resets} resets{style:#}",
             bytes(summary.bytes)
-        ));
+        ))?;
         say(format_args!(
             "locked for {:.2} ms (median); the peer's longest silence {:.2} ms (median), {:.2} ms (maximum),",
             summary.lock_ms_median, summary.stall_ms_median, summary.stall_ms_max,
-        ));
+        ))?;
         say(format_args!(
             "without a move {:.2} ms (median), {:.2} ms (maximum); MSS {mss_before} before, {mss_after} after",
             summary.rest_ms_median, summary.rest_ms_max,
-        ));
+        ))
     }
 }
 
@@ -194,8 +196,8 @@ fn bytes(count: u64) -> String {
     }
 }
 
-/// Prints a line, in colour on a terminal only. A closed standard output is no error.
-pub(super) fn say(line: std::fmt::Arguments<'_>) {
+/// Prints a line, in colour on a terminal only.
+pub(super) fn say(line: std::fmt::Arguments<'_>) -> Result<()> {
     let mut out = anstream::AutoStream::auto(std::io::stdout());
-    let _ = writeln!(out, "{line}");
+    exit::written(writeln!(out, "{line}")).map(drop)
 }

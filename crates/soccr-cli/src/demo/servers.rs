@@ -39,15 +39,15 @@ pub(super) fn run(moves: u32, json: bool) -> Result<Exit> {
     let mut server = Server::start(&lab.a, NAMES[0])?;
     let mut client = lab.peer.run(|| Client::connect(address))?;
     let told = |line: std::fmt::Arguments<'_>| {
-        if !json {
-            say(line)
-        }
+        if json { Ok(()) } else { say(line) }
     };
-    told(format_args!("One connection, and servers that accept, read and answer, and know of nothing else."));
+    told(format_args!(
+        "One connection, and servers that accept, read and answer, and know of nothing else."
+    ))?;
     told(format_args!(
         "{DIM}Each is told to listen no more, the next one listens on the same port and gets the connection.{DIM:#}"
-    ));
-    told(format_args!(""));
+    ))?;
+    told(format_args!(""))?;
     let mut answers = 0;
     for number in 1..=moves + 1 {
         for _ in 0..2 {
@@ -57,7 +57,7 @@ pub(super) fn run(moves: u32, json: bool) -> Result<Exit> {
             told(format_args!(
                 "  client: {question:<12} {answer:<20} {DIM}{:.2} ms{DIM:#}",
                 milliseconds(time)
-            ));
+            ))?;
         }
         if number <= moves {
             server.listen_no_more();
@@ -70,19 +70,19 @@ pub(super) fn run(moves: u32, json: bool) -> Result<Exit> {
                 server.name,
                 next.name,
                 milliseconds(start.elapsed()),
-            ));
+            ))?;
             server = next;
         }
     }
     let resets = [&lab.peer, &lab.a].into_iter().map(resets_sent).sum();
     if json {
-        say(format_args!("{}", serde_json::to_string(&Account { moves, answers, resets })?));
+        say(format_args!("{}", serde_json::to_string(&Account { moves, answers, resets })?))?;
     }
     let style = if resets == 0 { GOOD } else { BAD };
-    told(format_args!(""));
+    told(format_args!(""))?;
     told(format_args!(
         "{style}{moves} moves, {answers} answers over one connection, {resets} resets{style:#}"
-    ));
+    ))?;
     Ok(if resets == 0 { Exit::Done } else { Exit::Lost })
 }
 

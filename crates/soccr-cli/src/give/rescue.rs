@@ -1,6 +1,7 @@
 //! Connections that could not be given to anybody: each is saved in an image, and its socket is closed in silence.
 
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::getpeername;
 use soccr::lock::{Locker, Mode, SILENCE};
-use soccr::{Connection, Flow};
+use soccr::{Connection, Flow, Paused};
 use soccr_handover::silence;
 
 use crate::exit::{self, Coded, Exit};
@@ -130,9 +131,21 @@ impl Lifeboat {
             .map_err(anyhow::Error::from)
             .and_then(|()| paused.detach().inspect_err(|_| drop(silence::lift(&[flow]))).map_err(Into::into));
         if let Err(error) = left {
-            // The connection goes on in this process, until that ends.
-            let _ = std::fs::remove_file(&path);
-            return Err(error);
+            // The guard has let the connection go on, unless TLS records were read out of the socket: the image alone has them.
+            let stuck = Paused::take_over(stream.as_fd()).map(Paused::leave_paused);
+            if stuck.is_err() {
+                // It ends with this process.
+                let _ = std::fs::remove_file(&path);
+                return Err(error);
+            }
+            // Without the silence, the socket would acknowledge what no image has.
+            let _ = soccr::tls::discard(stream, flow);
+            exit::complain(&format!(
+                "{} {}: its peer may get a reset before it is restored: {}",
+                flow.local,
+                flow.remote,
+                exit::line(&error)
+            ));
         }
         Ok(Some(path))
     }

@@ -64,9 +64,11 @@ fn two_machines_are_compared() {
     let via = format!("{SOCCR} check --json");
     let same = run(&["check", "--via", &via]);
     assert_eq!(same.status.code(), Some(0), "{}", String::from_utf8_lossy(&same.stdout));
-    let silent = run(&["check", "--via", "exit 7"]);
-    let complaint = String::from_utf8_lossy(&silent.stderr);
-    assert!(silent.status.code() == Some(1) && complaint.contains("exit status: 7"), "{complaint}");
+    for via in ["exit 7", "echo '[]'; exit 7"] {
+        let silent = run(&["check", "--via", via]);
+        let complaint = String::from_utf8_lossy(&silent.stderr);
+        assert!(silent.status.code() == Some(1) && complaint.contains("exit status: 7"), "{complaint}");
+    }
 }
 
 /// What `soccr check` says in a network.

@@ -4,10 +4,11 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::programs::{SOCCR, installed, run, succeed};
+use crate::programs::{SOCCR, installed, run, soccr, succeed};
 
 crate::tests![
     a_move_is_drawn_as_the_peer_saw_it,
+    an_account_that_cannot_be_written_is_no_success,
     a_picture_that_cannot_be_written_is_told_at_once,
     where_no_network_can_be_made_the_remedy_comes_last
 ];
@@ -29,6 +30,15 @@ fn a_picture_that_cannot_be_written_is_told_at_once() {
     let complaint = String::from_utf8_lossy(&output.stderr);
     assert!(complaint.contains("/proc/nowhere/move.svg: No such file"), "{complaint}");
     assert!(output.status.code() == Some(1) && output.stdout.is_empty(), "nothing has moved");
+}
+
+fn an_account_that_cannot_be_written_is_no_success() {
+    for format in [&[][..], &["--json"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let demo = soccr(&[&["demo", "--moves", "1"], format].concat()).stdout(full).output().unwrap();
+        let complaint = String::from_utf8_lossy(&demo.stderr);
+        assert!(demo.status.code() == Some(1) && complaint.contains("standard output: "), "{complaint}");
+    }
 }
 
 fn a_move_is_drawn_as_the_peer_saw_it() {

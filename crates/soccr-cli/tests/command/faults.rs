@@ -7,15 +7,18 @@ mod world;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::net::TcpListener;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use soccr::Flow;
 use soccr::lock::PersistentLock;
 use soccr::steer::{Foreign, NextHop, Numbers, Steering, redirect, stop};
-use soccr_lab::{Host, Lan, Rtnetlink};
+use soccr_lab::{Call, End as Ending, Host, LIMIT, Lan, Rtnetlink, Verdict, run_family};
 
 use crate::adopt::adoption_works;
-use crate::programs::{SOCCR, installed, soccr};
+use crate::keeper::cannot_be_put_back;
+use crate::programs::{Program, SOCCR, Said, hear, installed, soccr};
+use crate::rescue::{all_rescued, broken_programs};
+use crate::tls;
 use calls::Site;
 use run::{Fault, Outcome, Plan, Shape};
 use world::{Goal, Place, World};
@@ -32,6 +35,8 @@ crate::tests![
     a_save_of_what_goes_on,
     a_restore,
     a_restore_through_a_unix_socket,
+    a_rescue_of_what_cannot_go_on,
+    a_save_that_cannot_be_undone,
     a_lock_and_an_unlock,
     changes_of_the_steering,
 ];
@@ -325,6 +330,58 @@ fn a_restore() {
 
 fn a_restore_through_a_unix_socket() {
     every_fault(Scenario::RestoreSocket);
+}
+
+/// What has been decrypted is in the image alone, so it stays, though this host cannot be silent about the connection.
+fn a_rescue_of_what_cannot_go_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let image = directory.join("image").display().to_string();
+    let Some(mut peer) = tls::saved(&image, || {}) else { return };
+    let [_, hidden] = broken_programs(directory);
+    let mut restore = soccr(&["restore", &image, "--", &hidden]);
+    let said = Said::new();
+    let mut is_met = false;
+    run_family(restore.current_dir(directory).stderr(said.output()), LIMIT, |entry| {
+        if is_met || !opens_netlink(&entry.call) || all_rescued(directory).next().is_none() {
+            return Verdict::Pass;
+        }
+        is_met = true;
+        Verdict::Fail(libc::EMFILE)
+    });
+    assert!(is_met);
+    let said = said.read();
+    assert!(said.contains("EMFILE") && said.contains("no connection is lost"), "{said}");
+    let rescued = all_rescued(directory).next().expect(&said);
+    let restore = ["restore", rescued.to_str().unwrap(), "--stdio", "--", "cat"];
+    let _cat = Program::start(soccr(&restore).stdin(Stdio::null()));
+    assert_eq!(hear(&mut peer, 6), "unread");
+}
+
+/// What cannot be put back is told, and its image stays, though the locks cannot be looked at any more.
+fn a_save_that_cannot_be_undone() {
+    if !installed("python3") {
+        return;
+    }
+    cannot_be_put_back("EMFILE", |save, watch| {
+        let mut has_left = false;
+        let end = run_family(save, LIMIT, |entry| {
+            if !entry.lineage.is_empty() {
+                return Verdict::Pass;
+            }
+            watch(&entry.call);
+            has_left |= entry.call.number == libc::SYS_connect;
+            if has_left && opens_netlink(&entry.call) { Verdict::Fail(libc::EMFILE) } else { Verdict::Pass }
+        });
+        match end {
+            Ending::Exited(status) => status.code(),
+            _ => None,
+        }
+    });
+}
+
+fn opens_netlink(call: &Call) -> bool {
+    call.number == libc::SYS_socket && call.arguments[0] == libc::AF_NETLINK as u64
 }
 
 /// A command changes the host all at once, or not at all, or in part, as its exit code says.

@@ -558,7 +558,7 @@ fn a_paused_socket_is_shown_and_resumed() {
     let image = directory.path().join("image").display().to_string();
     assert!(fail(1, &["save", "--pid", &pid, "--fd", &fd, "-o", &image]).contains("`soccr resume`"));
     succeed(&["resume", "--pid", &pid, "--fd", &fd]);
-    assert!(fail(1, &["resume", "--pid", &pid, "--fd", &fd]).contains("not in repair mode"));
+    assert!(fail(1, &["resume", "--pid", &pid, "--fd", &fd]).contains("it is not paused"));
     assert_eq!(descriptors(&pid), [fd]);
     program.0.stdin.take().unwrap().write_all(b"\n").unwrap();
     assert_eq!(ask(&mut client, "one", "again "), "again one");

@@ -2,13 +2,14 @@
 
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use soccr_lab::{Pair, let_fail, run_and_watch, wait_until};
 
 use crate::programs::{
-    HEIR, Program, SOCCR, ask, assert_runs, assert_unlocked, connect, descriptors, fail, hear, installed,
-    json, python, run, server, soccr, succeed,
+    HEIR, Program, SOCCR, Said, ask, assert_runs, assert_unlocked, complaints, connect, descriptors, fail,
+    hear, installed, json, python, run, server, soccr, succeed,
 };
 
 crate::tests![
@@ -25,6 +26,7 @@ crate::tests![
     an_image_whose_name_may_not_last_is_there,
     what_others_leave_behind_is_no_image,
     a_pipe_is_not_read_to_see_whether_it_is_an_image,
+    an_image_ends_though_its_writer_stays,
     a_server_that_forks_is_saved,
 ];
 
@@ -112,8 +114,11 @@ fn a_connection_that_is_kept_goes_on() {
     let mut client = connect(([127, 0, 0, 1], 7));
     assert_eq!(ask(&mut client, "one", ""), "one");
     let fd = descriptors(&server.pid()).remove(0);
+    let save = ["save", "--keep", "--pid", &server.pid(), "--fd", &fd];
+    let idle = run(&[&save[..], &["--forgotten-peer", "203.0.113.9:9"]].concat());
+    assert!(String::from_utf8_lossy(&idle.stderr).contains("still has its peer"), "{idle:?}");
     for text in ["two", "three"] {
-        let image = succeed(&["save", "--keep", "--pid", &server.pid(), "--fd", &fd]);
+        let image = succeed(&save);
         let connection = soccr_image::read(&image[..]).unwrap();
         assert_eq!(connection.remote, client.local_addr().unwrap());
         assert_eq!(ask(&mut client, text, ""), text);
@@ -162,8 +167,16 @@ fn a_program_gets_it_as_standard_input_and_output() {
     assert_eq!(ask(&mut client, "one", "old "), "old one");
     let fd = descriptors(&server.pid()).remove(0);
     succeed(&["save", "--pid", &server.pid(), "--fd", &fd, "-o", image]);
-    let _cat = Program::start(&mut soccr(&["restore", image, "--stdio", "--", "cat"]));
+    let maps = ["--map", "203.0.113.9=203.0.113.10", "--map", "203.0.113.9=203.0.113.11"];
+    assert!(fail(2, &[&["restore", image], &maps[..], &["--", "cat"]].concat()).contains("is named twice"));
+    let said = Said::new();
+    let mut restore = soccr(&[&["restore", image], &maps[..2], &["--stdio", "--", "cat"]].concat());
+    let _cat = Program::start(restore.stderr(said.output()));
     assert_eq!(ask(&mut client, "two", ""), "two");
+    assert_eq!(
+        complaints(said.read().as_bytes()),
+        "soccr: --map 203.0.113.9=203.0.113.10: no connection has that address\n"
+    );
 }
 
 const WAITING: &str = r#"
@@ -330,6 +343,16 @@ fn what_fails_leaves_the_connection() {
         fail(1, &["save", "--pid", &pid, "--fd", "99", "-o", "/dev/null/x"]).contains("no descriptor 99")
     );
     assert!(fail(1, &["save", "--pid", "999999999", "--fd", "1"]).contains("no such process"));
+    match soccr(&["save", "--port", "9"]).uid(65534).gid(65534).output() {
+        Ok(output) => {
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                complaint.contains("no such connection") && complaint.contains("run as root"),
+                "{complaint}"
+            );
+        }
+        Err(error) => soccr_lab::skip(format_args!("the command cannot be run as another user: {error}")),
+    }
     // The image cannot be written.
     assert!(
         fail(1, &["save", "--pid", &pid, "--fd", &fd, "-o", "/nonexistent/x"]).contains("/nonexistent/x")
@@ -394,13 +417,14 @@ fn what_others_leave_behind_is_no_image() {
     let image = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     let save = ["save", "--keep", "--pid", &server.pid(), "--all", "--with-local", "-o"];
     let save = |image: &str| soccr(&[&save[..], &[image]].concat());
+    // As a `soccr save` leaves it that was killed; no process ever has this number.
+    let left = |name: &str| image(&format!(".{name}.4194304.tmp"));
     // It would wait for a writer.
-    assert!(Command::new("mkfifo").arg(image(".first.1.tmp")).status().unwrap().success());
+    assert!(Command::new("mkfifo").arg(left("first")).status().unwrap().success());
     let mut saving = Program::start(&mut save(&image("first")));
     wait_until("it is saved", || saving.0.try_wait().unwrap().is_some());
     assert_eq!(saving.0.wait().unwrap().code(), Some(0));
-    // As a `soccr save` leaves it that was killed.
-    let left = image(".second.1.tmp");
+    let left = left("second");
     std::fs::copy(image("first"), &left).unwrap();
     assert_eq!(save(&image("second")).stderr(Stdio::null()).status().unwrap().code(), Some(1));
     if let Err(error) = std::os::unix::fs::lchown(&left, Some(65533), None) {
@@ -425,6 +449,29 @@ fn a_pipe_is_not_read_to_see_whether_it_is_an_image() {
     let mut complaint = String::new();
     save.0.stderr.take().unwrap().read_to_string(&mut complaint).unwrap();
     assert!(complaint.contains("leave -o out"), "{complaint}");
+}
+
+/// A parent may keep the pipe open.
+fn an_image_ends_though_its_writer_stays() {
+    if !installed("python3") {
+        return;
+    }
+    let server = server("old ", 1);
+    let mut client = connect(([127, 0, 0, 1], 7));
+    assert_eq!(ask(&mut client, "one", "old "), "old one");
+    let image = succeed(&["save", "--pid", &server.pid(), "--all", "--with-local"]);
+    let start = |arguments: &[&str]| {
+        let mut command = soccr(arguments);
+        let mut program = Program::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let mut writer = program.0.stdin.take().unwrap();
+        std::io::Write::write_all(&mut writer, &image).unwrap();
+        (program, writer)
+    };
+    let (mut inspect, _writer) = start(&["inspect", "--json", "-"]);
+    wait_until("it has ended", || inspect.0.try_wait().unwrap().is_some());
+    assert!(inspect.output().contains(&client.local_addr().unwrap().to_string()));
+    let (_heir, _writer) = start(&["restore", "--", "python3", "-c", HEIR, "new "]);
+    assert_eq!(ask(&mut client, "two", "new "), "new two");
 }
 
 /// Answers, and starts processes all the time, of which four run. They send nothing, which is an error while the connection is read.

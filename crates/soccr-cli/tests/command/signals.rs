@@ -85,18 +85,23 @@ fn a_program_heeds_the_signals_of_its_terminal() {
     if !installed("python3") {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
-    let status = directory.path().join("status");
-    let mut moving = Move::new(1);
-    let program = format!("cat /proc/$$/status > {}; exec python3 -c \"$0\" \"new \"", status.display());
-    let receive = format!("{SOCCR} receive --netns {} -- sh -c '{program}' '{HEIR}'", moving.beside.pid());
-    assert!(send(&moving, &receive).status().unwrap().success());
-    moving.assert_lives_at(Side::B, "new ");
-    let signals = [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TSTP, Signal::TERM, Signal::XFSZ];
-    let mask = signals.iter().fold(0, |mask, signal| mask | 1 << (signal.as_raw() - 1));
-    let ours = ignored(&read_to_string("/proc/self/status").unwrap()) & (1 << (Signal::XFSZ.as_raw() - 1));
-    assert_eq!(ignored(&read_to_string(&status).unwrap()) & mask, ours);
-    moving.end();
+    // The second is what sudo(8) does to the environment.
+    for relay in ["", "env -i PATH=\"$PATH\""] {
+        let directory = tempfile::tempdir().unwrap();
+        let status = directory.path().join("status");
+        let mut moving = Move::new(1);
+        let program = format!("cat /proc/$$/status > {}; exec python3 -c \"$0\" \"new \"", status.display());
+        let receive =
+            format!("{relay} {SOCCR} receive --netns {} -- sh -c '{program}' '{HEIR}'", moving.beside.pid());
+        assert!(send(&moving, &receive).status().unwrap().success());
+        moving.assert_lives_at(Side::B, "new ");
+        let signals = [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TSTP, Signal::TERM, Signal::XFSZ];
+        let mask = signals.iter().fold(0, |mask, signal| mask | 1 << (signal.as_raw() - 1));
+        let ours =
+            ignored(&read_to_string("/proc/self/status").unwrap()) & (1 << (Signal::XFSZ.as_raw() - 1));
+        assert_eq!(ignored(&read_to_string(&status).unwrap()) & mask, ours, "{relay}");
+        moving.end();
+    }
 }
 
 /// A parent that ignores SIGCHLD hands that down.

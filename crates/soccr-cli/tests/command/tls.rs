@@ -56,14 +56,26 @@ fn encrypt<const N: usize>(ends: [&TcpStream; N]) -> bool {
     true
 }
 
-fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
+/// Saves a connection for good, of which 6 bytes are decrypted and unread, and returns its peer; `None` where the kernel has no TLS.
+pub fn saved(image: &str, look: impl FnOnce()) -> Option<TcpStream> {
     let listener = TcpListener::bind("127.0.0.1:7").unwrap();
     let mut peer = TcpStream::connect("127.0.0.1:7").unwrap();
     let ours = listener.accept().unwrap().0;
     if !encrypt([&ours, &peer]) {
-        return;
+        return None;
     }
+    look();
     peer.set_read_timeout(Some(LIMIT)).unwrap();
+    peer.write_all(b"unread").unwrap();
+    soccr::tls::settle(&ours, LIMIT).unwrap();
+    soccr::tls::settle(&peer, LIMIT).unwrap();
+    let paused = soccr::pause(&ours).unwrap().with_tls();
+    soccr_image::save_file(image, &paused.save().unwrap()).unwrap();
+    paused.detach().unwrap();
+    Some(peer)
+}
+
+fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
     let (image, consumed) = (path("image"), path("image.consumed"));
@@ -75,15 +87,11 @@ fn an_image_with_keys_is_restored_once_and_nothing_prints_them() {
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
 
-    let sockets = show(&["list"]);
-    assert_eq!(sockets.matches("(tls 1.2 aes-gcm-128 tx+rx)").count(), 2, "{sockets}");
-    peer.write_all(b"unread").unwrap();
-    soccr::tls::settle(&ours, LIMIT).unwrap();
-    soccr::tls::settle(&peer, LIMIT).unwrap();
-    let paused = soccr::pause(&ours).unwrap().with_tls();
-    soccr_image::save_file(&image, &paused.save().unwrap()).unwrap();
-    paused.detach().unwrap();
-    drop(ours);
+    let saved = saved(&image, || {
+        let sockets = show(&["list"]);
+        assert_eq!(sockets.matches("(tls 1.2 aes-gcm-128 tx+rx)").count(), 2, "{sockets}");
+    });
+    let Some(mut peer) = saved else { return };
     assert_eq!(std::fs::metadata(&image).unwrap().permissions().mode() & 0o777, 0o600);
     let text = show(&["inspect", &image]);
     assert!(text.contains("tls 1.2 aes-gcm-128 tx+rx, 6 bytes decrypted and unread"), "{text}");

@@ -1,12 +1,14 @@
 //! Images in files, and what a killed `soccr save` has left behind.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
+use rustix::io::retry_on_intr;
 use rustix::process::geteuid;
 use soccr::Connection;
 use soccr::diag::Diag;
@@ -33,7 +35,7 @@ type Saved = Vec<(String, Connection)>;
 /// Reads an image from a file or, without a name, from standard input. Also returns the file in which it was found.
 pub(crate) fn read(path: Option<&Path>) -> Result<(Option<PathBuf>, Saved)> {
     let Some(path) = path.filter(|path| *path != Path::new("-")) else {
-        return Ok((None, all_of(File::from(rustix::stdio::stdin().try_clone_to_owned()?))?));
+        return Ok((None, all_of(stdin()?)?));
     };
     let at = || path.display().to_string();
     let left = left_behind(path);
@@ -147,13 +149,13 @@ fn gone(saved: Saved, mut lives: impl FnMut(&Connection)) -> Result<Saved> {
 }
 
 /// Reads an image to its end, or several that come one behind the other, as from cat(1).
-fn all_of(source: impl Read) -> Result<Saved> {
+fn all_of(source: File) -> Result<Saved> {
     let mut connections = Vec::new();
     read_into(&mut connections, source)?;
     if connections.is_empty() { bail!("there is no connection in it") } else { Ok(connections) }
 }
 
-fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
+fn read_into(connections: &mut Saved, source: File) -> Result<()> {
     let mut reader = Reader::new(BufReader::new(source))?;
     loop {
         while let Some(message) = reader.receive()? {
@@ -171,9 +173,27 @@ fn read_into(connections: &mut Saved, source: impl Read) -> Result<()> {
     }
 }
 
+/// Standard input, from which nothing has been read yet.
+pub(crate) fn stdin() -> Result<File> {
+    Ok(rustix::stdio::stdin().try_clone_to_owned().context("standard input")?.into())
+}
+
+/// How long whoever writes images into a pipe may take from one to the next. A parent that keeps the pipe open must not hold up a
+/// connection for ever.
+const NEXT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
 /// The image behind the end of this one, if anything is there.
-pub(crate) fn behind<R: BufRead>(reader: Reader<R>) -> Result<Option<Reader<R>>> {
+pub(crate) fn behind(reader: Reader<BufReader<File>>) -> Result<Option<Reader<BufReader<File>>>> {
     let mut source = reader.into_inner();
+    if source.buffer().is_empty() {
+        let mut events = [PollFd::new(source.get_ref(), PollFlags::IN)];
+        if retry_on_intr(|| poll(&mut events, Some(&NEXT)))? == 0 {
+            exit::complain(
+                "nothing has come behind the end of the image: whatever may still come is not read",
+            );
+            return Ok(None);
+        }
+    }
     let is_over = loop {
         match source.fill_buf() {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
