@@ -236,16 +236,16 @@ impl Write for Slow {
 }
 
 pub fn a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else() {
+    let (ours, peers) = connect(3);
     // BEGIN, CONNECTION, COMMIT: each waits for its own limit.
     thread::scope(|scope| {
-        for pieces in 0..3 {
-            scope.spawn(move || a_late_piece_ends_nothing_else(pieces));
+        for (pieces, ends) in ours.into_iter().zip(peers).enumerate() {
+            scope.spawn(move || a_late_piece_ends_nothing_else(pieces, ends));
         }
     });
 }
 
-fn a_late_piece_ends_nothing_else(pieces: usize) {
-    let (mut ours, peers) = connect(1);
+fn a_late_piece_ends_nothing_else(pieces: usize, (ours, peer): (TcpStream, TcpStream)) {
     let (here, there) = UnixStream::pair().unwrap();
     let listening = listen(there, Terms::default());
     let (ended, has_ended) = channel();
@@ -262,16 +262,16 @@ fn a_late_piece_ends_nothing_else(pieces: usize) {
         _ => {}
     }
     let mover = Mover::with(limits).unwrap();
-    let outcome = mover.take(ours.pop().unwrap()).unwrap().send(&mut threads);
+    let outcome = mover.take(ours).unwrap().send(&mut threads);
     drop(threads);
     here.shutdown(Shutdown::Both).unwrap();
     let mut arrived = listening.join().unwrap();
     match (pieces, outcome) {
         (2, Outcome::Unknown(error)) => {
             assert_eq!(error.kind(), ErrorKind::Gone);
-            assert_alive(&arrived.pop().unwrap().into_stream().unwrap(), &peers[0]);
+            assert_alive(&arrived.pop().unwrap().into_stream().unwrap(), &peer);
         }
-        (_, outcome) => assert_alive(&stays(outcome, ErrorKind::Gone), &peers[0]),
+        (_, outcome) => assert_alive(&stays(outcome, ErrorKind::Gone), &peer),
     }
     assert!(arrived.is_empty());
 }
