@@ -1,6 +1,7 @@
 //! Connections and the state of their owners move between two ends of a channel, on the real kernel.
 
 mod broken;
+mod quiet;
 mod seat;
 mod silence;
 mod stop;
@@ -29,11 +30,14 @@ use broken::{
     a_listener_that_panics_ends_nothing_else,
     a_piece_that_is_told_after_the_reader_has_failed_ends_nothing_else,
     a_source_that_ends_before_the_commit_leaves_nothing_there,
-    a_stream_that_is_complete_does_not_fail_with_its_channel,
     a_target_that_ends_before_the_commit_leaves_it_here, a_target_that_has_not_said_its_last_word_is_told_of,
-    a_target_that_is_not_heard_tells_what_is_lost, a_writer_that_never_tells_is_not_waited_for,
-    after_an_error_nothing_more_is_waited_for, what_has_arrived_does_not_wait_for_a_silent_source,
-    what_has_arrived_does_not_wait_for_the_stream_behind_it, what_is_said_to_be_taken_has_gone_on,
+    a_writer_that_never_tells_is_not_waited_for, after_an_error_nothing_more_is_waited_for,
+    what_is_said_to_be_taken_has_gone_on,
+};
+use quiet::{
+    a_stream_that_is_complete_does_not_fail_with_its_channel, a_target_that_is_not_heard_tells_what_is_lost,
+    what_has_arrived_does_not_wait_for_a_silent_source,
+    what_has_arrived_does_not_wait_for_the_stream_behind_it,
 };
 use seat::{
     a_handshake_comes_back, what_a_disconnect_clears_comes_back, what_lets_in_the_peer_alone_is_no_obstacle,
